@@ -1,0 +1,1 @@
+"""Sharded safetensors checkpoints, the key table, and converters."""

@@ -1,0 +1,1 @@
+"""Frozen configuration, YAML recipes, flags, and the rules between them."""

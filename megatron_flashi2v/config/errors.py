@@ -1,0 +1,25 @@
+"""The one family of errors that a user can cause and cure."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong: a flag, a file, a layout, a checkpoint.
+
+    The message names the file or field, its value and the rule, and says what to do. The command line prints it
+    without a traceback and exits with :attr:`exit_code`.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A flag or a recipe's key is unknown, malformed, or in conflict with another one."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """An annotation, a video file, a prepared data set or one of its shards is missing or malformed."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or an export is missing, damaged, or made for another model."""

@@ -1,0 +1,105 @@
+"""What a checkpoint must record to be rebuilt: the model's dimensions and its image conditioning."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_flashi2v.config.errors import ConfigError
+
+PHI_ORDERS = ("conv_then_broadcast", "repeat_then_conv")
+PARADIGMS = ("flashi2v", "text_to_video")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Dimensions of the DiT and of its conditioning; written as ``model_config.json`` into every checkpoint.
+
+    Attributes:
+        num_layers: transformer blocks.
+        hidden_size: width ``d`` of the residual stream.
+        ffn_hidden_size: width of the feed-forward layer.
+        num_attention_heads: heads; ``hidden_size / num_attention_heads`` must be even (rotary pairs).
+        latent_channels: channels of the VAE's latents, in and out.
+        patch_size: latent frames, rows and columns that make one token.
+        freq_dim: width of the sinusoid of the timestep.
+        text_dim: width of the text encoder's rows.
+        text_length: rows that the DiT attends to; shorter texts are padded with zero rows.
+        norm_eps: epsilon of every norm.
+        conditioning: image-to-video paradigm, one of :data:`PARADIGMS`.
+        phi_kernel_size: kernel of FlashI2V's latent shift, (1, 3, 3) or (3, 3, 3).
+        phi_hidden_channels: width between the two convolutions of the latent shift.
+        phi_order: whether the shift is computed on the single image frame and broadcast over time, or on the
+            frame repeated over time (what the released 3x3x3 weights need); one of :data:`PHI_ORDERS`.
+        text_cleaning: how captions were cleaned before tokenising; inference must do the same.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    latent_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_length: int = 512
+    norm_eps: float = 1e-6
+    conditioning: str = "flashi2v"
+    phi_kernel_size: tuple[int, int, int] = (1, 3, 3)
+    phi_hidden_channels: int = 64
+    phi_order: str = "conv_then_broadcast"
+    text_cleaning: str = "full"
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "freq_dim",
+                      "latent_channels", "text_dim", "text_length", "phi_hidden_channels"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1")
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} must be an "
+                "even whole number (rotary embeddings turn pairs of channels)"
+            )
+        if self.freq_dim % 2:
+            raise ConfigError(f"freq_dim is {self.freq_dim}; it must be even (cosines and sines)")
+        if self.conditioning not in PARADIGMS:
+            raise ConfigError(f"conditioning is {self.conditioning!r}; choose one of {', '.join(PARADIGMS)}")
+        if self.phi_order not in PHI_ORDERS:
+            raise ConfigError(f"phi_order is {self.phi_order!r}; choose one of {', '.join(PHI_ORDERS)}")
+        if any(size < 1 or size % 2 == 0 for size in self.phi_kernel_size):
+            raise ConfigError(f"phi_kernel_size is {self.phi_kernel_size}; each side must be odd ('same' padding)")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one token's patch of latents."""
+        time, height, width = self.patch_size
+        return self.latent_channels * time * height * width
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; tuples become lists."""
+        return {key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], *, source: str) -> ModelConfig:
+        """The reverse of :meth:`to_json`; ``source`` names the file in errors.
+
+        Raises:
+            ConfigError: an unknown, missing or malformed key.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"{source}: unknown keys {', '.join(unknown)}; it may come from a newer version")
+        required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+        missing = sorted(required - set(values))
+        if missing:
+            raise ConfigError(f"{source}: missing keys {', '.join(missing)}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

@@ -1,0 +1,1 @@
+"""From annotations and video files to shards, and from shards to batches."""

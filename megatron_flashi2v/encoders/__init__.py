@@ -1,0 +1,1 @@
+"""The frozen video VAE and text encoder."""

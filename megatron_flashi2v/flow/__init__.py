@@ -1,0 +1,1 @@
+"""Pure tensor maths of the rectified flow: sigmas, interpolation, Fourier high-pass, loss."""

@@ -1,0 +1,1 @@
+"""Process groups, sequence sharding, gradient rules and the packing of pipeline hops."""

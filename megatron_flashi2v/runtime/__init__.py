@@ -1,0 +1,1 @@
+"""What this process runs on: device, launcher, distributed set-up, logging, keyed randomness, safe files."""

@@ -1,0 +1,1 @@
+"""Solvers, guidance, the image-to-video pipeline, and video writing."""

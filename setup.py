@@ -1,0 +1,51 @@
+"""Package metadata; tools are configured in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="megatron-flashi2v",
+    version="0.1.0",
+    description="Large-scale training of FlashI2V image-to-video diffusion transformers on megatron-core",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # kernels/ has no __init__.py: a top-level package named "kernels" would shadow Hugging Face's.
+    packages=[
+        *find_packages(include=["megatron_flashi2v", "megatron_flashi2v.*"]),
+        *find_packages(where="kernels", include=["flashi2v_kernels", "flashi2v_kernels.*"]),
+    ],
+    package_dir={"flashi2v_kernels": "kernels/flashi2v_kernels"},
+    install_requires=[
+        "torch>=2.7",
+        "megatron-core>=0.16,<0.17",
+        "numpy",
+        "einops",
+        "safetensors",
+        "pyyaml",
+        "diffusers>=0.35",
+        "accelerate",  # diffusers loads Wan's VAE and transformer with it
+        "transformers>=4.51",
+        "sentencepiece",
+        "protobuf",
+        "av>=12",
+        "ftfy",
+        "beautifulsoup4",
+        "pillow",
+        "psutil",  # megatron-core's checkpointing imports it
+        "tyro>=0.9",
+        "rich",
+        "matplotlib",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-timeout", "ruff", "import-linter", "mypy", "types-PyYAML"],
+        "cuda": ["transformer-engine[pytorch]", "flash-attn"],
+        "npu": ["torch_npu"],
+        "logging": ["tensorboard", "wandb"],
+    },
+    entry_points={"console_scripts": ["flashi2v=megatron_flashi2v.cli.main:main"]},
+)
