@@ -1,0 +1,27 @@
+"""Full attention over [batch, tokens, heads, head size], optionally with padded keys and the log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+
+from flashi2v_kernels.registry import ANY_DEVICE, FLOATS, KernelSpec
+
+KEY_PADDING = "key_padding"
+LOG_SUM_EXP = "log_sum_exp"
+
+SPECS = (
+    KernelSpec(
+        operator="attention",
+        name="torch_sdpa",
+        entry_point="flashi2v_kernels.attention.torch_sdpa:attention",
+        dtypes=(*FLOATS, torch.float64),
+        features={KEY_PADDING: ANY_DEVICE, LOG_SUM_EXP: ("cpu",)},
+    ),
+    KernelSpec(
+        operator="attention",
+        name="reference",
+        entry_point="flashi2v_kernels.attention.reference:attention",
+        dtypes=(*FLOATS, torch.float64),
+        features={KEY_PADDING: ANY_DEVICE, LOG_SUM_EXP: ANY_DEVICE},
+    ),
+)

@@ -1,0 +1,41 @@
+"""The definition of attention: the whole score matrix, in at least fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    query_BQhD: Tensor,
+    key_BKhD: Tensor,
+    value_BKhD: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    key_padding_mask_BK: Tensor | None = None,
+    return_log_sum_exp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T) v`` for every head, over all keys.
+
+    Args:
+        query_BQhD: queries, [batch, query tokens, heads, head size].
+        key_BKhD: keys, [batch, key tokens, heads, head size].
+        value_BKhD: values, same shape as the keys.
+        softmax_scale: ``1/sqrt(head size)`` when None.
+        key_padding_mask_BK: bool, True for real keys and False for padding; every sample needs a real key.
+        return_log_sum_exp: also return the logarithm of each query's softmax denominator.
+
+    Returns:
+        [batch, query tokens, heads, head size] in the query's dtype; with it, if asked, the log-sum-exp of
+        the scaled scores, [batch, heads, query tokens] in fp32 (fp64 for fp64 inputs), without gradient.
+    """
+    dtype = torch.promote_types(query_BQhD.dtype, torch.float32)
+    scale = query_BQhD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scores_BhQK = torch.einsum("bqhd,bkhd->bhqk", query_BQhD.to(dtype), key_BKhD.to(dtype)) * scale
+    if key_padding_mask_BK is not None:
+        scores_BhQK = scores_BhQK.masked_fill(~key_padding_mask_BK[:, None, None, :], float("-inf"))
+    weights_BhQK = torch.softmax(scores_BhQK, dim=-1)
+    output_BQhD = torch.einsum("bhqk,bkhd->bqhd", weights_BhQK, value_BKhD.to(dtype)).to(query_BQhD.dtype)
+    if return_log_sum_exp:
+        return output_BQhD, torch.logsumexp(scores_BhQK.detach(), dim=-1)
+    return output_BQhD

@@ -1,0 +1,40 @@
+"""torch's scaled dot product attention, which picks a fused kernel of its own for the device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    query_BQhD: Tensor,
+    key_BKhD: Tensor,
+    value_BKhD: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    key_padding_mask_BK: Tensor | None = None,
+    return_log_sum_exp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`flashi2v_kernels.attention.reference.attention`.
+
+    Raises:
+        NotImplementedError: the log-sum-exp is asked for on another device than the CPU.
+    """
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query_BQhD, key_BKhD, value_BKhD))
+    # [B, 1, 1, K] broadcasts over heads and queries; there is no mask at all in the usual case, because any
+    # mask
+    # rules out the flash kernels
+    mask = None if key_padding_mask_BK is None else key_padding_mask_BK[:, None, None, :]
+    if not return_log_sum_exp:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
+        return output.transpose(1, 2)
+    if query.device.type != "cpu":
+        raise NotImplementedError("torch_sdpa returns the log-sum-exp on the CPU only")
+    if mask is not None:
+        # this operator takes only an additive mask in the query's dtype
+        mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=mask, scale=softmax_scale
+    )
+    return output.transpose(1, 2), log_sum_exp.detach()

@@ -1,0 +1,246 @@
+"""Which implementation of an operator runs here, and why not another one.
+
+Every operator is a sub-package whose ``SPECS`` lists its implementations in order of preference, the plain
+reference last. A spec is data: it names what the implementation needs, and where its function is; the
+function's module is imported only when it was chosen. Resolution happens once, when a model is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+OPERATORS = ("attention", "fourier_highpass", "rms_norm", "rope3d")
+
+ANY_DEVICE = ("cuda", "npu", "cpu")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class KernelUnavailable(ValueError):
+    """The named implementation is unknown or cannot run here; the message lists those that can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """What one implementation of an operator is and needs.
+
+    Attributes:
+        operator: name of the operator, one of :data:`OPERATORS`.
+        name: name of the implementation, as a user writes it.
+        entry_point: ``module:function``, imported when chosen.
+        devices: device types it runs on.
+        dtypes: dtypes of its tensors.
+        min_compute_capability: lowest CUDA compute capability, e.g. (8, 0); None for any.
+        socs: prefixes of the NPU names it runs on, e.g. ("Ascend910",); empty for any.
+        package: distribution that must be installed, or None.
+        min_version: lowest version of ``package``, e.g. "2.6".
+        max_head_dim: largest size of an attention head; None for no limit.
+        head_dim_multiple: the head size must be a multiple of this.
+        features: optional abilities of the operator, with the device types that have them.
+        differentiable: whether gradients flow through it.
+    """
+
+    operator: str
+    name: str
+    entry_point: str
+    devices: tuple[str, ...] = ANY_DEVICE
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    min_compute_capability: tuple[int, int] | None = None
+    socs: tuple[str, ...] = ()
+    package: str | None = None
+    min_version: str | None = None
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    differentiable: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A resolved implementation.
+
+    Attributes:
+        spec: what was chosen.
+        function: the implementation; its signature is that of the operator's reference.
+        why_not: one line for each implementation that is preferred but cannot run here ("name: reason").
+    """
+
+    spec: KernelSpec
+    function: Callable[..., Any]
+    why_not: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Need:
+    """What a caller asks for, completed by what the machine is."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int | None
+    features: frozenset[str]
+    gradient: bool
+    compute_capability: tuple[int, int] | None
+    soc: str | None
+
+
+def specs_of(operator: str) -> tuple[KernelSpec, ...]:
+    """The operator's implementations in order of preference.
+
+    Raises:
+        KernelUnavailable: there is no such operator.
+    """
+    if operator not in OPERATORS:
+        raise KernelUnavailable(f"unknown operator {operator!r}; there are {', '.join(OPERATORS)}")
+    return importlib.import_module(f"{__package__}.{operator}").SPECS
+
+
+def resolve(
+    operator: str,
+    device_type: str,
+    dtype: torch.dtype,
+    choice: str = "auto",
+    *,
+    head_dim: int | None = None,
+    features: Collection[str] = (),
+    needs_gradient: bool = False,
+    compute_capability: tuple[int, int] | None = None,
+    soc: str | None = None,
+) -> Kernel:
+    """Choose an implementation.
+
+    Args:
+        operator: one of :data:`OPERATORS`.
+        device_type: "cuda", "npu" or "cpu".
+        dtype: dtype of the tensors.
+        choice: an implementation's name, or "auto" for the first in order of preference that can run.
+        head_dim: size of an attention head, where the operator has heads.
+        features: optional abilities that the caller uses, e.g. ("log_sum_exp",).
+        needs_gradient: whether gradients must flow through the operator.
+        compute_capability: of the CUDA device; asked of the device when None.
+        soc: name of the NPU; asked of the device when None.
+
+    Returns:
+        the chosen kernel, with the reasons why preferred ones were passed over ("auto" only).
+
+    Raises:
+        KernelUnavailable: the choice is unknown or cannot run here, or nothing can.
+    """
+    specs = specs_of(operator)
+    need = _Need(
+        device_type=device_type,
+        dtype=dtype,
+        head_dim=head_dim,
+        features=frozenset(features),
+        gradient=needs_gradient,
+        compute_capability=compute_capability or _compute_capability(device_type),
+        soc=soc or _soc(device_type),
+    )
+    obstacles = {spec.name: _obstacle(spec, need) for spec in specs}
+    able = [name for name, obstacle in obstacles.items() if obstacle is None]
+    can_run = f"available on {device_type} with {_short(dtype)}: {', '.join(able) or 'none'}"
+    if choice == "auto":
+        if not able:
+            reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
+            raise KernelUnavailable(f"no implementation of {operator} can run here ({reasons})")
+        choice = able[0]
+    elif choice not in obstacles:
+        raise KernelUnavailable(f"{operator} has no implementation {choice!r}; {can_run}")
+    elif obstacles[choice] is not None:
+        raise KernelUnavailable(f"{operator} {choice!r} cannot run here: {obstacles[choice]}; {can_run}")
+    position = [spec.name for spec in specs].index(choice)
+    preferred = [spec.name for spec in specs[:position]]
+    why_not = tuple(f"{name}: {obstacles[name]}" for name in preferred if obstacles[name])
+    return Kernel(spec=specs[position], function=load_entry_point(specs[position]), why_not=why_not)
+
+
+def load_entry_point(spec: KernelSpec) -> Callable[..., Any]:
+    """Import a spec's function, whether or not it can run here."""
+    module, _, function = spec.entry_point.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def describe(kernels: Iterable[Kernel]) -> list[tuple[str, str, str]]:
+    """Rows (operator, implementation, why not a preferred one) for the start-up table."""
+    return [(kernel.spec.operator, kernel.spec.name, "; ".join(kernel.why_not)) for kernel in kernels]
+
+
+def _obstacle(spec: KernelSpec, need: _Need) -> str | None:
+    """Why ``spec`` cannot serve ``need``; None when it can."""
+    if need.device_type not in spec.devices:
+        return f"runs on {', '.join(spec.devices)}, not on {need.device_type}"
+    if need.dtype not in spec.dtypes:
+        return f"takes {', '.join(map(_short, spec.dtypes))}, not {_short(need.dtype)}"
+    if need.gradient and not spec.differentiable:
+        return "has no gradient"
+    for feature in sorted(need.features):
+        if need.device_type not in spec.features.get(feature, ()):
+            return f"has no {feature} on {need.device_type}"
+    return _device_obstacle(spec, need) or _head_obstacle(spec, need) or _package_obstacle(spec)
+
+
+def _device_obstacle(spec: KernelSpec, need: _Need) -> str | None:
+    lowest, present = spec.min_compute_capability, need.compute_capability
+    if need.device_type == "cuda" and lowest is not None and (present is None or present < lowest):
+        found = "unknown" if present is None else f"{present[0]}.{present[1]}"
+        return f"needs compute capability {lowest[0]}.{lowest[1]}, this device's is {found}"
+    if need.device_type == "npu" and spec.socs and not (need.soc or "").startswith(spec.socs):
+        return f"runs on {', '.join(spec.socs)}, this device is {need.soc or 'unknown'}"
+    return None
+
+
+def _head_obstacle(spec: KernelSpec, need: _Need) -> str | None:
+    if need.head_dim is None:
+        return None
+    if spec.max_head_dim is not None and need.head_dim > spec.max_head_dim:
+        return f"head size {need.head_dim} is above its limit of {spec.max_head_dim}"
+    if need.head_dim % spec.head_dim_multiple:
+        return f"head size {need.head_dim} is not a multiple of {spec.head_dim_multiple}"
+    return None
+
+
+def _package_obstacle(spec: KernelSpec) -> str | None:
+    if spec.package is None:
+        return None
+    wanted = spec.package + (f" >= {spec.min_version}" if spec.min_version else "")
+    try:  # the metadata, not the module: importing a broken accelerator package can take the process down
+        installed = importlib.metadata.version(spec.package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"needs {wanted}, which is not installed"
+    if spec.min_version and _release(installed) < _release(spec.min_version):
+        return f"needs {wanted}, installed is {installed}"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading whole numbers of a version: "2.7.4.post1+cu12" -> (2, 7, 4)."""
+    numbers: list[int] = []
+    for part in version.partition("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+        if digits != part:  # "0rc1": what follows is not part of the release
+            break
+    return tuple(numbers)
+
+
+def _compute_capability(device_type: str) -> tuple[int, int] | None:
+    if device_type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability()
+    return None
+
+
+def _soc(device_type: str) -> str | None:
+    npu = getattr(torch, "npu", None)  # there once torch_npu was imported
+    if device_type == "npu" and npu is not None and npu.is_available():
+        return npu.get_device_name()
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,68 @@
+"""What every implementation of the norm shares: what is normalised, and a rank's part of the statistics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def weight_like_tail(x: Tensor, weight: Tensor) -> Tensor:
+    """View ``weight`` in the shape of the trailing dimensions of ``x`` that are normalised.
+
+    The query of a rank is often a strided view [tokens, batch, heads, head size], while its weight is one row
+    of heads * head size numbers: the norm then runs over the last two dimensions, without a copy of the
+    query.
+
+    Args:
+        x: [..., *tail].
+        weight: the tail's shape, or as many numbers in one row.
+
+    Raises:
+        ValueError: no number of trailing dimensions of ``x`` fits the weight.
+    """
+    if weight.ndim > 1:
+        if tuple(x.shape[-weight.ndim :]) == tuple(weight.shape):
+            return weight
+    else:
+        for dims in range(1, x.ndim + 1):
+            tail = x.shape[-dims:]
+            if math.prod(tail) == weight.numel():
+                return weight.view(tail)
+    raise ValueError(f"weight {tuple(weight.shape)} does not fit the trailing dimensions of {tuple(x.shape)}")
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in fp32, or in fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def local_sum_of_squares(x: Tensor, dims: int) -> Tensor:
+    """Sum of squares over the last ``dims`` dimensions, to be summed over the ranks that share the width.
+
+    Args:
+        x: [..., *tail], any strides and float dtype.
+        dims: number of dimensions of the tail, 2 for (heads, head size).
+
+    Returns:
+        [...] in fp32 (fp64 for fp64 inputs). The sum over ranks must pass gradients back summed over ranks,
+        too: every rank's output depends on every rank's part.
+    """
+    return _SumOfSquares.apply(x, dims)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Keeps the input as it is, where autograd would keep an fp32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: int) -> Tensor:
+        ctx.save_for_backward(x)
+        return widened(x).square().sum(dim=tuple(range(-dims, 0)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        gradient = gradients[0].view(*gradients[0].shape, *[1] * (x.ndim - gradients[0].ndim))
+        return (2.0 * widened(x) * gradient).to(x.dtype), None

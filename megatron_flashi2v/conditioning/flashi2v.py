@@ -1,0 +1,90 @@
+"""FlashI2V (arXiv 2509.25187): latent shifting and Fourier guidance.
+
+    x_in    = x_t - phi(z_0)
+    tokens += E_F(|high-pass(z_0)|)
+
+phi is a learned projection of the image's latents; the high-pass keeps the bins of the 2-D spectrum beyond the radius
+that holds the sample's cutoff ratio of the spectrum's magnitude. The target does not contain phi. Both added parts end
+in a layer that starts at zero, so that the first step equals the text-to-video model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_flashi2v.conditioning.interface import ConditionedInput, ImageConditioning
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.flow.highpass import high_frequency_features
+
+
+class LatentShift(nn.Module):
+    """phi: two convolutions over latents with a SiLU between, in fp32 whatever the run's precision.
+
+    With a kernel that spans time, the order matters: on one frame the kernel sees zero padding, on the frame
+    repeated over time it sees its neighbours (the released 3x3x3 weights were trained so).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        kernel = config.phi_kernel_size
+        padding = tuple(side // 2 for side in kernel)
+        channels, hidden = config.latent_channels, config.phi_hidden_channels
+        self.conv_in = nn.Conv3d(channels, hidden, kernel, padding=padding, dtype=torch.float32)
+        self.conv_out = nn.Conv3d(hidden, channels, kernel, padding=padding, dtype=torch.float32)
+        self.repeat_first = config.phi_order == "repeat_then_conv"
+
+    def forward(self, image_latents_BC1HW: Tensor, frames: int) -> Tensor:
+        """The shift [B, C, T, H, W], or [B, C, 1, H, W] to be broadcast over ``frames``."""
+        source = image_latents_BC1HW.float()
+        if self.repeat_first:
+            source = source.expand(-1, -1, frames, -1, -1)
+        return self.conv_out(F.silu(self.conv_in(source)))
+
+
+class FourierEmbedding(nn.Module):
+    """E_F: a patch projection and a pointwise layer that starts at zero, without an activation between."""
+
+    def __init__(self, patch_dim: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv_in = nn.Linear(patch_dim, hidden_size, dtype=dtype)
+        self.conv_out = nn.Linear(hidden_size, hidden_size, dtype=dtype)
+
+    def forward(self, patches_SBP: Tensor) -> Tensor:
+        """Token features [S, B, d] in the layer's dtype."""
+        return self.conv_out(self.conv_in(patches_SBP.to(self.conv_in.weight.dtype)))
+
+
+class FlashI2V(ImageConditioning):
+    """Latent shifting and Fourier guidance.
+
+    Args:
+        config: dimensions; phi's kernel and order.
+        highpass: the chosen implementation of the Fourier high-pass.
+        dtype: dtype of the Fourier embedding's matrix products; phi and the high-pass are always fp32.
+    """
+
+    def __init__(self, config: ModelConfig, highpass: Callable[..., Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_channels = config.latent_channels
+        self.highpass = highpass
+        self.phi = LatentShift(config)
+        self.fourier_embedding = FourierEmbedding(config.patch_dim, config.hidden_size, dtype)
+
+    def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, cutoff_ratio_B: Tensor) -> ConditionedInput:
+        """Shift the latents, and extract the high-frequency magnitude of the image's latents, repeated over time."""
+        frames = noisy_BCTHW.shape[2]
+        shifted_BCTHW = noisy_BCTHW.float() - self.phi(image_latents_BC1HW, frames)
+        features_BCHW = high_frequency_features(image_latents_BC1HW[:, :, 0], cutoff_ratio_B, highpass=self.highpass)
+        return ConditionedInput(shifted_BCTHW, features_BCHW.unsqueeze(2).expand(-1, -1, frames, -1, -1))
+
+    def embed_guidance(self, patches_SBP: Tensor) -> Tensor:
+        """E_F of the features' patches."""
+        return self.fourier_embedding(patches_SBP)
+
+    def token_modules(self) -> list[nn.Module]:
+        """E_F acts on patches."""
+        return [self.fourier_embedding]

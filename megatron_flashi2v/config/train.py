@@ -1,0 +1,194 @@
+"""The configuration of ``flashi2v train``: one frozen dataclass per subject, flags in Megatron's spelling.
+
+Field names are the flags' names (``micro_batch_size`` is ``--micro-batch-size``) and the recipe's keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """Which DiT is trained."""
+
+    model: str = "tiny"
+    """Preset of dimensions: tiny, 1.3b, 14b, or a rung of the ladder between (see examples/recipes)."""
+    num_layers: int | None = None
+    """Override the preset's number of transformer blocks."""
+    hidden_size: int | None = None
+    """Override the preset's width."""
+    ffn_hidden_size: int | None = None
+    """Override the preset's feed-forward width."""
+    num_attention_heads: int | None = None
+    """Override the preset's number of heads."""
+    text_dim: int | None = None
+    """Override the width of the text encoder's rows."""
+    text_length: int | None = None
+    """Override the number of text rows."""
+    latent_channels: int | None = None
+    """Override the channels of the VAE's latents."""
+    conditioning: Literal["flashi2v", "text_to_video"] = "flashi2v"
+    """Image-to-video paradigm."""
+    phi_kernel: Literal["1x3x3", "3x3x3"] = "1x3x3"
+    """Kernel of FlashI2V's latent shift."""
+    phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] = "conv_then_broadcast"
+    """Whether the shift is computed on one frame and broadcast, or on the frame repeated over time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """Where the samples come from and what the flow adds to them."""
+
+    data_path: Path | None = None
+    """Folder written by `flashi2v prepare`."""
+    text_drop_probability: float = 0.1
+    """Share of samples whose text is replaced by the empty prompt, for classifier-free guidance."""
+    cutoff_ratio_min: float = 0.05
+    """Lower end of the Fourier high-pass cutoff ratio, drawn uniformly per sample."""
+    cutoff_ratio_max: float = 0.95
+    """Upper end of the Fourier high-pass cutoff ratio."""
+    sigma_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Distribution of sigma before the shift."""
+    sigma_logit_mean: float = 0.0
+    """Mean of logit(sigma)."""
+    sigma_logit_std: float = 1.0
+    """Standard deviation of logit(sigma)."""
+    sigma_shift: float | None = None
+    """Fixed shift of the training sigmas; by default it follows the resolution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelArguments:
+    """How the model and the batch are divided over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Stages of the pipeline."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Model chunks per stage (interleaved schedule); not available yet."""
+    context_parallel_size: int = 1
+    """Ranks that share one sample's tokens in attention; not available yet."""
+    context_parallel_algo: Literal["ulysses", "ring", "usp"] = "ulysses"
+    """How context-parallel ranks exchange; not available yet."""
+    ulysses_degree: int | None = None
+    """Ulysses ranks inside `usp`; not available yet."""
+    sequence_parallel: bool = False
+    """Shard tokens over the tensor-parallel ranks between the matrix products."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass is still running."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass is already running."""
+    use_gloo_process_groups: bool = False
+    """Also create gloo groups beside the device's own (only mcore's optional features use them)."""
+    distributed_timeout_minutes: float = 30.0
+    """Minutes until a collective that hangs is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchArguments:
+    """Batch, length of the run, precision and seed."""
+
+    micro_batch_size: int = 1
+    """Samples in one forward pass of one replica."""
+    global_batch_size: int = 1
+    """Samples in one optimizer step, over all replicas and microbatches."""
+    train_iters: int = 100
+    """Optimizer steps of the whole run."""
+    seed: int = 1234
+    """Keys every draw: initial weights, order, noise, sigma, cutoff ratio, text drop."""
+    bf16: bool = False
+    """Matrix products and the residual stream in bfloat16 (fp32 master weights); fp32 without it."""
+    fp32_residual_connection: bool = False
+    """Keep the residual stream in fp32 under --bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerArguments:
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam is AdamW."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and 1-D tensors have none."""
+    adam_beta1: float = 0.9
+    """First moment's decay."""
+    adam_beta2: float = 0.999
+    """Second moment's decay."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    sgd_momentum: float = 0.9
+    """Momentum of sgd."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
+    """Shape of the schedule after the warm-up."""
+    lr_decay_iters: int | None = None
+    """Iterations over which the rate decays; by default the whole run."""
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up."""
+    clip_grad: float = 1.0
+    """Global L2 norm that gradients are scaled down to; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeArguments:
+    """Trading time for activation memory."""
+
+    recompute_granularity: Literal["full"] | None = None
+    """full: keep only the input of recomputed blocks."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """uniform: every block, in groups; block: the first blocks of each stage only."""
+    recompute_num_layers: int = 1
+    """uniform: blocks in a group; block: blocks of each stage that are recomputed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointArguments:
+    """Saving and resuming."""
+
+    save: Path | None = None
+    """Folder for checkpoints, config.yaml and metrics.jsonl."""
+    load: Path | None = None
+    """Folder to resume from; an empty or absent one starts anew."""
+    save_interval: int | None = None
+    """Iterations between checkpoints; by default only at the end."""
+    exit_interval: int | None = None
+    """Save and leave when the iteration is a multiple of this (to split a run over several jobs)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeArguments:
+    """The device, kernels and what is shown."""
+
+    device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
+    """auto takes the first that is there."""
+    attention_backend: str = "auto"
+    """Implementation of attention: auto, torch_sdpa or reference."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms."""
+    log_interval: int = 1
+    """Iterations between progress lines."""
+    dry_run: bool = False
+    """Print the resolved configuration and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that a training run depends on, grouped by subject; flags and recipe keys are flat."""
+
+    model: ModelArguments = field(default_factory=ModelArguments)
+    data: DataArguments = field(default_factory=DataArguments)
+    parallel: ParallelArguments = field(default_factory=ParallelArguments)
+    batch: BatchArguments = field(default_factory=BatchArguments)
+    optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
+    recompute: RecomputeArguments = field(default_factory=RecomputeArguments)
+    checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
+    runtime: RuntimeArguments = field(default_factory=RuntimeArguments)

@@ -1,0 +1,157 @@
+"""``dataset.json`` and the empty prompt's rows: what stands once per prepared data set, written last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.shards import SHARD_PATTERN, ShardIndex, shard_name
+from megatron_flashi2v.runtime.files import atomic_write_bytes, atomic_write_json, read_json
+
+DATASET_FORMAT = "megatron_flashi2v-dataset"
+DATASET_VERSION = 1
+DATASET_FILE = "dataset.json"
+EMPTY_TEXT_FILE = "empty_text.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """What all samples of a prepared data set have in common.
+
+    Attributes:
+        latent_shape: (C, T, H, W) of one sample's latents; T counts latent frames.
+        text_dim: width of a text row.
+        text_length: most rows that a caption may have; shorter ones are padded with zero rows when loaded.
+        text_cleaning: how captions were cleaned before tokenising, "full" or "light"; sampling must do the same.
+        fps: frames per second of the clips.
+        frames: video frames of one clip.
+        height: pixels.
+        width: pixels.
+        vae: settings of the VAE that made the latents, JSON-ready.
+        text_encoder: settings of the text encoder that made the rows, JSON-ready.
+    """
+
+    latent_shape: tuple[int, int, int, int]
+    text_dim: int
+    text_length: int
+    text_cleaning: str
+    fps: float
+    frames: int
+    height: int
+    width: int
+    vae: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {**asdict(self), "latent_shape": list(self.latent_shape)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> DataInfo:
+        """The reverse of :meth:`to_json`; malformed values raise KeyError, TypeError or ValueError."""
+        channels, frames, height, width = (int(size) for size in values["latent_shape"])
+        return cls(**{**values, "latent_shape": (channels, frames, height, width)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One line of the data set's list of shards: name, samples in it, bytes of its tar."""
+
+    name: str
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetDescription:
+    """What stands in ``dataset.json``.
+
+    Attributes:
+        info: what all samples have in common.
+        settings: everything that decided the samples' bytes, JSON-ready.
+        fingerprint: hash of the settings; equal to that in every shard's index.
+        shards: in order; the samples are numbered through them.
+    """
+
+    info: DataInfo
+    settings: dict[str, Any]
+    fingerprint: str
+    shards: tuple[ShardEntry, ...]
+
+
+def write_description(
+    folder: Path,
+    *,
+    info: DataInfo,
+    settings: dict[str, Any],
+    fingerprint: str,
+    indices: Sequence[ShardIndex],
+    empty_text_rows_LD: torch.Tensor,
+) -> DatasetDescription:
+    """Write the empty prompt's rows and then ``dataset.json``, which makes the data set whole.
+
+    Args:
+        folder: the data set's folder.
+        info: what all samples have in common.
+        settings: everything that decided the samples' bytes.
+        fingerprint: hash of the settings.
+        indices: of all shards, in order.
+        empty_text_rows_LD: rows of the empty prompt, bf16.
+    """
+    shards = tuple(
+        ShardEntry(name=shard_name(index.number), samples=len(index.samples), bytes=index.tar_bytes)
+        for index in indices
+    )
+    rows = {"text": empty_text_rows_LD.contiguous()}
+    atomic_write_bytes(folder / EMPTY_TEXT_FILE, safetensors.torch.save(rows))
+    values = {
+        "format": DATASET_FORMAT,
+        "version": DATASET_VERSION,
+        "samples": sum(shard.samples for shard in shards),
+        "bytes": sum(shard.bytes for shard in shards),
+        "fingerprint": fingerprint,
+        "info": info.to_json(),
+        "settings": settings,
+        "shards": [asdict(shard) for shard in shards],
+    }
+    atomic_write_json(folder / DATASET_FILE, values)
+    return DatasetDescription(info=info, settings=settings, fingerprint=fingerprint, shards=shards)
+
+
+def read_description(folder: Path) -> DatasetDescription:
+    """Read ``dataset.json``.
+
+    Raises:
+        DataError: the folder or the file is missing, malformed, or of another version.
+    """
+    if not folder.is_dir():
+        raise DataError(f"data folder {folder} does not exist; make it with `flashi2v prepare --output {folder}`")
+    path = folder / DATASET_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing: {folder} holds no finished data set; finish it with `flashi2v prepare --output {folder}`"
+        )
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("format") != DATASET_FORMAT:
+        raise DataError(f"{path}: not a data set's description (its format must be {DATASET_FORMAT!r})")
+    if values.get("version") != DATASET_VERSION:
+        raise DataError(f"{path}: version {values.get('version')!r}; this program reads version {DATASET_VERSION}")
+    try:
+        description = DatasetDescription(
+            info=DataInfo.from_json(values["info"]),
+            settings=dict(values["settings"]),
+            fingerprint=str(values["fingerprint"]),
+            shards=tuple(ShardEntry(**row) for row in values["shards"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: malformed ({type(error).__name__}: {error}); prepare the data again") from error
+    for shard in description.shards:
+        if not SHARD_PATTERN.fullmatch(shard.name):
+            raise DataError(f"{path}: shard name {shard.name!r} is malformed; prepare the data again")
+    return description

@@ -1,0 +1,175 @@
+"""A folder written by ``flashi2v prepare``, read at random: latents, text rows and captions by sample index."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.description import (
+    DATASET_FILE,
+    EMPTY_TEXT_FILE,
+    DataInfo,
+    ShardEntry,
+    read_description,
+)
+from megatron_flashi2v.data.shards import (
+    SHARD_FOLDER,
+    IndexedSample,
+    ShardIndex,
+    TarReader,
+    parse_tensors,
+    read_index,
+)
+
+CACHED_INDICES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedSample:
+    """One sample.
+
+    Attributes:
+        latents_CTHW: fp32, normalised posterior means of the clip; ``[:, :1]`` are those of the image condition.
+        text_rows_LD: bf16, the caption's rows at their real length, L <= text_length.
+        caption: the caption as it was tokenised.
+        key: the sample's name in its shard.
+    """
+
+    latents_CTHW: torch.Tensor
+    text_rows_LD: torch.Tensor
+    caption: str
+    key: str
+
+
+def pad_text_rows(text_rows_LD: torch.Tensor, text_length: int) -> torch.Tensor:
+    """Append zero rows up to ``text_length``: what the DiT attends to, without a mask (as the reference does).
+
+    Args:
+        text_rows_LD: L <= text_length rows.
+        text_length: rows of the result.
+
+    Returns:
+        [text_length, D] of the same dtype.
+
+    Raises:
+        DataError: more rows than ``text_length``.
+    """
+    rows = text_rows_LD.shape[0]
+    if rows > text_length:
+        raise DataError(f"text_length is {text_length}, but a prepared caption has {rows} rows; prepare it again")
+    return torch.nn.functional.pad(text_rows_LD, (0, 0, 0, text_length - rows))
+
+
+class PreparedDataset:
+    """Random access to a prepared data set; cheap to open, and its reads are safe between threads and forks.
+
+    Args:
+        folder: what ``flashi2v prepare --output`` wrote.
+
+    Raises:
+        DataError: the folder, its ``dataset.json``, a shard or a shard's index is missing, unfinished or truncated.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        description = read_description(self.folder)
+        self.info: DataInfo = description.info
+        self.settings = description.settings
+        self.fingerprint = description.fingerprint
+        self._shards = description.shards
+        for shard in self._shards:
+            self._check_shard(shard)
+        self._ends = list(accumulate(shard.samples for shard in self._shards))
+        self._reader = TarReader()
+        self._indices: OrderedDict[str, ShardIndex] = OrderedDict()
+        self.empty_text_rows_LD: torch.Tensor = self._read_empty_text()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> PreparedSample:
+        """Read one sample.
+
+        Raises:
+            IndexError: ``index`` is not in [0, len).
+            DataError: its shard is missing, truncated or damaged; the message names the shard.
+        """
+        tar, sample = self._locate(index)
+        source = f"{tar} sample {sample.key}"
+        tensors = parse_tensors(self._reader.read(tar, sample.tensors), source=source)
+        record = json.loads(self._reader.read(tar, sample.record))
+        latents_CTHW, text_rows_LD = tensors.get("latents"), tensors.get("text")
+        if latents_CTHW is None or tuple(latents_CTHW.shape) != self.info.latent_shape:
+            found = "none" if latents_CTHW is None else tuple(latents_CTHW.shape)
+            raise DataError(f"{source}: latents are {found}, {DATASET_FILE} says {self.info.latent_shape}")
+        if text_rows_LD is None or text_rows_LD.shape[1:] != (self.info.text_dim,):
+            raise DataError(f"{source}: no text rows of width {self.info.text_dim}")
+        return PreparedSample(
+            latents_CTHW=latents_CTHW, text_rows_LD=text_rows_LD, caption=record["caption"], key=sample.key
+        )
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The sample's facts: raw and cleaned caption, source file, frame indices and more."""
+        tar, sample = self._locate(index)
+        record: dict[str, Any] = json.loads(self._reader.read(tar, sample.record))
+        return record
+
+    def padded_text(self, index: int) -> torch.Tensor:
+        """The sample's text rows with zero rows appended: bf16 [text_length, text_dim]."""
+        return pad_text_rows(self[index].text_rows_LD, self.info.text_length)
+
+    def _locate(self, index: int) -> tuple[Path, IndexedSample]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        position = bisect.bisect_right(self._ends, index)
+        shard = self._shards[position]
+        samples = self._index(shard).samples
+        tar = self.folder / SHARD_FOLDER / f"{shard.name}.tar"
+        return tar, samples[index - (self._ends[position] - shard.samples)]
+
+    def _index(self, shard: ShardEntry) -> ShardIndex:
+        if shard.name not in self._indices:
+            while len(self._indices) >= CACHED_INDICES:
+                self._indices.popitem(last=False)
+            path = self.folder / SHARD_FOLDER / f"{shard.name}.json"
+            index = read_index(path)
+            if len(index.samples) != shard.samples or index.fingerprint != self.fingerprint:
+                raise DataError(
+                    f"{path}: {len(index.samples)} samples of settings {index.fingerprint[:12]}, {DATASET_FILE} says "
+                    f"{shard.samples} of {self.fingerprint[:12]}; run `flashi2v prepare` again"
+                )
+            self._indices[shard.name] = index
+        self._indices.move_to_end(shard.name)
+        return self._indices[shard.name]
+
+    def _check_shard(self, shard: ShardEntry) -> None:
+        tar = self.folder / SHARD_FOLDER / f"{shard.name}.tar"
+        if not tar.is_file():
+            raise DataError(f"{tar}: the shard is missing; restore it or run `flashi2v prepare` again")
+        size = tar.stat().st_size
+        if size != shard.bytes:
+            raise DataError(
+                f"{tar}: {size} bytes, {shard.bytes} expected (truncated or overwritten); "
+                "restore it, or delete its .json index and run `flashi2v prepare` again"
+            )
+        if not tar.with_suffix(".json").is_file():
+            raise DataError(f"{tar.with_suffix('.json')}: the shard's index is missing; run `flashi2v prepare` again")
+
+    def _read_empty_text(self) -> torch.Tensor:
+        path = self.folder / EMPTY_TEXT_FILE
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: rows of the empty prompt cannot be read ({error.strerror})") from error
+        rows_LD = parse_tensors(data, source=str(path)).get("text")
+        if rows_LD is None or rows_LD.ndim != 2 or rows_LD.shape[1] != self.info.text_dim:
+            raise DataError(f"{path}: no text rows of width {self.info.text_dim}; prepare the data again")
+        return rows_LD

@@ -1,0 +1,33 @@
+"""Sinusoidal features of the timestep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MAX_PERIOD = 10000.0
+
+
+def timestep_sinusoid(timesteps_B: Tensor, dim: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[cos(t * w_i) | sin(t * w_i)]`` with ``w_i = 10000^(-i / (dim/2))``, computed in fp64 on the host.
+
+    Timesteps reach 1000, where fp32 angles would lose three digits. Not every accelerator has fp64, hence the
+    host; there are only a few numbers.
+
+    Args:
+        timesteps_B: timesteps (1000 * sigma), [B].
+        dim: number of features, even.
+        dtype: dtype of the result; fp64 only where the device has it.
+
+    Returns:
+        [B, dim] on the device of ``timesteps_B``; not differentiable.
+
+    Raises:
+        ValueError: ``dim`` is odd or below 2.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"dim is {dim}; it must be even and positive (cosines and sines)")
+    half = dim // 2
+    frequencies_F = torch.pow(_MAX_PERIOD, -torch.arange(half, dtype=torch.float64) / half)
+    angles_BF = torch.outer(timesteps_B.detach().to("cpu", torch.float64), frequencies_F)
+    return torch.cat([angles_BF.cos(), angles_BF.sin()], dim=1).to(dtype).to(timesteps_B.device)

@@ -1,0 +1,51 @@
+"""What the first stage makes of patches, text rows and the timestep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
+from megatron_flashi2v.models.spec import ModelSpec
+from megatron_flashi2v.parallel.linear import column_parallel, replicated_fp32, row_parallel
+
+
+class TextEmbedding(nn.Module):
+    """Linear, tanh-approximated GELU, Linear on the text encoder's rows, sharded like a feed-forward layer."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        width = spec.config.hidden_size
+        self.dtype = spec.dtype
+        self.linear_1 = column_parallel(spec.column_linear, spec.config.text_dim, width, spec.megatron, spec.groups)
+        self.linear_2 = row_parallel(spec.row_linear, width, width, spec.megatron, spec.groups)
+
+    def forward(self, text_TBX: Tensor) -> Tensor:
+        """Text rows [T, B, d] of this rank."""
+        return self.linear_2(F.gelu(self.linear_1(text_TBX.to(self.dtype))[0], approximate="tanh"))[0]
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid, MLP and the six-way projection, in fp32 on every rank; the projection's rows are sharded."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        width = spec.config.hidden_size
+        self.freq_dim = spec.config.freq_dim
+        self.linear_1 = nn.Linear(self.freq_dim, width, dtype=torch.float32)
+        self.linear_2 = nn.Linear(width, width, dtype=torch.float32)
+        self.projection = column_parallel(
+            spec.column_linear, width, 6 * width, replicated_fp32(spec.megatron), spec.groups, gather_output=True
+        )
+
+    def forward(self, timestep_B: Tensor) -> Tensor:
+        """Conditioning rows [7, B, d], fp32: the time embedding and its six projections.
+
+        Args:
+            timestep_B: 1000 * sigma, fp32.
+        """
+        sinusoid = timestep_sinusoid(timestep_B, self.freq_dim).to(self.linear_1.weight.device)
+        time_BD = self.linear_2(F.silu(self.linear_1(sinusoid)))
+        projected, _ = self.projection(F.silu(time_BD))
+        return torch.cat([time_BD.unsqueeze(0), projected.unflatten(-1, (6, -1)).transpose(0, 1)])

@@ -1,0 +1,28 @@
+"""What the last stage makes of the tokens: modulated norm and a projection to patches, in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_flashi2v.models.norms import modulated_layer_norm
+from megatron_flashi2v.models.spec import ModelSpec
+from megatron_flashi2v.parallel.regions import mark_sequence_parallel
+
+
+class Head(nn.Module):
+    """Linear(LN(x) * (1 + scale) + shift), each sample with its own time embedding."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        width = spec.config.hidden_size
+        self.eps = spec.config.norm_eps
+        self.modulation = nn.Parameter(torch.empty(2, width))
+        self.linear = nn.Linear(width, spec.config.patch_dim, dtype=torch.float32)
+        mark_sequence_parallel(self.modulation)
+        mark_sequence_parallel(self.linear)
+
+    def forward(self, hidden_SBD: Tensor, time_BD: Tensor) -> Tensor:
+        """Predicted velocity of this rank's tokens as patches [S, B, P], fp32, channel fastest."""
+        shift, scale = (self.modulation.unsqueeze(1) + time_BD).unbind(0)
+        return self.linear(modulated_layer_norm(hidden_SBD, shift, scale, self.eps))

@@ -1,0 +1,63 @@
+"""Initial weights, drawn per global parameter name so that every layout starts from the same model.
+
+Each full tensor is drawn on the host from a generator keyed by the seed and the parameter's name; a tensor-parallel
+rank keeps its slice. The distributions are Wan's (Xavier-uniform matrices, normal text and time embeddings, scaled
+normal modulation, zero head) and FlashI2V's for what it adds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.runtime.random import keyed_generator
+
+ZERO = ("head.linear.weight", "conditioning.phi.conv_out.weight", "conditioning.fourier_embedding.conv_out.weight")
+SMALL_NORMAL = ("text_embedding.linear_", "time_embedding.linear_")
+FUSED = {"linear_qkv.weight": 3, "linear_kv.weight": 2}
+
+
+@torch.no_grad()
+def initialize_weights(model: DiffusionTransformer, seed: int) -> None:
+    """Draw this rank's share of every parameter, in place."""
+    group = model.spec.groups.tp
+    for name, parameter in model.named_parameters():
+        full = _draw(name, full_shape(parameter, group.size()), seed)
+        parameter.copy_(local_slice(full, parameter, group))
+
+
+def full_shape(parameter: nn.Parameter, tp_size: int) -> tuple[int, ...]:
+    """Shape of the whole tensor that a tensor-parallel parameter is a slice of."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= tp_size  # type: ignore[attr-defined]
+    return tuple(shape)
+
+
+def local_slice(full: Tensor, parameter: nn.Parameter, group: torch.distributed.ProcessGroup) -> Tensor:
+    """This rank's slice of a whole tensor."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+    return full.chunk(group.size(), dim=dim)[group.rank()]
+
+
+def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = keyed_generator(seed, "initial-weight", name)
+    if name.endswith("bias") or name in ZERO:
+        return torch.zeros(shape)
+    if name.endswith("modulation"):
+        return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+    if len(shape) == 1:
+        return torch.ones(shape)
+    if name.startswith(SMALL_NORMAL):
+        return 0.02 * torch.randn(shape, generator=generator)
+    # A fused matrix is several square ones: each has its own fan-out. A convolution counts as Linear over its patch.
+    parts = next((count for ending, count in FUSED.items() if name.endswith(ending)), 1)
+    fan_out, fan_in = shape[0] // parts, math.prod(shape[1:])
+    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound

@@ -1,0 +1,134 @@
+"""What every module of one model is built with: dimensions, megatron-core's configuration, groups, kernels, linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flashi2v_kernels.registry import Kernel, resolve
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """The implementations chosen for this model, once, when it is built."""
+
+    chosen: tuple[Kernel, ...]
+    attention: Callable[..., Any]
+    rms_norm: Callable[..., Tensor]
+    apply_rope: Callable[..., Tensor]
+    highpass: Callable[..., Tensor]
+
+
+def choose_kernels(
+    device: torch.device, dtype: torch.dtype, config: ModelConfig, attention_backend: str = "auto"
+) -> KernelSet:
+    """Resolve every operator for the device.
+
+    Args:
+        device: where the model lives.
+        dtype: dtype of matrix products and attention.
+        config: the head size limits some implementations.
+        attention_backend: an implementation's name, or auto.
+
+    Raises:
+        flashi2v_kernels.registry.KernelUnavailable: the named choice cannot run here; the error lists those that can.
+    """
+    attention = resolve("attention", device.type, dtype, attention_backend, head_dim=config.head_dim,
+                        needs_gradient=True)
+    rms_norm = resolve("rms_norm", device.type, dtype, needs_gradient=True)
+    rope = resolve("rope3d", device.type, dtype, needs_gradient=True)
+    highpass = resolve("fourier_highpass", device.type, torch.float32)
+    return KernelSet(
+        chosen=(attention, rms_norm, rope, highpass),
+        attention=attention.function,
+        rms_norm=rms_norm.function,
+        apply_rope=rope.function,
+        highpass=highpass.function,
+    )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How one model is built.
+
+    Attributes:
+        config: dimensions and paradigm.
+        megatron: megatron-core's configuration, read by its linears and schedules.
+        groups: process groups.
+        kernels: chosen operator implementations.
+        column_linear: class of linears with sharded outputs.
+        row_linear: class of linears with sharded inputs.
+        residual_dtype: dtype of the residual stream, and so of a pipeline hop.
+    """
+
+    config: ModelConfig
+    megatron: TransformerConfig
+    groups: Groups
+    kernels: KernelSet
+    column_linear: type[nn.Module]
+    row_linear: type[nn.Module]
+    residual_dtype: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of matrix products."""
+        return self.megatron.params_dtype
+
+
+def make_spec(
+    config: ModelConfig,
+    groups: Groups,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    fp32_residual_connection: bool = False,
+    attention_backend: str = "auto",
+) -> ModelSpec:
+    """Settle everything a model is built with.
+
+    Args:
+        config: dimensions and paradigm.
+        groups: process groups.
+        device: where the model will live.
+        bf16: matrix products in bfloat16.
+        fp32_residual_connection: residual stream in fp32 although ``bf16``.
+        attention_backend: implementation of attention, or auto.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    residual_dtype = torch.float32 if fp32_residual_connection else dtype
+    provider = LocalSpecProvider()
+    megatron = TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        tensor_model_parallel_size=groups.tp.size(),
+        pipeline_model_parallel_size=groups.pp.size(),
+        context_parallel_size=groups.cp.size(),
+        sequence_parallel=groups.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=residual_dtype,
+        bf16=bf16,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    return ModelSpec(
+        config=config,
+        megatron=megatron,
+        groups=groups,
+        kernels=choose_kernels(device, dtype, config, attention_backend),
+        column_linear=provider.column_parallel_linear(),
+        row_linear=provider.row_parallel_linear(),
+        residual_dtype=residual_dtype,
+    )

@@ -1,0 +1,181 @@
+"""The diffusion transformer: one pipeline stage of it, or the whole on one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from flashi2v_kernels.rope3d.tables import rope_tables
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_flashi2v.conditioning.build import build_conditioning
+from megatron_flashi2v.models.block import TransformerBlock
+from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
+from megatron_flashi2v.models.head import Head
+from megatron_flashi2v.models.patches import Grid, patchify, token_grid, unpatchify
+from megatron_flashi2v.models.spec import ModelSpec
+from megatron_flashi2v.models.stages import stage_layers
+from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
+from megatron_flashi2v.parallel.regions import gather_tokens, mark_sequence_parallel, shard_tokens, sum_in_backward
+
+CONDITIONING_ROWS = 7
+"""Rows that travel beside the tokens: the time embedding and its six projections."""
+
+
+@dataclass(frozen=True)
+class DiTInputs:
+    """What one forward pass needs; stages past the first use only the shape.
+
+    Attributes:
+        noisy_BCTHW: sigma * noise + (1 - sigma) * latents, fp32, not shifted.
+        timestep_B: 1000 * sigma, fp32.
+        text_BLX: text rows, zero-padded to the model's text length.
+        image_latents_BC1HW: normalised latents of the condition image, fp32.
+        cutoff_ratio_B: cutoff ratio of the Fourier high-pass in [0, 1], fp32.
+    """
+
+    noisy_BCTHW: Tensor
+    timestep_B: Tensor
+    text_BLX: Tensor
+    image_latents_BC1HW: Tensor
+    cutoff_ratio_B: Tensor
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which of a stage's blocks are recomputed in backward.
+
+    Attributes:
+        layers: how many of the stage's blocks, counted from its first.
+        group: blocks that share one kept input.
+    """
+
+    layers: int = 0
+    group: int = 1
+
+
+class DiffusionTransformer(MegatronModule):
+    """Wan's DiT with an image-to-video paradigm, on megatron-core's parallel linears.
+
+    Shapes: S tokens of this rank, B microbatch, d width. The output is the predicted velocity as patches [S, B, P] in
+    fp32 on the last stage, and the packed hop on the others.
+    """
+
+    def __init__(self, spec: ModelSpec, recompute: Recompute | None = None) -> None:
+        super().__init__(config=spec.megatron)
+        self.spec = spec
+        self.recompute = recompute or Recompute()
+        # What megatron-core's schedules and gradient finalisation ask of a model.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = spec.groups.is_first_stage
+        self.post_process = spec.groups.is_last_stage
+        self.share_embeddings_and_output_weights = False
+        self.input_tensor: Tensor | None = None
+        self._rotary: dict[Grid, tuple[Tensor, Tensor]] = {}
+
+        if self.pre_process:
+            self.conditioning = build_conditioning(spec.config, spec.kernels.highpass, spec.dtype)
+            for module in self.conditioning.token_modules():
+                mark_sequence_parallel(module)
+            patch_volume = spec.config.patch_dim // spec.config.latent_channels
+            self.patch_embedding = nn.Linear(
+                self.conditioning.input_channels * patch_volume, spec.config.hidden_size, dtype=spec.dtype
+            )
+            mark_sequence_parallel(self.patch_embedding)
+            self.text_embedding = TextEmbedding(spec)
+            self.time_embedding = TimeEmbedding(spec)
+        # Keys are global indices: a parameter's name is the same at every layout.
+        layers = stage_layers(spec.config.num_layers, spec.groups.pp.size(), spec.groups.pp.rank())
+        self.blocks = nn.ModuleDict({str(index): TransformerBlock(spec) for index in layers})
+        if self.post_process:
+            self.head = Head(spec)
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
+        """Take what the previous stage sent; megatron-core's schedules call this before :meth:`forward`."""
+        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, inputs: DiTInputs) -> Tensor:
+        """Velocity as patches [S, B, P] on the last stage, the packed hop [rows, B, d] on the others."""
+        grid = self.grid(tuple(inputs.noisy_BCTHW.shape[2:]))
+        if self.pre_process:
+            hidden_SBD, text_TBD, conditioning_7BD = self.embed(inputs)
+        else:
+            assert self.input_tensor is not None, "a later stage needs the previous stage's output"
+            hidden_SBD, text_TBD, conditioning_7BD = unpack(self.input_tensor, self.packed_shape(grid))
+        rotary = self.rotary(grid, hidden_SBD.device)
+        hidden_SBD = self.run_blocks(hidden_SBD, text_TBD.to(self.spec.dtype), conditioning_7BD[1:], rotary)
+        if self.post_process:
+            return self.head(hidden_SBD, conditioning_7BD[0])
+        return pack(hidden_SBD, text_TBD.to(hidden_SBD.dtype), conditioning_7BD)
+
+    def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, text rows and conditioning rows from latents, text and timestep."""
+        groups, patch_size = self.spec.groups, self.spec.config.patch_size
+        conditioned = self.conditioning(inputs.noisy_BCTHW, inputs.image_latents_BC1HW, inputs.cutoff_ratio_B)
+        patches = shard_tokens(patchify(conditioned.latents_BCTHW, patch_size), groups)
+        hidden_SBD = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
+        if conditioned.guidance_BCTHW is not None:
+            guidance = shard_tokens(patchify(conditioned.guidance_BCTHW, patch_size), groups)
+            hidden_SBD = hidden_SBD + self.conditioning.embed_guidance(guidance)
+        text_TBD = self.text_embedding(shard_tokens(inputs.text_BLX.transpose(0, 1), groups))
+        conditioning_7BD = sum_in_backward(self.time_embedding(inputs.timestep_B), groups)
+        return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
+
+    def run_blocks(
+        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """This stage's blocks in order, recomputed in backward as configured."""
+        blocks = list(self.blocks.values())
+        recomputed = self.recompute.layers if self.training and torch.is_grad_enabled() else 0
+        for start in range(0, recomputed, self.recompute.group):
+            run = partial(_run, blocks[start : min(start + self.recompute.group, recomputed)])
+            hidden_SBD = checkpoint(run, hidden_SBD, text_TBD, modulation_6BD, rotary, use_reentrant=False,
+                                    preserve_rng_state=False)
+        return _run(blocks[recomputed:], hidden_SBD, text_TBD, modulation_6BD, rotary)
+
+    def grid(self, latent_shape: tuple[int, ...]) -> Grid:
+        """Tokens along time, height and width of latents (T, H, W)."""
+        frames, height, width = latent_shape
+        return token_grid((frames, height, width), self.spec.config.patch_size)
+
+    def packed_shape(self, grid: Grid) -> PackedShape:
+        """Rows of a pipeline hop on this rank."""
+        shards = self.spec.groups.tp.size() if self.spec.groups.sequence_parallel else 1
+        return PackedShape(
+            tokens=grid[0] * grid[1] * grid[2] // shards,
+            text=self.spec.config.text_length // shards,
+            conditioning=CONDITIONING_ROWS,
+            dtype=self.spec.residual_dtype,
+        )
+
+    def rotary(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, head_dim / 2] of all tokens of the grid, kept for the next call."""
+        if grid not in self._rotary:
+            cos, sin = rope_tables(grid, self.spec.config.head_dim)
+            self._rotary = {grid: (cos.to(device), sin.to(device))}
+        return self._rotary[grid]
+
+
+def _run(blocks: list[Callable[..., Tensor]], hidden: Tensor, text: Tensor, modulation: Tensor, rotary) -> Tensor:  # noqa: ANN001
+    for block in blocks:
+        hidden = block(hidden, text, modulation, rotary)
+    return hidden
+
+
+def predict_velocity(
+    model: DiffusionTransformer,
+    latents_BCTHW: Tensor,
+    timestep_B: Tensor,
+    text_BLX: Tensor,
+    image_latents_BC1HW: Tensor,
+    cutoff_ratio_B: Tensor,
+) -> Tensor:
+    """Velocity [B, C, T, H, W] in fp32, for a model without pipeline stages; arguments as in :class:`DiTInputs`."""
+    inputs = DiTInputs(latents_BCTHW, timestep_B, text_BLX, image_latents_BC1HW, cutoff_ratio_B)
+    patches_SBP = gather_tokens(model(inputs), model.spec.groups)
+    return unpatchify(patches_SBP, model.grid(tuple(latents_BCTHW.shape[2:])), model.spec.config.patch_size)

@@ -1,0 +1,95 @@
+"""Gradient rules at the borders between what every tensor-parallel rank holds and what is sharded.
+
+The rules, in one place:
+
+* Tokens are sharded by :func:`shard_tokens`: backward gathers, so what comes before it (the latent shift phi) gets
+  the whole gradient on every rank.
+* Parameters that act on local tokens only (patch embedding, modulation tables, the affine norm, the head) carry
+  ``sequence_parallel = True`` (:func:`mark_sequence_parallel`): megatron-core sums their gradients over the group.
+* Rows that every rank holds and that act on local tokens (time embedding and modulation) go through
+  :func:`sum_in_backward` once, on the first stage.
+* The mean square of a full-width norm over sharded heads is summed in both directions by
+  :func:`sum_both_ways`.
+
+megatron-core has similar operators, but theirs all-reduce in place; autograd may hand the same gradient tensor to two
+branches, so ours never write into what they are given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from megatron_flashi2v.parallel.groups import Groups
+
+
+class _SumInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _SumBothWays(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_both_ways(tensor: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Sum over the group, in forward and in backward: each rank's partial sum reaches every rank's output."""
+    return tensor if group.size() == 1 else _SumBothWays.apply(tensor, group)
+
+
+def sum_in_backward(tensor: Tensor, groups: Groups) -> Tensor:
+    """Identity forward; under sequence parallelism the gradient is summed over the tensor-parallel group.
+
+    Without sequence parallelism every rank sees all tokens, and the gradient is whole already.
+    """
+    return _SumInBackward.apply(tensor, groups.tp) if groups.sequence_parallel else tensor
+
+
+def shard_tokens(rows_SBX: Tensor, groups: Groups) -> Tensor:
+    """This rank's rows [S/TP, B, X] under sequence parallelism (backward gathers); all rows otherwise."""
+    return scatter_to_sequence_parallel_region(rows_SBX, group=groups.tp) if groups.sequence_parallel else rows_SBX
+
+
+def gather_tokens(rows_SBX: Tensor, groups: Groups) -> Tensor:
+    """All rows from every rank's shard; the reverse of :func:`shard_tokens`, for inference and comparison.
+
+    The backward splits the gradient: right for a consumer that every rank runs alike.
+    """
+    if not groups.sequence_parallel:
+        return rows_SBX
+    return gather_from_sequence_parallel_region(rows_SBX, tensor_parallel_output_grad=False, group=groups.tp)
+
+
+def mark_sequence_parallel(module_or_parameter: nn.Module | nn.Parameter) -> None:
+    """Tag replicated parameters whose gradient on one rank covers only that rank's tokens."""
+    parameters = [module_or_parameter] if isinstance(module_or_parameter, nn.Parameter) else (
+        module_or_parameter.parameters()
+    )
+    for parameter in parameters:
+        parameter.sequence_parallel = True  # type: ignore[attr-defined]

@@ -1,0 +1,282 @@
+"""What this process computes on: CUDA, an Ascend NPU or the CPU behind one small interface.
+
+All of the project's calls to ``torch.cuda`` and ``torch.npu`` live in this package.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import importlib.util
+import logging
+import os
+import platform
+import resource
+import sys
+from types import ModuleType
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_flashi2v.config.errors import ConfigError
+
+DEVICE_NAMES = ("auto", "cuda", "npu", "cpu")
+_GIB = 1024**3
+
+logger = logging.getLogger(__name__)
+
+
+class Device(abc.ABC):
+    """One process's device. Memory figures are bytes.
+
+    Attributes:
+        name: "cuda", "npu" or "cpu".
+        backend: torch.distributed's backend for this device: "nccl", "hccl" or "gloo".
+        torch_device: where tensors go, with the index of an accelerator.
+    """
+
+    name: str
+    backend: str
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all work that was queued on the device is done."""
+
+    @abc.abstractmethod
+    def memory_allocated(self) -> int:
+        """Bytes that tensors hold on an accelerator; on the CPU the process's resident set."""
+
+    @abc.abstractmethod
+    def max_memory_allocated(self) -> int:
+        """The peak of :meth:`memory_allocated`; on the CPU since the process began."""
+
+    @abc.abstractmethod
+    def reset_max_memory_allocated(self) -> None:
+        """Start the peak anew; the CPU's peak cannot be reset."""
+
+    @abc.abstractmethod
+    def total_memory(self) -> int:
+        """Bytes of memory that the device has."""
+
+    @abc.abstractmethod
+    def empty_cache(self) -> None:
+        """Give cached, unused blocks back to the driver."""
+
+    @abc.abstractmethod
+    def manual_seed(self, seed: int) -> None:
+        """Seed the host's and the device's default generators."""
+
+    @abc.abstractmethod
+    def get_rng_state(self) -> torch.Tensor:
+        """The state of the device's default generator: a uint8 tensor on the host."""
+
+    @abc.abstractmethod
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore what :meth:`get_rng_state` returned."""
+
+    @abc.abstractmethod
+    def compute_capability(self) -> tuple[int, int] | None:
+        """CUDA's (major, minor); None where the idea does not exist."""
+
+    @abc.abstractmethod
+    def model_name(self) -> str:
+        """The hardware's name, such as "NVIDIA H100 80GB HBM3"."""
+
+    def describe(self) -> str:
+        """One line for the start-up report."""
+        capability = self.compute_capability()
+        compute = f", compute capability {capability[0]}.{capability[1]}" if capability else ""
+        return (
+            f"{self.torch_device}: {self.model_name()}, {self.total_memory() / _GIB:.0f} GiB{compute}, "
+            f"{self.backend}, torch {torch.__version__}"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.torch_device})"
+
+
+class CpuDevice(Device):
+    """The host, for development and tests."""
+
+    name = "cpu"
+    backend = "gloo"
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+
+    def synchronize(self) -> None:
+        """Nothing is queued on the CPU."""
+
+    def memory_allocated(self) -> int:
+        return psutil.Process().memory_info().rss
+
+    def max_memory_allocated(self) -> int:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+    def reset_max_memory_allocated(self) -> None:
+        """The operating system keeps the peak for the life of the process."""
+
+    def total_memory(self) -> int:
+        return psutil.virtual_memory().total
+
+    def empty_cache(self) -> None:
+        """The CPU allocator keeps no cache."""
+
+    def manual_seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    def get_rng_state(self) -> torch.Tensor:
+        return torch.default_generator.get_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.default_generator.set_state(state)
+
+    def compute_capability(self) -> tuple[int, int] | None:
+        return None
+
+    def model_name(self) -> str:
+        return f"{platform.machine()} CPU with {torch.get_num_threads()} threads"
+
+
+class _Accelerator(Device):
+    """What CUDA and NPU share: torch_npu mirrors torch.cuda's functions under torch.npu."""
+
+    def __init__(self, api: Any, index: int) -> None:
+        super().__init__(torch.device(self.name, index))
+        self.api = api
+        api.set_device(self.torch_device)
+
+    def synchronize(self) -> None:
+        self.api.synchronize(self.torch_device)
+
+    def memory_allocated(self) -> int:
+        return self.api.memory_allocated(self.torch_device)
+
+    def max_memory_allocated(self) -> int:
+        return self.api.max_memory_allocated(self.torch_device)
+
+    def reset_max_memory_allocated(self) -> None:
+        self.api.reset_peak_memory_stats(self.torch_device)
+
+    def total_memory(self) -> int:
+        return self.api.get_device_properties(self.torch_device).total_memory
+
+    def empty_cache(self) -> None:
+        self.api.empty_cache()
+
+    def manual_seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        self.api.manual_seed(seed)
+
+    def get_rng_state(self) -> torch.Tensor:
+        return self.api.get_rng_state(self.torch_device)
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.api.set_rng_state(state, self.torch_device)
+
+    def model_name(self) -> str:
+        return self.api.get_device_name(self.torch_device)
+
+
+class CudaDevice(_Accelerator):
+    """One NVIDIA GPU, made the process's current one."""
+
+    name = "cuda"
+    backend = "nccl"
+
+    def __init__(self, index: int) -> None:
+        super().__init__(torch.cuda, index)
+
+    def compute_capability(self) -> tuple[int, int] | None:
+        return torch.cuda.get_device_capability(self.torch_device)
+
+
+class NpuDevice(_Accelerator):
+    """One Ascend NPU, made the process's current one."""
+
+    name = "npu"
+    backend = "hccl"
+
+    def __init__(self, index: int) -> None:
+        super().__init__(_npu_api(), index)
+
+    def compute_capability(self) -> tuple[int, int] | None:
+        return None
+
+
+def resolve_device(name: str, local_rank: int = 0) -> Device:
+    """Choose the device by name and make it this process's current one.
+
+    Args:
+        name: "cuda", "npu", "cpu", or "auto" for the first of these that is there.
+        local_rank: the process's number on its host; it picks the accelerator of the same number.
+
+    Raises:
+        ConfigError: an unknown name, a device that is not there (the message says what is missing), or fewer
+            accelerators than processes on this host.
+    """
+    if name not in DEVICE_NAMES:
+        raise ConfigError(f"device is {name!r}; choose one of {', '.join(DEVICE_NAMES)}")
+    if name == "cpu":
+        return CpuDevice()
+    if name in ("auto", "cuda"):
+        missing = _missing_cuda()
+        if missing is None:
+            return CudaDevice(_card(torch.cuda.device_count(), local_rank, "GPU", "CUDA_VISIBLE_DEVICES"))
+        if name == "cuda":
+            raise ConfigError(f"device is 'cuda', but {missing}; use --device cpu or --device auto to run without it")
+    missing = _missing_npu()
+    if missing is None:
+        return NpuDevice(_card(_npu_api().device_count(), local_rank, "NPU", "ASCEND_RT_VISIBLE_DEVICES"))
+    if name == "npu":
+        raise ConfigError(f"device is 'npu', but {missing}; use --device cpu or --device auto to run without it")
+    if _has_torch_npu():
+        logger.warning("torch_npu is installed but %s; running on the CPU", missing)
+    return CpuDevice()
+
+
+def _missing_cuda() -> str | None:
+    """What CUDA lacks here, or None."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA (install a CUDA build of torch)"
+    return f"no GPU can be used (torch is built for CUDA {torch.version.cuda}; look at nvidia-smi and CUDA_VISIBLE_DEVICES)"
+
+
+def _missing_npu() -> str | None:
+    """What the NPU lacks here, or None; imports torch_npu where it is installed."""
+    if not _has_torch_npu():
+        return "torch_npu is not installed (install the version that matches torch, and CANN)"
+    try:
+        importlib.import_module("torch_npu")
+        available = _npu_api().is_available()
+    except Exception as error:  # the import loads vendor libraries, which fail in many ways
+        return f"torch_npu cannot be loaded ({type(error).__name__}: {error}); source CANN's set_env.sh first"
+    return None if available else "no NPU can be used (look at npu-smi info and ASCEND_RT_VISIBLE_DEVICES)"
+
+
+def _has_torch_npu() -> bool:
+    return "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None
+
+
+def _npu_api() -> ModuleType:
+    """``torch.npu``, which torch_npu adds to torch."""
+    return torch.npu  # type: ignore[attr-defined]
+
+
+def _card(count: int, local_rank: int, kind: str, variable: str) -> int:
+    """The accelerator for a local rank."""
+    if local_rank < count:
+        return local_rank
+    if count == 1 and os.environ.get(variable):
+        return 0  # the launcher (Slurm's --gpus-per-task) shows each process its own card only
+    raise ConfigError(
+        f"local rank {local_rank} has no {kind}: this host shows {count}; start at most {count} processes on it "
+        f"({variable} is {os.environ.get(variable, 'not set')})"
+    )

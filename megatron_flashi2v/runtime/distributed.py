@@ -1,0 +1,68 @@
+"""Starting and ending torch.distributed."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
+
+
+def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes: float = 10.0) -> None:
+    """Create the default process group; a single process without a launcher needs no port and no variables.
+
+    Args:
+        launch: this process's place, from :func:`~megatron_flashi2v.runtime.launch.detect_launch`.
+        device: decides the backend (nccl, hccl or gloo).
+        timeout_minutes: how long the ranks wait for one another, when meeting and in every collective.
+
+    Raises:
+        ConfigError: the ranks did not meet, or the timeout is not positive.
+    """
+    if timeout_minutes <= 0:
+        raise ConfigError(f"the distributed timeout is {timeout_minutes} minutes; it must be more than 0")
+    timeout = timedelta(minutes=timeout_minutes)
+    if launch.launcher == "none":
+        torch.distributed.init_process_group(
+            device.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        return
+    address = launch.master_addr or ""
+    host = f"[{address}]" if ":" in address else address  # an IPv6 address inside a URL
+    try:
+        # tcp:// takes the ranks as arguments: msrun and Slurm set none of the variables that env:// reads. Under
+        # torchrun it joins the agent's own store.
+        torch.distributed.init_process_group(
+            device.backend,
+            init_method=f"tcp://{host}:{launch.master_port}",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    except torch.distributed.DistError as error:
+        raise ConfigError(
+            f"rank {launch.rank} of {launch.world_size} could not meet the others at {address}:{launch.master_port} "
+            f"(from {launch.launcher}) within {timeout_minutes:g} minutes: {error}; check that all processes were "
+            "started, that the address is reachable and that the port is free (MASTER_ADDR, MASTER_PORT)"
+        ) from error
+
+
+def shutdown(*, failed: bool = False) -> None:
+    """Leave the process group; does nothing where there is none.
+
+    Args:
+        failed: this rank stops because of an error. It then waits for nobody and drops its connections, so that the
+            other ranks' collectives fail at once instead of running into the timeout.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if not failed and torch.distributed.get_world_size() > 1:
+        # Rank 0 may hold the store: it must not leave while others still finish.
+        torch.distributed.barrier()
+    if failed and torch.distributed.get_backend() != "gloo":
+        torch.distributed.distributed_c10d._abort_process_group()  # destroying would wait for queued collectives
+        return
+    torch.distributed.destroy_process_group()

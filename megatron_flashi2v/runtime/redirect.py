@@ -1,0 +1,232 @@
+"""The one place that redirects megatron-core's literal "cuda" to the device in use.
+
+megatron-core writes ``torch.cuda.current_device()``, ``device="cuda"``, ``tensor.cuda()`` and compares
+``tensor.type()`` with ``"torch.cuda.FloatTensor"``. Inside :func:`megatron_on` these reach the NPU or the CPU.
+
+The functions themselves are exchanged, rather than intercepted by a ``TorchFunctionMode``: torch switches such a mode
+off while it runs ``torch.autograd.backward``, hence during every backward pass, hook and recomputation, and the mode
+costs a Python call for each tensor operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+from megatron_flashi2v.runtime.device import Device
+
+# Functions that take a device keyword and that megatron-core calls, or may call, with "cuda".
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn",
+    "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def megatron_on(device: Device) -> Iterator[None]:
+    """Let megatron-core run on ``device``: no change on CUDA, the redirection on NPU and CPU.
+
+    Enter it before the first call into megatron-core and leave it after the last; everything is put back on leaving.
+    Inside, ``torch.cuda.is_available()`` answers False, and ``torch.cuda.current_device()`` returns a
+    ``torch.device`` (megatron-core only passes it on as ``device=``).
+    """
+    if device.name == "cuda":
+        yield
+        return
+    # Both remember torch's functions as they were when first asked: fill them before any function is exchanged.
+    importlib.import_module("torch._dynamo")
+    _device_constructors()
+    with contextlib.ExitStack() as undo:
+        for owner, name, value in _exchanges(device):
+            undo.callback(_put_back, owner, name, vars(owner).get(name, _MISSING))
+            setattr(owner, name, value)
+        yield
+
+
+def _put_back(owner: Any, name: str, value: Any) -> None:
+    if value is _MISSING:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
+
+
+def _exchanges(device: Device) -> Iterator[tuple[Any, str, Any]]:
+    """(module or class, attribute, stand-in) for all that is redirected."""
+    functions = _cuda_functions(device)
+    for name, value in functions.items():
+        yield torch.cuda, name, value
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
+        yield torch.cuda.random, name, functions[name]  # megatron-core reaches some of them through the submodule
+    for name in ("range_push", "range_pop"):
+        yield torch.cuda.nvtx, name, _nothing
+    for name in _FACTORIES:
+        yield torch, name, _redirect_factory(getattr(torch, name), device.torch_device)
+    yield torch.Tensor, "to", _redirect_to(torch.Tensor.to, device.torch_device)
+    yield torch.Tensor, "cuda", _redirect_cuda(device.torch_device)
+    yield torch.nn.Module, "cuda", _redirect_module_cuda(device.torch_device)
+    yield torch.Tensor, "type", _redirect_type(torch.Tensor.type, device)
+
+
+def _cuda_functions(device: Device) -> dict[str, Any]:
+    """Stand-ins for what megatron-core calls on ``torch.cuda``, by name."""
+    functions: dict[str, Any] = {
+        "is_available": lambda: False,
+        # megatron-core defers its RNG calls until CUDA is initialised (torch.cuda._lazy_call).
+        "is_initialized": lambda: True,
+        "current_device": lambda: device.torch_device,
+        "set_device": _nothing,  # resolve_device has chosen it
+        "synchronize": lambda *_, **__: device.synchronize(),
+        "empty_cache": device.empty_cache,
+        "memory_allocated": lambda *_, **__: device.memory_allocated(),
+        "max_memory_allocated": lambda *_, **__: device.max_memory_allocated(),
+        "memory_reserved": lambda *_, **__: device.memory_allocated(),
+        "max_memory_reserved": lambda *_, **__: device.max_memory_allocated(),
+        "reset_peak_memory_stats": lambda *_, **__: device.reset_max_memory_allocated(),
+        "memory_stats": lambda *_, **__: {},
+        "get_device_capability": lambda *_, **__: (0, 0),  # lower than any that switches a feature on
+        "is_current_stream_capturing": lambda: False,
+        "get_rng_state": lambda *_, **__: device.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: device.set_rng_state(state),
+        "manual_seed": device.manual_seed,
+        "manual_seed_all": device.manual_seed,
+    }
+    if device.name == "npu":
+        api = torch.npu  # type: ignore[attr-defined]
+        for name in ("Stream", "Event", "stream", "current_stream", "default_stream", "memory_reserved",
+                     "max_memory_reserved", "memory_stats"):  # fmt: skip
+            functions[name] = getattr(api, name)
+        functions["default_generators"] = _OneGenerator(api.default_generators[device.torch_device.index])
+    else:
+        functions["Stream"] = HostStream
+        functions["Event"] = HostEvent
+        functions["stream"] = contextlib.nullcontext
+        functions["current_stream"] = functions["default_stream"] = lambda *_, **__: HostStream()
+        functions["default_generators"] = _OneGenerator(torch.default_generator)
+    return functions
+
+
+class HostEvent:
+    """A ``torch.cuda.Event`` of the CPU, where work is done when its call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing is queued."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """Always done."""
+        return True
+
+
+class HostStream:
+    """A ``torch.cuda.Stream`` of the CPU: work runs in the order of the calls."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """An event that is already over."""
+        return HostEvent() if event is None else event
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """Always idle."""
+        return True
+
+
+class _OneGenerator:
+    """``torch.cuda.default_generators`` of a process with one device; the index may be a ``torch.device``."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return self._generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand-in for a call that the device does not need."""
+
+
+def _is_cuda(device: Any) -> bool:
+    """Whether a ``device`` argument names CUDA."""
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _redirect_factory(factory: Callable[..., Any], target: torch.device) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = target
+        return factory(*args, **kwargs)
+
+    return redirected
+
+
+def _redirect_to(to: Callable[..., Any], target: torch.device) -> Callable[..., Any]:
+    @functools.wraps(to)
+    def redirected(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args and _is_cuda(args[0]):
+            args = (target, *args[1:])
+        elif "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = target
+        return to(self, *args, **kwargs)
+
+    return redirected
+
+
+def _redirect_cuda(target: torch.device) -> Callable[..., Any]:
+    def cuda(self: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
+        return self.to(target, non_blocking=non_blocking, **kwargs)
+
+    return cuda
+
+
+def _redirect_module_cuda(target: torch.device) -> Callable[..., Any]:
+    def cuda(self: torch.nn.Module, device: Any = None) -> torch.nn.Module:
+        return self.to(target)
+
+    return cuda
+
+
+def _redirect_type(type_: Callable[..., Any], device: Device) -> Callable[..., Any]:
+    """``tensor.type()`` answers "torch.cuda.FloatTensor" for the device's tensors; a cast by name goes to the device."""
+    own, cuda = ("torch.", "torch.cuda.") if device.name == "cpu" else (f"torch.{device.name}.", "torch.cuda.")
+
+    @functools.wraps(type_)
+    def redirected(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            name = type_(self)
+            return cuda + name[len(own) :] if self.device.type == device.name else name
+        if isinstance(dtype, str) and dtype.startswith(cuda):
+            dtype = own + dtype[len(cuda) :]
+        return type_(self, dtype, *args, **kwargs)
+
+    return redirected

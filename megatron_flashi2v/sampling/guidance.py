@@ -1,0 +1,75 @@
+"""Classifier-free guidance on the text; the image conditions stay in both passes.
+
+Shape suffixes: B samples, C latent channels, T latent frames, H and W latent rows and columns, L text rows,
+D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+VelocityFunction = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
+"""``(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, cutoff_ratio_B) -> velocity_BCTHW``.
+
+What the pipeline knows of a model: ``models.transformer.predict_velocity`` with the model bound, for instance.
+"""
+
+
+def combine_guided(
+    conditional_BCTHW: torch.Tensor, unconditional_BCTHW: torch.Tensor, guidance_scale: float
+) -> torch.Tensor:
+    """``v_u + g (v_c - v_u)``: g = 1 is the conditional velocity, g = 0 the unconditional one."""
+    return unconditional_BCTHW + guidance_scale * (conditional_BCTHW - unconditional_BCTHW)
+
+
+def is_guided(guidance_scale: float) -> bool:
+    """Whether a guidance scale asks for a second pass: only above 1, as in FlashI2V's reference."""
+    return guidance_scale > 1.0
+
+
+def with_guidance(
+    velocity: VelocityFunction,
+    negative_text_BLD: torch.Tensor,
+    guidance_scale: float,
+    *,
+    batched: bool = False,
+) -> VelocityFunction:
+    """A velocity of the same signature that steers away from the negative text.
+
+    Both passes get the same state, image latents and cutoff ratio; only the text differs.
+
+    Args:
+        velocity: the plain velocity.
+        negative_text_BLD: text rows of the unconditional pass, of the same shape as the conditional ones.
+        guidance_scale: g; at 1 or below the plain velocity is returned as it is.
+        batched: one call at twice the batch (faster where the accelerator is not full, twice the activations)
+            in place of two calls.
+    """
+    if not is_guided(guidance_scale):
+        return velocity
+
+    def guided_sequential(latents_BCTHW: torch.Tensor, timestep_B: torch.Tensor, text_BLD: torch.Tensor,
+                          image_latents_BC1HW: torch.Tensor, cutoff_ratio_B: torch.Tensor) -> torch.Tensor:
+        conditional = velocity(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, cutoff_ratio_B)
+        unconditional = velocity(
+            latents_BCTHW, timestep_B, negative_text_BLD, image_latents_BC1HW, cutoff_ratio_B
+        )
+        return combine_guided(conditional, unconditional, guidance_scale)
+
+    def guided_batched(latents_BCTHW: torch.Tensor, timestep_B: torch.Tensor, text_BLD: torch.Tensor,
+                       image_latents_BC1HW: torch.Tensor, cutoff_ratio_B: torch.Tensor) -> torch.Tensor:
+        both = velocity(
+            torch.cat([latents_BCTHW, latents_BCTHW]),
+            torch.cat([timestep_B, timestep_B]),
+            torch.cat([text_BLD, negative_text_BLD]),
+            torch.cat([image_latents_BC1HW, image_latents_BC1HW]),
+            torch.cat([cutoff_ratio_B, cutoff_ratio_B]),
+        )
+        conditional, unconditional = both.chunk(2)
+        return combine_guided(conditional, unconditional, guidance_scale)
+
+    return guided_batched if batched else guided_sequential

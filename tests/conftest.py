@@ -1,0 +1,9 @@
+"""Shared set-up of all tests: the helpers' folder on the path, and one thread per process."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)

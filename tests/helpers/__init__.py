@@ -1,0 +1,1 @@
+"""Makers of small models, videos and data sets for the tests."""
