@@ -345,7 +345,7 @@ NOT_PROSE = (">>>", "...", "__", "=")
 
 
 def docstring_text() -> Iterator[str]:
-    """Paragraphs of prose from the docstrings of Python's standard library (so they vary with its version)."""
+    """Paragraphs of prose from the docstrings of the standard library; they vary with Python's version."""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))

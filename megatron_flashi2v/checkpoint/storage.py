@@ -273,7 +273,8 @@ def read_pieces(
 def _check_stored(folder: Path, piece: TensorPiece, stored: StoredTensor, allow_cast: bool) -> None:
     if stored.shape != piece.global_shape:
         raise CheckpointError(
-            f"{folder / INDEX_NAME}: tensor {piece.key} has shape {stored.shape} in the checkpoint, but the model " f"needs {piece.global_shape}; they are of different sizes"
+            f"{folder / INDEX_NAME}: tensor {piece.key} has shape {stored.shape} in the checkpoint, "
+            f"but the model needs {piece.global_shape}; they are of different sizes"
         )
     if stored.dtype != piece.data.dtype and not allow_cast:
         raise CheckpointError(
@@ -326,7 +327,8 @@ def _copies(folder: Path, piece: TensorPiece, stored: StoredTensor) -> Iterable[
                 yield _Copy(source, source_region, piece.view(region).detach()[box], offset, shape)
     if copied != piece.data.numel():
         raise CheckpointError(
-            f"{folder / INDEX_NAME}: the parts of tensor {piece.key} hold {copied} of the {piece.data.numel()} " "values needed; the index is damaged"
+            f"{folder / INDEX_NAME}: the parts of tensor {piece.key} hold {copied} of the "
+            f"{piece.data.numel()} values needed; the index is damaged"
         )
 
 

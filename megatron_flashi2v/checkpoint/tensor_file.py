@@ -140,7 +140,8 @@ def open_tensor_file(path: Path, expected_bytes: int | None = None) -> Iterator[
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if expected_bytes is not None and size != expected_bytes:
         raise CheckpointError(
-            f"{path} is {size} bytes long, its index says {expected_bytes}; the file is damaged, use another copy"
+            f"{path} is {size} bytes long, its index says {expected_bytes}; the file is damaged, use "
+            f"another copy"
         )
     try:
         handle = safe_open(path, framework="pt", device="cpu")

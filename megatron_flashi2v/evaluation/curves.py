@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_flashi2v.config.errors import DataError
-from megatron_flashi2v.runtime.files import atomic_write_bytes
+from megatron_flashi2v.runtime.files import atomic_write_bytes, read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,22 +29,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is missing, holds no row, or a line other than the last is not a JSON object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the metrics ({error.strerror or error})") from error
-    lines = [line for line in lines if line.strip()]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}: line {number} is not a JSON object; delete the line or the file") from error
-        rows.append(row)
+    rows = read_jsonl(path, error=DataError)
     if not rows:
         raise DataError(f"{path}: holds no metrics; the run has not finished an iteration yet")
     return rows

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from flashi2v_kernels.registry import resolve
 from torch import Tensor
+
+from flashi2v_kernels.registry import resolve
 
 
 def cutoff_ratios(uniform_draws_B: Tensor, low: float, high: float) -> Tensor:

@@ -22,14 +22,13 @@ def interpolate(latents: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
     """
     _require_same_shape(latents, noise, "latents", "noise")
     if sigma_B.shape != latents.shape[:1]:
-        raise ValueError(f"sigma has shape {tuple(sigma_B.shape)}; give one number to each of {latents.shape[0]} samples")
+        raise ValueError(f"sigma has shape {tuple(sigma_B.shape)}; the batch needs ({latents.shape[0]},)")
     sigma = sigma_B.float().view(-1, *[1] * (latents.ndim - 1))
     return sigma * noise.float() + (1.0 - sigma) * latents.float()
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """The regression target ``n - z``, fp32: the path's derivative by sigma. It does not contain the latent
-    shift.
+    """The regression target ``n - z``, fp32: the path's derivative by sigma, without FlashI2V's latent shift.
 
     Args:
         latents: clean latents ``z``, any shape.
@@ -45,7 +44,7 @@ def euler_step(state: Tensor, velocity: Tensor, sigma: Tensor | float, next_sigm
     Args:
         state: the sampler's state ``y``, any shape.
         velocity: the network's (guided) velocity, same shape.
-        sigma: the present noise level, a number or a fp32 scalar tensor.
+        sigma: the present noise level, a number or an fp32 scalar tensor (on the host or beside the state).
         next_sigma: the next noise level.
 
     Returns:
@@ -54,7 +53,7 @@ def euler_step(state: Tensor, velocity: Tensor, sigma: Tensor | float, next_sigm
     _require_same_shape(state, velocity, "state", "velocity")
     # fp32 minus fp32, as if both came from the fp32 table of sigmas
     delta = torch.as_tensor(next_sigma, dtype=torch.float32) - torch.as_tensor(sigma, dtype=torch.float32)
-    return (state.float() + velocity.float() * delta.to(state.device)).to(state.dtype)
+    return (state.float() + velocity.float() * delta).to(state.dtype)
 
 
 def _require_same_shape(first: Tensor, second: Tensor, first_name: str, second_name: str) -> None:

@@ -1,8 +1,7 @@
 """Noise levels of rectified flow: how sigma is drawn for training and stepped through for sampling.
 
-Sigma in [0, 1] is the share of noise, 1 = pure noise; the network sees ``timestep = 1000 * sigma``, not
-rounded. Random draws are arguments, so that every function here is a pure function of its tensors. All
-results are fp32.
+Sigma in [0, 1] is the share of noise, 1 = pure noise; the network sees ``timestep = 1000 * sigma``.
+Random draws are arguments: every function here is a pure function of its tensors. All results are fp32.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class CrossAttention(nn.Module):
         return self.linear_proj(_attend(self.kernels.attention, self.norm_q(query), self.norm_k(key), value))[0]
 
 
-def _attend(attention, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor) -> Tensor:  # noqa: ANN001
+def _attend(attention, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor) -> Tensor:
     """Attention with megatron-core's token-first layout outside and the kernels' batch-first layout inside."""
     out_BShD = attention(query_SBhD.transpose(0, 1), key_SBhD.transpose(0, 1), value_SBhD.transpose(0, 1))
     return out_BShD.transpose(0, 1).flatten(-2)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.regions import mark_sequence_parallel, sum_both_ways
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flashi2v_kernels.registry import Kernel, resolve
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from flashi2v_kernels.registry import Kernel, resolve
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.parallel.groups import Groups
 
@@ -67,6 +67,7 @@ class ModelSpec:
         column_linear: class of linears with sharded outputs.
         row_linear: class of linears with sharded inputs.
         residual_dtype: dtype of the residual stream, and so of a pipeline hop.
+        device: where the model lives.
     """
 
     config: ModelConfig
@@ -76,6 +77,7 @@ class ModelSpec:
     column_linear: type[nn.Module]
     row_linear: type[nn.Module]
     residual_dtype: torch.dtype
+    device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,4 +133,5 @@ def make_spec(
         column_linear=provider.column_parallel_linear(),
         row_linear=provider.row_parallel_linear(),
         residual_dtype=residual_dtype,
+        device=device,
     )

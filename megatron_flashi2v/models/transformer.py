@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from flashi2v_kernels.rope3d.tables import rope_tables
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flashi2v_kernels.rope3d.tables import rope_tables
 from megatron_flashi2v.conditioning.build import build_conditioning
 from megatron_flashi2v.models.block import TransformerBlock
 from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
@@ -161,7 +161,7 @@ class DiffusionTransformer(MegatronModule):
         return self._rotary[grid]
 
 
-def _run(blocks: list[Callable[..., Tensor]], hidden: Tensor, text: Tensor, modulation: Tensor, rotary) -> Tensor:  # noqa: ANN001
+def _run(blocks: list[Callable[..., Tensor]], hidden: Tensor, text: Tensor, modulation: Tensor, rotary) -> Tensor:
     for block in blocks:
         hidden = block(hidden, text, modulation, rotary)
     return hidden

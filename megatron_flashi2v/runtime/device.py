@@ -22,6 +22,7 @@ import torch
 from megatron_flashi2v.config.errors import ConfigError
 
 DEVICE_NAMES = ("auto", "cuda", "npu", "cpu")
+_WITHOUT = "use --device cpu or --device auto to run without it"
 _GIB = 1024**3
 
 logger = logging.getLogger(__name__)
@@ -229,12 +230,12 @@ def resolve_device(name: str, local_rank: int = 0) -> Device:
         if missing is None:
             return CudaDevice(_card(torch.cuda.device_count(), local_rank, "GPU", "CUDA_VISIBLE_DEVICES"))
         if name == "cuda":
-            raise ConfigError(f"device is 'cuda', but {missing}; use --device cpu or --device auto to run without it")
+            raise ConfigError(f"device is 'cuda', but {missing}; {_WITHOUT}")
     missing = _missing_npu()
     if missing is None:
         return NpuDevice(_card(_npu_api().device_count(), local_rank, "NPU", "ASCEND_RT_VISIBLE_DEVICES"))
     if name == "npu":
-        raise ConfigError(f"device is 'npu', but {missing}; use --device cpu or --device auto to run without it")
+        raise ConfigError(f"device is 'npu', but {missing}; {_WITHOUT}")
     if _has_torch_npu():
         logger.warning("torch_npu is installed but %s; running on the CPU", missing)
     return CpuDevice()
@@ -246,7 +247,10 @@ def _missing_cuda() -> str | None:
         return None
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA (install a CUDA build of torch)"
-    return f"no GPU can be used (torch is built for CUDA {torch.version.cuda}; look at nvidia-smi and CUDA_VISIBLE_DEVICES)"
+    return (
+        f"no GPU can be used (torch is built for CUDA {torch.version.cuda}; look at nvidia-smi and "
+        "CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def _missing_npu() -> str | None:
@@ -277,6 +281,6 @@ def _card(count: int, local_rank: int, kind: str, variable: str) -> int:
     if count == 1 and os.environ.get(variable):
         return 0  # the launcher (Slurm's --gpus-per-task) shows each process its own card only
     raise ConfigError(
-        f"local rank {local_rank} has no {kind}: this host shows {count}; start at most {count} processes on it "
-        f"({variable} is {os.environ.get(variable, 'not set')})"
+        f"local rank {local_rank} has no {kind}: this host shows {count}; start at most {count} processes on "
+        f"it ({variable} is {os.environ.get(variable, 'not set')})"
     )

@@ -33,8 +33,8 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
     address = launch.master_addr or ""
     host = f"[{address}]" if ":" in address else address  # an IPv6 address inside a URL
     try:
-        # tcp:// takes the ranks as arguments: msrun and Slurm set none of the variables that env:// reads. Under
-        # torchrun it joins the agent's own store.
+        # tcp:// takes the ranks as arguments: msrun and Slurm set none of the variables that env:// reads.
+        # Under torchrun it joins the agent's own store.
         torch.distributed.init_process_group(
             device.backend,
             init_method=f"tcp://{host}:{launch.master_port}",
@@ -44,9 +44,10 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
         )
     except torch.distributed.DistError as error:
         raise ConfigError(
-            f"rank {launch.rank} of {launch.world_size} could not meet the others at {address}:{launch.master_port} "
-            f"(from {launch.launcher}) within {timeout_minutes:g} minutes: {error}; check that all processes were "
-            "started, that the address is reachable and that the port is free (MASTER_ADDR, MASTER_PORT)"
+            f"rank {launch.rank} of {launch.world_size} could not meet the others at "
+            f"{address}:{launch.master_port} (from {launch.launcher}) within {timeout_minutes:g} minutes: "
+            f"{error}; check that all processes were started, that the address is reachable and that the "
+            "port is free (MASTER_ADDR, MASTER_PORT)"
         ) from error
 
 
@@ -54,8 +55,8 @@ def shutdown(*, failed: bool = False) -> None:
     """Leave the process group; does nothing where there is none.
 
     Args:
-        failed: this rank stops because of an error. It then waits for nobody and drops its connections, so that the
-            other ranks' collectives fail at once instead of running into the timeout.
+        failed: this rank stops because of an error. It then waits for nobody and drops its connections, so
+            that the other ranks' collectives fail at once instead of running into the timeout.
     """
     if not torch.distributed.is_initialized():
         return
@@ -63,6 +64,7 @@ def shutdown(*, failed: bool = False) -> None:
         # Rank 0 may hold the store: it must not leave while others still finish.
         torch.distributed.barrier()
     if failed and torch.distributed.get_backend() != "gloo":
-        torch.distributed.distributed_c10d._abort_process_group()  # destroying would wait for queued collectives
+        # Destroying would wait for the collectives that are queued on the device.
+        torch.distributed.distributed_c10d._abort_process_group()
         return
     torch.distributed.destroy_process_group()

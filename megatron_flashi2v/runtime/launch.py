@@ -1,6 +1,7 @@
 """Which process of how many this is: what torchrun, msrun and Slurm leave in the environment.
 
-Nothing here imports torch, so that msrun's scheduler process, which runs the same script once more, can leave at once.
+Nothing here imports torch, so that msrun's scheduler process, which runs the same script once more, can leave
+at once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class LaunchEnvironment:
         rank: 0 .. world_size - 1, over all hosts.
         world_size: processes of the job.
         local_rank: the process's number on its host, which is also the number of its accelerator.
-        local_world_size: processes on this host; None where the launcher does not say (msrun over several hosts).
+        local_world_size: processes on this host; None where the launcher does not say (msrun).
         master_addr: host that rank 0 runs on; None for a single process.
         master_port: TCP port at which the ranks meet; None for a single process.
         launcher: "none", "torchrun", "msrun" or "slurm".
@@ -46,7 +47,7 @@ class LaunchEnvironment:
         if self.is_scheduler:
             return
         if self.world_size < 1:
-            raise ConfigError(f"{self.launcher} gives a world size of {self.world_size}; it must be at least 1")
+            raise ConfigError(f"{self.launcher} gives world size {self.world_size}; it must be at least 1")
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(
                 f"{self.launcher} gives rank {self.rank} of {self.world_size} processes; it must be 0 to "
@@ -55,8 +56,9 @@ class LaunchEnvironment:
         local = self.world_size if self.local_world_size is None else self.local_world_size
         if not 0 <= self.local_rank < local <= self.world_size:
             raise ConfigError(
-                f"{self.launcher} gives local rank {self.local_rank} of {local} processes on this host, of "
-                f"{self.world_size} in all; the local rank must be below the first and the first not above the last"
+                f"{self.launcher} gives local rank {self.local_rank} of {local} processes on this host and "
+                f"{self.world_size} in all; the local rank must be 0 to {local - 1}, and no host can have "
+                "more processes than the job"
             )
         if self.master_port is not None and not 1 <= self.master_port <= 65535:
             raise ConfigError(
@@ -72,7 +74,7 @@ def detect_launch(environ: Mapping[str, str]) -> LaunchEnvironment:
         environ: usually ``os.environ``.
 
     Raises:
-        ConfigError: a launcher's variables are there only in part, or one of them is not a number or out of range.
+        ConfigError: a launcher's variables are there only in part, or one is not a number or out of range.
     """
     if _is_torchrun(environ):
         return _torchrun(environ)
@@ -87,7 +89,7 @@ def _is_torchrun(environ: Mapping[str, str]) -> bool:
     if "TORCHELASTIC_RUN_ID" in environ or all(name in environ for name in _TORCHRUN):
         return True
     if "MS_ROLE" in environ:
-        # Newer msrun versions export LOCAL_RANK, and a RANK that counts within the host: neither is torchrun's.
+        # Newer msrun versions export LOCAL_RANK, and a RANK that counts within the host.
         return False
     if "RANK" in environ or "LOCAL_RANK" in environ:
         return True
@@ -119,8 +121,9 @@ def _msrun(environ: Mapping[str, str]) -> LaunchEnvironment:
     world_size = _integer(environ, "MS_WORKER_NUM")
     if world_size > 1 and "MS_NODE_ID" not in environ:
         raise ConfigError(
-            f"MS_NODE_ID is not set for this worker of {world_size}: msrun over several hosts was started without "
-            "--node_rank, so every worker believes that it is rank 0; pass --node_rank=0, 1, ... to the msrun of each host"
+            f"MS_NODE_ID is not set for this worker of {world_size}: msrun over several hosts was started "
+            "without --node_rank, so every worker believes that it is rank 0; pass --node_rank=0, 1, ... to "
+            "the msrun of each host"
         )
     rank, local_rank = _integer(environ, "RANK_ID"), _integer(environ, "DEVICE_ID")
     return LaunchEnvironment(
@@ -136,7 +139,7 @@ def _msrun(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _is_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several tasks (not a batch script, nor an interactive shell)."""
+    """Whether srun started this process as one of several tasks: no batch script, no interactive shell."""
     step = environ.get("SLURM_STEP_ID", "")
     if not step.isdigit() or int(step) >= _FIRST_SPECIAL_SLURM_STEP or "SLURM_PTY_PORT" in environ:
         return False
@@ -154,7 +157,7 @@ def _slurm(environ: Mapping[str, str]) -> LaunchEnvironment:
         local_rank=_integer(environ, "SLURM_LOCALID"),
         local_world_size=_slurm_local_tasks(environ),
         master_addr=environ.get("MASTER_ADDR") or _slurm_first_host(environ, cure),
-        master_port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _slurm_port(environ, cure),
+        master_port=_slurm_port(environ, cure),
         launcher="slurm",
     )
 
@@ -178,7 +181,9 @@ def _slurm_first_host(environ: Mapping[str, str], cure: str) -> str:
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     nodes = next((environ[name] for name in names if environ.get(name)), None)
     if nodes is None:
-        raise ConfigError(f"SLURM_STEP_NODELIST is not set, so the host of rank 0 is unknown; {cure}, or set MASTER_ADDR")
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST is not set, so the host of rank 0 is unknown; {cure}, or set MASTER_ADDR"
+        )
     return first_host(nodes)
 
 
@@ -190,12 +195,14 @@ def first_host(nodes: str) -> str:
     """
     match = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+(?=,|$)", nodes)
     if match is None:
-        raise ConfigError(f"the Slurm node list {nodes!r} cannot be read; expected one such as 'gpu[001-004]'")
+        raise ConfigError(f"the Slurm node list is {nodes!r}; expected one such as 'gpu[001-004],cpu1'")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
 
 
 def _slurm_port(environ: Mapping[str, str], cure: str) -> int:
-    """A port that all tasks of one step agree on, and that steps side by side on one host do not share."""
+    """MASTER_PORT, or a port that all tasks of a step agree on and that steps side by side do not share."""
+    if "MASTER_PORT" in environ:
+        return _integer(environ, "MASTER_PORT")
     name = "SLURM_JOB_ID" if "SLURM_JOB_ID" in environ else "SLURM_JOBID"
     _require(environ, (name,), "Slurm", f"{cure}, or set MASTER_PORT")
     # Below 32768, where Linux begins to hand out ports to outgoing connections.
@@ -218,4 +225,4 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])
     except ValueError:
-        raise ConfigError(f"{name} is {environ[name]!r} in the environment; it must be a whole number") from None
+        raise ConfigError(f"{name} is {environ[name]!r} in the environment; it must be an integer") from None

@@ -1,7 +1,7 @@
 """Random numbers that depend on what they are for, never on which rank draws them.
 
-A seed is the BLAKE2b digest of (seed, purpose, position), so two layouts that see the same sample draw the same
-numbers, and any draw can be repeated on its own, without the draws before it.
+A seed is the BLAKE2b digest of (seed, purpose, position), so two layouts that see the same sample draw the
+same numbers, and any draw can be repeated on its own, without the draws before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def keyed_seed(seed: int, purpose: str, *position: int | str) -> int:
     Args:
         seed: the run's seed.
         purpose: what the draw is for, such as "noise" or "weights"; different purposes are independent.
-        position: where the draw stands, such as the sample's number in the global order or a parameter's name.
+        position: where the draw stands, such as the sample's number in the global order, or a parameter's
+            name.
 
     Returns:
         An integer in [0, 2**63), the same on every machine and in every version of Python.
@@ -30,10 +31,10 @@ def keyed_seed(seed: int, purpose: str, *position: int | str) -> int:
     digest = hashlib.blake2b(digest_size=8, person=b"flashi2v")
     for part in (seed, purpose, *position):
         if isinstance(part, bool) or not isinstance(part, (int, str)):
-            raise TypeError(f"a key part is {part!r} of type {type(part).__name__}; it must be an int or a str")
+            raise TypeError(f"a key part is {part!r} ({type(part).__name__}); it must be an int or a str")
         kind = b"s" if isinstance(part, str) else b"i"
         text = str(part).encode("utf-8")
-        # The kind and the length go first, so that ("a", "bc"), ("ab", "c"), 1 and "1" are all different keys.
+        # Kind and length go first, so that ("a", "bc"), ("ab", "c"), 1 and "1" are all different keys.
         digest.update(kind + len(text).to_bytes(8, "little") + text)
     return int.from_bytes(digest.digest(), "little") >> 1
 

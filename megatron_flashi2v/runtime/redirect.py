@@ -1,11 +1,12 @@
 """The one place that redirects megatron-core's literal "cuda" to the device in use.
 
 megatron-core writes ``torch.cuda.current_device()``, ``device="cuda"``, ``tensor.cuda()`` and compares
-``tensor.type()`` with ``"torch.cuda.FloatTensor"``. Inside :func:`megatron_on` these reach the NPU or the CPU.
+``tensor.type()`` with ``"torch.cuda.FloatTensor"``. Inside :func:`megatron_on` these reach the NPU or the
+CPU.
 
-The functions themselves are exchanged, rather than intercepted by a ``TorchFunctionMode``: torch switches such a mode
-off while it runs ``torch.autograd.backward``, hence during every backward pass, hook and recomputation, and the mode
-costs a Python call for each tensor operation.
+The functions themselves are exchanged, rather than intercepted by a ``TorchFunctionMode``: torch switches
+such a mode off while it runs ``torch.autograd.backward``, hence in every backward pass, hook and
+recomputation, and the mode costs a Python call for each tensor operation.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from megatron_flashi2v.runtime.device import Device
 
 # Functions that take a device keyword and that megatron-core calls, or may call, with "cuda".
 _FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint", "randn",
-    "tensor", "zeros", "zeros_like",
+    "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randint",
+    "randn", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
 _MISSING = object()
 
@@ -33,14 +34,14 @@ _MISSING = object()
 def megatron_on(device: Device) -> Iterator[None]:
     """Let megatron-core run on ``device``: no change on CUDA, the redirection on NPU and CPU.
 
-    Enter it before the first call into megatron-core and leave it after the last; everything is put back on leaving.
-    Inside, ``torch.cuda.is_available()`` answers False, and ``torch.cuda.current_device()`` returns a
-    ``torch.device`` (megatron-core only passes it on as ``device=``).
+    Enter it before the first call into megatron-core and leave it after the last; everything is put back on
+    leaving. Inside, ``torch.cuda.is_available()`` answers False, and ``torch.cuda.current_device()`` returns
+    a ``torch.device`` (megatron-core only passes it on as ``device=``).
     """
     if device.name == "cuda":
         yield
         return
-    # Both remember torch's functions as they were when first asked: fill them before any function is exchanged.
+    # Both remember torch's functions as they are when first asked: ask before any function is exchanged.
     importlib.import_module("torch._dynamo")
     _device_constructors()
     with contextlib.ExitStack() as undo:
@@ -63,7 +64,7 @@ def _exchanges(device: Device) -> Iterator[tuple[Any, str, Any]]:
     for name, value in functions.items():
         yield torch.cuda, name, value
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
-        yield torch.cuda.random, name, functions[name]  # megatron-core reaches some of them through the submodule
+        yield torch.cuda.random, name, functions[name]  # the RNG tracker reaches into the submodule
     for name in ("range_push", "range_pop"):
         yield torch.cuda.nvtx, name, _nothing
     for name in _FACTORIES:
@@ -203,7 +204,9 @@ def _redirect_to(to: Callable[..., Any], target: torch.device) -> Callable[..., 
 
 
 def _redirect_cuda(target: torch.device) -> Callable[..., Any]:
-    def cuda(self: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
+    def cuda(
+        self: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
         return self.to(target, non_blocking=non_blocking, **kwargs)
 
     return cuda
@@ -217,8 +220,9 @@ def _redirect_module_cuda(target: torch.device) -> Callable[..., Any]:
 
 
 def _redirect_type(type_: Callable[..., Any], device: Device) -> Callable[..., Any]:
-    """``tensor.type()`` answers "torch.cuda.FloatTensor" for the device's tensors; a cast by name goes to the device."""
-    own, cuda = ("torch.", "torch.cuda.") if device.name == "cpu" else (f"torch.{device.name}.", "torch.cuda.")
+    """``tensor.type()`` answers "torch.cuda.FloatTensor" for the device's tensors; casts by name go there."""
+    own = "torch." if device.name == "cpu" else f"torch.{device.name}."
+    cuda = "torch.cuda."
 
     @functools.wraps(type_)
     def redirected(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -22,9 +22,7 @@ def attention(
         NotImplementedError: the log-sum-exp is asked for on another device than the CPU.
     """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query_BQhD, key_BKhD, value_BKhD))
-    # [B, 1, 1, K] broadcasts over heads and queries; there is no mask at all in the usual case, because any
-    # mask
-    # rules out the flash kernels
+    # [B, 1, 1, K] broadcasts over heads and queries; flash kernels need that there is no mask without padding
     mask = None if key_padding_mask_BK is None else key_padding_mask_BK[:, None, None, :]
     if not return_log_sum_exp:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)

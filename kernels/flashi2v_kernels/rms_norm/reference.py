@@ -29,12 +29,13 @@ def rms_norm(
         the shape and dtype of ``x``.
 
     Raises:
-        ValueError: the weight does not fit, or only one of ``sum_of_squares`` and ``full_width`` is given.
+        ValueError: the weight or the sums do not fit ``x``, or only one of ``sum_of_squares`` and
+            ``full_width`` is given.
     """
     if (sum_of_squares is None) != (full_width is None):
         raise ValueError("give both sum_of_squares and full_width, or neither")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight = weight_like_tail(x, weight)
+    weight = weight_like_tail(x, weight, sum_of_squares)
     if sum_of_squares is None or full_width is None:
         sum_of_squares = x.to(dtype).square().sum(dim=tuple(range(-weight.ndim, 0)))
         full_width = weight.numel()

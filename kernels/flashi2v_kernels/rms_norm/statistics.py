@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 
-def weight_like_tail(x: Tensor, weight: Tensor) -> Tensor:
+def weight_like_tail(x: Tensor, weight: Tensor, sum_of_squares: Tensor | None = None) -> Tensor:
     """View ``weight`` in the shape of the trailing dimensions of ``x`` that are normalised.
 
-    The query of a rank is often a strided view [tokens, batch, heads, head size], while its weight is one row
-    of heads * head size numbers: the norm then runs over the last two dimensions, without a copy of the
-    query.
+    A rank's query is often a strided view [tokens, batch, heads, head size], while its weight is one row of
+    heads * head size numbers: the norm then runs over the last two dimensions, without a copy of the query.
 
     Args:
         x: [..., *tail].
         weight: the tail's shape, or as many numbers in one row.
+        sum_of_squares: [...], one number for each tail, if it was summed outside.
 
     Raises:
-        ValueError: no number of trailing dimensions of ``x`` fits the weight.
+        ValueError: no number of trailing dimensions of ``x`` fits the weight and the sums.
     """
-    if weight.ndim > 1:
-        if tuple(x.shape[-weight.ndim :]) == tuple(weight.shape):
-            return weight
-    else:
-        for dims in range(1, x.ndim + 1):
-            tail = x.shape[-dims:]
-            if math.prod(tail) == weight.numel():
-                return weight.view(tail)
-    raise ValueError(f"weight {tuple(weight.shape)} does not fit the trailing dimensions of {tuple(x.shape)}")
+    # the sums tell (1 head, head size) from (head size), which hold as many numbers
+    tails = range(1, x.ndim + 1) if sum_of_squares is None else [x.ndim - sum_of_squares.ndim]
+    for dims in tails:
+        tail = x.shape[x.ndim - dims :]
+        fits = tuple(weight.shape) in (tuple(tail), (math.prod(tail),))
+        if fits and (sum_of_squares is None or sum_of_squares.shape == x.shape[: x.ndim - dims]):
+            return weight.view(tail)
+    sums = "" if sum_of_squares is None else f" and sums {tuple(sum_of_squares.shape)}"
+    raise ValueError(f"weight {tuple(weight.shape)}{sums} do not fit the last dimensions of {tuple(x.shape)}")
 
 
 def widened(x: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""Eager torch with a backward of its own: it keeps the input and one number per row, not fp32 copies of
-rows."""
+"""Eager torch with a backward of its own, which keeps the input and one number per row, no fp32 copies."""
 
 from __future__ import annotations
 
@@ -17,13 +16,9 @@ def rms_norm(
     """See :func:`flashi2v_kernels.rms_norm.reference.rms_norm`."""
     if (sum_of_squares is None) != (full_width is None):
         raise ValueError("give both sum_of_squares and full_width, or neither")
-    weight = weight_like_tail(x, weight)
+    weight = weight_like_tail(x, weight, sum_of_squares)
     if sum_of_squares is None or full_width is None:
         return _RmsNorm.apply(x, weight, eps)
-    if sum_of_squares.shape != x.shape[: x.ndim - weight.ndim]:
-        raise ValueError(
-            f"sum_of_squares {tuple(sum_of_squares.shape)} does not fit the rows of {tuple(x.shape)}"
-        )
     return _RmsNormOfSum.apply(x, weight, sum_of_squares, full_width, eps)
 
 

@@ -29,7 +29,8 @@ def axis_angles(positions: int, size: int, theta: float = 10000.0) -> Tensor:
     """
     if positions > MAX_POSITIONS:
         raise ValueError(f"an axis has {positions} positions; the rotary table ends at {MAX_POSITIONS}")
-    exponents_R = torch.arange(0, size, 2, dtype=torch.float64) / max(size, 1)  # small heads turn with time only
+    # heads below 6 channels turn with time only: the other axes have size 0
+    exponents_R = torch.arange(0, size, 2, dtype=torch.float64) / max(size, 1)
     return torch.outer(torch.arange(positions, dtype=torch.float64), 1.0 / torch.pow(theta, exponents_R))
 
 

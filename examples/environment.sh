@@ -1,0 +1,28 @@
+# Sourced by the scripts that set up what they need: examples/quickstart.sh and tests/run.sh.
+
+# Makes the package importable with the extras that $1 names ('.' or '.[test]'), in the active virtual environment or,
+# without one, in .venv. What was installed before for the same files is not installed again.
+ensure_environment() {
+    local target="$1" python stamp wanted
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        if [ ! -x .venv/bin/python ]; then
+            python="$(command -v python3 || command -v python)" || { echo "error: no python3 found" >&2; return 1; }
+            "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+                echo "error: $("$python" --version 2>&1) is too old; Python 3.10 or newer is needed" >&2
+                return 1
+            }
+            "$python" -m venv .venv
+        fi
+        # shellcheck disable=SC1091
+        . .venv/bin/activate
+    fi
+    stamp="$VIRTUAL_ENV/.megatron_flashi2v-$(printf '%s' "$target" | tr -c 'a-z' '_')"
+    wanted="$PWD $(cat setup.py constraints.txt | cksum)"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "Installing $target into $VIRTUAL_ENV (a few minutes the first time) ..."
+        # torch first: its pinned version is the one that has a build without CUDA.
+        python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+        python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "$target"
+        printf '%s' "$wanted" >"$stamp"
+    fi
+}

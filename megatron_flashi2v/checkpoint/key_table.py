@@ -1,0 +1,405 @@
+"""The one table of parameter names: ours, original Wan and FlashI2V main, diffusers, FlashI2V npu.
+
+``BACKBONE`` and ``CONDITIONING`` list every tensor of the model once: our name and shape, the names that the
+other formats give it, and how its values are arranged there. Everything that reads, writes or counts
+parameters is a loop over it. Source of the
+names: the releases' state dicts (diffusers' ``WanTransformer3DModel``; both FlashI2V branches).
+
+Sizes in shapes are symbols, made numbers by a :class:`ModelConfig`: d hidden, f feed-forward, c latent
+channels, P values in a patch, h channels inside phi, text and freq input widths, pt ph pw the patch, kt kh kw
+phi's kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_flashi2v.config.model import ModelConfig
+
+FORMATS = ("wan", "diffusers", "flashi2v_npu")
+
+Size = int | str | tuple[int, str]  # a number, a symbol, or a multiple of a symbol
+Sizes = tuple[Size, ...]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Same:
+    """One external tensor with our shape."""
+
+    def to_external(self, tensor: torch.Tensor, shape: Shape, heads: int) -> tuple[torch.Tensor, ...]:
+        """The external tensors, each of ``shape``."""
+        return (tensor,)
+
+    def to_ours(self, tensors: Sequence[torch.Tensor], shape: Shape, heads: int) -> torch.Tensor:
+        """Our tensor, of ``shape``."""
+        return tensors[0]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """One external tensor with the same values in the same order, in another shape."""
+
+    external: Sizes
+
+    def to_external(self, tensor: torch.Tensor, shape: Shape, heads: int) -> tuple[torch.Tensor, ...]:
+        """The external tensors, each of ``shape``."""
+        return (tensor.reshape(shape),)
+
+    def to_ours(self, tensors: Sequence[torch.Tensor], shape: Shape, heads: int) -> torch.Tensor:
+        """Our tensor, of ``shape``."""
+        return tensors[0].reshape(shape)
+
+
+@dataclass(frozen=True)
+class FusedHeads:
+    """Several external projections that are one tensor of ours, fused head by head.
+
+    Our rows are ordered (head, part, channel), so that a contiguous slice of rows is a set of heads with all
+    their parts; every external tensor has rows (head, channel).
+    """
+
+    parts: tuple[str, ...]
+
+    def to_external(self, tensor: torch.Tensor, shape: Shape, heads: int) -> tuple[torch.Tensor, ...]:
+        """The external tensors, each of ``shape``."""
+        by_head = tensor.reshape(heads, len(self.parts), -1, *shape[1:])
+        return tuple(part.reshape(shape) for part in by_head.unbind(1))
+
+    def to_ours(self, tensors: Sequence[torch.Tensor], shape: Shape, heads: int) -> torch.Tensor:
+        """Our tensor, of ``shape``."""
+        by_head = [part.reshape(heads, -1, *shape[1:]) for part in tensors]
+        return torch.stack(by_head, dim=1).reshape(shape)
+
+
+Transform = Same | Reshape | FusedHeads
+_SAME = Same()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor of a module: our shape, and how other formats hold it."""
+
+    shape: Sizes
+    transform: Transform = _SAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """One row of the table: a module's tensors and its names.
+
+    ``{i}`` is the block's number and ``{part}`` one of the projections that our tensor fuses. A name of None:
+    the format has no such module. A tensor's key of "" stands for a parameter that is not inside a module.
+    """
+
+    ours: str
+    wan: str
+    diffusers: str | None
+    flashi2v_npu: str
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether every block has one."""
+        return "{i}" in self.ours
+
+
+def _linear(rows: Size, columns: Size, transform: Transform = _SAME) -> dict[str, Tensor]:
+    return {
+        "weight": Tensor(shape=(rows, columns), transform=transform),
+        "bias": Tensor(shape=(rows,), transform=transform),
+    }
+
+
+def _conv_as_linear(rows: Size, columns: Size, *external: Size) -> dict[str, Tensor]:
+    """A convolution whose stride is its kernel: a matrix product of ours."""
+    return {
+        "weight": Tensor(shape=(rows, columns), transform=Reshape(external)),
+        "bias": Tensor(shape=(rows,)),
+    }
+
+
+def _conv(rows: Size, *rest: Size) -> dict[str, Tensor]:
+    return {"weight": Tensor(shape=(rows, *rest)), "bias": Tensor(shape=(rows,))}
+
+
+def _vectors(*names: str) -> dict[str, Tensor]:
+    return {name: Tensor(shape=("d",)) for name in names}
+
+
+def _attention(
+    ours: str, original: str, diffusers: str, fused: str, parts: tuple[str, ...]
+) -> tuple[Module, ...]:
+    """The rows of one attention; ``parts`` are fused into ``fused``, a remaining query has its own
+    projection."""
+
+    def row(name: str, external: tuple[str, str, str], tensors: Mapping[str, Tensor]) -> Module:
+        wan, diffusers_name, npu = external
+        return Module(
+            ours=f"blocks.{{i}}.{ours}.{name}",
+            wan=f"blocks.{{i}}.{original}.{wan}",
+            diffusers=f"blocks.{{i}}.{diffusers}.{diffusers_name}",
+            flashi2v_npu=f"blocks.{{i}}.{original}.{npu}",
+            tensors=tensors,
+        )
+
+    rows = [
+        row(
+            fused, ("{part}", "to_{part}", "proj_{part}"), _linear((len(parts), "d"), "d", FusedHeads(parts))
+        ),
+        row("norm_q", ("norm_q", "norm_q", "q_norm"), _vectors("weight")),
+        row("norm_k", ("norm_k", "norm_k", "k_norm"), _vectors("weight")),
+        row("linear_proj", ("o", "to_out.0", "proj_out"), _linear("d", "d")),
+    ]
+    if "q" not in parts:
+        rows.insert(0, row("linear_q", ("q", "to_q", "proj_q"), _linear("d", "d")))
+    return tuple(rows)
+
+
+BACKBONE: tuple[Module, ...] = (
+    Module(
+        ours="patch_embedding",
+        wan="patch_embedding",
+        diffusers="patch_embedding",
+        flashi2v_npu="patch_embedding",
+        tensors=_conv_as_linear("d", "P", "d", "c", "pt", "ph", "pw"),
+    ),
+    Module(
+        ours="text_embedding.linear_1",
+        wan="text_embedding.0",
+        diffusers="condition_embedder.text_embedder.linear_1",
+        flashi2v_npu="text_embedding.linear_1",
+        tensors=_linear("d", "text"),
+    ),
+    Module(
+        ours="text_embedding.linear_2",
+        wan="text_embedding.2",
+        diffusers="condition_embedder.text_embedder.linear_2",
+        flashi2v_npu="text_embedding.linear_2",
+        tensors=_linear("d", "d"),
+    ),
+    Module(
+        ours="time_embedding.linear_1",
+        wan="time_embedding.0",
+        diffusers="condition_embedder.time_embedder.linear_1",
+        flashi2v_npu="time_embedding.0",
+        tensors=_linear("d", "freq"),
+    ),
+    Module(
+        ours="time_embedding.linear_2",
+        wan="time_embedding.2",
+        diffusers="condition_embedder.time_embedder.linear_2",
+        flashi2v_npu="time_embedding.2",
+        tensors=_linear("d", "d"),
+    ),
+    Module(
+        ours="time_embedding.projection",
+        wan="time_projection.1",
+        diffusers="condition_embedder.time_proj",
+        flashi2v_npu="time_projection.1",
+        tensors=_linear((6, "d"), "d"),
+    ),
+    Module(
+        ours="blocks.{i}.modulation",
+        wan="blocks.{i}.modulation",
+        diffusers="blocks.{i}.scale_shift_table",
+        flashi2v_npu="blocks.{i}.modulation",
+        tensors={"": Tensor(shape=(6, "d"), transform=Reshape((1, 6, "d")))},
+    ),
+    *_attention("self_attention", "self_attn", "attn1", "linear_qkv", ("q", "k", "v")),
+    Module(
+        ours="blocks.{i}.norm_cross",
+        wan="blocks.{i}.norm3",
+        diffusers="blocks.{i}.norm2",
+        flashi2v_npu="blocks.{i}.norm3",
+        tensors=_vectors("weight", "bias"),
+    ),
+    *_attention("cross_attention", "cross_attn", "attn2", "linear_kv", ("k", "v")),
+    Module(
+        ours="blocks.{i}.mlp.linear_fc1",
+        wan="blocks.{i}.ffn.0",
+        diffusers="blocks.{i}.ffn.net.0.proj",
+        flashi2v_npu="blocks.{i}.ffn.0",
+        tensors=_linear("f", "d"),
+    ),
+    Module(
+        ours="blocks.{i}.mlp.linear_fc2",
+        wan="blocks.{i}.ffn.2",
+        diffusers="blocks.{i}.ffn.net.2",
+        flashi2v_npu="blocks.{i}.ffn.2",
+        tensors=_linear("d", "f"),
+    ),
+    Module(
+        ours="head.modulation",
+        wan="head.modulation",
+        diffusers="scale_shift_table",
+        flashi2v_npu="head.modulation",
+        tensors={"": Tensor(shape=(2, "d"), transform=Reshape((1, 2, "d")))},
+    ),
+    Module(
+        ours="head.linear",
+        wan="head.head",
+        diffusers="proj_out",
+        flashi2v_npu="head.head",
+        tensors=_linear("P", "d"),
+    ),
+)
+
+# Image conditioning by paradigm; diffusers' transformer has no place for these tensors.
+CONDITIONING: Mapping[str, tuple[Module, ...]] = {
+    "text_to_video": (),
+    "flashi2v": (
+        Module(
+            ours="conditioning.phi.conv_in",
+            wan="learnable_proj.proj.0",
+            diffusers=None,
+            flashi2v_npu="learnable_proj.0",
+            tensors=_conv("h", "c", "kt", "kh", "kw"),
+        ),
+        Module(
+            ours="conditioning.phi.conv_out",
+            wan="learnable_proj.proj.2",
+            diffusers=None,
+            flashi2v_npu="learnable_proj.2",
+            tensors=_conv("c", "h", "kt", "kh", "kw"),
+        ),
+        Module(
+            ours="conditioning.fourier_embedding.conv_in",
+            wan="fourier_embedding.0",
+            diffusers=None,
+            flashi2v_npu="fourier_embedding.0",
+            tensors=_conv_as_linear("d", "P", "d", "c", "pt", "ph", "pw"),
+        ),
+        Module(
+            ours="conditioning.fourier_embedding.conv_out",
+            wan="fourier_embedding.1",
+            diffusers=None,
+            flashi2v_npu="fourier_embedding.1",
+            tensors=_conv_as_linear("d", "d", "d", "d", 1, 1, 1),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mapped:
+    """One tensor of a concrete model and what it is in one external format.
+
+    Attributes:
+        ours: our name.
+        shape: our shape.
+        external: the external tensors' names; several where ours fuses them.
+        external_shape: shape of each of them.
+        transform: how the values are arranged.
+        heads: attention heads of the model.
+    """
+
+    ours: str
+    shape: Shape
+    external: tuple[str, ...]
+    external_shape: Shape
+    transform: Transform
+    heads: int
+
+    def to_external(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The external tensors, in the order of ``external``, from ours."""
+        return self.transform.to_external(tensor, self.external_shape, self.heads)
+
+    def to_ours(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Our tensor from the external ones, in the order of ``external``."""
+        return self.transform.to_ours(tensors, self.shape, self.heads)
+
+
+def mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
+    """Every tensor of a model that an external format holds, in the model's order.
+
+    Tensors whose module has no name in the format are left out (image conditioning, in diffusers).
+    """
+    if external_format not in FORMATS:
+        raise ValueError(f"no such format: {external_format}; the table has {', '.join(FORMATS)}")
+    sizes = _sizes(config)
+    for module, block in _instances(config):
+        external = getattr(module, external_format)
+        if external is None:
+            continue
+        for key, tensor in module.tensors.items():
+            shape = _shape(tensor.shape, sizes)
+            transform = tensor.transform
+            parts: tuple[str, ...] = ("",)
+            external_shape = shape
+            if isinstance(transform, FusedHeads):
+                parts = transform.parts
+                external_shape = (shape[0] // len(parts), *shape[1:])
+            elif isinstance(transform, Reshape):
+                external_shape = _shape(transform.external, sizes)
+            yield Mapped(
+                ours=_name(module.ours, key, block),
+                shape=shape,
+                external=tuple(_name(external, key, block).replace("{part}", part) for part in parts),
+                external_shape=external_shape,
+                transform=transform,
+                heads=config.num_attention_heads,
+            )
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Our global names and shapes of all of a model's parameters, in the model's order."""
+    sizes = _sizes(config)
+    return {
+        _name(module.ours, key, block): _shape(tensor.shape, sizes)
+        for module, block in _instances(config)
+        for key, tensor in module.tensors.items()
+    }
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Exact number of a model's parameters."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
+def _instances(config: ModelConfig) -> Iterator[tuple[Module, int]]:
+    """A model's modules with their block's number (0 outside of blocks), in the model's order."""
+    rows = BACKBONE + CONDITIONING[config.conditioning]
+    first = next(index for index, row in enumerate(rows) if row.in_blocks)
+    yield from ((row, 0) for row in rows[:first])
+    yield from ((row, block) for block in range(config.num_layers) for row in rows if row.in_blocks)
+    yield from ((row, 0) for row in rows[first:] if not row.in_blocks)
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    pt, ph, pw = config.patch_size
+    kt, kh, kw = config.phi_kernel_size
+    return {
+        "d": config.hidden_size,
+        "f": config.ffn_hidden_size,
+        "c": config.latent_channels,
+        "P": config.patch_dim,
+        "h": config.phi_hidden_channels,
+        "text": config.text_dim,
+        "freq": config.freq_dim,
+        "pt": pt,
+        "ph": ph,
+        "pw": pw,
+        "kt": kt,
+        "kh": kh,
+        "kw": kw,
+    }
+
+
+def _shape(symbols: Sizes, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(_size(symbol, sizes) for symbol in symbols)
+
+
+def _size(symbol: Size, sizes: Mapping[str, int]) -> int:
+    if isinstance(symbol, tuple):
+        return symbol[0] * sizes[symbol[1]]
+    return sizes[symbol] if isinstance(symbol, str) else symbol
+
+
+def _name(template: str, key: str, block: int) -> str:
+    name = template.replace("{i}", str(block))
+    return f"{name}.{key}" if key else name

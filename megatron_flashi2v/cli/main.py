@@ -1,0 +1,61 @@
+"""``flashi2v COMMAND ...``: hands over to one thin file per command, importing nothing heavy before it must."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_flashi2v import __version__
+from megatron_flashi2v.config.errors import UserError
+
+COMMANDS = {
+    "prepare": "annotations and video files to filtered, encoded shards",
+    "train": "pretraining, alone or under torchrun, msrun or srun",
+    "sample": "an image and a prompt to a video",
+    "convert": "checkpoints to and from other formats",
+}
+
+
+def usage() -> str:
+    """The text of ``flashi2v --help``."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    return (
+        "usage: flashi2v COMMAND [FLAGS]\n\n"
+        "Train FlashI2V image-to-video diffusion transformers on megatron-core.\n\n"
+        f"commands:\n{commands}\n\n"
+        "`flashi2v COMMAND --help` lists a command's flags.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the process's exit code.
+
+    A :class:`~megatron_flashi2v.config.errors.UserError` is told in one line; anything else is a bug and keeps its
+    traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        sys.stdout.write(f"megatron-flashi2v {__version__}\n")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        sys.stderr.write(f"flashi2v: unknown command {command!r}{hint}\n\n{usage()}")
+        return 2
+    return run_command(command, rest)
+
+
+def run_command(command: str, argv: Sequence[str]) -> int:
+    """Run one command's ``main`` and turn a user's error into a line and an exit code."""
+    try:
+        return importlib.import_module(f"megatron_flashi2v.cli.{command}").main(list(argv))
+    except UserError as error:
+        sys.stderr.write(f"flashi2v {command}: error: {error}\n")
+        return error.exit_code

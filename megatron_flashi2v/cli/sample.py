@@ -1,0 +1,157 @@
+"""``flashi2v sample``: an image and a prompt to an mp4."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import tyro
+
+from megatron_flashi2v.config.sample import SampleConfig
+
+if TYPE_CHECKING:
+    from megatron_flashi2v.sampling.pipeline import SampledVideo
+
+DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoShape:
+    """Video frames, pixels and frames per second of the sample."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the arguments after ``sample`` and run; returns the exit status.
+
+    Raises:
+        UserError: a file, a checkpoint or a setting is wrong.
+    """
+    config = tyro.cli(
+        SampleConfig, args=list(argv), prog="flashi2v sample",
+        description="Sample a video that starts from an image and follows a prompt.",
+    )
+    run(config)
+    return 0
+
+
+def run(config: SampleConfig) -> SampledVideo:
+    """Load everything, sample one video, write the mp4 and the strip of frames.
+
+    Raises:
+        UserError: as for :func:`main`.
+    """
+    import torch
+
+    from megatron_flashi2v.checkpoint.checkpoint import load_model_config, load_state
+    from megatron_flashi2v.encoders.text import TextEncoder
+    from megatron_flashi2v.encoders.video_vae import VideoVAE
+    from megatron_flashi2v.runtime.device import resolve_device
+    from megatron_flashi2v.sampling.load import load_model, resolve_checkpoint, single_process, velocity_of
+    from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
+
+    # Cheap checks first: nobody should wait for 14 billion weights to hear of a misspelt file.
+    folder = resolve_checkpoint(config.load)
+    model_config = load_model_config(folder)
+    shape = video_shape(config, load_state(folder))
+    images = condition_images(config, model_config)
+    device = resolve_device(config.device)
+    vae = VideoVAE.load(config.vae, device.torch_device)
+    latent_shape_of(vae, model_config, shape.num_frames, shape.height, shape.width)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    text_encoder = TextEncoder.load(
+        config.text_encoder, config.tokenizer, model_config.text_length, device.torch_device, dtype
+    )
+    logger.info("sampling %d frames of %dx%d from %s on %s", shape.num_frames, shape.height, shape.width, folder,
+                device.describe())
+    with single_process(device) as groups:
+        model = load_model(folder, groups, device, bf16=config.bf16, attention_backend=config.attention_backend)
+        pipeline = ImageToVideoPipeline(
+            velocity=velocity_of(model), vae=vae, text_encoder=text_encoder, model_config=model_config,
+            device=device.torch_device, batched_guidance=config.batched_guidance,
+        )
+        video = sample(pipeline, images, config, shape)
+    write(video, config, shape.fps)
+    return video
+
+
+def video_shape(config: SampleConfig, state: Mapping[str, Any]) -> VideoShape:
+    """The flags, else what the checkpoint's training data were, else the released models' 49 x 480 x 832."""
+    recorded = state.get("data")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+
+    def choose(flag: float | None, name: str, default: float) -> float:
+        return flag if flag is not None else recorded.get(name, default)
+
+    return VideoShape(
+        num_frames=int(choose(config.num_frames, "frames", DEFAULT_FRAMES)),
+        height=int(choose(config.height, "height", DEFAULT_HEIGHT)),
+        width=int(choose(config.width, "width", DEFAULT_WIDTH)),
+        fps=float(choose(config.fps, "fps", DEFAULT_FPS)),
+    )
+
+
+def condition_images(config: SampleConfig, model_config: ModelConfig) -> Any:
+    """The condition image as a uint8 tensor ``[3, H, W]``; None for a text-to-video model without one.
+
+    Raises:
+        ConfigError: the model needs an image and none was given.
+        DataError: the file is missing, or no picture or video.
+    """
+    from megatron_flashi2v.config.errors import ConfigError
+    from megatron_flashi2v.sampling.image import load_image
+
+    if config.image is not None:
+        return load_image(config.image)
+    if model_config.conditioning != "text_to_video":
+        raise ConfigError(
+            f"image is not given, but {config.load} is a {model_config.conditioning} model; give --image FILE"
+        )
+    return None
+
+
+def sample(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape) -> SampledVideo:
+    """Run the pipeline with a progress bar over its steps."""
+    from megatron_flashi2v.runtime.progress import progress
+
+    with progress("sampling", config.num_steps) as report:
+        return pipeline(
+            images,
+            config.prompt,
+            num_frames=shape.num_frames,
+            height=shape.height,
+            width=shape.width,
+            negative_prompt=config.negative_prompt,
+            num_steps=config.num_steps,
+            guidance_scale=config.guidance_scale,
+            shift=config.shift,
+            cutoff_ratio=config.cutoff_ratio,
+            seed=config.seed,
+            callback=lambda done, steps, state: report.advance(),
+        )
+
+
+def write(video: SampledVideo, config: SampleConfig, fps: float) -> tuple[Path, Path]:
+    """Write the mp4 and, beside it, the condition image with frames of the sample; returns both paths."""
+    import numpy as np
+
+    from megatron_flashi2v.sampling.video import StripRow, write_comparison, write_mp4
+
+    strip = config.strip or config.output.with_suffix(".png")
+    frames_THWC = video.frames_BTHWC[0]
+    write_mp4(config.output, frames_THWC, fps)
+    rows = [StripRow(frames_THWC=frames_THWC, label=f"sample: {config.prompt}")]
+    if video.images_BHWC is not None:
+        image_THWC = np.asarray(video.images_BHWC[:1])
+        rows.insert(0, StripRow(frames_THWC=image_THWC, label="image", captions=["condition"]))
+    write_comparison(strip, rows)
+    logger.info("wrote %s and %s", config.output, strip)
+    return config.output, strip

@@ -1,0 +1,104 @@
+"""``flashi2v train``: pretraining on one process or many."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.recipe import flat_values, parse
+from megatron_flashi2v.config.rules import check_train, model_ranks
+from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.models.presets import resolve_model
+from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, or with ``--dry-run`` print what would be trained."""
+    config = parse(TrainConfig, argv, prog="flashi2v train", description="Pretrain a FlashI2V diffusion transformer.")
+    launch = detect_launch(os.environ)
+    if launch.is_scheduler:  # msrun starts the script once more, as a scheduler that has nothing to do
+        return 0
+    model = resolve_model(config.model)
+    if config.runtime.dry_run:
+        check_train(config, model, max(launch.world_size, model_ranks(config.parallel)))
+        if launch.rank == 0:
+            sys.stdout.write(dry_run_report(config, model, launch))
+        return 0
+    check_train(config, model, launch.world_size)
+    run(config, model, launch)
+    return 0
+
+
+def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> None:
+    """Initialise device and groups, train, and leave the groups in order."""
+    import torch
+
+    from megatron_flashi2v.runtime.device import resolve_device
+    from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
+    from megatron_flashi2v.runtime.logging import setup_logging
+    from megatron_flashi2v.runtime.redirect import megatron_on
+
+    setup_logging(launch.rank)
+    device = resolve_device(config.runtime.device, launch.local_rank)
+    torch.use_deterministic_algorithms(config.runtime.deterministic)
+    init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
+    try:
+        with megatron_on(device):
+            from megatron_flashi2v.training.trainer import Trainer
+
+            Trainer(config, model, launch, device).train()
+    except BaseException:
+        shutdown(failed=True)
+        raise
+    shutdown()
+
+
+def dry_run_report(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> str:
+    """The resolved configuration, exact parameter counts and the layout, as YAML with comments."""
+    import yaml
+
+    from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+    from megatron_flashi2v.config.rules import data_parallel_size, num_microbatches
+    from megatron_flashi2v.models.stages import stage_layers
+
+    parallel = config.parallel
+    world = max(launch.world_size, model_ranks(parallel))
+    total = parameter_count(parameter_shapes(model))
+    without = parameter_count(
+        {name: shape for name, shape in parameter_shapes(model).items() if not name.startswith("conditioning.")}
+    )
+    replicas = data_parallel_size(parallel, world)
+    lines = [
+        "# resolved configuration",
+        yaml.safe_dump(flat_values(config), sort_keys=False).rstrip(),
+        "",
+        "# model",
+        yaml.safe_dump(model.to_json(), sort_keys=False, default_flow_style=None).rstrip(),
+        "",
+        "# parameters",
+        f"total: {total:,}",
+        f"text_to_video_part: {without:,}",
+        f"{model.conditioning}_part: {total - without:,}",
+        "",
+        "# layout",
+        f"processes: {world}",
+        f"tensor: {parallel.tensor_model_parallel_size}"
+        + (" with sequence parallelism" if parallel.sequence_parallel else ""),
+        f"pipeline: {parallel.pipeline_model_parallel_size}",
+        f"context: {parallel.context_parallel_size}",
+        f"data: {replicas}" + (" with distributed optimizer" if parallel.use_distributed_optimizer else ""),
+        f"microbatches: {num_microbatches(config, world)} of {config.batch.micro_batch_size}",
+    ]
+    for stage in range(parallel.pipeline_model_parallel_size):
+        layers = stage_layers(model.num_layers, parallel.pipeline_model_parallel_size, stage)
+        lines.append(f"stage_{stage}: blocks {layers.start} to {layers.stop - 1}")
+    return "\n".join(lines) + "\n"
+
+
+def parameter_count(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Values in all tensors."""
+
+    return sum(math.prod(shape) for shape in shapes.values())

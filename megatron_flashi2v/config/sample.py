@@ -1,0 +1,94 @@
+"""The configuration of ``flashi2v sample``; field names are the flags' names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_flashi2v.config.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """One video from an image and a prompt."""
+
+    load: Path
+    """Checkpoint: the folder given to `train --save` (its latest iteration) or one of its iter_* folders."""
+    vae: Path
+    """Folder of the video VAE that prepared the training data (diffusers' layout)."""
+    text_encoder: Path
+    """Folder of the text encoder that prepared the training data (transformers' layout)."""
+    tokenizer: Path
+    """Folder of the text encoder's tokenizer."""
+    prompt: str
+    """What happens in the video."""
+    output: Path
+    """The mp4 to write."""
+    image: Path | None = None
+    """First frame: a png or jpg, or a video whose first frame is taken; only a text-to-video model goes without."""
+    negative_prompt: str | None = None
+    """What guidance steers away from; "" is the empty prompt of training. By default a list of common flaws."""
+    num_frames: int | None = None
+    """Video frames; by default as in the training data, or 49."""
+    height: int | None = None
+    """Pixels; by default as in the training data, or 480."""
+    width: int | None = None
+    """Pixels; by default as in the training data, or 832."""
+    fps: float | None = None
+    """Frames per second of the mp4; by default as in the training data, or 16."""
+    num_steps: int = 50
+    """Euler steps."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance; 1 turns it off and halves the time."""
+    batched_guidance: bool = False
+    """Compute both guidance passes at once: faster on a large accelerator, twice the activations."""
+    shift: float = 7.0
+    """Shift of the noise levels toward noise."""
+    cutoff_ratio: float = 0.1
+    """Share of the image's spectrum, from the lowest frequencies, kept out of the Fourier guidance."""
+    seed: int = 0
+    """Keys the initial noise."""
+    device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
+    """auto takes the first that is there."""
+    bf16: bool = False
+    """Run the transformer and the text encoder in bfloat16."""
+    attention_backend: str = "auto"
+    """Implementation of attention: auto, torch_sdpa or reference."""
+    strip: Path | None = None
+    """PNG strip of frames to write; by default beside the output, with the suffix .png."""
+
+    def __post_init__(self) -> None:
+        check_sampling_settings(
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            shift=self.shift,
+            cutoff_ratio=self.cutoff_ratio,
+        )
+        for name in ("num_frames", "height", "width", "fps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} is {value}; it must be above 0")
+        if self.output.suffix.lower() != ".mp4":
+            raise ConfigError(f"output is {self.output}; it must end in .mp4")
+        if self.strip is not None and self.strip.suffix.lower() != ".png":
+            raise ConfigError(f"strip is {self.strip}; it must end in .png")
+
+
+def check_sampling_settings(
+    *, num_steps: int, guidance_scale: float, shift: float, cutoff_ratio: float
+) -> None:
+    """Refuse settings that the sampler cannot use.
+
+    Raises:
+        ConfigError: names the setting, its value and the rule.
+    """
+    if num_steps < 1:
+        raise ConfigError(f"num_steps is {num_steps}; it must be at least 1")
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ConfigError(f"guidance_scale is {guidance_scale}; it must be a number of at least 0 (1 is no guidance)")
+    if not (math.isfinite(shift) and shift > 0):
+        raise ConfigError(f"shift is {shift}; it must be above 0 (1 is no shift)")
+    if not 0 <= cutoff_ratio <= 1:
+        raise ConfigError(f"cutoff_ratio is {cutoff_ratio}; it must be between 0 and 1")

@@ -1,0 +1,279 @@
+"""Annotation files in the reference's schema, checked field by field (facts: section 3.1).
+
+An annotation file is a JSON list of objects (``path`` and ``cap``; optionally ``resolution``, ``fps``, ``num_frames``,
+``cut``, ``crop`` and ``motion``), or a text file whose lines are ``root_dir,meta.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.reasons import Drop, DroppedEntry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One annotation; an absent field is None. Frame numbers count the file's frames from 0.
+
+    Attributes:
+        index: number over all annotation files, from 0.
+        source: annotation file and number in it, for people.
+        key: name of the sample; unique, and the same wherever the annotation stands in its file. Draws made while
+            preparing are keyed by it.
+        root: folder that ``path`` is relative to.
+        path: the video's path as annotated.
+        captions: one or more captions of the clip; one of them is drawn.
+        height: pixels.
+        width: pixels.
+        fps: frames per second.
+        num_frames: frames of the clip.
+        cut: first frame, and the frame after the last one (None: open).
+        crop: (x_start, x_end, y_start, y_end) in pixels.
+        motion: motion score.
+    """
+
+    index: int
+    source: str
+    key: str
+    root: str
+    path: str
+    captions: tuple[str, ...] | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+    cut: tuple[int, int | None] | None = None
+    crop: tuple[int, int, int, int] | None = None
+    motion: float | None = None
+
+    @property
+    def file(self) -> Path:
+        """Path of the video file."""
+        return Path(self.root, self.path)
+
+    @property
+    def start_frame(self) -> int:
+        """First frame of the clip in the file."""
+        return self.cut[0] if self.cut else 0
+
+    def dropped(self, drop: Drop) -> DroppedEntry:
+        """This annotation on the list of those that gave no sample."""
+        return DroppedEntry(
+            entry=self.index, source=self.source, path=self.path, reason=drop.reason, detail=drop.detail
+        )
+
+
+class _MalformedFieldError(Exception):
+    """A field of one annotation has another type or range than it must."""
+
+
+def read_annotations(path: Path) -> tuple[list[Entry], list[DroppedEntry]]:
+    """Read an annotation file, or all files that a list names.
+
+    Args:
+        path: a ``.json`` file (its videos' paths are relative to the file's folder), or a text file whose lines are
+            ``root_dir,meta.json`` (relative paths are looked up beside the list, then in the working directory).
+
+    Returns:
+        The well-formed annotations in order, and those with a missing or malformed field.
+
+    Raises:
+        DataError: the file, or one that it names, is missing, no JSON list, or holds no annotations.
+    """
+    sources = [(path.parent, path)] if path.suffix.lower() == ".json" else _read_list(path)
+    entries: list[Entry] = []
+    dropped: list[DroppedEntry] = []
+    keys: Counter[str] = Counter()
+    for root, file in sources:
+        for number, raw in enumerate(_read_json_list(file)):
+            index = len(entries) + len(dropped)
+            source = f"{file} entry {number}"
+            result = parse_entry(raw, root=root, index=index, source=source)
+            if isinstance(result, Drop):
+                named = raw.get("path") if isinstance(raw, dict) else None
+                shown = named if isinstance(named, str) else ""
+                dropped.append(
+                    DroppedEntry(
+                        entry=index, source=source, path=shown, reason=result.reason, detail=result.detail
+                    )
+                )
+            else:
+                entries.append(_with_unique_key(result, keys))
+    if not entries and not dropped:
+        raise DataError(f"--annotations {path}: holds no annotations; it must list at least one video")
+    return entries, dropped
+
+
+def parse_entry(raw: Any, *, root: Path | str, index: int, source: str) -> Entry | Drop:
+    """Check one annotation's fields.
+
+    Args:
+        raw: what the JSON file holds.
+        root: folder that its path is relative to.
+        index: its number over all files.
+        source: file and number in it, for people.
+
+    Returns:
+        The entry, or why it is malformed.
+    """
+    if not isinstance(raw, dict):
+        return Drop("malformed_entry", f"{source}: is {_shown(raw)}; it must be an object with path and cap")
+    try:
+        path = raw.get("path")
+        if not isinstance(path, str) or not path.strip() or "\0" in path:
+            raise _MalformedFieldError(f"path is {_shown(path)}; it must be the path of a video file")
+        height, width = _resolution(raw.get("resolution"))
+        cut, crop = _cut(raw.get("cut")), _crop(raw.get("crop"))
+        return Entry(
+            index=index,
+            source=source,
+            key=_sample_key(path, cut, crop),
+            root=str(root),
+            path=path,
+            captions=_captions(raw.get("cap")),
+            height=height,
+            width=width,
+            fps=_number("fps", raw.get("fps"), above=0.0),
+            num_frames=_integer("num_frames", raw.get("num_frames"), least=1),
+            cut=cut,
+            crop=crop,
+            motion=_number("motion", raw.get("motion")),
+        )
+    except _MalformedFieldError as error:
+        return Drop("malformed_entry", f"{source}: {error}")
+
+
+def _read_list(path: Path) -> list[tuple[Path, Path]]:
+    sources = []
+    for number, line in enumerate(_read_text(path, "--annotations").splitlines(), start=1):
+        if not line.strip():
+            continue
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) != 2 or not all(parts):
+            raise DataError(f"--annotations {path}: line {number} is {line.strip()!r}; it must be root_dir,meta.json")
+        root, file = (_resolve(part, path.parent) for part in parts)
+        sources.append((root, file))
+    if not sources:
+        raise DataError(f"--annotations {path}: is empty; each line must be root_dir,meta.json")
+    return sources
+
+
+def _resolve(part: str, folder: Path) -> Path:
+    beside = folder / part
+    return beside if beside.exists() else Path(part)
+
+
+def _read_json_list(path: Path) -> list[Any]:
+    try:
+        values = json.loads(_read_text(path, "annotation file"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"annotation file {path}: not valid JSON ({error}); it must be a list of objects") from error
+    if not isinstance(values, list):
+        raise DataError(f"annotation file {path}: is {_shown(values)}; it must be a JSON list of objects")
+    return values
+
+
+def _read_text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{what} {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{what} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _sample_key(path: str, cut: tuple[int, int | None] | None, crop: tuple[int, int, int, int] | None) -> str:
+    """A readable, stable name: the file's stem and a hash of what picks the clip (not of where the data lie)."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(path).stem)[:40].strip("_") or "clip"
+    digest = hashlib.sha256(json.dumps([path, cut, crop]).encode()).hexdigest()[:16]
+    return f"{stem}-{digest}"
+
+
+def _with_unique_key(entry: Entry, keys: Counter[str]) -> Entry:
+    keys[entry.key] += 1
+    count = keys[entry.key]
+    if count == 1:
+        return entry
+    fields = {name: getattr(entry, name) for name in Entry.__slots__}
+    return Entry(**{**fields, "key": f"{entry.key}-{count}"})
+
+
+def _captions(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise _MalformedFieldError(f"cap is {_shown(value)}; it must be a string or a list of strings")
+    return tuple(captions)
+
+
+def _resolution(value: Any) -> tuple[int | None, int | None]:
+    if value is None:
+        return None, None
+    if not isinstance(value, dict):
+        raise _MalformedFieldError(f"resolution is {_shown(value)}; it must be an object with height and width")
+    height = _integer("resolution.height", value.get("height"))
+    width = _integer("resolution.width", value.get("width"))
+    # A size of 0 is how data sets say that they do not know; half a size is no size.
+    if height is None or width is None or height <= 0 or width <= 0:
+        return None, None
+    return height, width
+
+
+def _cut(value: Any) -> tuple[int, int | None] | None:
+    if value is None:
+        return None
+    rule = "it must be [start, end] in frames, 0 <= start < end"
+    if not isinstance(value, list) or len(value) != 2:
+        raise _MalformedFieldError(f"cut is {_shown(value)}; {rule}")
+    start, end = _integer("cut[0]", value[0], least=0), _integer("cut[1]", value[1])
+    if start is None or (end is not None and end <= start):
+        raise _MalformedFieldError(f"cut is {_shown(value)}; {rule}")
+    return start, end
+
+
+def _crop(value: Any) -> tuple[int, int, int, int] | None:
+    if value is None:
+        return None
+    rule = "it must be [x_start, x_end, y_start, y_end] in pixels, each start >= 0 and below its end"
+    if not isinstance(value, list) or len(value) != 4:
+        raise _MalformedFieldError(f"crop is {_shown(value)}; {rule}")
+    sides = [_integer("crop", side, least=0) for side in value]
+    x_start, x_end, y_start, y_end = sides
+    if x_start is None or x_end is None or y_start is None or y_end is None or x_start >= x_end or y_start >= y_end:
+        raise _MalformedFieldError(f"crop is {_shown(value)}; {rule}")
+    return x_start, x_end, y_start, y_end
+
+
+def _integer(name: str, value: Any, *, least: int | None = None) -> int | None:
+    number = _number(name, value)
+    if number is None:
+        return None
+    if number != int(number) or (least is not None and number < least):
+        limit = "" if least is None else f" of at least {least}"
+        raise _MalformedFieldError(f"{name} is {_shown(value)}; it must be a whole number{limit}")
+    return int(number)
+
+
+def _number(name: str, value: Any, *, above: float | None = None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _MalformedFieldError(f"{name} is {_shown(value)}; it must be a number")
+    if above is not None and value <= above:
+        raise _MalformedFieldError(f"{name} is {_shown(value)}; it must be above {above:g}")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """The value as JSON, shortened."""
+    text = "missing" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,180 @@
+"""Which annotations are wanted: rules on an annotation's facts, in the reference's order (facts: section 3.2).
+
+``rules="reference"`` decides exactly as the reference does. ``rules="corrected"`` (the default) differs in this:
+a missing ``num_frames``, ``fps`` or ``resolution`` is read from the file instead of dropping the annotation or
+failing; the end of ``cut`` is honoured; too slow and too fast are not swapped; the pixel floor is on the clip's own
+pixels, so that an exact 720x1280 clip passes a 720x1280 floor; size rules look at the picture after ``crop``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_flashi2v.data.annotations import Entry
+from megatron_flashi2v.data.frames import Rules, frame_indices, frame_interval
+from megatron_flashi2v.data.reasons import Drop
+
+REFERENCE_DEFAULT_FPS = 24.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterSettings:
+    """What is wanted of a clip; defaults are the reference's.
+
+    Attributes:
+        num_frames: frames of a sample.
+        height: pixels of a sample.
+        width: pixels of a sample.
+        fps: frames per second of a sample.
+        min_aspect: least height / width of a clip.
+        max_aspect: greatest height / width of a clip.
+        min_pixels: least height * width of a clip.
+        too_long_factor: greatest length of a clip, in samples.
+        min_motion: least motion score.
+        max_motion: greatest motion score.
+        rules: "corrected" or "reference".
+    """
+
+    num_frames: int = 49
+    height: int = 480
+    width: int = 832
+    fps: float = 16.0
+    min_aspect: float = 0.5
+    max_aspect: float = 2.0
+    min_pixels: int = 399_360
+    too_long_factor: float = 5.0
+    min_motion: float = 0.0
+    max_motion: float = 1.0
+    rules: Rules = "corrected"
+
+
+def judge(entry: Entry, settings: FilterSettings) -> Drop | None:
+    """Whether a clip is wanted, from its annotation alone; no file is touched.
+
+    Under the corrected rules a fact that the annotation does not give passes; judge again with
+    :func:`with_measured` once the file was opened.
+
+    Returns:
+        None to keep it, or the first rule that it breaks.
+    """
+    return next(_broken_rules(entry, settings), None)
+
+
+def with_measured(
+    entry: Entry, settings: FilterSettings, *, height: int, width: int, fps: float, num_frames: int
+) -> Entry:
+    """The annotation with what the file itself says: its size, and rate and length where the annotation is silent.
+
+    Under the reference's rules the annotation's word stands. The length is cut to what the file holds.
+
+    Args:
+        entry: as annotated.
+        settings: decides the rules.
+        height: pixels of the file's picture as displayed.
+        width: pixels of the file's picture as displayed.
+        fps: the file's frames per second.
+        num_frames: frames that the file holds.
+    """
+    if settings.rules == "reference":
+        return entry
+    left = max(0, num_frames - entry.start_frame)
+    annotated = clip_length(entry, settings.rules)
+    length = left if annotated is None else min(annotated, left)
+    return dataclasses.replace(
+        entry,
+        height=height,
+        width=width,
+        fps=fps if entry.fps is None else entry.fps,
+        num_frames=length,
+    )
+
+
+def clip_length(entry: Entry, rules: Rules) -> int | None:
+    """Frames of the file that belong to the clip, or None where the annotation does not say."""
+    if rules == "reference" or entry.cut is None or entry.cut[1] is None:
+        return entry.num_frames
+    length = entry.cut[1] - entry.cut[0]
+    return length if entry.num_frames is None else min(length, entry.num_frames)
+
+
+def _broken_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]:
+    reference = settings.rules == "reference"
+    if entry.captions is None or (not reference and not any(caption.strip() for caption in entry.captions)):
+        yield Drop("no_cap", f"{entry.source}: cap is missing or blank; a caption is needed")
+    if entry.height is None or entry.width is None:
+        if reference:
+            yield Drop("no_resolution", f"{entry.source}: resolution must have a height and a width above 0")
+            return
+    else:
+        yield from _broken_size_rules(entry, settings, entry.height, entry.width)
+    yield from _broken_time_rules(entry, settings)
+
+
+def _broken_size_rules(entry: Entry, settings: FilterSettings, height: int, width: int) -> Iterator[Drop]:
+    if settings.rules == "corrected" and entry.crop is not None:
+        x_start, x_end, y_start, y_end = entry.crop
+        height, width = y_end - y_start, x_end - x_start
+    aspect = height / width
+    if not settings.min_aspect <= aspect <= settings.max_aspect:
+        yield Drop(
+            "aspect_mismatch",
+            f"{entry.source}: height / width is {height} / {width} = {aspect:.3f}; it must be "
+            f"{settings.min_aspect:g} to {settings.max_aspect:g}",
+        )
+    floor = settings.min_pixels
+    if settings.rules == "reference":
+        wanted = settings.height / settings.width
+        floor = math.ceil(settings.min_pixels * max(aspect / wanted, wanted / aspect))
+    if height * width < floor:
+        yield Drop(
+            "res_too_small",
+            f"{entry.source}: height * width is {height} * {width} = {height * width}; it must be at least {floor}",
+        )
+
+
+def _broken_time_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]:
+    reference = settings.rules == "reference"
+    fps = REFERENCE_DEFAULT_FPS if reference and entry.fps is None else entry.fps
+    length = clip_length(entry, settings.rules)
+    if length is None and reference:
+        yield Drop("malformed_entry", f"{entry.source}: num_frames is missing; the reference's rules need it")
+        return
+    if length is not None and fps is not None:
+        limit = settings.too_long_factor * settings.num_frames * fps / settings.fps
+        if length > limit:
+            yield Drop(
+                "too_long",
+                f"{entry.source}: the clip has {length} frames at {fps:g} fps; it may have {limit:.0f} "
+                f"({settings.too_long_factor:g} samples)",
+            )
+    interval = None if fps is None else frame_interval(fps, settings.fps)
+    if interval is not None and interval < 1.0:
+        yield Drop("fps_too_low", f"{entry.source}: fps is {fps:g}; it must be at least {settings.fps:g}")
+    yield from _broken_motion_rules(entry, settings)
+    if length is not None and interval is not None:
+        frames = len(frame_indices(entry.start_frame, length, interval))
+        if frames < settings.num_frames:
+            yield Drop(
+                "too_short",
+                f"{entry.source}: {length} frames at {fps:g} fps are {frames} at {settings.fps:g} fps; a sample "
+                f"needs {settings.num_frames}",
+            )
+
+
+def _broken_motion_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]:
+    below, above = "too_slow", "too_fast"
+    motion = entry.motion
+    if settings.rules == "reference":
+        below, above = above, below
+        motion = 0.0 if motion is None else motion
+    elif motion is None:
+        if settings.min_motion > 0.0:
+            yield Drop("no_motion", f"{entry.source}: motion is missing; it must be at least {settings.min_motion:g}")
+        return
+    if motion < settings.min_motion:
+        yield Drop(below, f"{entry.source}: motion is {motion:g}; it must be at least {settings.min_motion:g}")
+    if motion > settings.max_motion:
+        yield Drop(above, f"{entry.source}: motion is {motion:g}; it may be at most {settings.max_motion:g}")

@@ -1,0 +1,161 @@
+"""The frozen video VAE: diffusers' AutoencoderKLWan behind normalised latents.
+
+Shapes: B batch, C channels, T frames or latent frames, H rows, W columns. Frames are not latent frames: a clip of
+``1 + k * temporal_stride`` frames has ``1 + k`` latent frames. Strides are read from the VAE's structure; Wan 2.1 has
+(4, 8, 8), other configurations differ.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.encoders.folders import read_model_config, require_all_weights, require_files
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+CHUNK_FRAMES = 4
+"""diffusers encodes the first frame and then chunks of four; frames that do not fill a chunk are silently lost."""
+
+
+class VideoVAE:
+    """Clips to normalised latents and back; no gradients.
+
+    Args:
+        model: loaded and on its device; it is put into evaluation mode.
+        source: folder that it came from, for errors.
+    """
+
+    def __init__(self, model: AutoencoderKLWan, *, source: str) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._source = source
+        config = model.config
+        self.latent_channels: int = config.z_dim
+        self.temporal_stride: int = 2 ** sum(bool(halves) for halves in config.temperal_downsample)
+        self.spatial_stride: int = 2 ** (len(config.dim_mult) - 1) * (config.get("patch_size") or 1)
+        if CHUNK_FRAMES % self.temporal_stride:
+            raise ConfigError(
+                f"VAE {source}: temporal stride {self.temporal_stride}; diffusers encodes chunks of {CHUNK_FRAMES} "
+                "frames, so it must be 1, 2 or 4"
+            )
+        self._mean_C111 = self._statistics("latents_mean")
+        self._std_C111 = self._statistics("latents_std")
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> VideoVAE:
+        """Read a diffusers folder (``config.json`` and safetensors weights); never reaches for the network.
+
+        Args:
+            folder: the VAE's folder, usually ``vae`` in a pipeline's folder.
+            device: where it runs.
+            dtype: of weights and computation; latents come out in fp32 all the same.
+
+        Raises:
+            ConfigError: a file is missing or malformed, or the folder holds another model.
+        """
+        folder = Path(folder)
+        name = read_model_config(folder, "VAE").get("_class_name")
+        if name != "AutoencoderKLWan":
+            raise ConfigError(f"VAE folder {folder}: config.json names the class {name!r}; it must be AutoencoderKLWan")
+        require_files(folder, "VAE", "*.safetensors")
+        from diffusers import AutoencoderKLWan
+
+        try:
+            model, report = AutoencoderKLWan.from_pretrained(
+                str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise ConfigError(f"VAE folder {folder}: cannot be loaded ({error})") from error
+        require_all_weights(folder, "VAE", report["missing_keys"])
+        return cls(model.to(device), source=str(folder))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the latents, JSON-ready: the configuration, the strides, and how the posterior is used."""
+        config = {key: value for key, value in self._model.config.items() if not key.startswith("_")}
+        return {
+            "class": "AutoencoderKLWan",
+            "config": {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()},
+            "temporal_stride": self.temporal_stride,
+            "spatial_stride": self.spatial_stride,
+            "posterior": "mean",
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+        }
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of a clip's latents.
+
+        Args:
+            frames: video frames.
+            height: pixels.
+            width: pixels.
+
+        Raises:
+            ConfigError: the sizes do not fit the strides.
+        """
+        if frames < 1 or (frames - 1) % self.temporal_stride:
+            below = 1 + max(0, frames - 1) // self.temporal_stride * self.temporal_stride
+            raise ConfigError(
+                f"num_frames is {frames}; this VAE's temporal stride is {self.temporal_stride}, so it must be "
+                f"1 + k * {self.temporal_stride}, such as {below} or {below + self.temporal_stride}"
+            )
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % self.spatial_stride:
+                raise ConfigError(
+                    f"{name} is {size}; this VAE's spatial stride is {self.spatial_stride}, so it must be a multiple "
+                    f"of {self.spatial_stride}"
+                )
+        return (
+            self.latent_channels,
+            1 + (frames - 1) // self.temporal_stride,
+            height // self.spatial_stride,
+            width // self.spatial_stride,
+        )
+
+    @torch.no_grad()
+    def encode(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Normalised posterior means ``(mu - mean) / std`` (facts: section 1.7).
+
+        The VAE is causal: ``encode(video)[:, :, :1]`` is ``encode(video[:, :, :1])``, the latents of the image
+        condition.
+
+        Args:
+            video_BCTHW: RGB in [-1, 1]; 1 + k * temporal_stride frames.
+
+        Returns:
+            fp32 latents on the VAE's device.
+
+        Raises:
+            ConfigError: the sizes do not fit the strides.
+        """
+        frames, height, width = video_BCTHW.shape[2:]
+        shape = self.latent_shape(frames, height, width)
+        video_BCTHW = video_BCTHW.to(self._model.device, self._model.dtype)
+        # Whole chunks; being causal, the latents of the real frames do not see the repeated ones.
+        missing = -(frames - 1) % CHUNK_FRAMES
+        if missing:
+            repeated_BCTHW = video_BCTHW[:, :, -1:].expand(-1, -1, missing, -1, -1)
+            video_BCTHW = torch.cat((video_BCTHW, repeated_BCTHW), dim=2)
+        mean_BCTHW = self._model.encode(video_BCTHW).latent_dist.mode()[:, :, : shape[1]].float()
+        return (mean_BCTHW - self._mean_C111) / self._std_C111
+
+    @torch.no_grad()
+    def decode(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+        """The reverse of :meth:`encode`: RGB in [-1, 1], fp32, ``1 + (T - 1) * temporal_stride`` frames."""
+        latents_BCTHW = latents_BCTHW.to(self._model.device, torch.float32) * self._std_C111 + self._mean_C111
+        return self._model.decode(latents_BCTHW.to(self._model.dtype)).sample.float().clamp(-1.0, 1.0)
+
+    def _statistics(self, name: str) -> torch.Tensor:
+        values = self._model.config[name]
+        if len(values) != self.latent_channels:
+            raise ConfigError(
+                f"VAE {self._source}: {name} has {len(values)} values in config.json for {self.latent_channels} "
+                "latent channels (z_dim)"
+            )
+        return torch.tensor(values, dtype=torch.float32, device=self._model.device).view(-1, 1, 1, 1)

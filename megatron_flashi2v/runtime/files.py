@@ -1,0 +1,284 @@
+"""Writing files so that what stands under its final name is whole, and reading them with clear errors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_flashi2v.config.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MIB = 1024**2
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def full_disk_named(path: Path | str) -> Iterator[None]:
+    """Turn the error of a full disk into a :class:`UserError` that names ``path`` and the free space.
+
+    Errors of libraries that wrap the operating system's (safetensors, torch's checkpoint writer) are looked
+    through. Other errors pass.
+    """
+    path = Path(path)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise UserError(
+            f"{path}: the disk is full ({_free_mib(path)} MiB free); free some space or choose another path, "
+            "then start again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """As :func:`full_disk_named`, around this module's own writing: a missing permission and the like too."""
+    try:
+        with full_disk_named(path):
+            yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"{path}: cannot be written: {os.strerror(error.errno)}") from error
+
+
+def atomic_write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file that appears under its name only when it is whole; replaces an older one.
+
+    Parent folders are made.
+
+    Raises:
+        UserError: the disk is full or the path cannot be written; an older file is still there then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """:func:`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: Path | str, value: Any) -> None:
+    """:func:`atomic_write_bytes` of indented JSON; floats keep full precision (NaN is written as ``NaN``)."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that appears under its final name only when it is whole.
+
+    Yields ``.NAME.partial`` beside ``final`` to write into. When the body ends, its files are flushed to the
+    disk and the folder is renamed; when the body fails, the folder is removed. What a killed run left there
+    is removed on the next try, so at most one process may write one ``final`` at a time (in a distributed job,
+    rank 0 holds the context while the others write between two barriers).
+
+    Args:
+        final: where the folder is to stand; an empty folder there counts as none. Its parents are made.
+        overwrite: replace an existing folder, which stays whole until the new one is.
+
+    Raises:
+        UserError: ``final`` exists and may not be replaced, the disk is full, or the path cannot be written.
+    """
+    final = Path(final)
+    partial, previous = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.previous")
+    with _write_errors(final):
+        if previous.exists() and not final.exists():
+            previous.rename(final)  # a run was killed between the two renames below
+        _refuse_existing(final, overwrite)
+        _remove(partial)
+        partial.mkdir(parents=True)
+    try:
+        with full_disk_named(final):
+            yield partial
+        with _write_errors(final):
+            _sync_tree(partial)
+            _refuse_existing(final, overwrite)
+            _remove(previous)
+            if final.exists() and any(final.iterdir()):
+                final.rename(previous)
+            try:
+                partial.rename(final)
+            except OSError:
+                if previous.exists() and not final.exists():
+                    previous.rename(final)
+                raise
+            _sync_folder(final.parent)
+            _remove(previous)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_json(path: Path | str, *, error: type[UserError] = UserError) -> Any:
+    """The value of a JSON file.
+
+    Args:
+        path: a UTF-8 file.
+        error: class of the errors raised, such as ``CheckpointError``.
+
+    Raises:
+        UserError: (``error``) the file is missing, not readable, or not JSON; the message says where.
+    """
+    text = _read_text(Path(path), error)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"{path}: not valid JSON at line {problem.lineno}, column {problem.colno} ({problem.msg})"
+        ) from problem
+
+
+def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
+    """Append one row to a JSON-lines file, in one write; parent folders are made.
+
+    A torn last line that a killed run left is removed first.
+
+    Raises:
+        UserError: the disk is full or the path cannot be written; the file's earlier rows stay as they were.
+    """
+    path = Path(path)
+    line = json.dumps(dict(row), ensure_ascii=False).encode("utf-8") + b"\n"
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as file:
+            _end_last_line(file)
+            size = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+
+
+def read_jsonl(path: Path | str, *, error: type[UserError] = UserError) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, without a torn last line (a run was killed while writing it).
+
+    Raises:
+        UserError: (``error``) the file is missing, or another line than the last is not a JSON object; the
+            message names the line.
+    """
+    lines = _read_text(Path(path), error, torn_end=True).split("\n")
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows: list[dict[str, Any]] = []
+    for number, line in numbered:
+        row = _parse_row(line)
+        if row is not None:
+            rows.append(row)
+        elif number == numbered[-1][0]:
+            logger.warning("%s: line %d is torn and left out", path, number)
+        else:
+            raise error(
+                f"{path}: line {number} is not a JSON object: {line[:60]!r}; mend the line or remove it"
+            )
+    return rows
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _end_last_line(file: Any) -> None:
+    """Make a file opened with "a+b" end with a newline: complete a whole last row, cut off a torn one."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    data = file.read()
+    start = data.rfind(b"\n") + 1
+    if _parse_row(data[start:].decode("utf-8", errors="replace")) is None:
+        file.truncate(start)
+    else:
+        file.write(b"\n")
+
+
+def _read_text(path: Path, error: type[UserError], *, torn_end: bool = False) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as problem:
+        raise error(f"{path}: there is no such file") from problem
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+    try:
+        # A line torn inside a character is a torn line, not a wrongly encoded file.
+        return data.decode("utf-8", errors="replace" if torn_end else "strict")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: not a UTF-8 text file ({problem.reason} at byte {problem.start})") from problem
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if "No space left on device" in str(error):  # safetensors, and torch's C++ writers
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _free_mib(path: Path) -> int:
+    """Free space where ``path`` would stand, in MiB."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free // _MIB
+
+
+def _refuse_existing(final: Path, overwrite: bool) -> None:
+    if final.exists() and not final.is_dir():
+        raise UserError(f"{final}: a file is in the way of the folder; move it or choose another path")
+    if not overwrite and final.is_dir() and any(final.iterdir()):
+        raise UserError(f"{final}: the folder exists and is not empty; remove it or choose another path")
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            with open(Path(folder) / name, "rb") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(folder))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, without which a rename may be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,45 @@
+"""Where log lines go: rank 0 tells the story on standard error, the other ranks only what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+_PACKAGE = "megatron_flashi2v"
+_NAME = "megatron_flashi2v console"
+
+
+def setup_logging(rank: int = 0, verbose: bool = False, console: Console | None = None) -> None:
+    """Send the project's log to standard error; calling it again replaces the earlier set-up.
+
+    Args:
+        rank: rank 0 logs from INFO on, the others from WARNING on with ``[rank N]`` before each line.
+        verbose: log from DEBUG on, on every rank.
+        console: a terminal that also shows a progress bar; log lines then go above the bar.
+
+    Python's warnings are logged too, on rank 0 only unless ``verbose`` (the ranks' warnings are the same).
+    """
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if handler.get_name() == _NAME]:
+        root.removeHandler(handler)
+    root.addHandler(_handler(rank, console))
+    level = logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING
+    logging.getLogger(_PACKAGE).setLevel(level)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose or rank == 0 else logging.ERROR)
+
+
+def _handler(rank: int, console: Console | None) -> logging.Handler:
+    prefix = f"[rank {rank}] " if rank else ""
+    handler: logging.Handler
+    if console is not None and console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.set_name(_NAME)
+    return handler

@@ -1,0 +1,84 @@
+"""The condition image: read from a picture or a video's first frame, and fitted to the sample's size.
+
+Shape suffixes: B images, C = 3 colours, H and W rows and columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+import numpy as np
+import torch
+
+from megatron_flashi2v.config.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageLike = Union["Image", torch.Tensor]
+"""A PIL image, or a uint8 tensor ``[3, H, W]``."""
+
+
+def load_image(path: Path) -> torch.Tensor:
+    """Read a picture, or the first frame of a video, as uint8 ``[3, H, W]`` in red, green, blue.
+
+    The orientation that cameras note in a picture is applied; transparent pixels are laid on white.
+
+    Raises:
+        DataError: the file is missing, empty, or neither a picture nor a video.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise DataError(f"image {path}: no such file; give a picture (png, jpg) or a video, whose first frame is used")
+    try:
+        with Image.open(path) as image:
+            return image_to_tensor(image)
+    except UnidentifiedImageError:
+        return _first_frame(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+        raise DataError(f"image {path}: damaged picture ({error}); give another file") from error
+
+
+def image_to_tensor(image: Image) -> torch.Tensor:
+    """A PIL image of any mode as uint8 ``[3, H, W]``, upright and on white."""
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = images.alpha_composite(images.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
+    """Resize to cover and crop at the centre, exactly as training clips are.
+
+    Returns:
+        uint8 ``[3, height, width]``.
+
+    Raises:
+        ValueError: a tensor that is not uint8 ``[3, H, W]``.
+    """
+    if not isinstance(image, torch.Tensor):
+        image = image_to_tensor(image)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"an image tensor must be uint8 [3, H, W], not {image.dtype} {list(image.shape)}")
+    return resize_and_crop(image.unsqueeze(0), height, width)[0]
+
+
+def _first_frame(path: Path) -> torch.Tensor:
+    """The first frame of a video file, uint8 ``[3, H, W]``."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                return torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
+    except (av.FFmpegError, IndexError) as error:  # IndexError: a container without a video stream
+        raise DataError(
+            f"image {path}: neither a picture nor a video ({error}); give a png, a jpg or an mp4"
+        ) from error
+    raise DataError(f"image {path}: the video has no frame; give another file")

@@ -1,0 +1,262 @@
+"""From an image and a prompt to a video: encode the conditions, integrate the flow, decode.
+
+The pipeline knows the diffusion transformer only as a function of tensors (:data:`VelocityFunction`), so it is the
+same for one device and for a sharded model.
+
+Shape suffixes: B samples, C latent channels (3 colours in pixel space), T latent frames (video frames in pixel
+space), H and W rows and columns, L text rows, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.sample import check_sampling_settings
+from megatron_flashi2v.encoders.text_cleaning import clean_text
+from megatron_flashi2v.flow.sigmas import inference_sigmas
+from megatron_flashi2v.sampling.guidance import VelocityFunction, is_guided, with_guidance
+from megatron_flashi2v.sampling.image import ImageLike, fit_image, to_signed_unit
+from megatron_flashi2v.sampling.noise import sample_noise
+from megatron_flashi2v.sampling.solvers import StepCallback, solve_euler
+
+if TYPE_CHECKING:
+    from megatron_flashi2v.encoders.text import TextEncoder
+    from megatron_flashi2v.encoders.video_vae import VideoVAE
+
+DEFAULT_NEGATIVE_PROMPT = (
+    "low quality, blurry, noisy, compression artifacts, flicker, frozen picture, washed out colors, "
+    "deformed bodies, extra fingers, subtitles, logo, watermark"
+)
+"""What guidance steers away from where the user names nothing else."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledVideo:
+    """What one call of the pipeline made.
+
+    Attributes:
+        frames_BTHWC: uint8 pixels of the videos.
+        latents_BCTHW: fp32, normalised, on the host; what the frames were decoded from.
+        images_BHWC: uint8, the condition images as the model saw them (resized and cropped); None without any.
+    """
+
+    frames_BTHWC: NDArray[np.uint8]
+    latents_BCTHW: torch.Tensor
+    images_BHWC: NDArray[np.uint8] | None
+
+
+class ImageToVideoPipeline:
+    """Samples videos that start from an image and follow a prompt.
+
+    Args:
+        velocity: the model, see :data:`VelocityFunction`; called with fp32 tensors on ``device``.
+        vae: makes the image's latents and decodes the video's.
+        text_encoder: makes the text rows.
+        model_config: the model's dimensions, its text length and how its captions were cleaned.
+        device: where the velocity wants its tensors.
+        batched_guidance: compute both guidance passes in one call at twice the batch.
+
+    Raises:
+        ConfigError: the VAE or the text encoder is of another width than the model was trained with.
+    """
+
+    def __init__(
+        self,
+        *,
+        velocity: VelocityFunction,
+        vae: VideoVAE,
+        text_encoder: TextEncoder,
+        model_config: ModelConfig,
+        device: torch.device,
+        batched_guidance: bool = False,
+    ) -> None:
+        if vae.latent_channels != model_config.latent_channels:
+            raise ConfigError(
+                f"the VAE's latents have {vae.latent_channels} channels, the model's latent_channels is "
+                f"{model_config.latent_channels}; give the VAE that prepared the training data"
+            )
+        if text_encoder.text_dim != model_config.text_dim:
+            raise ConfigError(
+                f"the text encoder's rows have width {text_encoder.text_dim}, the model's text_dim is "
+                f"{model_config.text_dim}; give the text encoder that prepared the training data"
+            )
+        self.velocity = velocity
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.model_config = model_config
+        self.device = device
+        self.batched_guidance = batched_guidance
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None,
+        prompts: str | Sequence[str],
+        *,
+        num_frames: int,
+        height: int,
+        width: int,
+        negative_prompt: str | None = None,
+        num_steps: int = 50,
+        guidance_scale: float = 5.0,
+        shift: float = 7.0,
+        cutoff_ratio: float = 0.1,
+        seed: int = 0,
+        first_index: int = 0,
+        callback: StepCallback | None = None,
+    ) -> SampledVideo:
+        """Sample one video per (image, prompt) pair.
+
+        Args:
+            images: PIL images or uint8 tensors ``[3, H, W]`` of any size; one image serves all prompts. None only
+                for a text-to-video model, which looks at no image.
+            prompts: one prompt serves all images.
+            num_frames: video frames, ``1 + k * temporal stride`` of the VAE.
+            height: pixels; the image is resized to cover height x width and cropped at its centre.
+            width: pixels.
+            negative_prompt: what guidance steers away from; None takes :data:`DEFAULT_NEGATIVE_PROMPT`, and the
+                empty string is the empty prompt of training.
+            num_steps: Euler steps.
+            guidance_scale: classifier-free guidance, off at 1 and below.
+            shift: shift of the noise levels toward noise.
+            cutoff_ratio: share of the image's spectrum, counted from the lowest frequencies, that is kept out of
+                the Fourier guidance, in [0, 1].
+            seed: sample ``i`` of this call starts from noise keyed by (seed, first_index + i).
+            first_index: place of the first sample in the user's whole list.
+            callback: called after every step with (steps done, steps, state).
+
+        Raises:
+            ConfigError: a setting is out of range, or the size does not fit the VAE and the model.
+        """
+        check_sampling_settings(
+            num_steps=num_steps, guidance_scale=guidance_scale, shift=shift, cutoff_ratio=cutoff_ratio
+        )
+        latent_shape = latent_shape_of(self.vae, self.model_config, num_frames, height, width)
+        prompts, fitted_BCHW = self.prepare(images, prompts, height, width)
+        count = len(prompts)
+        image_latents_BC1HW = self.encode_images(fitted_BCHW, count, latent_shape)
+        text_BLD = self.encode_text(prompts)
+        velocity = self.velocity
+        if is_guided(guidance_scale):
+            negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+            negative_text_BLD = self.encode_text([negative]).expand(count, -1, -1)
+            velocity = with_guidance(velocity, negative_text_BLD, guidance_scale, batched=self.batched_guidance)
+        cutoff_ratio_B = torch.full((count,), cutoff_ratio, dtype=torch.float32, device=self.device)
+        noise_BCTHW = sample_noise(seed, range(first_index, first_index + count), latent_shape).to(self.device)
+
+        latents_BCTHW = solve_euler(
+            lambda state, timestep: velocity(state, timestep, text_BLD, image_latents_BC1HW, cutoff_ratio_B),
+            noise_BCTHW,
+            inference_sigmas(num_steps, shift),
+            callback=callback,
+        )
+        return SampledVideo(
+            frames_BTHWC=to_frames(self.vae.decode(latents_BCTHW)),
+            latents_BCTHW=latents_BCTHW.cpu(),
+            images_BHWC=None if fitted_BCHW is None else fitted_BCHW.permute(0, 2, 3, 1).numpy(),
+        )
+
+    def prepare(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None,
+        prompts: str | Sequence[str],
+        height: int,
+        width: int,
+    ) -> tuple[list[str], torch.Tensor | None]:
+        """One prompt per sample, and the fitted images, uint8 ``[B, 3, H, W]`` (None without images)."""
+        prompt_list = _as_list(prompts)
+        if images is not None:
+            image_list, prompt_list = _pair(_as_list(images), prompt_list)
+            return prompt_list, torch.stack([fit_image(image, height, width) for image in image_list])
+        if self.model_config.conditioning != "text_to_video":
+            raise ConfigError(f"no image was given, but the model's conditioning is {self.model_config.conditioning!r}")
+        return prompt_list, None
+
+    def encode_images(
+        self, fitted_BCHW: torch.Tensor | None, count: int, latent_shape: tuple[int, int, int, int]
+    ) -> torch.Tensor:
+        """Normalised latents of the images as one-frame videos, fp32 ``[B, C, 1, H, W]`` (zeros without images).
+
+        The VAE is causal, so that these are also the first latent frame of any video that starts with the image.
+        """
+        if fitted_BCHW is None:
+            channels, _, height, width = latent_shape
+            return torch.zeros((count, channels, 1, height, width), device=self.device)
+        pixels_BC1HW = to_signed_unit(fitted_BCHW).unsqueeze(2).to(self.device)
+        return self.vae.encode(pixels_BC1HW).to(self.device, torch.float32)
+
+    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Text rows ``[B, text length, D]``, cleaned as the captions in training were, with zeros after the last.
+
+        The zero rows are part of what the model attends to (it has no text mask), so they must be there as they
+        were in training.
+        """
+        cleaned = [clean_text(prompt, self.model_config.text_cleaning) for prompt in prompts]
+        rows_LD = self.text_encoder.encode(cleaned)
+        text_BLD = torch.zeros(
+            (len(prompts), self.model_config.text_length, self.model_config.text_dim),
+            dtype=rows_LD[0].dtype, device=self.device,
+        )
+        for sample, rows in enumerate(rows_LD):
+            text_BLD[sample, : len(rows)] = rows.to(self.device)
+        return text_BLD
+
+
+def latent_shape_of(
+    vae: VideoVAE, model_config: ModelConfig, num_frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of the latents of one video.
+
+    Raises:
+        ConfigError: the frames or a side do not fit the VAE's strides and the model's patches; the message names
+            the nearest values that do.
+    """
+    patch_frames, patch_height, patch_width = model_config.patch_size
+    _require_fit("num_frames", num_frames, vae.temporal_stride * patch_frames,
+                 first=1 + (patch_frames - 1) * vae.temporal_stride,
+                 reason=f"the VAE's temporal stride {vae.temporal_stride}")
+    for name, pixels, patch in (("height", height, patch_height), ("width", width, patch_width)):
+        _require_fit(name, pixels, vae.spatial_stride * patch, first=vae.spatial_stride * patch,
+                     reason=f"the VAE's spatial stride {vae.spatial_stride} x the model's patch {patch}")
+    return vae.latent_shape(num_frames, height, width)
+
+
+def _require_fit(name: str, value: int, step: int, *, first: int, reason: str) -> None:
+    """``value`` must be ``first + k * step``."""
+    if value >= first and (value - first) % step == 0:
+        return
+    below = first + max(0, (value - first) // step) * step
+    nearest = f"{below} or {below + step}" if value > first else str(first)
+    rule = f"a multiple of {step}" if first == step else f"{first} plus a multiple of {step}"
+    raise ConfigError(f"{name} is {value}; {reason} asks for {rule}, for instance {nearest}")
+
+
+def to_frames(video_BCTHW: torch.Tensor) -> NDArray[np.uint8]:
+    """Pixels in [-1, 1] as uint8 frames ``[B, T, H, W, C]``: clamped, scaled to [0, 255], rounded half up."""
+    unit_BCTHW = (video_BCTHW.float().clamp(-1.0, 1.0) + 1.0) / 2.0
+    return (unit_BCTHW * 255.0 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def _as_list(value: Item | Sequence[Item]) -> list[Item]:
+    """A list or tuple as a list; anything else (a string, an image, a tensor) as a list of one."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]  # type: ignore[list-item]
+
+
+def _pair(images: list[ImageLike], prompts: list[str]) -> tuple[list[ImageLike], list[str]]:
+    """Both lists at one length."""
+    count = max(len(images), len(prompts))
+    if not images or not prompts or len(images) not in (1, count) or len(prompts) not in (1, count):
+        raise ConfigError(
+            f"{len(images)} images and {len(prompts)} prompts; give as many of each, or one that serves all"
+        )
+    return images * (count // len(images)), prompts * (count // len(prompts))

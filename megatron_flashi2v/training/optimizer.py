@@ -1,0 +1,98 @@
+"""megatron-core's data parallelism, optimizer and learning-rate schedule, from our configuration."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_flashi2v.config.train import OptimizerArguments, TrainConfig
+from megatron_flashi2v.models.spec import ModelSpec
+from megatron_flashi2v.models.transformer import DiffusionTransformer
+
+
+def wrap_data_parallel(model: DiffusionTransformer, config: TrainConfig) -> DistributedDataParallel:
+    """The stage with fp32 gradient buffers that are reduced over replicas, and the schedule's hooks set."""
+    parallel, spec = config.parallel, model.spec
+    wrapped = DistributedDataParallel(
+        config=spec.megatron,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        ),
+        module=model,
+        pg_collection=spec.groups.collection,
+    )
+    spec.megatron.finalize_model_grads_func = finalize_model_grads
+    spec.megatron.no_sync_func = wrapped.no_sync
+    if parallel.overlap_param_gather:
+        spec.megatron.param_sync_func = wrapped.start_param_sync
+    return wrapped
+
+
+def decays(parameter: nn.Parameter, name: str) -> bool:
+    """Matrices, convolutions and modulation tables decay; biases and norms do not."""
+    return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def make_optimizer(model: DistributedDataParallel, config: TrainConfig, spec: ModelSpec) -> MegatronOptimizer:
+    """AdamW or SGD behind megatron-core's interface, with fp32 master weights and global-norm clipping."""
+    arguments = config.optimizer
+    no_decay = ParamKey(
+        with_name_predicate=ParamWithNamePredicate(name="no_decay", fn=lambda param, name: not decays(param, name))
+    )
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=arguments.optimizer,
+            lr=arguments.lr,
+            min_lr=arguments.min_lr,
+            weight_decay=arguments.weight_decay,
+            adam_beta1=arguments.adam_beta1,
+            adam_beta2=arguments.adam_beta2,
+            adam_eps=arguments.adam_eps,
+            sgd_momentum=arguments.sgd_momentum,
+            clip_grad=arguments.clip_grad,
+            bf16=config.batch.bf16,
+            params_dtype=spec.dtype,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        ),
+        [model],
+        config_overrides={no_decay: {"wd_mult": 0.0}},
+        use_gloo_process_groups=config.parallel.use_gloo_process_groups,
+        pg_collection=spec.groups.collection,
+    )
+
+
+def make_scheduler(
+    optimizer: MegatronOptimizer, arguments: OptimizerArguments, train_iters: int, done: int
+) -> OptimizerParamScheduler:
+    """The learning-rate schedule in iterations, standing after ``done`` of them.
+
+    A function of the iteration and the flags alone, so that a resumed run follows its flags.
+    """
+    decay_iters = arguments.lr_decay_iters or train_iters
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=arguments.lr,
+        min_lr=arguments.min_lr,
+        lr_warmup_steps=arguments.lr_warmup_iters,
+        lr_decay_steps=max(decay_iters, arguments.lr_warmup_iters + 1),
+        lr_decay_style=arguments.lr_decay_style,
+        start_wd=arguments.weight_decay,
+        end_wd=arguments.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+    )
+    scheduler.step(increment=done)
+    return scheduler

@@ -1,0 +1,260 @@
+"""A training run from its configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from pathlib import Path
+
+import yaml
+
+from flashi2v_kernels.registry import describe
+from megatron_flashi2v import __version__
+from megatron_flashi2v.checkpoint.checkpoint import (
+    find_checkpoint,
+    load_model_config,
+    load_state,
+    require_same_model,
+    save_checkpoint,
+)
+from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_pieces
+from megatron_flashi2v.checkpoint.state import ShardGrid, load_model, model_pieces
+from megatron_flashi2v.config.errors import ConfigError, DataError, UserError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.recipe import flat_values
+from megatron_flashi2v.config.rules import check_tokens, num_microbatches
+from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
+from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.models.initialization import initialize_weights
+from megatron_flashi2v.models.spec import make_spec
+from megatron_flashi2v.models.transformer import DiffusionTransformer, Recompute
+from megatron_flashi2v.parallel.groups import Groups, make_groups
+from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.files import atomic_write_text
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
+from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
+from megatron_flashi2v.training.step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Builds this rank's part of a run, resumes it if there is something to resume, and trains.
+
+    torch.distributed must be initialised, and megatron-core redirected to ``device``.
+
+    Args:
+        config: flags and recipe, already checked by ``config.rules.check_train``.
+        model_config: resolved dimensions.
+        launch: this process's place.
+        device: what it runs on.
+
+    Raises:
+        UserError: the data or the checkpoint does not fit the configuration.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device
+    ) -> None:
+        self.config, self.launch, self.device = config, launch, device
+        self.dataset = open_dataset(config)
+        self.model_config = fit_model_to_data(model_config, self.dataset)
+        self.latent_shape = (self.dataset.info.latent_shape[1], *self.dataset.info.latent_shape[2:])
+        check_tokens(self.model_config, config.parallel, self.latent_shape)
+
+        self.groups = make_groups(config.parallel)
+        self.grid = shard_grid(self.groups)
+        self.spec = make_spec(
+            self.model_config, self.groups, device.torch_device, bf16=config.batch.bf16,
+            fp32_residual_connection=config.batch.fp32_residual_connection,
+            attention_backend=config.runtime.attention_backend,
+        )
+        with device.torch_device:
+            stage = DiffusionTransformer(self.spec, recompute_of(config.recompute, self.spec.config, self.groups))
+        initialize_weights(stage, config.batch.seed)
+        self.stage = stage
+        self.model = wrap_data_parallel(stage, config)
+        self.optimizer = make_optimizer(self.model, config, self.spec)
+        self.iteration, self.consumed_samples = 0, 0
+        self.resume()
+        self.scheduler = make_scheduler(self.optimizer, config.optimizer, config.batch.train_iters, self.iteration)
+        self.num_microbatches = num_microbatches(config, launch.world_size)
+        self.step = TrainingStep(
+            self.spec, self.model, self.optimizer, num_microbatches=self.num_microbatches,
+            micro_batch_size=config.batch.micro_batch_size,
+        )
+
+    def train(self) -> None:
+        """Run to ``train_iters``, or to the next multiple of ``exit_interval``; the last iteration is saved."""
+        config = self.config
+        log = MetricsLog(config.checkpoint.save if self.launch.rank == 0 else None, self.iteration)
+        progress = ProgressLine(config.batch.train_iters, config.runtime.log_interval)
+        source = MicrobatchSource(
+            self.dataset, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
+            dp_size=self.groups.dp.size(), device=self.device.torch_device,
+            shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage),
+        )
+        self.announce()
+        self.model.train()
+        while self.iteration < config.batch.train_iters:
+            metrics = self.run_iteration(source)
+            log.append(metrics)
+            progress.update(metrics, config.batch.global_batch_size)
+            exits = bool(config.checkpoint.exit_interval) and self.iteration % config.checkpoint.exit_interval == 0
+            done = exits or self.iteration == config.batch.train_iters
+            due = bool(config.checkpoint.save_interval) and self.iteration % config.checkpoint.save_interval == 0
+            if config.checkpoint.save is not None and (done or due):
+                self.save()
+            if exits:
+                logger.info("leaving at iteration %d, as --exit-interval asks", self.iteration)
+                break
+
+    def run_iteration(self, source: MicrobatchSource) -> IterationMetrics:
+        """One optimizer step.
+
+        Raises:
+            UserError: the loss or the gradient is not finite; no rank goes on.
+        """
+        start = time.perf_counter()
+        lr = self.optimizer.param_groups[0]["lr"]
+        batches = source.iteration(self.consumed_samples, self.num_microbatches)
+        loss = self.step.losses_and_gradients(batches, self.latent_shape)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of iteration {self.iteration + 1} is {loss}; lower --lr, or resume from an earlier checkpoint"
+            )
+        grad_norm = self.step.update()
+        self.scheduler.step(increment=1)
+        self.device.synchronize()
+        self.iteration += 1
+        self.consumed_samples += self.config.batch.global_batch_size
+        return IterationMetrics(
+            iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
+            step_time_s=time.perf_counter() - start,
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of the present iteration and, on rank 0, the resolved configuration."""
+        root = self.config.checkpoint.save
+        assert root is not None
+        parameters = list(self.stage.named_parameters())
+        pieces, optimizer_state = optimizer_pieces(self.optimizer, parameters, self.grid)
+        folder = save_checkpoint(
+            root, self.iteration,
+            pieces=[*model_pieces(parameters, self.grid), *pieces],
+            model_config=self.model_config,
+            state={
+                "version": __version__,
+                "iteration": self.iteration,
+                "consumed_samples": self.consumed_samples,
+                "seed": self.config.batch.seed,
+                "data": {"samples": len(self.dataset), "fingerprint": self.dataset.fingerprint,
+                         "frames": self.dataset.info.frames, "height": self.dataset.info.height,
+                         "width": self.dataset.info.width, "fps": self.dataset.info.fps},
+                "optimizer": optimizer_state,
+            },
+            rank=self.launch.rank, world_size=self.launch.world_size,
+        )
+        logger.info("saved %s", folder)
+
+    def resume(self) -> None:
+        """Load weights, optimizer and position from ``--load``, if it holds a checkpoint.
+
+        Raises:
+            CheckpointError: it is of another model, or damaged.
+        """
+        root = self.config.checkpoint.load
+        folder = None if root is None else find_checkpoint(root)
+        if folder is None:
+            if root is not None:
+                logger.info("%s holds no checkpoint: starting anew", root)
+            return
+        require_same_model(load_model_config(folder), self.model_config, folder)
+        state = load_state(folder)
+        parameters = list(self.stage.named_parameters())
+        load_model(folder, parameters, self.grid)
+        load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
+        self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
+        for name, now in (("seed", self.config.batch.seed),):
+            if self.iteration and state.get(name) != now:
+                logger.warning("%s was %s in %s and is %s now: the order of samples changes", name, state.get(name),
+                               folder, now)
+        if self.iteration and state["data"]["fingerprint"] != self.dataset.fingerprint:
+            logger.warning("%s was trained on other data than %s", folder, self.dataset.folder)
+        logger.info("resumed from %s at iteration %d", folder, self.iteration)
+
+    def announce(self) -> None:
+        """Write what this run is made of, to the log and as config.yaml."""
+        tokens = math.prod(self.stage.grid(self.latent_shape))
+        held = sum(parameter.numel() for parameter in self.stage.parameters())
+        logger.info("%s, launched by %s; %d processes", self.device.describe(), self.launch.launcher,
+                    self.launch.world_size)
+        logger.info("data: %d samples of %d visual tokens from %s", len(self.dataset), tokens, self.dataset.folder)
+        shards = self.groups.tp.size() if self.groups.sequence_parallel else 1
+        logger.info("rank 0 holds %s parameters and %d tokens; %d microbatches of %d samples each iteration",
+                    f"{held:,}", tokens // shards, self.num_microbatches, self.config.batch.micro_batch_size)
+        for operator, implementation, why_not in describe(self.spec.kernels.chosen):
+            logger.info("kernel %s: %s%s", operator, implementation, f" ({why_not})" if why_not else "")
+        if self.launch.rank == 0 and self.config.checkpoint.save is not None:
+            write_config(self.config, self.config.checkpoint.save)
+
+
+def open_dataset(config: TrainConfig) -> PreparedDataset:
+    """The prepared data.
+
+    Raises:
+        ConfigError: no path was given.
+        DataError: it is missing, damaged or empty.
+    """
+    if config.data.data_path is None:
+        raise ConfigError("--data-path is not set; give the folder that `flashi2v prepare` wrote")
+    dataset = PreparedDataset(config.data.data_path)
+    if not len(dataset):
+        raise DataError(f"--data-path {config.data.data_path} holds no samples; prepare it again")
+    return dataset
+
+
+def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConfig:
+    """Record how captions were cleaned in the model's configuration, and check that widths agree.
+
+    Raises:
+        ConfigError: latent channels, text width or text length differ.
+    """
+    info = dataset.info
+    for name, wanted, found in (("latent_channels", model.latent_channels, info.latent_shape[0]),
+                                ("text_dim", model.text_dim, info.text_dim)):
+        if wanted != found:
+            raise ConfigError(f"{name} is {wanted} in the model, but {found} in {dataset.folder}; they must be equal")
+    if info.text_length > model.text_length:
+        raise ConfigError(
+            f"text_length is {model.text_length} in the model, but captions in {dataset.folder} have up to "
+            f"{info.text_length} rows; set --text-length {info.text_length}"
+        )
+    return dataclasses.replace(model, text_cleaning=info.text_cleaning)
+
+
+def shard_grid(groups: Groups) -> ShardGrid:
+    """This rank's place as checkpoints see it."""
+    return ShardGrid(
+        tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), dp_rank=groups.dp_cp.rank(), dp_size=groups.dp_cp.size()
+    )
+
+
+def recompute_of(arguments: RecomputeArguments, model: ModelConfig, groups: Groups) -> Recompute:
+    """Which blocks of a stage are recomputed in backward."""
+    if arguments.recompute_granularity is None:
+        return Recompute()
+    per_stage = model.num_layers // groups.pp.size()
+    if arguments.recompute_method == "block":
+        return Recompute(layers=min(arguments.recompute_num_layers, per_stage), group=1)
+    return Recompute(layers=per_stage, group=arguments.recompute_num_layers)
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Write the resolved flags as a recipe that ``--config`` reads back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(flat_values(config), sort_keys=False))

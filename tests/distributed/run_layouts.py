@@ -1,0 +1,81 @@
+"""Runs training layouts one after another in one set of processes, so that a world pays its start-up once.
+
+Started by the parity tests as ``python -m torch.distributed.run --nproc-per-node N run_layouts.py PLAN.json``. The plan
+is a list of ``{"name", "flags"}``; each run saves under its name, and the gradients of its last iteration lie beside
+its checkpoints in ``gradients/``, in the same sharded format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_flashi2v.checkpoint.state import model_pieces
+from megatron_flashi2v.checkpoint.storage import write_pieces
+from megatron_flashi2v.config.recipe import parse
+from megatron_flashi2v.config.rules import check_train
+from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.models.presets import resolve_model
+from megatron_flashi2v.parallel.groups import destroy_groups
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
+from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.runtime.redirect import megatron_on
+
+
+def write_gradients(trainer, folder: Path) -> None:
+    """The reduced gradient of every parameter, as one tensor per global name."""
+    pieces = [
+        dataclasses.replace(piece, data=parameter.main_grad.detach().clone())
+        for piece, (_, parameter) in zip(
+            model_pieces(trainer.stage.named_parameters(), trainer.grid), trainer.stage.named_parameters(), strict=True
+        )
+    ]
+    write_pieces(folder, pieces, rank=trainer.launch.rank, world_size=trainer.launch.world_size)
+
+
+def run(flags: list[str], launch, device) -> None:
+    """One training run, with the gradients of its last iteration kept."""
+    from megatron_flashi2v.training.trainer import Trainer
+
+    config = parse(TrainConfig, flags, prog="run_layouts", description="")
+    model = resolve_model(config.model)
+    check_train(config, model, launch.world_size)
+    trainer = Trainer(config, model, launch, device)
+    step = trainer.step
+    accumulate = step.losses_and_gradients
+
+    def keep_gradients(*arguments):
+        loss = accumulate(*arguments)
+        if trainer.iteration == config.batch.train_iters - 1:
+            folder = config.checkpoint.save / "gradients"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.distributed.barrier()
+            write_gradients(trainer, folder)
+        return loss
+
+    step.losses_and_gradients = keep_gradients
+    trainer.train()
+    destroy_groups()
+
+
+def main() -> None:
+    """Run the whole plan."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    launch = detect_launch(os.environ)
+    device = resolve_device("cpu", launch.local_rank)
+    init_distributed(launch, device, 5)
+    with megatron_on(device):
+        for entry in plan:
+            run(entry["flags"], launch, device)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Run a layout, and compare it with another: losses, gradients, weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.storage import read_full, read_index
+
+RUNNER = Path(__file__).parents[1] / "distributed" / "run_layouts.py"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A name, the processes it takes and the flags that make it."""
+
+    name: str
+    world: int
+    flags: tuple[str, ...] = ()
+
+
+def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout: int = 300) -> dict[str, Path]:
+    """Train every layout, one launch per world size; the ``--save`` folder of each by name."""
+    saves = {layout.name: folder / layout.name for layout in layouts}
+    for world in sorted({layout.world for layout in layouts}):
+        plan = folder / f"plan-{world}.json"
+        plan.write_text(json.dumps([
+            {"name": layout.name, "flags": [*common, *layout.flags, "--save", str(saves[layout.name])]}
+            for layout in layouts if layout.world == world
+        ]))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
+                   str(RUNNER), str(plan)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return saves
+
+
+def metrics(save: Path) -> list[dict]:
+    """Rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(folder: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
+    """Whole tensors of a sharded folder by key."""
+    return {key: read_full(folder, key) for key in read_index(folder).tensors if key.startswith(prefix)}
+
+
+def weights(save: Path) -> dict[str, torch.Tensor]:
+    """Whole weights of a run's last checkpoint."""
+    folder = find_checkpoint(save)
+    assert folder is not None
+    return tensors(folder)
+
+
+def assert_same_metrics(run: Path, reference: Path, relative: float = 1e-5) -> None:
+    """Every iteration's loss and gradient norm agree."""
+    rows, expected = metrics(run), metrics(reference)
+    assert [row["iteration"] for row in rows] == [row["iteration"] for row in expected]
+    for row, want in zip(rows, expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            error = abs(row[name] - want[name]) / abs(want[name])
+            assert error <= relative, f"{run.name}: {name} of iteration {row['iteration']} is {error:.1e} off"
+
+
+def assert_same_gradients(run: Path, reference: Path, relative: float = 1e-4) -> None:
+    """The last iteration's gradients agree, tensor by tensor, in relative L2 norm."""
+    found, expected = tensors(run / "gradients"), tensors(reference / "gradients")
+    assert found.keys() == expected.keys()
+    scale = max(gradient.norm() for gradient in expected.values())
+    for name, want in expected.items():
+        assert want.norm() > 0, f"{name} has no gradient, so it proves nothing"
+        # Rounding of large gradients reaches small ones: a millionth of the largest is allowed on top.
+        error = (found[name] - want).norm()
+        assert error <= relative * want.norm() + 1e-7 * scale, f"{run.name}: gradient of {name} is {error:.1e} off"
+
+
+def assert_same_weights(run: Path, reference: Path) -> None:
+    """Weights differ per tensor by at most 1e-5 |w| + 1e-8 sqrt(n) in L2 norm."""
+    found, expected = weights(run), weights(reference)
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        error, allowed = (found[name] - want).norm(), 1e-5 * want.norm() + 1e-8 * want.numel() ** 0.5
+        assert error <= allowed, f"{run.name}: {name} is {error:.1e} off, {allowed:.1e} allowed"
