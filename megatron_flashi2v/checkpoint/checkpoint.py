@@ -112,8 +112,7 @@ def _finish(
     state: Mapping[str, Any],
 ) -> None:
     _require_whole_model(partial, model_config)
-    atomic_write_json(partial / MODEL_CONFIG_NAME, model_config.to_json())
-    atomic_write_json(partial / STATE_NAME, dict(state))
+    finish_folder(partial, model_config, state)
     _flush_folder(partial)
     replaced = _set_aside(final)
     if final.exists():
@@ -122,14 +121,25 @@ def _finish(
     try:
         os.rename(partial, final)
         _flush_folder(root)
-        atomic_write_text(root / TRACKER_NAME, f"{iteration}\n")
-    except OSError:
+        write_tracker(root, iteration)
+    except (OSError, UserError):
         if final.exists():
             os.rename(final, partial)
         if replaced.exists():
             os.rename(replaced, final)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def finish_folder(folder: Path, model_config: ModelConfig, state: Mapping[str, Any]) -> None:
+    """Write what belongs to a checkpoint besides its tensors."""
+    atomic_write_json(folder / MODEL_CONFIG_NAME, model_config.to_json())
+    atomic_write_json(folder / STATE_NAME, dict(state))
+
+
+def write_tracker(root: Path, iteration: int) -> None:
+    """Name the latest iteration."""
+    atomic_write_text(root / TRACKER_NAME, f"{iteration}\n")
 
 
 def _require_whole_model(folder: Path, model_config: ModelConfig) -> None:
@@ -145,11 +155,11 @@ def _require_whole_model(folder: Path, model_config: ModelConfig) -> None:
     }
     expected = parameter_shapes(model_config)
     for name in sorted(expected.keys() | stored.keys()):
-        if expected.get(name) != stored.get(name):
+        wanted, written = expected.get(name, "none"), stored.get(name, "none")
+        if wanted != written:
             raise CheckpointError(
-                f"tensor {name} has shape {expected.get(name, 'none')} in this model, but {stored.get(name, "
-                f"'none')} "
-                "was written; the layout of a parameter is described wrongly"
+                f"tensor {name} has shape {wanted} in this model, but {written} was written; "
+                "the layout of a parameter is described wrongly"
             )
 
 
@@ -251,12 +261,7 @@ def load_model_config(folder: Path) -> ModelConfig:
 
 
 def _load_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; the checkpoint is not whole")
-    try:
-        value = read_json(path)
-    except UserError as error:
-        raise CheckpointError(str(error)) from error
+    value = read_json(path, error=CheckpointError)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value

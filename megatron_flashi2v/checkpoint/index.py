@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from megatron_flashi2v.checkpoint.regions import Region, piece_regions
 from megatron_flashi2v.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, FileRecord
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.runtime.files import atomic_write_json, read_json
+from megatron_flashi2v.runtime.files import atomic_write_text, read_json
 
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 1
@@ -52,28 +53,34 @@ class Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write ``index.json``; see :func:`read_index` for the reverse."""
-    tensors = {
-        key: {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "pieces": [
-                {
-                    "file": piece.file,
-                    "name": piece.name,
-                    "offset": list(piece.offset),
-                    "shape": list(piece.shape),
-                    "flat_range": None if piece.flat_range is None else list(piece.flat_range),
-                }
-                for piece in tensor.pieces
-            ],
-        }
-        for key, tensor in index.tensors.items()
-    }
+    """Write ``index.json``, one tensor a line; see :func:`read_index` for the reverse."""
     files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in index.files.items()}
-    atomic_write_json(
-        folder / INDEX_NAME, {"format_version": FORMAT_VERSION, "files": files, "tensors": tensors}
-    )
+    tensors = [
+        f"{json.dumps(key)}: {json.dumps(_tensor_json(tensor))}" for key, tensor in index.tensors.items()
+    ]
+    lines = [
+        "{",
+        f'"format_version": {FORMAT_VERSION},',
+        f'"files": {json.dumps(files)},',
+        '"tensors": {',
+        ",\n".join(tensors),
+        "}}",
+    ]
+    atomic_write_text(folder / INDEX_NAME, "\n".join(lines) + "\n")
+
+
+def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
+    pieces = [
+        {
+            "file": piece.file,
+            "name": piece.name,
+            "offset": piece.offset,
+            "shape": piece.shape,
+            "flat_range": piece.flat_range,
+        }
+        for piece in tensor.pieces
+    ]
+    return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "pieces": pieces}
 
 
 def read_index(folder: Path) -> Index:
@@ -85,7 +92,7 @@ def read_index(folder: Path) -> Index:
     path = folder / INDEX_NAME
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; {folder} is not a whole checkpoint")
-    document = read_json(path)
+    document = read_json(path, error=CheckpointError)
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}")

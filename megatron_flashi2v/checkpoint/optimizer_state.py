@@ -75,7 +75,7 @@ class OptimizerShard:
     @property
     def state(self) -> dict[str, Any]:
         """The inner optimizer's state of this parameter; empty before the first step."""
-        return self.inner.state[self.weights]
+        return self.inner.state.get(self.weights, {})
 
 
 def optimizer_shards(
@@ -249,8 +249,10 @@ def load_optimizer(
                 f"wrote it"
             )
         for what in sorted(expected):
-            value = shard.state.setdefault(what, torch.zeros_like(shard.weights))
-            moments.append(shard.piece(f"{OPTIMIZER_PREFIX}{what}.{shard.name}", value))
+            state = shard.inner.state[shard.weights]
+            if state.get(what) is None:
+                state[what] = torch.zeros_like(shard.weights)
+            moments.append(shard.piece(f"{OPTIMIZER_PREFIX}{what}.{shard.name}", state[what]))
     read_pieces(folder, moments, index=index)
     _set_step(shards, common_state)
 

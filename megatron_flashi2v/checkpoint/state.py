@@ -117,13 +117,15 @@ def load_model(folder: Path, named_parameters: NamedParameters, grid: ShardGrid)
     """
     index = read_index(folder)
     pieces = [
-        _model_piece(_most_exact_key(index, name, parameter.dtype), name, parameter, grid)
+        _model_piece(most_exact_key(index, name, parameter.dtype), name, parameter, grid)
         for name, parameter in named_parameters
     ]
     read_pieces(folder, pieces, allow_cast=True, index=index)
 
 
-def _most_exact_key(index: Index, name: str, dtype: torch.dtype) -> str:
+def most_exact_key(index: Index, name: str, dtype: torch.dtype) -> str:
+    """Key of the stored tensor that gives parameter ``name`` in ``dtype``: the model's own, or its master
+    copy."""
     stored, master = index.tensors.get(MODEL_PREFIX + name), index.tensors.get(MASTER_PREFIX + name)
     if stored and master and dtype == master.dtype != stored.dtype:
         return MASTER_PREFIX + name

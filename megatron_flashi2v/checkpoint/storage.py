@@ -147,7 +147,7 @@ def write_rank_file(folder: Path, pieces: Iterable[TensorPiece], *, rank: int, w
     A rank that owns nothing writes no file.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: the disk is full, or the file cannot be written.
         CheckpointError: a piece has a dtype that cannot be stored.
     """
     owned = [piece for piece in pieces if piece.owner and piece.data.numel()]

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.runtime.files import full_disk_named
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -75,13 +76,14 @@ def write_tensor_file(
     its folder.
 
     Raises:
-        OSError: the disk is full, or the path cannot be written.
+        UserError: the disk is full.
+        OSError: the path cannot be written.
         CheckpointError: a tensor differs from its spec, or the dtype cannot be stored.
     """
     header = _header(path, specs)
     digest = hashlib.sha256()
     size = 0
-    with open(path, "wb") as file:
+    with full_disk_named(path), open(path, "wb") as file:
         for block in (len(header).to_bytes(8, "little"), header):
             file.write(block)
             digest.update(block)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.runtime.logging import setup_logging
 
 if TYPE_CHECKING:
+    from megatron_flashi2v.config.model import ModelConfig
     from megatron_flashi2v.sampling.pipeline import SampledVideo
 
 DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
@@ -39,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         SampleConfig, args=list(argv), prog="flashi2v sample",
         description="Sample a video that starts from an image and follows a prompt.",
     )
+    setup_logging()
     run(config)
     return 0
 
@@ -59,6 +64,8 @@ def run(config: SampleConfig) -> SampledVideo:
     from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
     # Cheap checks first: nobody should wait for 14 billion weights to hear of a misspelt file.
+    for path in (config.output, strip_path(config)):
+        require_writable(path)
     folder = resolve_checkpoint(config.load)
     model_config = load_model_config(folder)
     shape = video_shape(config, load_state(folder))
@@ -81,6 +88,28 @@ def run(config: SampleConfig) -> SampledVideo:
         video = sample(pipeline, images, config, shape)
     write(video, config, shape.fps)
     return video
+
+
+def strip_path(config: SampleConfig) -> Path:
+    """Where the strip of frames goes: beside the mp4 unless said otherwise."""
+    return config.strip or config.output.with_suffix(".png")
+
+
+def require_writable(path: Path) -> None:
+    """Refuse an output that could not be written after all the work.
+
+    Raises:
+        ConfigError: the path is a folder, or lies in something that is no folder or may not be written.
+    """
+    from megatron_flashi2v.config.errors import ConfigError
+
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if path.is_dir():
+        raise ConfigError(f"output {path} is a folder; give a file's name in it")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"output {path} cannot be written: {parent} is no folder, or not a writable one")
 
 
 def video_shape(config: SampleConfig, state: Mapping[str, Any]) -> VideoShape:
@@ -145,7 +174,7 @@ def write(video: SampledVideo, config: SampleConfig, fps: float) -> tuple[Path, 
 
     from megatron_flashi2v.sampling.video import StripRow, write_comparison, write_mp4
 
-    strip = config.strip or config.output.with_suffix(".png")
+    strip = strip_path(config)
     frames_THWC = video.frames_BTHWC[0]
     write_mp4(config.output, frames_THWC, fps)
     rows = [StripRow(frames_THWC=frames_THWC, label=f"sample: {config.prompt}")]

@@ -46,9 +46,10 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
     try:
-        with megatron_on(device):
-            from megatron_flashi2v.training.trainer import Trainer
+        # megatron-core compiles small functions while it is imported, which torch must do unredirected.
+        from megatron_flashi2v.training.trainer import Trainer
 
+        with megatron_on(device):
             Trainer(config, model, launch, device).train()
     except BaseException:
         shutdown(failed=True)

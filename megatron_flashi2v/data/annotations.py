@@ -6,6 +6,7 @@ An annotation file is a JSON list of objects (``path`` and ``cap``; optionally `
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -202,8 +203,7 @@ def _with_unique_key(entry: Entry, keys: Counter[str]) -> Entry:
     count = keys[entry.key]
     if count == 1:
         return entry
-    fields = {name: getattr(entry, name) for name in Entry.__slots__}
-    return Entry(**{**fields, "key": f"{entry.key}-{count}"})
+    return dataclasses.replace(entry, key=f"{entry.key}-{count}")
 
 
 def _captions(value: Any) -> tuple[str, ...] | None:

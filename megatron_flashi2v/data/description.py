@@ -85,6 +85,11 @@ class DatasetDescription:
     shards: tuple[ShardEntry, ...]
 
 
+def shard_entry(index: ShardIndex) -> ShardEntry:
+    """A shard's line in the data set's list."""
+    return ShardEntry(name=shard_name(index.number), samples=len(index.samples), bytes=index.tar_bytes)
+
+
 def write_description(
     folder: Path,
     *,
@@ -104,10 +109,7 @@ def write_description(
         indices: of all shards, in order.
         empty_text_rows_LD: rows of the empty prompt, bf16.
     """
-    shards = tuple(
-        ShardEntry(name=shard_name(index.number), samples=len(index.samples), bytes=index.tar_bytes)
-        for index in indices
-    )
+    shards = tuple(map(shard_entry, indices))
     rows = {"text": empty_text_rows_LD.contiguous()}
     atomic_write_bytes(folder / EMPTY_TEXT_FILE, safetensors.torch.save(rows))
     values = {
@@ -137,7 +139,7 @@ def read_description(folder: Path) -> DatasetDescription:
         raise DataError(
             f"{path} is missing: {folder} holds no finished data set; finish it with `flashi2v prepare --output {folder}`"
         )
-    values = read_json(path)
+    values = read_json(path, error=DataError)
     if not isinstance(values, dict) or values.get("format") != DATASET_FORMAT:
         raise DataError(f"{path}: not a data set's description (its format must be {DATASET_FORMAT!r})")
     if values.get("version") != DATASET_VERSION:

@@ -16,6 +16,7 @@ import re
 import tarfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import safetensors.torch
 import torch
 
 from megatron_flashi2v.config.errors import DataError
-from megatron_flashi2v.runtime.files import atomic_write_json, read_json
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json, write_errors
 
 SHARD_FORMAT = "megatron_flashi2v-shard"
 SHARD_VERSION = 1
@@ -125,7 +126,7 @@ class ShardWriter:
         self._number = number
         self._temporary = folder / f".{shard_name(number)}.{os.getpid()}.tmp"
         self._samples: list[IndexedSample] = []
-        with self._disk_errors():
+        with write_errors(self._temporary):
             self._file = _HashingFile(self._temporary)
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
@@ -145,11 +146,11 @@ class ShardWriter:
 
         Raises:
             ValueError: a key that is malformed or was already used in this shard.
-            DataError: the disk is full or failing; the shard is discarded.
+            UserError: the disk is full or failing; the shard is discarded.
         """
         if not KEY_PATTERN.fullmatch(key) or key in self.keys:
             raise ValueError(f"sample key {key!r} is malformed or already in {shard_name(self._number)}")
-        with self._disk_errors():
+        with self._discarding():
             sample = IndexedSample(
                 key=key,
                 tensors=self._append(f"{key}.safetensors", safetensors.torch.save(tensors)),
@@ -169,9 +170,9 @@ class ShardWriter:
         """Close the tar, rename it into place, then write its index.
 
         Raises:
-            DataError: the disk is full or failing; the shard is discarded.
+            UserError: the disk is full or failing; the shard is discarded.
         """
-        with self._disk_errors():
+        with self._discarding():
             self._tar.close()
             self._file.sync()
             self._file.close()
@@ -195,16 +196,14 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _disk_errors(self) -> Any:
+    def _discarding(self) -> Iterator[None]:
+        """Errors of the disk name the tar; whatever the error, nothing half-written stays."""
         try:
-            yield
-        except OSError as error:
-            if hasattr(self, "_file"):
-                self.discard()
-            raise DataError(
-                f"{tar_path(self._folder, self._number)}: cannot be written ({error.strerror or error}); "
-                "free space or choose another --output, then run the same command again: finished shards are kept"
-            ) from error
+            with write_errors(tar_path(self._folder, self._number)):
+                yield
+        except BaseException:
+            self.discard()
+            raise
 
 
 def tar_path(folder: Path, number: int) -> Path:
@@ -217,10 +216,12 @@ def index_path(folder: Path, number: int) -> Path:
     return folder / f"{shard_name(number)}.json"
 
 
-def remove_leftovers(folder: Path, number: int) -> None:
-    """Delete the temporary files that a killed run left for this shard."""
-    for path in folder.glob(f".{shard_name(number)}.*"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, numbers: Collection[int]) -> None:
+    """Delete the temporary files that a killed run left for these shards."""
+    names = {shard_name(number) for number in numbers}
+    for path in folder.glob(".shard-*"):
+        if path.name[1:].split(".")[0] in names:
+            path.unlink(missing_ok=True)
 
 
 def read_index(path: Path) -> ShardIndex:
@@ -231,7 +232,7 @@ def read_index(path: Path) -> ShardIndex:
     """
     if not path.is_file():
         raise DataError(f"{path}: the shard's index is missing; run `flashi2v prepare` again to write it")
-    values = read_json(path)
+    values = read_json(path, error=DataError)
     try:
         if values["format"] != SHARD_FORMAT or values["version"] != SHARD_VERSION:
             raise DataError(

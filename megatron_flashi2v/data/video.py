@@ -6,7 +6,8 @@ numbers are exact for variable frame rates and wrong headers; decoding then star
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +16,19 @@ import av
 import av.container
 import numpy as np
 import torch
+from av.stream import Disposition
 
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.reasons import ERROR_REASONS
 
 MAX_PIXELS = 2**26
 """Pictures beyond this (an 8K picture has half of it) are taken for damaged headers, and never allocated."""
+
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,mxf,nut,ivf,gif,rm,dv,"
+    "h264,hevc,m4v,obu,yuv4mpegpipe"
+)
+"""Demuxers that read one file. Playlists and lists of files, in disguise, would open others, or the network."""
 
 _DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, MemoryError, ZeroDivisionError, OverflowError)
 
@@ -57,7 +65,7 @@ class VideoFacts:
 
 
 class Video:
-    """An open video file; use it as a context manager.
+    """A video file opened for reading; use it as a context manager.
 
     Args:
         path: of the file.
@@ -69,14 +77,9 @@ class Video:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise VideoError(path, "missing_file", "there is no such file; correct path in the annotation")
+            raise VideoError(path, "missing_file", "there is no such file; correct the path in the annotation")
+        self._container, self._stream = self._open()
         try:
-            # Only this very file: a playlist in disguise must not make the decoder open others or the network.
-            self._container = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
-        except _DECODER_ERRORS as error:
-            raise VideoError(path, "unreadable", f"is not a readable video file ({_plain(error)})") from error
-        try:
-            self._stream = self._find_stream()
             self._time_stamps = self._read_time_stamps()
             self._turns, self.facts = self._measure()
         except BaseException:
@@ -105,12 +108,11 @@ class Video:
             VideoError: a frame does not exist or cannot be decoded, or the crop lies outside the picture.
         """
         numbers = [int(index) for index in indices]
-        if not numbers or numbers[0] < 0 or numbers[-1] >= self.facts.num_frames:
+        if numbers[-1] >= self.facts.num_frames:
             raise VideoError(
                 self.path,
                 "truncated",
-                f"frames {numbers[0] if numbers else 0} to {numbers[-1] if numbers else 0} are needed, "
-                f"but the file holds {self.facts.num_frames}",
+                f"frames {numbers[0]} to {numbers[-1]} are needed, but the file holds {self.facts.num_frames}",
             )
         region = self._region(crop)
         wanted = set(numbers)
@@ -126,30 +128,44 @@ class Video:
         frames_THWC = torch.from_numpy(np.stack([pictures[number] for number in numbers]))
         return frames_THWC.permute(0, 3, 1, 2).contiguous()
 
-    def _find_stream(self) -> av.VideoStream:
+    def _open(self) -> tuple[av.container.InputContainer, av.VideoStream]:
+        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+        try:
+            container = av.open(f"file:{self.path}", options=options)
+        except _DECODER_ERRORS as error:
+            raise VideoError(self.path, "unreadable", f"is not a readable video file ({_plain(error)})") from error
+        try:
+            return container, self._find_stream(container)
+        except BaseException:
+            container.close()
+            raise
+
+    def _find_stream(self, container: av.container.InputContainer) -> av.VideoStream:
         streams = [
             stream
-            for stream in self._container.streams.video
-            if not stream.disposition & av.stream.Disposition.attached_pic  # the cover of a song is no video
+            for stream in container.streams.video
+            if not stream.disposition & Disposition.attached_pic  # the cover of a song is no video
         ]
         if not streams:
             raise VideoError(self.path, "no_video_stream", "holds no video stream")
-        stream = streams[0]
-        if stream.codec_context is None:
+        codec = streams[0].codec_context
+        if codec is None:
             raise VideoError(self.path, "undecodable", "is in a format that this build of FFmpeg cannot decode")
-        height, width = stream.codec_context.height, stream.codec_context.width
-        if height * width > MAX_PIXELS:
+        if codec.height * codec.width > MAX_PIXELS:
             raise VideoError(
-                self.path, "too_large", f"the header claims {width} x {height} pixels; at most {MAX_PIXELS} are read"
+                self.path,
+                "too_large",
+                f"the header claims {codec.width} x {codec.height} pixels; at most {MAX_PIXELS} are read",
             )
-        return stream
+        codec.thread_type = "AUTO"
+        return streams[0]
 
     def _read_time_stamps(self) -> list[int] | None:
         """Presentation time stamps of all frames, ascending; None where they do not tell the frames apart."""
         stamps: list[int] = []
         try:
             for packet in self._container.demux(self._stream):
-                if packet.size == 0 or packet.is_discard:
+                if packet.size == 0 or packet.is_discard or packet.is_corrupt:
                     continue
                 if packet.pts is None:
                     return None
@@ -164,14 +180,15 @@ class Video:
         rate = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
         if not rate or rate <= 0:
             raise VideoError(self.path, "no_fps", "does not say how many frames it shows per second")
-        first = next(self._frames_from(None), None)
-        if first is None:
-            raise VideoError(self.path, "no_frames", "holds no frame that can be decoded")
-        num_frames = sum(1 for _ in self._frames_from(None)) if self._time_stamps is None else len(self._time_stamps)
+        with contextlib.closing(self._all_frames()) as frames:
+            first = next(frames, None)
+            if first is None:
+                raise VideoError(self.path, "no_frames", "holds no frame that can be decoded")
+            count = 1 + sum(1 for _ in frames) if self._time_stamps is None else len(self._time_stamps)
         turns = round(first.rotation / 90) % 4
-        height, width = (first.width, first.height) if turns % 2 else (first.height, first.width)
         self._coded_size = (first.height, first.width)
-        return turns, VideoFacts(height=height, width=width, fps=float(rate), num_frames=num_frames)
+        height, width = self._coded_size[::-1] if turns % 2 else self._coded_size
+        return turns, VideoFacts(height=height, width=width, fps=float(rate), num_frames=count)
 
     def _region(self, crop: tuple[int, int, int, int] | None) -> tuple[slice, slice]:
         if crop is None:
@@ -191,39 +208,41 @@ class Video:
         numbers = {self._time_stamps[number]: number for number in wanted}
         pictures: dict[int, np.ndarray] = {}
         for frame in self._frames_from(min(numbers)):
-            number = None if frame.pts is None else numbers.get(frame.pts)
-            if number is not None:
-                pictures[number] = self._picture(frame, region)
+            if frame.pts in numbers:
+                pictures[numbers[frame.pts]] = self._picture(frame, region)
             if len(pictures) == len(wanted) or (frame.pts is not None and frame.pts > max(numbers)):
                 break
         return pictures
 
     def _decode_from_start(self, wanted: set[int], region: tuple[slice, slice]) -> dict[int, np.ndarray]:
+        # With time stamps, a frame that the decoder leaves out does not shift the numbers of those after it.
+        numbers = None if self._time_stamps is None else {pts: n for n, pts in enumerate(self._time_stamps)}
         pictures: dict[int, np.ndarray] = {}
-        for count, frame in enumerate(self._frames_from(None)):
-            # With time stamps, a frame that the decoder left out must not shift the numbers of those after it.
-            number = count if self._time_stamps is None else self._number_at(frame.pts)
-            if number in wanted:
-                pictures[number] = self._picture(frame, region)
-            if len(pictures) == len(wanted):
-                break
+        with contextlib.closing(self._all_frames()) as frames:
+            for count, frame in enumerate(frames):
+                number = count if numbers is None else numbers.get(frame.pts, -1)
+                if number in wanted:
+                    pictures[number] = self._picture(frame, region)
+                if len(pictures) == len(wanted):
+                    break
         return pictures
 
-    def _number_at(self, pts: int | None) -> int:
-        assert self._time_stamps is not None
-        return -1 if pts is None else int(np.searchsorted(self._time_stamps, pts))
-
-    def _frames_from(self, pts: int | None) -> Iterator[av.VideoFrame]:
-        """Decoded frames from the key frame at or before ``pts`` (None: the start), up to the first damage."""
+    def _frames_from(self, pts: int) -> Iterator[av.VideoFrame]:
+        """Decoded frames from the key frame at or before ``pts`` up to the first damage."""
         try:
-            self._container.seek(self._seek_start() if pts is None else pts, stream=self._stream, backward=True)
+            self._container.seek(pts, stream=self._stream, backward=True)
             yield from self._container.decode(self._stream)
         except _DECODER_ERRORS:
             return
 
-    def _seek_start(self) -> int:
-        start = self._stream.start_time or 0
-        return min(start, self._time_stamps[0]) if self._time_stamps else start
+    def _all_frames(self) -> Generator[av.VideoFrame, None, None]:
+        """Decoded frames from the first one up to the first damage, read afresh: not every format seeks to its start."""
+        container, stream = self._open()
+        with container:
+            try:
+                yield from container.decode(stream)
+            except _DECODER_ERRORS:
+                return
 
     def _picture(self, frame: av.VideoFrame, region: tuple[slice, slice]) -> np.ndarray:
         if frame.is_corrupt:

@@ -54,14 +54,33 @@ def write_training_curves(
     window: int | None = None,
     marks: Mapping[int, str] | None = None,
 ) -> None:
-    """Write one PNG with the curves of some runs: loss above, gradient norm and learning rate below.
+    """Write :func:`draw_training_curves` as a PNG, atomically.
+
+    Raises:
+        UserError: a metrics file is missing or holds no row, or the PNG cannot be written.
+    """
+    buffer = io.BytesIO()
+    draw_training_curves(runs, title=title, window=window, marks=marks).savefig(buffer, format="png")
+    atomic_write_bytes(path, buffer.getvalue())
+
+
+def draw_training_curves(
+    runs: Mapping[str, Path],
+    *,
+    title: str | None = None,
+    window: int | None = None,
+    marks: Mapping[int, str] | None = None,
+) -> Figure:
+    """One figure with the curves of some runs: loss above, gradient norm and learning rate below.
 
     Args:
         runs: label -> ``metrics.jsonl``; one colour per run.
-        path: the PNG; written atomically.
         title: headline of the figure.
         window: iterations in the moving mean (by default 1/20 of the run, at least 1).
         marks: iteration -> note, drawn as vertical lines on the loss (where a run was resumed, for instance).
+
+    Returns:
+        A figure with the Agg canvas; its axes are loss, gradient norm and learning rate.
 
     Raises:
         DataError: a file is missing or holds no row.
@@ -87,9 +106,7 @@ def write_training_curves(
     axes["loss"].legend(frameon=False)
     if title:
         figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    atomic_write_bytes(path, buffer.getvalue())
+    return figure
 
 
 def _panels(figure: Figure) -> dict[str, Axes]:
@@ -106,6 +123,7 @@ def _panels(figure: Figure) -> dict[str, Axes]:
         axes[name].set_xlabel("iteration")
         axes[name].grid(True, color="0.9", linewidth=0.7)
         axes[name].set_axisbelow(True)
+        axes[name].ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     return axes
 
 

@@ -15,8 +15,7 @@ from megatron_flashi2v.config.train import ParallelArguments
 class Groups:
     """The groups of this rank, with its place in each.
 
-    ``collection`` is what megatron-core's schedules, DDP and optimizer take. Its embedding groups are None: our
-    stages share no parameters, since the conditioning travels with the activation.
+    ``collection`` is what megatron-core's schedules, DDP and optimizer take.
     """
 
     collection: ProcessGroupCollection
@@ -71,11 +70,8 @@ def make_groups(parallel: ParallelArguments) -> Groups:
         distributed_timeout_minutes=int(parallel.distributed_timeout_minutes),
         create_gloo_process_groups=parallel.use_gloo_process_groups,
     )
-    collection = ProcessGroupCollection.use_mpu_process_groups()
-    collection.embd = None
-    collection.pos_embd = None
     return Groups(
-        collection=collection,
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
     )
 

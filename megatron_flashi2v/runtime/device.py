@@ -117,7 +117,8 @@ class CpuDevice(Device):
 
     def max_memory_allocated(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+        peak = peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+        return max(peak, self.memory_allocated())  # the kernel's peak lags behind
 
     def reset_max_memory_allocated(self) -> None:
         """The operating system keeps the peak for the life of the process."""

@@ -43,8 +43,11 @@ def full_disk_named(path: Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    """As :func:`full_disk_named`, around this module's own writing: a missing permission and the like too."""
+def write_errors(path: Path | str) -> Iterator[None]:
+    """As :func:`full_disk_named`, and any error of the operating system: a missing permission and the like.
+
+    For a body that does nothing but write ``path``, since another file's error would be blamed on it.
+    """
     try:
         with full_disk_named(path):
             yield
@@ -64,7 +67,7 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:
@@ -94,8 +97,8 @@ def staged_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Pat
 
     Yields ``.NAME.partial`` beside ``final`` to write into. When the body ends, its files are flushed to the
     disk and the folder is renamed; when the body fails, the folder is removed. What a killed run left there
-    is removed on the next try, so at most one process may write one ``final`` at a time (in a distributed job,
-    rank 0 holds the context while the others write between two barriers).
+    is removed on the next try, so at most one process may write one ``final`` at a time (in a distributed
+    job, rank 0 holds the context while the others write between two barriers).
 
     Args:
         final: where the folder is to stand; an empty folder there counts as none. Its parents are made.
@@ -106,7 +109,7 @@ def staged_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Pat
     """
     final = Path(final)
     partial, previous = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.previous")
-    with _write_errors(final):
+    with write_errors(final):
         if previous.exists() and not final.exists():
             previous.rename(final)  # a run was killed between the two renames below
         _refuse_existing(final, overwrite)
@@ -115,7 +118,7 @@ def staged_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Pat
     try:
         with full_disk_named(final):
             yield partial
-        with _write_errors(final):
+        with write_errors(final):
             _sync_tree(partial)
             _refuse_existing(final, overwrite)
             _remove(previous)
@@ -163,7 +166,7 @@ def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     line = json.dumps(dict(row), ensure_ascii=False).encode("utf-8") + b"\n"
-    with _write_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
             _end_last_line(file)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.transforms import resize_and_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,6 +48,9 @@ def image_to_tensor(image: Image) -> torch.Tensor:
     from PIL import ImageOps
 
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit levels at 255; the upper byte is the picture.
+        image = images.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = images.alpha_composite(images.new("RGBA", image.size, "white"), image)
@@ -70,15 +74,13 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
 
 
 def _first_frame(path: Path) -> torch.Tensor:
-    """The first frame of a video file, uint8 ``[3, H, W]``."""
-    import av
+    """The first frame of a video file, upright, uint8 ``[3, H, W]``."""
+    from megatron_flashi2v.data.video import Video
 
     try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                return torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
-    except (av.FFmpegError, IndexError) as error:  # IndexError: a container without a video stream
+        with Video(path) as video:
+            return video.read([0])[0]
+    except DataError as error:
         raise DataError(
-            f"image {path}: neither a picture nor a video ({error}); give a png, a jpg or an mp4"
+            f"image {path}: neither a picture nor a video that can be read ({error}); give a png, a jpg or an mp4"
         ) from error
-    raise DataError(f"image {path}: the video has no frame; give another file")

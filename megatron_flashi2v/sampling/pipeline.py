@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import check_sampling_settings
+from megatron_flashi2v.data.prepared import pad_text_rows
+from megatron_flashi2v.data.transforms import to_model_range
 from megatron_flashi2v.encoders.text_cleaning import clean_text
 from megatron_flashi2v.flow.sigmas import inference_sigmas
 from megatron_flashi2v.sampling.guidance import VelocityFunction, is_guided, with_guidance
-from megatron_flashi2v.sampling.image import ImageLike, fit_image, to_signed_unit
+from megatron_flashi2v.sampling.image import ImageLike, fit_image
 from megatron_flashi2v.sampling.noise import sample_noise
 from megatron_flashi2v.sampling.solvers import StepCallback, solve_euler
 
@@ -192,7 +194,8 @@ class ImageToVideoPipeline:
         if fitted_BCHW is None:
             channels, _, height, width = latent_shape
             return torch.zeros((count, channels, 1, height, width), device=self.device)
-        pixels_BC1HW = to_signed_unit(fitted_BCHW).unsqueeze(2).to(self.device)
+        # The transform takes the first axis for time; here it counts images, each a video of one frame.
+        pixels_BC1HW = to_model_range(fitted_BCHW).transpose(0, 1).unsqueeze(2).to(self.device)
         return self.vae.encode(pixels_BC1HW).to(self.device, torch.float32)
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -203,13 +206,7 @@ class ImageToVideoPipeline:
         """
         cleaned = [clean_text(prompt, self.model_config.text_cleaning) for prompt in prompts]
         rows_LD = self.text_encoder.encode(cleaned)
-        text_BLD = torch.zeros(
-            (len(prompts), self.model_config.text_length, self.model_config.text_dim),
-            dtype=rows_LD[0].dtype, device=self.device,
-        )
-        for sample, rows in enumerate(rows_LD):
-            text_BLD[sample, : len(rows)] = rows.to(self.device)
-        return text_BLD
+        return torch.stack([pad_text_rows(rows, self.model_config.text_length) for rows in rows_LD]).to(self.device)
 
 
 def latent_shape_of(

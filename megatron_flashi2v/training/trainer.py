@@ -19,7 +19,7 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     require_same_model,
     save_checkpoint,
 )
-from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_pieces
+from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.state import ShardGrid, load_model, model_pieces
 from megatron_flashi2v.config.errors import ConfigError, DataError, UserError
 from megatron_flashi2v.config.model import ModelConfig
@@ -142,10 +142,9 @@ class Trainer:
         root = self.config.checkpoint.save
         assert root is not None
         parameters = list(self.stage.named_parameters())
-        pieces, optimizer_state = optimizer_pieces(self.optimizer, parameters, self.grid)
         folder = save_checkpoint(
             root, self.iteration,
-            pieces=[*model_pieces(parameters, self.grid), *pieces],
+            pieces=[*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid)],
             model_config=self.model_config,
             state={
                 "version": __version__,
@@ -155,7 +154,7 @@ class Trainer:
                 "data": {"samples": len(self.dataset), "fingerprint": self.dataset.fingerprint,
                          "frames": self.dataset.info.frames, "height": self.dataset.info.height,
                          "width": self.dataset.info.width, "fps": self.dataset.info.fps},
-                "optimizer": optimizer_state,
+                "optimizer": optimizer_common_state(self.optimizer),
             },
             rank=self.launch.rank, world_size=self.launch.world_size,
         )

@@ -26,6 +26,7 @@ from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
 from megatron_flashi2v.runtime.launch import detect_launch
 from megatron_flashi2v.runtime.redirect import megatron_on
+from megatron_flashi2v.training.trainer import Trainer
 
 
 def write_gradients(trainer, folder: Path) -> None:
@@ -41,8 +42,6 @@ def write_gradients(trainer, folder: Path) -> None:
 
 def run(flags: list[str], launch, device) -> None:
     """One training run, with the gradients of its last iteration kept."""
-    from megatron_flashi2v.training.trainer import Trainer
-
     config = parse(TrainConfig, flags, prog="run_layouts", description="")
     model = resolve_model(config.model)
     check_train(config, model, launch.world_size)

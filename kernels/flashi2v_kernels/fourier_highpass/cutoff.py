@@ -29,7 +29,7 @@ def squared_cutoff(magnitude_BHW: Tensor, squared_radius_HW: Tensor, ratio_B: Te
     Args:
         magnitude_BHW: the shifted spectrum's magnitude, averaged over channels.
         squared_radius_HW: of :func:`squared_radius_map`.
-        ratio_B: share of each image's magnitude to hold back, in [0, 1].
+        ratio_B: share of each image's magnitude to hold back, clamped to [0, 1].
 
     Returns:
         squared radius of the cutoff ring, [B]; bins at or beyond it pass. 0 when the ratio is 0 or the zero
@@ -37,8 +37,8 @@ def squared_cutoff(magnitude_BHW: Tensor, squared_radius_HW: Tensor, ratio_B: Te
     """
     sorted_radius_N, order_N = squared_radius_HW.flatten().sort(stable=True)
     summed_BN = magnitude_BHW.flatten(1)[:, order_N].cumsum(dim=1)
-    target_B1 = ratio_B.to(summed_BN.dtype)[:, None] * summed_BN[:, -1:]
-    index_B = (summed_BN < target_B1).sum(dim=1).clamp(max=order_N.numel() - 1)
+    share_B1 = ratio_B.to(summed_BN).clamp(0.0, 1.0)[:, None]
+    index_B = (summed_BN < share_B1 * summed_BN[:, -1:]).sum(dim=1)  # the last sum is never below its share
     return sorted_radius_N[index_B]
 
 

@@ -33,7 +33,6 @@ def fourier_highpass(
         real_BCHW, imaginary_BCHW = _transform(images, rows, columns)
         magnitude_BHW = (real_BCHW.square() + imaginary_BCHW.square() + EPSILON).sqrt().mean(dim=1)
         squared_radius_HW = squared_radius_map(*images.shape[-2:], device=device)
-        ratio_B = ratio_B.to(device, torch.float32).clamp(0.0, 1.0)
         cutoff_B = squared_cutoff(magnitude_BHW, squared_radius_HW, ratio_B)
         keep_B1HW = (squared_radius_HW >= cutoff_B[:, None, None])[:, None].float()
         high = _inverse_real(real_BCHW * keep_B1HW, imaginary_BCHW * keep_B1HW, rows, columns)

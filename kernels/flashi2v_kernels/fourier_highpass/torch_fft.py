@@ -23,7 +23,6 @@ def fourier_highpass(
     spectrum_BCHW = torch.fft.fftshift(torch.fft.fft2(images_BCHW.float()), dim=(-2, -1))
     magnitude_BHW = _magnitude(spectrum_BCHW).mean(dim=1)
     squared_radius_HW = squared_radius_map(*images_BCHW.shape[-2:], device=device)
-    ratio_B = ratio_B.to(device, torch.float32).clamp(0.0, 1.0)
     cutoff_B = squared_cutoff(magnitude_BHW, squared_radius_HW, ratio_B)
     keep_B1HW = (squared_radius_HW >= cutoff_B[:, None, None])[:, None]
     high_BCHW = _inverse(spectrum_BCHW * keep_B1HW)

@@ -23,12 +23,11 @@ def weight_like_tail(x: Tensor, weight: Tensor, sum_of_squares: Tensor | None = 
     Raises:
         ValueError: no number of trailing dimensions of ``x`` fits the weight and the sums.
     """
-    # the sums tell (1 head, head size) from (head size), which hold as many numbers
-    tails = range(1, x.ndim + 1) if sum_of_squares is None else [x.ndim - sum_of_squares.ndim]
-    for dims in tails:
-        tail = x.shape[x.ndim - dims :]
-        fits = tuple(weight.shape) in (tuple(tail), (math.prod(tail),))
-        if fits and (sum_of_squares is None or sum_of_squares.shape == x.shape[: x.ndim - dims]):
+    for dims in range(1, x.ndim + 1):
+        rows, tail = x.shape[: x.ndim - dims], x.shape[x.ndim - dims :]
+        weight_fits = tuple(weight.shape) in (tuple(tail), (math.prod(tail),))
+        # the sums tell (1 head, head size) from (head size), which hold as many numbers
+        if weight_fits and (sum_of_squares is None or sum_of_squares.shape == rows):
             return weight.view(tail)
     sums = "" if sum_of_squares is None else f" and sums {tuple(sum_of_squares.shape)}"
     raise ValueError(f"weight {tuple(weight.shape)}{sums} do not fit the last dimensions of {tuple(x.shape)}")

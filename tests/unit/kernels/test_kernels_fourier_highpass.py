@@ -136,7 +136,11 @@ def test_cutoff_is_the_first_ring_that_reaches_the_share():
     magnitude = torch.ones(5, 3, 5)  # rings 0, 1, 2, 4, 5 hold 1, 4, 4, 2, 4 of 15
     shares = torch.tensor([1.0, 5.0, 9.0, 10.0, 15.0]) / 15
     assert squared_cutoff(magnitude, radius, shares - 1e-4).tolist() == [0, 1, 2, 4, 5]
-    assert squared_cutoff(magnitude, radius, (shares + 1e-4).clamp(max=1)).tolist() == [1, 2, 4, 4, 5]
+    assert squared_cutoff(magnitude, radius, shares + 1e-4).tolist() == [1, 2, 4, 5, 5]
+    magnitude[:, 0, 0] = 2.0  # 16 in all: shares of sixteenths are exact, and a ring that just reaches one is it
+    sixteenths = torch.tensor([1.0, 5.0, 9.0, 11.0, 16.0]) / 16
+    assert squared_cutoff(magnitude, radius, sixteenths).tolist() == [0, 1, 2, 4, 5]
+    assert squared_cutoff(magnitude[:3], radius, torch.tensor([-1.0, 0.0, 2.0])).tolist() == [0, 0, 5]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

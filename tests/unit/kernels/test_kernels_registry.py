@@ -100,6 +100,7 @@ def test_reasons(offer, needs, request_, reason):
     [
         ({"max_head_dim": 128, "head_dim_multiple": 8}, {"head_dim": 128}),
         ({"min_compute_capability": (8, 0)}, {"compute_capability": (9, 0)}),
+        ({"min_compute_capability": (9, 0)}, {"compute_capability": (9, 0)}),
         ({"package": "torch", "min_version": "2.7"}, {}),
         ({"features": {"lse": ("cuda",)}}, {"features": ["lse"]}),
     ],

@@ -1,0 +1,67 @@
+"""``flashi2v prepare``: annotations and video files to filtered, encoded shards, alone or under torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
+from megatron_flashi2v.config.recipe import parse
+from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
+
+WEEK_MINUTES = 7 * 24 * 60.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare a data set; 0 when at least one sample was kept."""
+    config = parse(
+        PrepareConfig,
+        argv,
+        prog="flashi2v prepare",
+        description="Turn annotated video files into shards of VAE latents and text rows.",
+    )
+    check_prepare(config)
+    launch = detect_launch(os.environ)
+    if launch.is_scheduler:  # msrun starts the script once more, as a scheduler that has nothing to do
+        return 0
+    run(config, launch)
+    return 0
+
+
+def run(config: PrepareConfig, launch: LaunchEnvironment) -> None:
+    """Share the work with the other processes, and show the summary on rank 0."""
+    from rich.console import Console
+
+    from megatron_flashi2v.data.preparation import Place, prepare
+    from megatron_flashi2v.data.summary import summary_table
+    from megatron_flashi2v.runtime.device import resolve_device
+    from megatron_flashi2v.runtime.distributed import shutdown
+    from megatron_flashi2v.runtime.logging import setup_logging
+
+    console = Console(stderr=True)
+    setup_logging(launch.rank, console=console)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the encoders' loading bars would tear ours
+    device = resolve_device(config.device, launch.local_rank)
+    place = Place(rank=launch.rank, world_size=launch.world_size, barrier=_meet(launch))
+    try:
+        summary = prepare(config, place=place, device=device.torch_device, console=console)
+    except BaseException:
+        shutdown(failed=True)
+        raise
+    shutdown()
+    if summary is not None:
+        Console().print(summary_table(summary, config.inputs().output))
+
+
+def _meet(launch: LaunchEnvironment) -> Callable[[], None]:
+    """A barrier over all processes; over gloo, since some ranks may wait for hours for the others to finish."""
+    if launch.world_size == 1:
+        return lambda: None
+    import torch.distributed
+
+    from megatron_flashi2v.runtime.device import resolve_device
+    from megatron_flashi2v.runtime.distributed import init_distributed
+
+    init_distributed(launch, resolve_device("cpu", launch.local_rank), WEEK_MINUTES)
+    return torch.distributed.barrier
+

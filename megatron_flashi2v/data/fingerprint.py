@@ -1,0 +1,94 @@
+"""What decides the bytes of a prepared data set, reduced to a hash, so that a later run knows what it may keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.prepare import PrepareConfig
+from megatron_flashi2v.data.annotations import Entry
+from megatron_flashi2v.data.reasons import DroppedEntry
+
+PIPELINE_VERSION = 1
+"""To be raised whenever the same inputs would give other samples."""
+
+WHOLE_FILE_BYTES = 16 * 2**20
+SAMPLED_BLOCKS = 16
+BLOCK_BYTES = 2**18
+
+_UNRELATED = ("annotations", "output", "vae", "text_encoder", "tokenizer", "device", "strict", "fresh", "min_pixels")
+
+
+def data_settings(
+    config: PrepareConfig, entries: Sequence[Entry], malformed: Sequence[DroppedEntry]
+) -> dict[str, Any]:
+    """Everything that decides the samples, JSON-ready; where the files lie and what computes do not.
+
+    Args:
+        config: checked.
+        entries: the well-formed annotations.
+        malformed: the others.
+    """
+    inputs = config.inputs()
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in _UNRELATED}
+    return {
+        "pipeline_version": PIPELINE_VERSION,
+        **values,
+        "min_pixels": config.pixel_floor,
+        "entries": len(entries) + len(malformed),
+        "annotations": _annotations_hash(entries, malformed),
+        "vae": folder_hash(inputs.vae, "VAE"),
+        "text_encoder": folder_hash(inputs.text_encoder, "text encoder"),
+        "tokenizer": folder_hash(inputs.tokenizer, "tokenizer"),
+    }
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Hash of :func:`data_settings`."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def folder_hash(folder: Path, what: str) -> str:
+    """Hash of a model folder: names, sizes and contents of its files.
+
+    Of files beyond :data:`WHOLE_FILE_BYTES` evenly spaced blocks are read: retrained weights differ everywhere, and
+    a text encoder of 20 GB is not read in full each time.
+
+    Raises:
+        ConfigError: the folder is missing.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{what} folder {folder} does not exist")
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode())
+            _update_with_file(digest, path)
+    return digest.hexdigest()
+
+
+def _update_with_file(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            digest.update(file.read())
+            return
+        for block in range(SAMPLED_BLOCKS):
+            file.seek((size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
+            digest.update(file.read(BLOCK_BYTES))
+
+
+def _annotations_hash(entries: Sequence[Entry], malformed: Sequence[DroppedEntry]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        values = [getattr(entry, name) for name in Entry.__slots__ if name not in ("root", "source")]
+        digest.update(json.dumps(values).encode() + b"\n")
+    for dropped in malformed:
+        digest.update(json.dumps([dropped.entry, dropped.reason]).encode() + b"\n")
+    return digest.hexdigest()

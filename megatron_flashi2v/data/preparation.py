@@ -1,0 +1,279 @@
+"""Annotations to a prepared data set, shard by shard; every process does its share, and a killed run is continued.
+
+The annotations that pass the filters are cut, in order, into runs of ``samples_per_shard``; shard ``k`` is the work of
+rank ``k % world_size``. A shard is published whole or not at all, so a later run with the same settings keeps the
+finished ones and does the others. ``dataset.json`` comes last and makes the data set usable.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from megatron_flashi2v.config.errors import ConfigError, DataError
+from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
+from megatron_flashi2v.data.annotations import Entry, read_annotations
+from megatron_flashi2v.data.description import (
+    DATASET_FILE,
+    EMPTY_TEXT_FILE,
+    DatasetDescription,
+    read_description,
+    shard_entry,
+    write_description,
+)
+from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork, filter_settings
+from megatron_flashi2v.data.filters import judge
+from megatron_flashi2v.data.fingerprint import data_settings, settings_hash
+from megatron_flashi2v.data.reasons import ERROR_REASONS, DroppedEntry
+from megatron_flashi2v.data.shards import (
+    SHARD_FOLDER,
+    ShardIndex,
+    index_path,
+    read_index,
+    remove_leftovers,
+    shard_name,
+    tar_path,
+)
+from megatron_flashi2v.data.summary import DROPPED_FILE, SUMMARY_FILE, read_summary, summarise, write_summary
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json, write_errors
+from megatron_flashi2v.runtime.progress import progress
+
+SETTINGS_FILE = "settings.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which process of how many this is.
+
+    Attributes:
+        rank: of this process.
+        world_size: processes that share the work.
+        barrier: returns when all of them have called it.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be done, the same on every rank.
+
+    Attributes:
+        total: annotations in all.
+        shards: the annotations that each shard is made of, in order.
+        dropped: annotations that need no look at their file to be dropped.
+        settings: everything that decides the samples.
+        fingerprint: hash of the settings.
+    """
+
+    total: int
+    shards: tuple[tuple[Entry, ...], ...]
+    dropped: tuple[DroppedEntry, ...]
+    settings: dict[str, Any]
+    fingerprint: str
+
+
+def prepare(
+    config: PrepareConfig, *, place: Place, device: torch.device, console: Console | None = None
+) -> dict[str, Any] | None:
+    """Prepare a data set, or what is missing of it.
+
+    Args:
+        config: see :class:`PrepareConfig`.
+        place: this process's share.
+        device: where the encoders run.
+        console: where progress is drawn; None takes standard error.
+
+    Returns:
+        On rank 0 the contents of ``summary.json``; None on the others.
+
+    Raises:
+        ConfigError: a flag's value is impossible, or the folder holds a data set of other settings.
+        DataError: the annotations are malformed, or nothing was kept.
+        UserError: the disk is full or failing.
+    """
+    inputs = check_prepare(config)
+    plan = make_plan(config)
+    if place.rank == 0:
+        _warn_of_malformed(plan)
+        _claim_folder(inputs.output, plan, fresh=config.fresh)
+    place.barrier()
+    encoders = Encoders(config, device)
+    _write_shards(config, plan, place, encoders, console)
+    place.barrier()
+    return _finish(inputs.output, plan, encoders) if place.rank == 0 else None
+
+
+def make_plan(config: PrepareConfig) -> Plan:
+    """Read and filter the annotations; touches no video file.
+
+    Raises:
+        DataError: the annotations are malformed (under ``--strict``: any of them).
+    """
+    entries, malformed = read_annotations(config.inputs().annotations)
+    if malformed and config.strict:
+        raise DataError(malformed[0].detail)
+    settings = filter_settings(config)
+    dropped, candidates = list(malformed), []
+    for entry in entries:
+        drop = judge(entry, settings)
+        if drop is None:
+            candidates.append(entry)
+        else:
+            dropped.append(entry.dropped(drop))
+    size = config.samples_per_shard
+    facts = data_settings(config, entries, malformed)
+    return Plan(
+        total=len(entries) + len(malformed),
+        shards=tuple(tuple(candidates[first : first + size]) for first in range(0, len(candidates), size)),
+        dropped=tuple(dropped),
+        settings=facts,
+        fingerprint=settings_hash(facts),
+    )
+
+
+def _warn_of_malformed(plan: Plan) -> None:
+    malformed = [row for row in plan.dropped if row.reason in ERROR_REASONS]
+    for row in malformed[:MAX_WARNINGS]:
+        logger.warning("dropped (%s): %s", row.reason, row.detail)
+    if len(malformed) > MAX_WARNINGS:
+        logger.warning("%d more annotations are malformed; %s will list them", len(malformed) - MAX_WARNINGS, DROPPED_FILE)
+
+
+def _claim_folder(output: Path, plan: Plan, *, fresh: bool) -> None:
+    """Make the folder this plan's own, or refuse it."""
+    cure = "choose another --output, or --fresh to delete what is there and start over"
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output}: is a file; it must be a folder")
+    if fresh:
+        _remove_data_set(output)
+    path = output / SETTINGS_FILE
+    if path.exists():
+        found = read_json(path, error=DataError)
+        if found != plan.settings:
+            raise ConfigError(
+                f"--output {output}: holds data of other settings ({_differences(found, plan.settings)}); {cure}"
+            )
+    elif (output / DATASET_FILE).exists() or any((output / SHARD_FOLDER).glob("shard-*")):
+        raise ConfigError(f"--output {output}: holds shards but no {SETTINGS_FILE}; {cure}")
+    with write_errors(output):
+        (output / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        atomic_write_json(path, plan.settings)
+
+
+def _remove_data_set(output: Path) -> None:
+    """Delete what ``prepare`` writes and nothing else; the description goes first, so that no half is taken for whole."""
+    with write_errors(output):
+        for name in (DATASET_FILE, SUMMARY_FILE, DROPPED_FILE, EMPTY_TEXT_FILE, SETTINGS_FILE):
+            (output / name).unlink(missing_ok=True)
+        for pattern in ("shard-*.json", "shard-*.tar", ".shard-*"):
+            for path in (output / SHARD_FOLDER).glob(pattern):
+                path.unlink(missing_ok=True)
+
+
+def _differences(found: Any, wanted: dict[str, Any]) -> str:
+    if not isinstance(found, dict):
+        return f"{SETTINGS_FILE} is malformed"
+    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    shown = []
+    for name in names[:4]:
+        if isinstance(wanted.get(name), str) and len(str(wanted.get(name))) == 64:
+            shown.append(f"{name} has changed")
+        else:
+            shown.append(f"{name} {found.get(name)} there, {wanted.get(name)} now")
+    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _write_shards(
+    config: PrepareConfig, plan: Plan, place: Place, encoders: Encoders, console: Console | None
+) -> None:
+    folder = config.inputs().output / SHARD_FOLDER
+    mine = range(place.rank, len(plan.shards), place.world_size)
+    open_shards = [number for number in mine if _finished(folder, number, plan.fingerprint) is None]
+    if not open_shards:
+        return
+    remove_leftovers(folder, open_shards)
+    total = sum(len(plan.shards[number]) for number in mine)
+    done = total - sum(len(plan.shards[number]) for number in open_shards)
+    _ = encoders.info  # sizes that do not fit the encoders are found before the first clip is decoded
+    with progress("prepare", total, initial=done, unit="clips", rank=place.rank, console=console) as report:
+        work = ShardWork(config, encoders, folder, plan.fingerprint, report)
+        for number in open_shards:
+            work.run(number, plan.shards[number])
+
+
+def _finished(folder: Path, number: int, fingerprint: str) -> ShardIndex | None:
+    """The shard's index, if the shard is whole and of these settings."""
+    if not index_path(folder, number).exists():
+        return None
+    try:
+        index = read_index(index_path(folder, number))
+        size = tar_path(folder, number).stat().st_size
+    except (DataError, OSError) as error:
+        logger.warning("%s is damaged and will be written again (%s)", shard_name(number), error)
+        return None
+    whole = index.fingerprint == fingerprint and index.number == number and size == index.tar_bytes
+    return index if whole else None
+
+
+def _finish(output: Path, plan: Plan, encoders: Encoders) -> dict[str, Any]:
+    indices = []
+    for number in range(len(plan.shards)):
+        index = _finished(output / SHARD_FOLDER, number, plan.fingerprint)
+        if index is None:
+            raise DataError(f"{tar_path(output / SHARD_FOLDER, number)}: vanished while preparing; run again")
+        indices.append(index)
+    if not _described(output, plan, indices):
+        _describe(output, plan, indices, encoders)
+    summary = read_summary(output)
+    if not summary["kept"]:
+        reasons = ", ".join(f"{name} {group['count']}" for name, group in summary["dropped"].items())
+        first = next(iter(summary["dropped"].values()))["examples"][0]["detail"]
+        raise DataError(f"none of {plan.total} annotations was kept ({reasons}); the first: {first}")
+    return summary
+
+
+def _described(output: Path, plan: Plan, indices: list[ShardIndex]) -> bool:
+    """Whether ``dataset.json`` and the summary are there and fit the shards."""
+    if not (output / SUMMARY_FILE).exists() or not (output / DATASET_FILE).exists():
+        return False
+    try:
+        found: DatasetDescription = read_description(output)
+    except DataError:
+        return False
+    same = found.fingerprint == plan.fingerprint and found.shards == tuple(map(shard_entry, indices))
+    return same and (output / EMPTY_TEXT_FILE).exists()
+
+
+def _describe(output: Path, plan: Plan, indices: list[ShardIndex], encoders: Encoders) -> None:
+    dropped = [row.to_json() for row in plan.dropped] + [row for index in indices for row in index.dropped]
+    summary = summarise(
+        entries=plan.total,
+        dropped=dropped,
+        samples=sum(len(index.samples) for index in indices),
+        shards=len(indices),
+        size=sum(index.tar_bytes for index in indices),
+        seconds=sum(index.seconds for index in indices),
+    )
+    write_summary(output, summary, dropped)
+    if not summary["kept"]:
+        return
+    write_description(
+        output,
+        info=encoders.info,
+        settings=plan.settings,
+        fingerprint=plan.fingerprint,
+        indices=indices,
+        empty_text_rows_LD=encoders.text_rows(""),
+    )

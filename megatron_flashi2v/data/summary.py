@@ -1,0 +1,87 @@
+"""What became of the annotations: ``summary.json``, the list of all that were dropped, and a table for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.reasons import REASONS
+from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json
+
+SUMMARY_FILE = "summary.json"
+DROPPED_FILE = "dropped.jsonl"
+EXAMPLES = 3
+
+
+def summarise(
+    *, entries: int, dropped: Sequence[dict[str, Any]], samples: int, shards: int, size: int, seconds: float
+) -> dict[str, Any]:
+    """The contents of ``summary.json``.
+
+    Args:
+        entries: annotations in all.
+        dropped: one object per annotation without a sample (``entry, source, path, reason, detail``).
+        samples: annotations with one.
+        shards: written.
+        size: bytes of all shards.
+        seconds: time spent on shards, summed over all processes and runs.
+    """
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(dropped, key=lambda row: row["entry"]):
+        by_reason.setdefault(row["reason"], []).append(row)
+    return {
+        "entries": entries,
+        "kept": samples,
+        "dropped": {
+            reason: {
+                "count": len(rows),
+                "meaning": REASONS.get(reason, ""),
+                "examples": [{"path": row["path"], "detail": row["detail"]} for row in rows[:EXAMPLES]],
+            }
+            for reason, rows in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
+        },
+        "shards": shards,
+        "bytes": size,
+        "seconds": round(seconds, 3),
+    }
+
+
+def write_summary(folder: Path, summary: dict[str, Any], dropped: Sequence[dict[str, Any]]) -> None:
+    """Write ``dropped.jsonl`` (every dropped annotation, in order) and ``summary.json``."""
+    rows = sorted(dropped, key=lambda row: row["entry"])
+    atomic_write_text(folder / DROPPED_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write_json(folder / SUMMARY_FILE, summary)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read ``summary.json``.
+
+    Raises:
+        DataError: missing or malformed.
+    """
+    values = read_json(folder / SUMMARY_FILE, error=DataError)
+    if not isinstance(values, dict):
+        raise DataError(f"{folder / SUMMARY_FILE}: not a summary; delete it and run `flashi2v prepare` again")
+    return values
+
+
+def summary_table(summary: dict[str, Any], folder: Path) -> Table:
+    """The summary for a terminal."""
+    table = Table(title=f"prepared data in {folder}", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    table.add_column("detail", overflow="fold")
+    table.add_row("annotations", f"{summary['entries']:,}", "")
+    table.add_row("kept", f"{summary['kept']:,}", f"{summary['shards']:,} shards, {summary['bytes'] / 2**20:,.1f} MiB")
+    for reason, group in summary["dropped"].items():
+        examples = [f"e.g. {example['detail']}" for example in group["examples"][:1]]
+        # Text, not markup: captions and paths may hold brackets.
+        table.add_row(f"dropped: {reason}", f"{group['count']:,}", Text("\n".join([group["meaning"], *examples])))
+    table.add_row("seconds", f"{summary['seconds']:,.1f}", "over all processes")
+    return table

@@ -1,0 +1,140 @@
+"""``flashi2v sample`` from files to files, with tiny models; and its errors."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
+from megatron_flashi2v.checkpoint.checkpoint import save_checkpoint
+from megatron_flashi2v.checkpoint.state import ShardGrid, model_pieces
+from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.load import build_model, single_process
+
+CONFIG = ModelConfig(
+    num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4, freq_dim=16,
+    text_dim=16, text_length=8,
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A checkpoint that recorded its data's size, a VAE (strides 2 and 4), a text encoder and an image."""
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny_vae(folder / "vae")
+    make_tiny_text_encoder(folder / "text_encoder")
+    make_tiny_tokenizer(folder / "tokenizer")
+    device = resolve_device("cpu")
+    with single_process(device) as groups:
+        model = build_model(CONFIG, groups, device)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        save_checkpoint(
+            folder / "checkpoints", 2, pieces=model_pieces(model.named_parameters(), ShardGrid()),
+            model_config=CONFIG,
+            state={"iteration": 2, "data": {"frames": 5, "height": 16, "width": 24, "fps": 8.0}},
+        )
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "image.png")
+    return folder
+
+
+def flags(models, output, **changes):
+    values = {
+        "load": models / "checkpoints", "vae": models / "vae", "text-encoder": models / "text_encoder",
+        "tokenizer": models / "tokenizer", "image": models / "image.png", "prompt": "a dog runs",
+        "output": output, "num-steps": 2, "device": "cpu", **changes,
+    }
+    return ["sample", *(word for name, value in values.items() if value is not None for word in (f"--{name}", str(value)))]
+
+
+def test_image_and_prompt_become_mp4_and_strip_of_the_trained_size(models, tmp_path):
+    assert main(flags(models, tmp_path / "out" / "a.mp4")) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mp4", "a.png"]
+    with av.open(str(tmp_path / "out" / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 8
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert np.stack(frames).shape == (5, 16, 24, 3)
+    assert Image.open(tmp_path / "out" / "a.png").format == "PNG"
+
+
+def test_flags_win_over_the_recorded_size_and_a_video_gives_the_image(models, tmp_path):
+    video = make_video(tmp_path / "source.mp4", frames=2, height=32, width=32)
+    arguments = flags(
+        models, tmp_path / "a.mp4", image=video, fps=12, strip=tmp_path / "frames.png",
+        **{"num-frames": 3, "height": 24, "width": 32, "negative-prompt": "", "seed": 4},
+    )
+    assert main([*arguments, "--bf16", "--batched-guidance"]) == 0
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 12
+        assert np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).shape == (3, 24, 32, 3)
+    assert (tmp_path / "frames.png").is_file() and not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "absent.png"}, "image absent.png: no such file"),
+        ({"image": None}, "image is not given"),
+        ({"load": "absent"}, "absent does not exist"),
+        ({"vae": "absent"}, "absent does not exist"),
+        ({"num-frames": 4}, "num_frames is 4"),
+        ({"height": 20}, "height is 20"),
+        ({"num-steps": 0}, "num_steps is 0"),
+        ({"fps": -1}, "fps is -1"),
+        ({"output": "a.gif"}, "output is a.gif; it must end in .mp4"),
+        ({"strip": "a.jpg"}, "strip is a.jpg; it must end in .png"),
+        ({"attention-backend": "none"}, "none"),
+    ],
+)
+def test_one_line_names_what_is_wrong(changes, message, models, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(flags(models, **{"output": tmp_path / "a.mp4", **changes})) != 0
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1 and message in error[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_that_is_no_image_is_named(models, tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("not an image")
+    assert main(flags(models, tmp_path / "a.mp4", image=tmp_path / "note.txt")) == 1
+    assert "note.txt: neither a picture nor a video" in capsys.readouterr().err
+
+
+def test_output_that_could_not_be_written_is_refused_before_the_work(models, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    for output, message in ((tmp_path / "file" / "a.mp4", "is no folder"), (tmp_path / "folder.mp4", "is a folder")):
+        assert main(flags(models, output, load="absent")) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_vae_of_another_width_is_refused(models, tmp_path, capsys):
+    make_tiny_vae(tmp_path / "vae", z_dim=6)
+    assert main(flags(models, tmp_path / "a.mp4", vae=tmp_path / "vae")) == 2
+    assert "6 channels, the model's latent_channels is 4" in capsys.readouterr().err
+
+
+def test_misspelt_flag_gets_a_suggestion(models, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*flags(models, tmp_path / "a.mp4"), "--guidence-scale", "3"])
+    assert stop.value.code == 2
+    assert "--guidance-scale" in capsys.readouterr().err
+
+
+def test_checkpoint_without_recorded_data_falls_back_to_the_released_size(models):
+    from pathlib import Path
+
+    from megatron_flashi2v.cli.sample import video_shape
+    from megatron_flashi2v.config.sample import SampleConfig
+
+    required = {name: Path("x") for name in ("load", "vae", "text_encoder", "tokenizer")}
+    config = SampleConfig(**required, prompt="", output=Path("a.mp4"), width=640)
+    shape = video_shape(config, json.loads("{}"))
+    assert (shape.num_frames, shape.height, shape.width, shape.fps) == (49, 480, 640, 16.0)

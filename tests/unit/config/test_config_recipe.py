@@ -1,0 +1,64 @@
+"""Recipes and flags: what is read, what wins, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.recipe import flat_values, parse
+from megatron_flashi2v.config.train import TrainConfig
+
+RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
+
+
+def read(*argv: str) -> TrainConfig:
+    return parse(TrainConfig, argv, prog="test", description="")
+
+
+def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: 1.3b\nlr: 1e-3\nbf16: true\nsequence_parallel: true\nnum-layers: 8\nsave: runs/x\n")
+    config = read("--config", str(recipe), "--lr", "0.5", "--no-bf16", "--tensor-model-parallel-size", "2")
+    assert (config.optimizer.lr, config.batch.bf16, config.parallel.tensor_model_parallel_size) == (0.5, False, 2)
+    assert (config.model.model, config.model.num_layers) == ("1.3b", 8)
+    assert config.parallel.sequence_parallel and config.checkpoint.save == Path("runs/x")
+
+
+def test_written_values_read_back_as_the_same_configuration(tmp_path: Path) -> None:
+    config = read("--lr", "1.2345678901234567e-5", "--save", "runs/y", "--bf16", "--save-interval", "7")
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text(yaml.safe_dump(flat_values(config)))
+    assert read("--config", str(recipe)) == config
+
+
+@pytest.mark.parametrize("text, words", [
+    ("micro_batch_sise: 2", ["micro_batch_sise", "did you mean micro_batch_size"]),
+    ("- a\n- b", ["must be a mapping"]),
+    ("lr: [1", ["not valid YAML"]),
+    ("!!python/object/apply:os.system [echo]", ["not valid YAML"]),
+])
+def test_bad_recipe_is_one_clear_error(tmp_path: Path, text: str, words: list[str]) -> None:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read("--config", str(recipe))
+    assert str(recipe) in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def test_missing_recipe_names_the_file() -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        read("--config", "nowhere.yaml")
+
+
+def test_misspelt_flag_is_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        read("--micro-batch-sise", "2")
+    assert exit_.value.code == 2 and "--micro-batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(recipe: Path) -> None:
+    assert read("--config", str(recipe)).model.model == recipe.stem

@@ -1,0 +1,106 @@
+"""The device interface, and which device is chosen."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.runtime import device as device_module
+from megatron_flashi2v.runtime.device import CpuDevice, resolve_device
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(device_module, "_has_torch_npu", lambda: False)
+
+
+def fake_cards(count: int) -> SimpleNamespace:
+    """What the accelerator classes call on torch.cuda or torch.npu."""
+    return SimpleNamespace(
+        is_available=lambda: count > 0,
+        device_count=lambda: count,
+        set_device=lambda device: None,
+        get_device_name=lambda device: "Card",
+        get_device_properties=lambda device: SimpleNamespace(total_memory=80 * 1024**3),
+        get_device_capability=lambda device: (9, 0),
+    )
+
+
+def test_cpu_figures() -> None:
+    device = resolve_device("cpu")
+    assert (device.name, device.backend, device.torch_device) == ("cpu", "gloo", torch.device("cpu"))
+    held = torch.ones(40 * 1024**2, dtype=torch.uint8)
+    assert 40 * 1024**2 < device.memory_allocated() <= device.max_memory_allocated() < device.total_memory()
+    assert held.all()
+    assert device.compute_capability() is None
+    assert "gloo" in device.describe() and torch.__version__ in device.describe()
+    device.synchronize()
+
+
+def test_cpu_random_state_repeats() -> None:
+    device = resolve_device("cpu")
+    outer = device.get_rng_state()
+    device.manual_seed(5)
+    state, first = device.get_rng_state(), torch.randn(3)
+    device.set_rng_state(state)
+    assert torch.equal(torch.randn(3), first)
+    device.set_rng_state(outer)
+
+
+def test_auto_falls_back_to_the_cpu(no_accelerator: None) -> None:
+    assert isinstance(resolve_device("auto", local_rank=3), CpuDevice)
+
+
+def test_absent_devices_say_what_is_missing(no_accelerator: None) -> None:
+    with pytest.raises(ConfigError, match="'cuda'.*built without CUDA.*--device cpu"):
+        resolve_device("cuda")
+    with pytest.raises(ConfigError, match="'npu'.*torch_npu is not installed.*--device cpu"):
+        resolve_device("npu")
+    with pytest.raises(ConfigError, match="'gpu'.*auto, cuda, npu, cpu"):
+        resolve_device("gpu")
+
+
+def test_auto_prefers_cuda_and_takes_the_local_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "cuda", fake_cards(4))
+    device = resolve_device("auto", local_rank=2)
+    assert (device.name, device.backend, device.torch_device) == ("cuda", "nccl", torch.device("cuda", 2))
+    assert device.describe().startswith("cuda:2: Card, 80 GiB, compute capability 9.0, nccl")
+
+
+def test_too_many_processes_for_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch, "cuda", fake_cards(2))
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU: this host shows 2"):
+        resolve_device("cuda", local_rank=2)
+    # Slurm shows each task only its own card, which then has number 0.
+    monkeypatch.setattr(torch, "cuda", fake_cards(1))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert resolve_device("cuda", local_rank=2).torch_device.index == 0
+
+
+def test_broken_torch_npu(
+    no_accelerator: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(name: str) -> ModuleType:
+        raise ImportError("libhccl.so: cannot open shared object file")
+
+    monkeypatch.setattr(device_module, "_has_torch_npu", lambda: True)
+    monkeypatch.setattr(device_module.importlib, "import_module", fail)
+    with pytest.raises(ConfigError, match="torch_npu cannot be loaded.*libhccl.so.*set_env.sh"):
+        resolve_device("npu")
+    assert resolve_device("auto").name == "cpu"
+    assert "libhccl.so" in caplog.text
+
+
+def test_npu_without_cards(no_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "_has_torch_npu", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
+    monkeypatch.setattr(torch, "npu", fake_cards(0), raising=False)
+    with pytest.raises(ConfigError, match="no NPU can be used.*npu-smi"):
+        resolve_device("npu")

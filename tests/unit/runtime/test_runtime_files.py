@@ -1,0 +1,247 @@
+"""Whole files or none, and errors that name them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_flashi2v.config.errors import CheckpointError, UserError
+from megatron_flashi2v.runtime import files
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every flush finds the disk full, as late as a real file system may."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+def test_atomic_write_makes_parents_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "value.json"
+    files.atomic_write_json(path, {"lr": 0.1 + 0.2, "caption": "été"})
+    files.atomic_write_json(path, {"lr": 1e-5, "caption": "été"})
+    assert files.read_json(path) == {"lr": 1e-5, "caption": "été"}
+    assert names(path.parent) == ["value.json"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask(), "the file has the user's usual permissions"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_full_disk_keeps_the_old_file(tmp_path: Path, full_disk: None) -> None:
+    path = tmp_path / "value.txt"
+    path.write_text("old")
+    with pytest.raises(UserError, match=rf"{path}: the disk is full \(\d+ MiB free\)"):
+        files.atomic_write_text(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["value.txt"]
+
+
+def test_unwritable_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/value: cannot be written"):
+        files.atomic_write_bytes(tmp_path / "file" / "value", b"")
+    with pytest.raises(UserError, match="is a directory|cannot be written"):
+        files.atomic_write_bytes(tmp_path, b"")
+
+
+def test_staged_folder_appears_when_whole(tmp_path: Path) -> None:
+    final = tmp_path / "runs" / "iter_0000010"
+    with files.staged_folder(final) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "weights").write_bytes(b"1234")
+        assert not final.exists()
+    assert (final / "deep" / "weights").read_bytes() == b"1234"
+    assert names(final.parent) == ["iter_0000010"]
+
+
+def test_staged_folder_leaves_nothing_on_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), files.staged_folder(tmp_path / "export") as folder:
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_staged_folder_passes_other_errors_of_the_body(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), files.staged_folder(tmp_path / "export"):
+        open(tmp_path / "input.mp4").close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk_in_the_body_is_named(tmp_path: Path, error: Exception) -> None:
+    final = tmp_path / "export"
+    with pytest.raises(UserError, match=f"{final}: the disk is full"), files.staged_folder(final):
+        raise error
+    with pytest.raises(UserError, match="the disk is full"), files.staged_folder(final):
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("worker failed") from cause
+    assert names(tmp_path) == []
+
+
+def test_full_disk_at_the_last_flush(tmp_path: Path, full_disk: None) -> None:
+    with (
+        pytest.raises(UserError, match="the disk is full"),
+        files.staged_folder(tmp_path / "export", overwrite=True) as folder,
+    ):
+        (folder / "weights").write_text("new")
+    assert names(tmp_path) == []
+
+
+def test_existing_folder_is_refused_before_work_begins(tmp_path: Path) -> None:
+    final = tmp_path / "export"
+    final.mkdir()
+    with files.staged_folder(final) as folder:  # empty: nothing to lose
+        (folder / "weights").write_text("old")
+    began = False
+    with pytest.raises(UserError, match=f"{final}: the folder exists"), files.staged_folder(final):
+        began = True
+    assert not began
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: a file is in the way"), files.staged_folder(tmp_path / "file"):
+        pass
+
+
+def test_overwrite_swaps_whole_folders(tmp_path: Path) -> None:
+    final = tmp_path / "export"
+    for text in ("old", "new"):
+        with files.staged_folder(final, overwrite=True) as folder:
+            (folder / text).write_text(text)
+    assert names(final) == ["new"]
+    with pytest.raises(ValueError), files.staged_folder(final, overwrite=True) as folder:
+        (folder / "newer").write_text("")
+        raise ValueError
+    assert names(final) == ["new"] and names(tmp_path) == ["export"]
+
+
+def test_killed_runs_leftovers_are_cleared(tmp_path: Path) -> None:
+    final = tmp_path / "export"
+    (tmp_path / ".export.partial").mkdir()
+    (tmp_path / ".export.partial" / "half").write_text("")
+    (tmp_path / ".export.previous").mkdir()  # killed between the two renames of a swap
+    (tmp_path / ".export.previous" / "old").write_text("")
+    with pytest.raises(UserError, match="exists"), files.staged_folder(final):
+        pass
+    assert names(final) == ["old"]
+    with files.staged_folder(final, overwrite=True) as folder:
+        (folder / "new").write_text("")
+    assert names(final) == ["new"] and names(tmp_path) == ["export"]
+
+
+def test_failing_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "export"
+    with files.staged_folder(final) as folder:
+        (folder / "old").write_text("")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "I/O error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match="cannot be written"), files.staged_folder(final, overwrite=True):
+        pass
+    assert names(final) == ["old"] and names(tmp_path) == ["export"]
+
+
+def test_read_json_errors_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model_config.json"
+    with pytest.raises(CheckpointError, match=f"{path}: there is no such file"):
+        files.read_json(path, error=CheckpointError)
+    path.write_text('{"a": 1,\n "b": }')
+    with pytest.raises(UserError, match=f"{path}: not valid JSON at line 2, column 7"):
+        files.read_json(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not a UTF-8 text file"):
+        files.read_json(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        files.read_json(tmp_path)
+
+
+def test_jsonl_round_trip_keeps_full_precision(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "metrics.jsonl"
+    rows = [{"iteration": 1, "loss": 0.1 + 0.2}, {"iteration": 2, "loss": 1 / 3, "note": "line\nbreak é\u2028"}]
+    for row in rows:
+        files.append_jsonl(path, row)
+    assert files.read_jsonl(path) == rows
+
+
+@pytest.mark.parametrize("torn", [b'{"iteration": 2, "lo', b'{"note": "\xc3', b"12", b"\0\0\0\0"])
+def test_torn_last_line_is_dropped_and_overwritten(
+    tmp_path: Path, torn: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n' + torn)
+    with caplog.at_level(logging.WARNING):
+        assert files.read_jsonl(path) == [{"iteration": 1}]
+    assert "line 2 is torn" in caplog.text
+    files.append_jsonl(path, {"iteration": 2})
+    assert path.read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def test_whole_last_line_without_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}')
+    assert files.read_jsonl(path) == [{"iteration": 1}]
+    files.append_jsonl(path, {"iteration": 2})
+    assert files.read_jsonl(path) == [{"iteration": 1}, {"iteration": 2}]
+
+
+def test_damage_elsewhere_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n\n{"iteration\n{"iteration": 3}\n')
+    with pytest.raises(UserError, match=f"{path}: line 3 is not a JSON object"):
+        files.read_jsonl(path)
+    with pytest.raises(UserError, match="there is no such file"):
+        files.read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_full_disk_takes_back_half_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    files.append_jsonl(path, {"iteration": 1})
+    before = path.read_bytes()
+    resource = pytest.importorskip("resource")
+    import signal
+
+    # A real limit of the file's size: the write stops half-way.
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
+    try:
+        with pytest.raises(UserError, match=f"{path}: "):
+            files.append_jsonl(path, {"iteration": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+
+
+def test_free_space_is_that_of_the_nearest_folder(tmp_path: Path, full_disk: None) -> None:
+    with pytest.raises(UserError) as caught, files.full_disk_named(tmp_path / "not" / "there"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    stated = int(str(caught.value).split("(")[1].split()[0])
+    assert abs(stated - shutil.disk_usage(tmp_path).free // 1024**2) < 500
