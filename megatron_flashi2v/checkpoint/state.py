@@ -71,9 +71,10 @@ def parameter_box(name: str, parameter: torch.Tensor, grid: ShardGrid) -> Parame
         return ParameterBox(
             global_shape=shape, offset=(0,) * len(shape), shape=shape, first_of_tp=grid.tp_rank == 0
         )
-    if getattr(parameter, "partition_stride", 1) != 1:
-        raise ValueError(f"{name}: partition_stride is {parameter.partition_stride}, only 1 can be stored")
-    axis = parameter.partition_dim
+    stride = getattr(parameter, "partition_stride", 1)
+    if stride != 1:
+        raise ValueError(f"{name}: partition_stride is {stride}, only 1 can be stored")
+    axis = getattr(parameter, "partition_dim", -1)
     if not 0 <= axis < len(shape):
         raise ValueError(f"{name}: partition_dim is {axis}, the parameter has {len(shape)} dimensions")
     global_shape = tuple(size * (grid.tp_size if index == axis else 1) for index, size in enumerate(shape))

@@ -306,7 +306,8 @@ class _Copy:
             rows = self.shape[0] if self.shape else 1
             first = self.source_region.start + (begin[0] * row_size if begin else 0)
             flat = read_tensor(path, handle, self.source.name, (slice(first, first + rows * row_size),))
-            values = flat.view(rows, *self.source_region.shape[1:])[(slice(None), *box[1:])]
+            in_rows = (slice(None), *box[1:])
+            values = flat.view(rows, *self.source_region.shape[1:])[in_rows]
         self.target.copy_(values.reshape(self.shape))
 
 

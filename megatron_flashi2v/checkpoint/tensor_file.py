@@ -97,12 +97,12 @@ def write_tensor_file(
             values = tensor.detach().to("cpu").contiguous()
             # A flat view of bytes serves every dtype, also bfloat16, which numpy lacks; as_strided because a
             # single value may count as contiguous under any stride.
-            block = memoryview(values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy())
-            file.write(block)
-            digest.update(block)
-            size += len(block)
+            content = values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy()
+            file.write(content)
+            digest.update(content)
+            size += content.nbytes
             if on_bytes is not None:
-                on_bytes(len(block))
+                on_bytes(content.nbytes)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(bytes=size, sha256=digest.hexdigest())

@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
         UserError: a file, a checkpoint or a setting is wrong.
     """
     config = tyro.cli(
-        SampleConfig, args=list(argv), prog="flashi2v sample",
+        SampleConfig,
+        args=list(argv),
+        prog="flashi2v sample",
         description="Sample a video that starts from an image and follows a prompt.",
     )
     setup_logging()
@@ -77,13 +79,25 @@ def run(config: SampleConfig) -> SampledVideo:
     text_encoder = TextEncoder.load(
         config.text_encoder, config.tokenizer, model_config.text_length, device.torch_device, dtype
     )
-    logger.info("sampling %d frames of %dx%d from %s on %s", shape.num_frames, shape.height, shape.width, folder,
-                device.describe())
+    logger.info(
+        "sampling %d frames of %dx%d from %s on %s",
+        shape.num_frames,
+        shape.height,
+        shape.width,
+        folder,
+        device.describe(),
+    )
     with single_process(device) as groups:
-        model = load_model(folder, groups, device, bf16=config.bf16, attention_backend=config.attention_backend)
+        model = load_model(
+            folder, groups, device, bf16=config.bf16, attention_backend=config.attention_backend
+        )
         pipeline = ImageToVideoPipeline(
-            velocity=velocity_of(model), vae=vae, text_encoder=text_encoder, model_config=model_config,
-            device=device.torch_device, batched_guidance=config.batched_guidance,
+            velocity=velocity_of(model),
+            vae=vae,
+            text_encoder=text_encoder,
+            model_config=model_config,
+            device=device.torch_device,
+            batched_guidance=config.batched_guidance,
         )
         video = sample(pipeline, images, config, shape)
     write(video, config, shape.fps)

@@ -27,7 +27,7 @@ class PrepareConfig:
     """What is prepared, from what, and with which encoders."""
 
     annotations: Path | None = None
-    """JSON list of clips (path, cap, ...; paths relative to the file's folder), or a text file of lines root_dir,meta.json."""
+    """JSON list of clips (path, cap, ...; paths relative to its folder), or a text file of lines root_dir,meta.json."""
     output: Path | None = None
     """Folder of the prepared data set; an unfinished one is continued."""
     vae: Path | None = None

@@ -87,7 +87,9 @@ def check_sampling_settings(
     if num_steps < 1:
         raise ConfigError(f"num_steps is {num_steps}; it must be at least 1")
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise ConfigError(f"guidance_scale is {guidance_scale}; it must be a number of at least 0 (1 is no guidance)")
+        raise ConfigError(
+            f"guidance_scale is {guidance_scale}; it must be a number of at least 0 (1 is no guidance)"
+        )
     if not (math.isfinite(shift) and shift > 0):
         raise ConfigError(f"shift is {shift}; it must be above 0 (1 is no shift)")
     if not 0 <= cutoff_ratio <= 1:

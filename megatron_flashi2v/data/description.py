@@ -137,7 +137,7 @@ def read_description(folder: Path) -> DatasetDescription:
     path = folder / DATASET_FILE
     if not path.is_file():
         raise DataError(
-            f"{path} is missing: {folder} holds no finished data set; finish it with `flashi2v prepare --output {folder}`"
+            f"{path} is missing: {folder} holds no finished data set; finish it with `flashi2v prepare`"
         )
     values = read_json(path, error=DataError)
     if not isinstance(values, dict) or values.get("format") != DATASET_FORMAT:

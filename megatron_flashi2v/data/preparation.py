@@ -147,7 +147,8 @@ def _warn_of_malformed(plan: Plan) -> None:
     for row in malformed[:MAX_WARNINGS]:
         logger.warning("dropped (%s): %s", row.reason, row.detail)
     if len(malformed) > MAX_WARNINGS:
-        logger.warning("%d more annotations are malformed; %s will list them", len(malformed) - MAX_WARNINGS, DROPPED_FILE)
+        more = len(malformed) - MAX_WARNINGS
+        logger.warning("%d more annotations are malformed; %s will list them", more, DROPPED_FILE)
 
 
 def _claim_folder(output: Path, plan: Plan, *, fresh: bool) -> None:
@@ -158,22 +159,23 @@ def _claim_folder(output: Path, plan: Plan, *, fresh: bool) -> None:
     if fresh:
         _remove_data_set(output)
     path = output / SETTINGS_FILE
-    if path.exists():
-        found = read_json(path, error=DataError)
-        if found != plan.settings:
-            raise ConfigError(
-                f"--output {output}: holds data of other settings ({_differences(found, plan.settings)}); {cure}"
-            )
-    elif (output / DATASET_FILE).exists() or any((output / SHARD_FOLDER).glob("shard-*")):
+    found = read_json(path, error=DataError) if path.exists() else None
+    # Before the first shard stands (the last run failed over a flag, say) settings may still change.
+    begun = (output / DATASET_FILE).exists() or any((output / SHARD_FOLDER).glob("shard-*.json"))
+    if begun and found is None:
         raise ConfigError(f"--output {output}: holds shards but no {SETTINGS_FILE}; {cure}")
+    if begun and found != plan.settings:
+        raise ConfigError(
+            f"--output {output}: holds data of other settings ({_differences(found, plan.settings)}); {cure}"
+        )
     with write_errors(output):
         (output / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    if found != plan.settings:
         atomic_write_json(path, plan.settings)
 
 
 def _remove_data_set(output: Path) -> None:
-    """Delete what ``prepare`` writes and nothing else; the description goes first, so that no half is taken for whole."""
+    """Delete what ``prepare`` writes and nothing else; the description first, so that no half is taken for whole."""
     with write_errors(output):
         for name in (DATASET_FILE, SUMMARY_FILE, DROPPED_FILE, EMPTY_TEXT_FILE, SETTINGS_FILE):
             (output / name).unlink(missing_ok=True)
@@ -240,7 +242,10 @@ def _finish(output: Path, plan: Plan, encoders: Encoders) -> dict[str, Any]:
     if not summary["kept"]:
         reasons = ", ".join(f"{name} {group['count']}" for name, group in summary["dropped"].items())
         first = next(iter(summary["dropped"].values()))["examples"][0]["detail"]
-        raise DataError(f"none of {plan.total} annotations was kept ({reasons}); the first: {first}")
+        raise DataError(
+            f"none of {plan.total} annotations was kept ({reasons}); the first: {first}; if you correct files that "
+            "were seen already, run again with --fresh"
+        )
     return summary
 
 

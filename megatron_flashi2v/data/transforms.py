@@ -40,7 +40,7 @@ def resize_and_crop(
     Returns:
         [T, C, height, width] of the same dtype.
     """
-    size = cover_size(*frames_TCHW.shape[-2:], height, width)
+    size = cover_size(frames_TCHW.shape[-2], frames_TCHW.shape[-1], height, width)
     resized_TCHW = torch.nn.functional.interpolate(
         frames_TCHW, size=size, mode=interpolation, align_corners=False, antialias=True
     )

@@ -220,7 +220,7 @@ class Video:
         pictures: dict[int, np.ndarray] = {}
         with contextlib.closing(self._all_frames()) as frames:
             for count, frame in enumerate(frames):
-                number = count if numbers is None else numbers.get(frame.pts, -1)
+                number = count if numbers is None else numbers.get(-1 if frame.pts is None else frame.pts, -1)
                 if number in wanted:
                     pictures[number] = self._picture(frame, region)
                 if len(pictures) == len(wanted):
@@ -236,7 +236,7 @@ class Video:
             return
 
     def _all_frames(self) -> Generator[av.VideoFrame, None, None]:
-        """Decoded frames from the first one up to the first damage, read afresh: not every format seeks to its start."""
+        """Decoded frames up to the first damage, the file opened afresh: not every format seeks to its start."""
         container, stream = self._open()
         with container:
             try:

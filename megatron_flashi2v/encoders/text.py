@@ -15,7 +15,7 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.encoders.folders import read_model_config, require_all_weights, require_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+    from transformers import PreTrainedTokenizerBase
 
 
 class TextEncoder:
@@ -26,14 +26,14 @@ class TextEncoder:
     the same rows whatever shares its batch, at a fraction of the work. Zero rows are appended when samples are loaded.
 
     Args:
-        model: loaded and on its device; it is put into evaluation mode.
+        model: a UMT5EncoderModel, loaded and on its device; it is put into evaluation mode.
         tokenizer: must append the end token, so that the empty prompt has a row.
         text_length: longer prompts are cut to this many tokens.
         source: folders that they came from, for errors.
     """
 
     def __init__(
-        self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, text_length: int, *, source: str
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, text_length: int, *, source: str
     ) -> None:
         if text_length < 1:
             raise ConfigError(f"text_length is {text_length}; it must be at least 1")
@@ -83,11 +83,12 @@ class TextEncoder:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"tokenizer folder {tokenizer_folder}: cannot be loaded ({error})") from error
         try:
-            model, report = UMT5EncoderModel.from_pretrained(
+            loaded: Any = UMT5EncoderModel.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ConfigError(f"text encoder folder {folder}: cannot be loaded ({error})") from error
+        model, report = loaded
         require_all_weights(folder, "text encoder", list(report["missing_keys"]))
         source = f"{folder} with {tokenizer_folder}"
         return cls(model.to(device=device, dtype=dtype), tokenizer, text_length, source=source)

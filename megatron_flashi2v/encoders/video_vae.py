@@ -8,15 +8,12 @@ Shapes: B batch, C channels, T frames or latent frames, H rows, W columns. Frame
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.encoders.folders import read_model_config, require_all_weights, require_files
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 CHUNK_FRAMES = 4
 """diffusers encodes the first frame and then chunks of four; frames that do not fill a chunk are silently lost."""
@@ -26,11 +23,11 @@ class VideoVAE:
     """Clips to normalised latents and back; no gradients.
 
     Args:
-        model: loaded and on its device; it is put into evaluation mode.
+        model: an AutoencoderKLWan, loaded and on its device; it is put into evaluation mode.
         source: folder that it came from, for errors.
     """
 
-    def __init__(self, model: AutoencoderKLWan, *, source: str) -> None:
+    def __init__(self, model: Any, *, source: str) -> None:
         self._model = model.eval().requires_grad_(False)
         self._source = source
         config = model.config

@@ -101,8 +101,16 @@ def draw_training_curves(
             _draw(axes[name], rows, name, label=label, colour=f"C{number % 10}", window=window)
     for iteration, note in (marks or {}).items():
         axes["loss"].axvline(iteration, color="0.5", linewidth=1, linestyle="--")
-        axes["loss"].annotate(note, (iteration, 0.98), xycoords=("data", "axes fraction"), rotation=90,
-                              va="top", ha="right", fontsize=8, color="0.35")
+        axes["loss"].annotate(
+            note,
+            (iteration, 0.98),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            va="top",
+            ha="right",
+            fontsize=8,
+            color="0.35",
+        )
     axes["loss"].legend(frameon=False)
     if title:
         figure.suptitle(title)
@@ -131,7 +139,9 @@ def _draw(
     axes: Axes, rows: list[dict[str, Any]], name: str, *, label: str, colour: str, window: int | None
 ) -> None:
     """One quantity of one run: raw points, and a moving mean over them where noise hides the trend."""
-    points = [(row["iteration"], row[name]) for row in rows if "iteration" in row and row.get(name) is not None]
+    points = [
+        (row["iteration"], row[name]) for row in rows if "iteration" in row and row.get(name) is not None
+    ]
     # A diverged run writes NaN or infinity; the mean over them would blank the rest of the curve.
     points = [(iteration, value) for iteration, value in points if np.isfinite(value)]
     if not points:
@@ -143,5 +153,10 @@ def _draw(
         return
     width = window or max(1, len(values) // 20)
     axes.plot(iterations, values, ".", color=colour, markersize=3, alpha=0.35)
-    axes.plot(iterations, smooth(values, width), color=colour, linewidth=1.8,
-              label=f"{label} (mean over {width})" if width > 1 else label)
+    axes.plot(
+        iterations,
+        smooth(values, width),
+        color=colour,
+        linewidth=1.8,
+        label=f"{label} (mean over {width})" if width > 1 else label,
+    )

@@ -41,10 +41,13 @@ def megatron_on(device: Device) -> Iterator[None]:
     if device.name == "cuda":
         yield
         return
-    # Both remember torch's functions as they are when first asked: ask before any function is exchanged.
-    importlib.import_module("torch._dynamo")
+    # Both remember torch's functions as they are when first asked: ask before any function is exchanged. The
+    # compiler's table is made anew on leaving, because init_process_group empties it, maybe inside.
+    compiler_rules = importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map
+    compiler_rules()
     _device_constructors()
     with contextlib.ExitStack() as undo:
+        undo.callback(compiler_rules.cache_clear)
         for owner, name, value in _exchanges(device):
             undo.callback(_put_back, owner, name, vars(owner).get(name, _MISSING))
             setattr(owner, name, value)
@@ -65,8 +68,8 @@ def _exchanges(device: Device) -> Iterator[tuple[Any, str, Any]]:
         yield torch.cuda, name, value
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         yield torch.cuda.random, name, functions[name]  # the RNG tracker reaches into the submodule
-    for name in ("range_push", "range_pop"):
-        yield torch.cuda.nvtx, name, _nothing
+    yield torch.cuda.nvtx, "range_push", lambda *_, **__: None
+    yield torch.cuda.nvtx, "range_pop", lambda *_, **__: None
     for name in _FACTORIES:
         yield torch, name, _redirect_factory(getattr(torch, name), device.torch_device)
     yield torch.Tensor, "to", _redirect_to(torch.Tensor.to, device.torch_device)
@@ -76,15 +79,18 @@ def _exchanges(device: Device) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _cuda_functions(device: Device) -> dict[str, Any]:
-    """Stand-ins for what megatron-core calls on ``torch.cuda``, by name."""
+    """Stand-ins for what megatron-core calls on ``torch.cuda``, by name.
+
+    Each is an object of its own: the compiler's table refuses one object under two names.
+    """
     functions: dict[str, Any] = {
         "is_available": lambda: False,
         # megatron-core defers its RNG calls until CUDA is initialised (torch.cuda._lazy_call).
         "is_initialized": lambda: True,
         "current_device": lambda: device.torch_device,
-        "set_device": _nothing,  # resolve_device has chosen it
+        "set_device": lambda *_, **__: None,  # resolve_device has chosen it
         "synchronize": lambda *_, **__: device.synchronize(),
-        "empty_cache": device.empty_cache,
+        "empty_cache": lambda: device.empty_cache(),
         "memory_allocated": lambda *_, **__: device.memory_allocated(),
         "max_memory_allocated": lambda *_, **__: device.max_memory_allocated(),
         "memory_reserved": lambda *_, **__: device.memory_allocated(),
@@ -95,8 +101,8 @@ def _cuda_functions(device: Device) -> dict[str, Any]:
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda *_, **__: device.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: device.set_rng_state(state),
-        "manual_seed": device.manual_seed,
-        "manual_seed_all": device.manual_seed,
+        "manual_seed": lambda seed: device.manual_seed(seed),
+        "manual_seed_all": lambda seed: device.manual_seed(seed),
     }
     if device.name == "npu":
         api = torch.npu  # type: ignore[attr-defined]
@@ -108,7 +114,8 @@ def _cuda_functions(device: Device) -> dict[str, Any]:
         functions["Stream"] = HostStream
         functions["Event"] = HostEvent
         functions["stream"] = contextlib.nullcontext
-        functions["current_stream"] = functions["default_stream"] = lambda *_, **__: HostStream()
+        functions["current_stream"] = lambda *_, **__: HostStream()
+        functions["default_stream"] = lambda *_, **__: HostStream()
         functions["default_generators"] = _OneGenerator(torch.default_generator)
     return functions
 
@@ -168,10 +175,6 @@ class _OneGenerator:
 
     def __len__(self) -> int:
         return 1
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand-in for a call that the device does not need."""
 
 
 def _is_cuda(device: Any) -> bool:

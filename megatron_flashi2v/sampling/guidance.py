@@ -52,16 +52,26 @@ def with_guidance(
     if not is_guided(guidance_scale):
         return velocity
 
-    def guided_sequential(latents_BCTHW: torch.Tensor, timestep_B: torch.Tensor, text_BLD: torch.Tensor,
-                          image_latents_BC1HW: torch.Tensor, cutoff_ratio_B: torch.Tensor) -> torch.Tensor:
+    def guided_sequential(
+        latents_BCTHW: torch.Tensor,
+        timestep_B: torch.Tensor,
+        text_BLD: torch.Tensor,
+        image_latents_BC1HW: torch.Tensor,
+        cutoff_ratio_B: torch.Tensor,
+    ) -> torch.Tensor:
         conditional = velocity(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, cutoff_ratio_B)
         unconditional = velocity(
             latents_BCTHW, timestep_B, negative_text_BLD, image_latents_BC1HW, cutoff_ratio_B
         )
         return combine_guided(conditional, unconditional, guidance_scale)
 
-    def guided_batched(latents_BCTHW: torch.Tensor, timestep_B: torch.Tensor, text_BLD: torch.Tensor,
-                       image_latents_BC1HW: torch.Tensor, cutoff_ratio_B: torch.Tensor) -> torch.Tensor:
+    def guided_batched(
+        latents_BCTHW: torch.Tensor,
+        timestep_B: torch.Tensor,
+        text_BLD: torch.Tensor,
+        image_latents_BC1HW: torch.Tensor,
+        cutoff_ratio_B: torch.Tensor,
+    ) -> torch.Tensor:
         both = velocity(
             torch.cat([latents_BCTHW, latents_BCTHW]),
             torch.cat([timestep_B, timestep_B]),

@@ -32,13 +32,20 @@ def load_image(path: Path) -> torch.Tensor:
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():
-        raise DataError(f"image {path}: no such file; give a picture (png, jpg) or a video, whose first frame is used")
+        raise DataError(
+            f"image {path}: no such file; give a picture (png, jpg) or a video, whose first frame is used"
+        )
     try:
         with Image.open(path) as image:
             return image_to_tensor(image)
     except UnidentifiedImageError:
         return _first_frame(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow's decoders raise
         raise DataError(f"image {path}: damaged picture ({error}); give another file") from error
 
 

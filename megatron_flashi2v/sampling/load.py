@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from flashi2v_kernels.registry import KernelUnavailable
 
+from flashi2v_kernels.registry import KernelUnavailable
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_config
 from megatron_flashi2v.checkpoint.state import ShardGrid
 from megatron_flashi2v.checkpoint.state import load_model as load_parameters
@@ -50,7 +50,9 @@ def resolve_checkpoint(path: Path) -> Path:
     folder = find_checkpoint(path)
     if folder is None:
         found = "holds no checkpoint yet" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {found}; give a folder that `flashi2v train --save` wrote, or one iter_* in it")
+        raise CheckpointError(
+            f"{path} {found}; give a folder that `flashi2v train --save` wrote, or one iter_* in it"
+        )
     return folder
 
 

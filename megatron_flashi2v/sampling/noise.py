@@ -25,9 +25,13 @@ def sample_noise(seed: int, indices: Sequence[int], latent_shape: Sequence[int])
     Returns:
         fp32 ``[len(indices), C, T, H, W]`` on the host.
     """
-    return torch.stack([
-        torch.randn(
-            tuple(latent_shape), generator=keyed_generator(seed, NOISE_PURPOSE, index), dtype=torch.float32
-        )
-        for index in indices
-    ])
+    return torch.stack(
+        [
+            torch.randn(
+                tuple(latent_shape),
+                generator=keyed_generator(seed, NOISE_PURPOSE, index),
+                dtype=torch.float32,
+            )
+            for index in indices
+        ]
+    )

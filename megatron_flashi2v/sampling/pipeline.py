@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import check_sampling_settings
 from megatron_flashi2v.data.prepared import pad_text_rows
 from megatron_flashi2v.data.transforms import to_model_range
-from megatron_flashi2v.encoders.text_cleaning import clean_text
+from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_text
 from megatron_flashi2v.flow.sigmas import inference_sigmas
 from megatron_flashi2v.sampling.guidance import VelocityFunction, is_guided, with_guidance
 from megatron_flashi2v.sampling.image import ImageLike, fit_image
@@ -38,8 +38,6 @@ DEFAULT_NEGATIVE_PROMPT = (
     "deformed bodies, extra fingers, subtitles, logo, watermark"
 )
 """What guidance steers away from where the user names nothing else."""
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,8 @@ class ImageToVideoPipeline:
         batched_guidance: compute both guidance passes in one call at twice the batch.
 
     Raises:
-        ConfigError: the VAE or the text encoder is of another width than the model was trained with.
+        ConfigError: the VAE or the text encoder is of another width than the model was trained with, or the model's
+            text cleaning is unknown.
     """
 
     def __init__(
@@ -92,10 +91,15 @@ class ImageToVideoPipeline:
                 f"the text encoder's rows have width {text_encoder.text_dim}, the model's text_dim is "
                 f"{model_config.text_dim}; give the text encoder that prepared the training data"
             )
+        if model_config.text_cleaning not in POLICIES:
+            raise ConfigError(
+                f"the model's text_cleaning is {model_config.text_cleaning!r}; known are {', '.join(POLICIES)}"
+            )
         self.velocity = velocity
         self.vae = vae
         self.text_encoder = text_encoder
         self.model_config = model_config
+        self.text_cleaning = cast("CleaningPolicy", model_config.text_cleaning)
         self.device = device
         self.batched_guidance = batched_guidance
 
@@ -152,9 +156,13 @@ class ImageToVideoPipeline:
         if is_guided(guidance_scale):
             negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
             negative_text_BLD = self.encode_text([negative]).expand(count, -1, -1)
-            velocity = with_guidance(velocity, negative_text_BLD, guidance_scale, batched=self.batched_guidance)
+            velocity = with_guidance(
+                velocity, negative_text_BLD, guidance_scale, batched=self.batched_guidance
+            )
         cutoff_ratio_B = torch.full((count,), cutoff_ratio, dtype=torch.float32, device=self.device)
-        noise_BCTHW = sample_noise(seed, range(first_index, first_index + count), latent_shape).to(self.device)
+        noise_BCTHW = sample_noise(seed, range(first_index, first_index + count), latent_shape).to(
+            self.device
+        )
 
         latents_BCTHW = solve_euler(
             lambda state, timestep: velocity(state, timestep, text_BLD, image_latents_BC1HW, cutoff_ratio_B),
@@ -176,12 +184,15 @@ class ImageToVideoPipeline:
         width: int,
     ) -> tuple[list[str], torch.Tensor | None]:
         """One prompt per sample, and the fitted images, uint8 ``[B, 3, H, W]`` (None without images)."""
-        prompt_list = _as_list(prompts)
+        prompt_list = [prompts] if isinstance(prompts, str) else list(prompts)
         if images is not None:
-            image_list, prompt_list = _pair(_as_list(images), prompt_list)
+            image_list = list(images) if isinstance(images, (list, tuple)) else [cast("ImageLike", images)]
+            image_list, prompt_list = _pair(image_list, prompt_list)
             return prompt_list, torch.stack([fit_image(image, height, width) for image in image_list])
         if self.model_config.conditioning != "text_to_video":
-            raise ConfigError(f"no image was given, but the model's conditioning is {self.model_config.conditioning!r}")
+            raise ConfigError(
+                f"no image was given, but the model's conditioning is {self.model_config.conditioning!r}"
+            )
         return prompt_list, None
 
     def encode_images(
@@ -204,9 +215,11 @@ class ImageToVideoPipeline:
         The zero rows are part of what the model attends to (it has no text mask), so they must be there as they
         were in training.
         """
-        cleaned = [clean_text(prompt, self.model_config.text_cleaning) for prompt in prompts]
+        cleaned = [clean_text(prompt, self.text_cleaning) for prompt in prompts]
         rows_LD = self.text_encoder.encode(cleaned)
-        return torch.stack([pad_text_rows(rows, self.model_config.text_length) for rows in rows_LD]).to(self.device)
+        return torch.stack([pad_text_rows(rows, self.model_config.text_length) for rows in rows_LD]).to(
+            self.device
+        )
 
 
 def latent_shape_of(
@@ -219,12 +232,21 @@ def latent_shape_of(
             the nearest values that do.
     """
     patch_frames, patch_height, patch_width = model_config.patch_size
-    _require_fit("num_frames", num_frames, vae.temporal_stride * patch_frames,
-                 first=1 + (patch_frames - 1) * vae.temporal_stride,
-                 reason=f"the VAE's temporal stride {vae.temporal_stride}")
+    _require_fit(
+        "num_frames",
+        num_frames,
+        vae.temporal_stride * patch_frames,
+        first=1 + (patch_frames - 1) * vae.temporal_stride,
+        reason=f"the VAE's temporal stride {vae.temporal_stride}",
+    )
     for name, pixels, patch in (("height", height, patch_height), ("width", width, patch_width)):
-        _require_fit(name, pixels, vae.spatial_stride * patch, first=vae.spatial_stride * patch,
-                     reason=f"the VAE's spatial stride {vae.spatial_stride} x the model's patch {patch}")
+        _require_fit(
+            name,
+            pixels,
+            vae.spatial_stride * patch,
+            first=vae.spatial_stride * patch,
+            reason=f"the VAE's spatial stride {vae.spatial_stride} x the model's patch {patch}",
+        )
     return vae.latent_shape(num_frames, height, width)
 
 
@@ -242,11 +264,6 @@ def to_frames(video_BCTHW: torch.Tensor) -> NDArray[np.uint8]:
     """Pixels in [-1, 1] as uint8 frames ``[B, T, H, W, C]``: clamped, scaled to [0, 255], rounded half up."""
     unit_BCTHW = (video_BCTHW.float().clamp(-1.0, 1.0) + 1.0) / 2.0
     return (unit_BCTHW * 255.0 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
-
-
-def _as_list(value: Item | Sequence[Item]) -> list[Item]:
-    """A list or tuple as a list; anything else (a string, an image, a tensor) as a list of one."""
-    return list(value) if isinstance(value, (list, tuple)) else [value]  # type: ignore[list-item]
 
 
 def _pair(images: list[ImageLike], prompts: list[str]) -> tuple[list[ImageLike], list[str]]:

@@ -178,7 +178,12 @@ def _draw_row(row: StripRow, columns: int) -> Image:
 def _checked(frames_THWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The frames as a NumPy array, if they are uint8 ``[T >= 1, H >= 1, W >= 1, 3]``."""
     frames_THWC = np.asarray(frames_THWC)
-    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[3] != 3 or not frames_THWC.size:
+    if (
+        frames_THWC.dtype != np.uint8
+        or frames_THWC.ndim != 4
+        or frames_THWC.shape[3] != 3
+        or not frames_THWC.size
+    ):
         raise ValueError(
             f"frames must be uint8 [T, H, W, 3] with at least one pixel, not {frames_THWC.dtype} "
             f"{list(frames_THWC.shape)}"

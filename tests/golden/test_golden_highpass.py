@@ -19,8 +19,8 @@ SPECS = [spec for spec in specs_of("fourier_highpass") if "cpu" in spec.devices]
 IMPLEMENTATIONS = {spec.name: load_entry_point(spec) for spec in SPECS}
 ATOL = 1e-5  # the goldens' README; of results in fp32
 TRAINING_RATIOS, SAMPLING_RATIO = (0.05, 0.95), 0.1  # the reference's shipped settings
-# Where images have values above this, the reference's own FFT in fp32 is off by more than ATOL (the definition in
-# fp64 shows it): another algorithm cannot come closer to its tensors than fp32 resolves such values.
+# Where images have values above this, the fp32 FFT of the reference is off by more than ATOL (the definition
+# in fp64 shows it): another algorithm cannot come closer to its tensors than fp32 resolves such values.
 LARGE = 10.0
 RESULT_PARTS = ("hf", "hf_ch3", "lf")
 CHANNEL = 3  # the one that is stored where the whole output is not

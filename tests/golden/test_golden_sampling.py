@@ -83,7 +83,9 @@ def test_whole_trajectory(goldens, case, run, batched):
     states: list[torch.Tensor] = []
     with single_process(device) as groups:
         model = build_model(config, groups, device)
-        ours = {row.ours: row.to_ours([weights[name] for name in row.external]) for row in mappings(config, "wan")}
+        ours = {
+            row.ours: row.to_ours([weights[name] for name in row.external]) for row in mappings(config, "wan")
+        }
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(ours.pop(name))
@@ -94,7 +96,10 @@ def test_whole_trajectory(goldens, case, run, batched):
         samples = len(run["initial_noise"])
         final = solve_euler(
             lambda state, timestep: velocity(
-                state, timestep, run["prompt_embeds"], run["start_frame_latents"],
+                state,
+                timestep,
+                run["prompt_embeds"],
+                run["start_frame_latents"],
                 torch.full((samples,), CUTOFF_RATIO),
             ),
             run["initial_noise"],

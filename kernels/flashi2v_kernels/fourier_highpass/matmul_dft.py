@@ -26,13 +26,13 @@ def fourier_highpass(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`flashi2v_kernels.fourier_highpass.reference.fourier_highpass`."""
     require_images(images_BCHW, ratio_B)
-    device = images_BCHW.device
+    device, (height, width) = images_BCHW.device, images_BCHW.shape[-2:]
     with torch.autocast(device.type, enabled=False):  # the products must stay in fp32
         images = images_BCHW.float()
-        rows, columns = (_fourier_matrices(size, device) for size in images.shape[-2:])
+        rows, columns = _fourier_matrices(height, device), _fourier_matrices(width, device)
         real_BCHW, imaginary_BCHW = _transform(images, rows, columns)
         magnitude_BHW = (real_BCHW.square() + imaginary_BCHW.square() + EPSILON).sqrt().mean(dim=1)
-        squared_radius_HW = squared_radius_map(*images.shape[-2:], device=device)
+        squared_radius_HW = squared_radius_map(height, width, device)
         cutoff_B = squared_cutoff(magnitude_BHW, squared_radius_HW, ratio_B)
         keep_B1HW = (squared_radius_HW >= cutoff_B[:, None, None])[:, None].float()
         high = _inverse_real(real_BCHW * keep_B1HW, imaginary_BCHW * keep_B1HW, rows, columns)

@@ -35,7 +35,8 @@ def fourier_highpass(
     """
     require_images(images_BCHW, ratio_B)
     height, width = images_BCHW.shape[-2:]
-    high, low = [], []
+    high: list[Tensor] = []
+    low: list[Tensor] = []
     for image_CHW, ratio in zip(images_BCHW.double(), ratio_B.tolist(), strict=True):
         spectrum_CHW = torch.fft.fftshift(torch.fft.fft2(image_CHW), dim=(-2, -1))
         magnitude_HW = (spectrum_CHW.abs().square() + EPSILON).sqrt().mean(dim=0)

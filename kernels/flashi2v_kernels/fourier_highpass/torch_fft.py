@@ -19,10 +19,10 @@ def fourier_highpass(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`flashi2v_kernels.fourier_highpass.reference.fourier_highpass`."""
     require_images(images_BCHW, ratio_B)
-    dtype, device = images_BCHW.dtype, images_BCHW.device
+    dtype, (height, width) = images_BCHW.dtype, images_BCHW.shape[-2:]
     spectrum_BCHW = torch.fft.fftshift(torch.fft.fft2(images_BCHW.float()), dim=(-2, -1))
     magnitude_BHW = _magnitude(spectrum_BCHW).mean(dim=1)
-    squared_radius_HW = squared_radius_map(*images_BCHW.shape[-2:], device=device)
+    squared_radius_HW = squared_radius_map(height, width, images_BCHW.device)
     cutoff_B = squared_cutoff(magnitude_BHW, squared_radius_HW, ratio_B)
     keep_B1HW = (squared_radius_HW >= cutoff_B[:, None, None])[:, None]
     high_BCHW = _inverse(spectrum_BCHW * keep_B1HW)

@@ -21,6 +21,7 @@ from megatron_flashi2v.checkpoint.weights import (
     OnBytes,
     TensorGroup,
     Weights,
+    cast,
     require_tensors,
     write_hub_folder,
 )

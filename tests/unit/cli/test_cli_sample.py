@@ -6,9 +6,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
 from PIL import Image
 
-from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
 from megatron_flashi2v.checkpoint.checkpoint import save_checkpoint
 from megatron_flashi2v.checkpoint.state import ShardGrid, model_pieces
 from megatron_flashi2v.cli.main import main
@@ -17,8 +17,14 @@ from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import build_model, single_process
 
 CONFIG = ModelConfig(
-    num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4, freq_dim=16,
-    text_dim=16, text_length=8,
+    num_layers=1,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=2,
+    latent_channels=4,
+    freq_dim=16,
+    text_dim=16,
+    text_length=8,
 )
 
 
@@ -36,7 +42,9 @@ def models(tmp_path_factory):
         for parameter in model.parameters():
             parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
         save_checkpoint(
-            folder / "checkpoints", 2, pieces=model_pieces(model.named_parameters(), ShardGrid()),
+            folder / "checkpoints",
+            2,
+            pieces=model_pieces(model.named_parameters(), ShardGrid()),
             model_config=CONFIG,
             state={"iteration": 2, "data": {"frames": 5, "height": 16, "width": 24, "fps": 8.0}},
         )
@@ -47,11 +55,21 @@ def models(tmp_path_factory):
 
 def flags(models, output, **changes):
     values = {
-        "load": models / "checkpoints", "vae": models / "vae", "text-encoder": models / "text_encoder",
-        "tokenizer": models / "tokenizer", "image": models / "image.png", "prompt": "a dog runs",
-        "output": output, "num-steps": 2, "device": "cpu", **changes,
+        "load": models / "checkpoints",
+        "vae": models / "vae",
+        "text-encoder": models / "text_encoder",
+        "tokenizer": models / "tokenizer",
+        "image": models / "image.png",
+        "prompt": "a dog runs",
+        "output": output,
+        "num-steps": 2,
+        "device": "cpu",
+        **changes,
     }
-    return ["sample", *(word for name, value in values.items() if value is not None for word in (f"--{name}", str(value)))]
+    return [
+        "sample",
+        *(word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))),
+    ]
 
 
 def test_image_and_prompt_become_mp4_and_strip_of_the_trained_size(models, tmp_path):
@@ -67,13 +85,22 @@ def test_image_and_prompt_become_mp4_and_strip_of_the_trained_size(models, tmp_p
 def test_flags_win_over_the_recorded_size_and_a_video_gives_the_image(models, tmp_path):
     video = make_video(tmp_path / "source.mp4", frames=2, height=32, width=32)
     arguments = flags(
-        models, tmp_path / "a.mp4", image=video, fps=12, strip=tmp_path / "frames.png",
+        models,
+        tmp_path / "a.mp4",
+        image=video,
+        fps=12,
+        strip=tmp_path / "frames.png",
         **{"num-frames": 3, "height": 24, "width": 32, "negative-prompt": "", "seed": 4},
     )
     assert main([*arguments, "--bf16", "--batched-guidance"]) == 0
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].average_rate == 12
-        assert np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).shape == (3, 24, 32, 3)
+        assert np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).shape == (
+            3,
+            24,
+            32,
+            3,
+        )
     assert (tmp_path / "frames.png").is_file() and not (tmp_path / "a.png").exists()
 
 
@@ -110,7 +137,10 @@ def test_file_that_is_no_image_is_named(models, tmp_path, capsys):
 def test_output_that_could_not_be_written_is_refused_before_the_work(models, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.mp4").mkdir()
-    for output, message in ((tmp_path / "file" / "a.mp4", "is no folder"), (tmp_path / "folder.mp4", "is a folder")):
+    for output, message in (
+        (tmp_path / "file" / "a.mp4", "is no folder"),
+        (tmp_path / "folder.mp4", "is a folder"),
+    ):
         assert main(flags(models, output, load="absent")) == 2
         assert message in capsys.readouterr().err
 

@@ -7,7 +7,12 @@ import pytest
 from PIL import Image
 
 from megatron_flashi2v.config.errors import DataError
-from megatron_flashi2v.evaluation.curves import draw_training_curves, read_metrics, smooth, write_training_curves
+from megatron_flashi2v.evaluation.curves import (
+    draw_training_curves,
+    read_metrics,
+    smooth,
+    write_training_curves,
+)
 
 
 def write_metrics(path, losses, torn=""):
@@ -50,12 +55,19 @@ def test_figure_has_raw_and_smoothed_lines_of_every_run(tmp_path):
     }
     figure = draw_training_curves(runs, title="two runs", window=5, marks={30: "resumed"})
     loss, grad_norm, lr = figure.axes
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss (global batch mean)", "gradient norm", "learning rate"]
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "loss (global batch mean)",
+        "gradient norm",
+        "learning rate",
+    ]
     raw, smoothed = loss.get_lines()[:2]
     assert np.array_equal(raw.get_xdata(), np.arange(1, 61)) and np.array_equal(raw.get_ydata(), losses)
     assert np.allclose(smoothed.get_ydata(), smooth(losses, 5))
     assert len(loss.get_lines()) == 5  # two per run, and the mark
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["first (mean over 5)", "second (mean over 5)"]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == [
+        "first (mean over 5)",
+        "second (mean over 5)",
+    ]
     assert np.allclose(grad_norm.get_lines()[0].get_ydata(), 2 * losses)
     assert set(lr.get_lines()[0].get_ydata()) == {1e-4}
 
@@ -70,7 +82,9 @@ def test_png_is_written_without_pyplot(tmp_path):
     import sys
 
     before = "matplotlib.pyplot" in sys.modules
-    write_training_curves({"run": write_metrics(tmp_path / "a.jsonl", [2.0, 1.5, 1.0])}, tmp_path / "new" / "loss.png")
+    write_training_curves(
+        {"run": write_metrics(tmp_path / "a.jsonl", [2.0, 1.5, 1.0])}, tmp_path / "new" / "loss.png"
+    )
     assert ("matplotlib.pyplot" in sys.modules) is before
     with Image.open(tmp_path / "new" / "loss.png") as picture:
         assert picture.format == "PNG" and picture.width > 800

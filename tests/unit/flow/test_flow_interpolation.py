@@ -26,7 +26,13 @@ def test_velocity_is_the_derivative_of_the_path():
     target = velocity_target(latents, noise)
     assert target.dtype == torch.float32
     torch.testing.assert_close((high - low) / 0.5, target, rtol=1e-5, atol=1e-5)
-    assert velocity_target(latents.bfloat16(), noise.bfloat16()).dtype == torch.float32
+
+
+def test_target_of_bf16_tensors_is_not_rounded():
+    latents, noise = draw(torch.bfloat16), draw(torch.bfloat16, seed=1)
+    target = velocity_target(latents, noise)
+    assert target.dtype == torch.float32
+    assert torch.equal(target.double(), noise.double() - latents.double())
 
 
 def test_steps_along_the_true_velocity_reach_the_data():
@@ -41,6 +47,9 @@ def test_step_computes_in_fp32_and_keeps_the_dtype():
     state, velocity = torch.tensor([256.0], dtype=torch.bfloat16), torch.tensor([-10.0], dtype=torch.bfloat16)
     step = euler_step(state, velocity, 0.3, 0.1)
     assert step.dtype == torch.bfloat16 and step.item() == 258.0
+    many, directions = draw(torch.bfloat16), draw(torch.bfloat16, seed=1)
+    expected = (many.double() - 0.07 * directions.double()).bfloat16()
+    assert torch.equal(euler_step(many, directions, 0.1, 0.03), expected)
     exact = euler_step(state.float(), velocity, 0.3, 0.1)
     assert exact.dtype == torch.float32 and exact.item() == pytest.approx(258.0)
     assert torch.equal(exact, euler_step(state.float(), velocity, torch.tensor(0.3), torch.tensor(0.1)))

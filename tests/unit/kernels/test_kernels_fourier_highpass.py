@@ -134,10 +134,10 @@ def test_cutoff_is_the_first_ring_that_reaches_the_share():
     radius = squared_radius_map(3, 5)
     assert radius.tolist() == [[5, 2, 1, 2, 5], [4, 1, 0, 1, 4], [5, 2, 1, 2, 5]]
     magnitude = torch.ones(5, 3, 5)  # rings 0, 1, 2, 4, 5 hold 1, 4, 4, 2, 4 of 15
-    shares = torch.tensor([1.0, 5.0, 9.0, 10.0, 15.0]) / 15
+    shares = torch.tensor([1.0, 5.0, 9.0, 11.0, 15.0]) / 15
     assert squared_cutoff(magnitude, radius, shares - 1e-4).tolist() == [0, 1, 2, 4, 5]
     assert squared_cutoff(magnitude, radius, shares + 1e-4).tolist() == [1, 2, 4, 5, 5]
-    magnitude[:, 0, 0] = 2.0  # 16 in all: shares of sixteenths are exact, and a ring that just reaches one is it
+    magnitude[:, 0, 0] = 2.0  # 16 in all: sixteenths are exact, and a ring that just reaches one is it
     sixteenths = torch.tensor([1.0, 5.0, 9.0, 11.0, 16.0]) / 16
     assert squared_cutoff(magnitude, radius, sixteenths).tolist() == [0, 1, 2, 4, 5]
     assert squared_cutoff(magnitude[:3], radius, torch.tensor([-1.0, 0.0, 2.0])).tolist() == [0, 0, 5]

@@ -139,44 +139,43 @@ def test_no_change_on_cuda() -> None:
         assert snapshot() == before
 
 
-def test_first_use_leaves_torchs_caches_clean() -> None:
-    """In a fresh process, in which torch.compile and ``with torch.device`` are first used inside or after."""
-    code = """
+# torch.compile and `with torch.device` keep tables of torch's functions: first used inside, they must be
+# right inside and afterwards.
+FIRST_USE = """
 import torch
+import torch._dynamo
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.redirect import megatron_on
+
+torch._dynamo.trace_rules.clear_lru_cache()  # as init_process_group does
 with megatron_on(CpuDevice()):
     doubled = torch.compile(lambda x: x + torch.ones(2, device="cuda"), backend="eager", fullgraph=True)
     assert doubled(torch.ones(2)).tolist() == [2, 2]
+    torch._dynamo.trace_rules.clear_lru_cache()
+    assert doubled(torch.ones(1)).tolist() == [2, 2]
 with torch.device("meta"):
     assert torch.zeros(1).device.type == "meta"
 added = torch.compile(lambda x: x + torch.ones(2), backend="eager", fullgraph=True)
 assert added(torch.ones(2)).tolist() == [2, 2]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
-
-def test_npu_gets_what_megatron_sends_to_cuda() -> None:
-    """On fake tensors of a device called npu, in a process of its own: the name cannot be taken back."""
-    code = """
+# Fake tensors of a device called npu, and the functions that torch_npu has and megatron-core needs.
+NPU = """
 import types
-import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from megatron_flashi2v.runtime.device import NpuDevice
+
 _setup_privateuseone_for_python_backend("npu")
 calls = []
 class Stream: pass
-names = ("set_device", "synchronize", "memory_allocated", "get_rng_state", "manual_seed", "empty_cache")
-api = types.SimpleNamespace(
+names = ("set_device", "synchronize", "memory_allocated", "manual_seed")
+torch.npu = types.SimpleNamespace(
     **{name: (lambda *args, name=name: calls.append((name, *args))) for name in names},
     Stream=Stream, Event=Stream, stream=None, current_stream=Stream, default_stream=Stream,
     memory_reserved=None, max_memory_reserved=None, memory_stats=None,
     default_generators=("generator 0", "generator 1"),
 )
-torch.npu = api
-from megatron_flashi2v.runtime.device import NpuDevice
-from megatron_flashi2v.runtime.redirect import megatron_on
 npu = torch.device("npu", 1)
 device = NpuDevice(1)
 assert (device.backend, device.torch_device) == ("hccl", npu)
@@ -193,9 +192,15 @@ with megatron_on(device), FakeTensorMode():
     torch.cuda.synchronize()
     torch.cuda.memory_allocated()
     torch.cuda.manual_seed(3)
-assert calls == [("set_device", npu), ("synchronize", npu), ("memory_allocated", npu), ("manual_seed", 3)], calls
+calls_expected = [("set_device", npu), ("synchronize", npu), ("memory_allocated", npu), ("manual_seed", 3)]
+assert calls == calls_expected, calls
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_in_a_fresh_process() -> None:
+    """What cannot be tried here: torch's tables are filled already, and a device's name is for good."""
+    command = [sys.executable, "-c", FIRST_USE + NPU]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -233,9 +238,11 @@ def test_megatron_trains_on_the_cpu(
 
         def __init__(self) -> None:
             super().__init__(config)
-            options = {"config": config, "init_method": config.init_method, "bias": True, "skip_bias_add": False}
+            options: dict[str, Any] = {"config": config, "init_method": config.init_method, "bias": True}
             self.column = tensor_parallel.ColumnParallelLinear(8, 16, gather_output=False, **options)
-            self.row = tensor_parallel.RowParallelLinear(16, 8, input_is_parallel=True, **options)
+            self.row = tensor_parallel.RowParallelLinear(
+                16, 8, input_is_parallel=True, skip_bias_add=False, **options
+            )
 
         def set_input_tensor(self, tensor: Any) -> None:
             pass

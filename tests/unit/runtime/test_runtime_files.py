@@ -184,7 +184,7 @@ def test_read_json_errors_name_the_file(tmp_path: Path) -> None:
 
 def test_jsonl_round_trip_keeps_full_precision(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "metrics.jsonl"
-    rows = [{"iteration": 1, "loss": 0.1 + 0.2}, {"iteration": 2, "loss": 1 / 3, "note": "line\nbreak é\u2028"}]
+    rows = [{"iteration": 1, "loss": 0.1 + 0.2}, {"iteration": 2, "loss": 1 / 3, "note": "new\nline é\u2028"}]
     for row in rows:
         files.append_jsonl(path, row)
     assert files.read_jsonl(path) == rows

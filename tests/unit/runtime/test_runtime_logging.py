@@ -18,7 +18,8 @@ log = logging.getLogger("megatron_flashi2v.test")
 
 @pytest.fixture(autouse=True)
 def restore_logging() -> Iterator[None]:
-    root, package, captured = logging.getLogger(), logging.getLogger("megatron_flashi2v"), warnings.showwarning
+    root, package = logging.getLogger(), logging.getLogger("megatron_flashi2v")
+    captured = warnings.showwarning
     handlers, level = list(root.handlers), package.level
     warnings_level = logging.getLogger("py.warnings").level
     yield
@@ -85,9 +86,10 @@ def test_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> N
 def test_lines_state_where_a_failing_loop_stopped(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="megatron_flashi2v")
     clock = Clock()
-    with pytest.raises(ValueError), progress("prepare", 8, unit="clips", console=plain_console(), clock=clock) as report:
+    quiet = plain_console()
+    with pytest.raises(ValueError), progress("prepare", 8, unit="clips", console=quiet, clock=clock) as bar:
         clock.now += 0.5
-        report.advance(4)
+        bar.advance(4)
         raise ValueError
     assert caplog.messages == ["prepare: 4/8, 8.00 clips/s, 0:00:00 left"]
 

@@ -17,8 +17,8 @@ def test_seeds_are_the_same_on_every_machine() -> None:
 def test_every_part_counts() -> None:
     keys = [
         (1, "noise"), (1, "noise", 0), (1, "noise", 1), (2, "noise", 0), (1, "sigma", 0), (1, "noise", 0, 0),
-        (1, "noise", "0"), (-1, "noise", 0), (1, "noise", "a", "bc"), (1, "noise", "ab", "c"), (1, "noise", "abc"),
-        (1, "noise", 2**70),
+        (1, "noise", "0"), (-1, "noise", 0), (1, "noise", 2**70),
+        (1, "noise", "a", "bc"), (1, "noise", "ab", "c"), (1, "noise", "abc"),
     ]  # fmt: skip
     seeds = [keyed_seed(*key) for key in keys]
     assert len(set(seeds)) == len(keys)

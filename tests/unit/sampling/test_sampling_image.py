@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import frame_pattern, make_video
 from PIL import Image
 
-from helpers.tiny_models import frame_pattern, make_video
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.transforms import resize_and_crop
 from megatron_flashi2v.sampling.image import fit_image, load_image
@@ -59,8 +59,11 @@ def test_first_frame_of_a_video_is_taken(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("missing.png", None, "no such file"), ("text.png", b"not a picture", "neither a picture nor a video"),
-     ("empty.jpg", b"", "neither a picture nor a video")],
+    [
+        ("missing.png", None, "no such file"),
+        ("text.png", b"not a picture", "neither a picture nor a video"),
+        ("empty.jpg", b"", "neither a picture nor a video"),
+    ],
 )
 def test_files_that_are_no_image_are_the_users_error(name, content, message, tmp_path):
     if content is not None:

@@ -1,8 +1,7 @@
 """Checkpoints to models in one process."""
 
-import torch
-
 import pytest
+import torch
 
 from megatron_flashi2v.checkpoint.checkpoint import save_checkpoint
 from megatron_flashi2v.checkpoint.state import ShardGrid, model_pieces
@@ -10,11 +9,23 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import build_model, load_model, resolve_checkpoint, single_process, velocity_of
+from megatron_flashi2v.sampling.load import (
+    build_model,
+    load_model,
+    resolve_checkpoint,
+    single_process,
+    velocity_of,
+)
 
 CONFIG = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4, freq_dim=16,
-    text_dim=16, text_length=8,
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=2,
+    latent_channels=4,
+    freq_dim=16,
+    text_dim=16,
+    text_length=8,
 )
 
 
@@ -32,7 +43,10 @@ def randomise(model):
 
 def save(model, root, iteration=3):
     return save_checkpoint(
-        root, iteration, pieces=model_pieces(model.named_parameters(), ShardGrid()), model_config=CONFIG,
+        root,
+        iteration,
+        pieces=model_pieces(model.named_parameters(), ShardGrid()),
+        model_config=CONFIG,
         state={"iteration": iteration},
     )
 
@@ -43,8 +57,13 @@ def arguments():
     def normal(*shape):
         return torch.randn(shape, generator=generator)
 
-    return (normal(2, 4, 3, 4, 6), torch.tensor([900.0, 100.0]), normal(2, 8, 16), normal(2, 4, 1, 4, 6),
-            torch.tensor([0.1, 0.4]))
+    return (
+        normal(2, 4, 3, 4, 6),
+        torch.tensor([900.0, 100.0]),
+        normal(2, 8, 16),
+        normal(2, 4, 1, 4, 6),
+        torch.tensor([0.1, 0.4]),
+    )
 
 
 def test_loaded_model_computes_what_the_saved_one_did(tmp_path, device):
@@ -90,7 +109,9 @@ def test_samples_of_a_batch_do_not_mix(device):
         randomise(model)
         velocity = velocity_of(model)
         together = velocity(*arguments())
-        alone = torch.cat([velocity(*(value[sample : sample + 1] for value in arguments())) for sample in (0, 1)])
+        alone = torch.cat(
+            [velocity(*(value[sample : sample + 1] for value in arguments())) for sample in (0, 1)]
+        )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -106,7 +127,9 @@ def test_initialised_model_needs_no_checkpoint(device):
     with single_process(device) as groups:
         model = build_model(CONFIG, groups, device)
         initialize_weights(model, seed=0)
-        assert torch.equal(velocity_of(model)(*arguments()), torch.zeros(2, 4, 3, 4, 6))  # the head starts at zero
+        assert torch.equal(
+            velocity_of(model)(*arguments()), torch.zeros(2, 4, 3, 4, 6)
+        )  # the head starts at zero
 
 
 def test_unknown_attention_backend_is_the_users_error(device):

@@ -18,7 +18,13 @@ from megatron_flashi2v.sampling.pipeline import (
 )
 
 CONFIG = ModelConfig(
-    num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, latent_channels=3, text_dim=2, text_length=6,
+    num_layers=1,
+    hidden_size=8,
+    ffn_hidden_size=8,
+    num_attention_heads=1,
+    latent_channels=3,
+    text_dim=2,
+    text_length=6,
 )
 SIZE = {"num_frames": 5, "height": 16, "width": 24}
 LATENT_SHAPE = (3, 3, 4, 6)
@@ -50,7 +56,10 @@ class LetterEncoder:
 
     def encode(self, prompts):
         self.prompts += prompts
-        return [torch.tensor([[float(ord(letter)), 1.0] for letter in prompt[:6]]).reshape(-1, 2) for prompt in prompts]
+        return [
+            torch.tensor([[float(ord(letter)), 1.0] for letter in prompt[:6]]).reshape(-1, 2)
+            for prompt in prompts
+        ]
 
 
 def towards_image(latents, timestep, text, image_latents, cutoff):
@@ -60,8 +69,12 @@ def towards_image(latents, timestep, text, image_latents, cutoff):
 
 def make(velocity=towards_image, config=CONFIG, **arguments):
     return ImageToVideoPipeline(
-        velocity=velocity, vae=BlockVAE(), text_encoder=LetterEncoder(), model_config=config,
-        device=torch.device("cpu"), **arguments,
+        velocity=velocity,
+        vae=BlockVAE(),
+        text_encoder=LetterEncoder(),
+        model_config=config,
+        device=torch.device("cpu"),
+        **arguments,
     )
 
 
@@ -164,7 +177,9 @@ def test_one_image_serves_all_prompts_and_one_prompt_all_images():
 def test_only_a_text_to_video_model_goes_without_an_image():
     with pytest.raises(ConfigError, match="no image"):
         make()(None, "a", num_steps=1, **SIZE)
-    pipeline = make(lambda latents, *rest: latents, config=dataclasses.replace(CONFIG, conditioning="text_to_video"))
+    pipeline = make(
+        lambda latents, *rest: latents, config=dataclasses.replace(CONFIG, conditioning="text_to_video")
+    )
     video = pipeline(None, ["a", "b"], num_steps=1, **SIZE)
     assert video.images_BHWC is None and len(video.frames_BTHWC) == 2
 
@@ -200,8 +215,14 @@ def test_patches_over_time_ask_for_whole_patches():
 
 @pytest.mark.parametrize(
     "setting",
-    [{"num_steps": 0}, {"guidance_scale": float("nan")}, {"guidance_scale": -1.0}, {"shift": 0.0},
-     {"cutoff_ratio": 1.5}, {"cutoff_ratio": float("nan")}],
+    [
+        {"num_steps": 0},
+        {"guidance_scale": float("nan")},
+        {"guidance_scale": -1.0},
+        {"shift": 0.0},
+        {"cutoff_ratio": 1.5},
+        {"cutoff_ratio": float("nan")},
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting):
     (name,) = setting

@@ -50,7 +50,9 @@ def test_state_stays_fp32_when_the_network_answers_in_bf16():
     """A bf16 state would lose steps smaller than its rounding."""
     start = torch.ones(SHAPE_BCTHW)
     end = solve_euler(
-        lambda state, timestep: torch.ones_like(state, dtype=torch.bfloat16), start, inference_sigmas(1000, 1.0)
+        lambda state, timestep: torch.ones_like(state, dtype=torch.bfloat16),
+        start,
+        inference_sigmas(1000, 1.0),
     )
     assert end.dtype == torch.float32
     torch.testing.assert_close(end, torch.zeros(SHAPE_BCTHW), atol=1e-4, rtol=0)
@@ -59,7 +61,9 @@ def test_state_stays_fp32_when_the_network_answers_in_bf16():
 def test_callback_hears_of_every_step_and_its_state():
     start, heard = noise(), []
     end = solve_euler(
-        lambda state, timestep: torch.ones_like(state), start, inference_sigmas(3, 2.0),
+        lambda state, timestep: torch.ones_like(state),
+        start,
+        inference_sigmas(3, 2.0),
         callback=lambda done, steps, state: heard.append((done, steps, state.clone())),
     )
     assert [(done, steps) for done, steps, _ in heard] == [(1, 3), (2, 3), (3, 3)]

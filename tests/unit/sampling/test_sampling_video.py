@@ -13,8 +13,14 @@ def smooth_frames(num_frames=9, height=64, width=96):
     """Slowly moving colour waves, uint8 [T, H, W, 3]."""
     y, x = np.mgrid[0:height, 0:width]
     frames = [
-        np.stack([128 + 100 * np.sin(x / 20 + t / 5), 128 + 100 * np.cos(y / 15 + t / 7),
-                  128 + 90 * np.sin((x + y) / 30)], axis=-1)
+        np.stack(
+            [
+                128 + 100 * np.sin(x / 20 + t / 5),
+                128 + 100 * np.cos(y / 15 + t / 7),
+                128 + 90 * np.sin((x + y) / 30),
+            ],
+            axis=-1,
+        )
         for t in range(num_frames)
     ]
     return np.stack(frames).clip(0, 255).astype(np.uint8)
@@ -71,7 +77,8 @@ def test_nothing_is_left_when_encoding_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "frames", [np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)]
+    "frames",
+    [np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8), np.zeros((0, 4, 4, 3), np.uint8)],
 )
 def test_malformed_frames_are_refused(frames, tmp_path):
     with pytest.raises(ValueError, match="uint8"):
@@ -109,7 +116,10 @@ def test_strip_shows_the_chosen_frames_pixel_by_pixel(tmp_path):
 def test_large_frames_are_not_enlarged(tmp_path):
     frames = np.zeros((1, 200, 100, 3), np.uint8)
     write_strip(tmp_path / "a.png", frames)
-    assert Image.open(tmp_path / "a.png").size == (100 + 2 * video.MARGIN, 200 + video.LABEL_HEIGHT + 2 * video.MARGIN)
+    assert Image.open(tmp_path / "a.png").size == (
+        100 + 2 * video.MARGIN,
+        200 + video.LABEL_HEIGHT + 2 * video.MARGIN,
+    )
 
 
 def test_comparison_stacks_rows_of_different_sizes_under_labels(tmp_path):
