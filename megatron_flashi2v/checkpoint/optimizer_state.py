@@ -107,7 +107,7 @@ def optimizer_shards(
                 # them.
                 first_replica = part.distributed_optimizer_instance_id == 0
             else:
-                first_replica = True
+                first_replica = grid.dp_rank == 0
             yield OptimizerShard(
                 name=name,
                 box=box,

@@ -1,6 +1,6 @@
 """``flashi2v sample`` from files to files, with tiny models; and its errors."""
 
-import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -12,7 +12,9 @@ from PIL import Image
 from megatron_flashi2v.checkpoint.checkpoint import save_checkpoint
 from megatron_flashi2v.checkpoint.state import ShardGrid, model_pieces
 from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.cli.sample import VideoShape, video_shape
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import build_model, single_process
 
@@ -70,6 +72,14 @@ def flags(models, output, **changes):
         "sample",
         *(word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))),
     ]
+
+
+def test_size_is_the_flags_then_the_checkpoints_then_the_released_models():
+    required = {name: Path("x") for name in ("load", "vae", "text_encoder", "tokenizer")}
+    config = SampleConfig(**required, prompt="", output=Path("a.mp4"), width=640)
+    recorded = {"data": {"frames": 5, "height": 16, "width": 24, "fps": 8.0}}
+    assert video_shape(config, recorded) == VideoShape(num_frames=5, height=16, width=640, fps=8.0)
+    assert video_shape(config, {}) == VideoShape(num_frames=49, height=480, width=640, fps=16.0)
 
 
 def test_image_and_prompt_become_mp4_and_strip_of_the_trained_size(models, tmp_path):
@@ -156,15 +166,3 @@ def test_misspelt_flag_gets_a_suggestion(models, tmp_path, capsys):
         main([*flags(models, tmp_path / "a.mp4"), "--guidence-scale", "3"])
     assert stop.value.code == 2
     assert "--guidance-scale" in capsys.readouterr().err
-
-
-def test_checkpoint_without_recorded_data_falls_back_to_the_released_size(models):
-    from pathlib import Path
-
-    from megatron_flashi2v.cli.sample import video_shape
-    from megatron_flashi2v.config.sample import SampleConfig
-
-    required = {name: Path("x") for name in ("load", "vae", "text_encoder", "tokenizer")}
-    config = SampleConfig(**required, prompt="", output=Path("a.mp4"), width=640)
-    shape = video_shape(config, json.loads("{}"))
-    assert (shape.num_frames, shape.height, shape.width, shape.fps) == (49, 480, 640, 16.0)

@@ -44,9 +44,9 @@ def test_pixels_and_indices(folder: Path) -> None:
     clip = load(folder, cut=[10, 40])
     assert isinstance(clip, Clip)
     assert clip.video_CTHW.shape == (3, 9, 32, 48) and clip.video_CTHW.dtype == torch.float32
-    assert -1.0 <= clip.video_CTHW.min() and clip.video_CTHW.max() <= 1.0
+    assert clip.video_CTHW.min() >= -1.0 and clip.video_CTHW.max() <= 1.0
     start = clip.indices[0]
-    assert clip.indices == tuple(range(start, start + 18, 2)) and 10 <= start and clip.indices[-1] < 40
+    assert clip.indices == tuple(range(start, start + 18, 2)) and start >= 10 and clip.indices[-1] < 40
     shown = ((clip.video_CTHW + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     assert [frame_number(frame) for frame in shown] == list(clip.indices)
 

@@ -27,6 +27,7 @@ def write_metrics(path, losses, torn=""):
 def test_smoothing_is_a_centred_mean_cut_at_the_ends():
     values = np.array([0.0, 3.0, 6.0, 0.0, 9.0])
     assert smooth(values, 1).tolist() == values.tolist()
+    assert smooth(values, 2).tolist() == [1.5, 4.5, 3.0, 4.5, 9.0]
     assert smooth(values, 3).tolist() == [1.5, 3.0, 3.0, 5.0, 4.5]
     assert smooth(values, 99).tolist() == [3.6] * 5
     with pytest.raises(ValueError, match="window is 0"):

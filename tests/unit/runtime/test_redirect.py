@@ -68,7 +68,7 @@ def test_device_functions(redirected: None) -> None:
     assert not torch.cuda.is_available()
     assert not torch.cuda.is_current_stream_capturing()
     assert torch.cuda.get_device_capability() < (5, 0)
-    assert torch.cuda.max_memory_allocated() >= torch.cuda.memory_allocated() > 0
+    assert torch.cuda.memory_allocated() > 0 and torch.cuda.max_memory_allocated() > 0
     assert torch.cuda.memory_stats(device="cuda") == {}
     torch.cuda.set_device(3)
     torch.cuda.synchronize(device="cuda")
@@ -100,6 +100,19 @@ def test_random_states_are_the_hosts(redirected: None) -> None:
     assert torch.cuda.default_generators[torch.cuda.current_device()] is torch.default_generator
     torch.manual_seed(11)  # goes through torch.cuda.manual_seed_all
     assert torch.equal(torch.randn(3), first)
+
+
+def test_megatrons_random_states_fork_the_hosts(redirected: None) -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("dropout", 5)
+    torch.manual_seed(1)
+    with tracker.fork("dropout"):
+        inside = torch.randn(3)
+    after = torch.randn(3)
+    assert torch.equal(inside, torch.randn(3, generator=torch.Generator().manual_seed(5)))
+    assert torch.equal(after, torch.randn(3, generator=torch.Generator().manual_seed(1)))
 
 
 def snapshot() -> dict[str, dict[str, Any]]:
@@ -147,8 +160,11 @@ import torch._dynamo
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.redirect import megatron_on
 
+ones = torch.ones  # as a module does that was imported earlier
 torch._dynamo.trace_rules.clear_lru_cache()  # as init_process_group does
 with megatron_on(CpuDevice()):
+    early = torch.compile(lambda x: x + ones(2), backend="eager", fullgraph=True)
+    assert early(torch.ones(2)).tolist() == [2, 2]
     doubled = torch.compile(lambda x: x + torch.ones(2, device="cuda"), backend="eager", fullgraph=True)
     assert doubled(torch.ones(2)).tolist() == [2, 2]
     torch._dynamo.trace_rules.clear_lru_cache()
