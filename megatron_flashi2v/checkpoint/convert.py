@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,7 @@ class Format:
         is_ours: whether a folder may be replaced, as something that this format's ``write`` left.
     """
 
-    open: Callable[[Path, torch.dtype | None], AbstractContextManager[Weights]]
+    open: Callable[[Path, torch.dtype | None], Weights]
     write: Callable[[Path, Weights, int, OnBytes | None], None]
     is_ours: Callable[[Path], bool]
 
@@ -76,13 +75,13 @@ def convert(
     """
     read, write = _format(source[0]), _format(target[0])
     _check_target(source[1], target[1], write, overwrite)
-    with read.open(source[1], dtype) as weights:
-        total = weights.total_bytes()
-        if on_start is not None:
-            on_start(total)
-        with staged_folder(target[1], overwrite=overwrite) as folder:
-            write.write(folder, weights, max_shard_bytes, on_bytes)
-        return Converted(config=weights.config, parameters=parameter_count(weights.config), bytes=total)
+    weights = read.open(source[1], dtype)
+    total = weights.total_bytes()
+    if on_start is not None:
+        on_start(total)
+    with staged_folder(target[1], overwrite=overwrite) as folder:
+        write.write(folder, weights, max_shard_bytes, on_bytes)
+    return Converted(config=weights.config, parameters=parameter_count(weights.config), bytes=total)
 
 
 def _format(name: str) -> Format:

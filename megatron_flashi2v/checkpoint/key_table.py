@@ -2,8 +2,8 @@
 
 ``BACKBONE`` and ``CONDITIONING`` list every tensor of the model once: our name and shape, the names that the
 other formats give it, and how its values are arranged there. Everything that reads, writes or counts
-parameters is a loop over it. Source of the
-names: the releases' state dicts (diffusers' ``WanTransformer3DModel``; both FlashI2V branches).
+parameters is a loop over it. Source of the names: the state dicts of diffusers' ``WanTransformer3DModel`` and
+of both FlashI2V branches.
 
 Sizes in shapes are symbols, made numbers by a :class:`ModelConfig`: d hidden, f feed-forward, c latent
 channels, P values in a patch, h channels inside phi, text and freq input widths, pt ph pw the patch, kt kh kw
@@ -134,7 +134,7 @@ def _vectors(*names: str) -> dict[str, Tensor]:
 def _attention(
     ours: str, original: str, diffusers: str, fused: str, parts: tuple[str, ...]
 ) -> tuple[Module, ...]:
-    """The rows of one attention; ``parts`` are fused into ``fused``, a remaining query has its own
+    """The rows of one attention: ``parts`` are fused into ``fused``, a query left over has its own
     projection."""
 
     def row(name: str, external: tuple[str, str, str], tensors: Mapping[str, Tensor]) -> Module:

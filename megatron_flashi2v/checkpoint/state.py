@@ -125,7 +125,7 @@ def load_model(folder: Path, named_parameters: NamedParameters, grid: ShardGrid)
 
 
 def most_exact_key(index: Index, name: str, dtype: torch.dtype) -> str:
-    """Key of the stored tensor that gives parameter ``name`` in ``dtype``: the model's own, or its master
+    """Key of the stored tensor that gives parameter ``name`` in ``dtype``: the model's, or its master
     copy."""
     stored, master = index.tensors.get(MODEL_PREFIX + name), index.tensors.get(MASTER_PREFIX + name)
     if stored and master and dtype == master.dtype != stored.dtype:

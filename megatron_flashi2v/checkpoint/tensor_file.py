@@ -97,7 +97,7 @@ def write_tensor_file(
             values = tensor.detach().to("cpu").contiguous()
             # A flat view of bytes serves every dtype, also bfloat16, which numpy lacks; as_strided because a
             # single value may count as contiguous under any stride.
-            content = values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy()
+            content = values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data
             file.write(content)
             digest.update(content)
             size += content.nbytes

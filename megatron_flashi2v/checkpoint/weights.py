@@ -75,8 +75,7 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def plan_shards(groups: Sequence[TensorGroup], max_bytes: int) -> list[list[TensorGroup]]:
-    """Deal groups out to files of at most ``max_bytes`` each, in order; a larger group gets a file of its
-    own."""
+    """Deal groups out, in order, to files of at most ``max_bytes``; a larger group gets a file of its own."""
     shards: list[list[TensorGroup]] = []
     size = 0
     for group in groups:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 
+from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 
 WEEK_MINUTES = 7 * 24 * 60.0
+LOG_WIDTH = 160
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +36,7 @@ def run(config: PrepareConfig, launch: LaunchEnvironment) -> None:
     from rich.console import Console
 
     from megatron_flashi2v.data.preparation import Place, prepare
-    from megatron_flashi2v.data.summary import summary_table
+    from megatron_flashi2v.data.summary import require_samples, summary_table
     from megatron_flashi2v.runtime.device import resolve_device
     from megatron_flashi2v.runtime.distributed import shutdown
     from megatron_flashi2v.runtime.logging import setup_logging
@@ -50,11 +53,13 @@ def run(config: PrepareConfig, launch: LaunchEnvironment) -> None:
         raise
     shutdown()
     if summary is not None:
-        Console().print(summary_table(summary, config.inputs().output))
+        # A log file needs no narrow columns.
+        Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(summary_table(summary, config.inputs().output))
+        require_samples(summary)
 
 
 def _meet(launch: LaunchEnvironment) -> Callable[[], None]:
-    """A barrier over all processes; over gloo, since some ranks may wait for hours for the others to finish."""
+    """A barrier over all processes; over gloo, as some ranks may wait for hours until the others are done."""
     if launch.world_size == 1:
         return lambda: None
     import torch.distributed
@@ -62,6 +67,12 @@ def _meet(launch: LaunchEnvironment) -> Callable[[], None]:
     from megatron_flashi2v.runtime.device import resolve_device
     from megatron_flashi2v.runtime.distributed import init_distributed
 
+    def meet() -> None:
+        try:
+            torch.distributed.barrier()
+        except RuntimeError as error:
+            raise UserError(f"rank {launch.rank} stops because another one failed; see its message") from error
+
     init_distributed(launch, resolve_device("cpu", launch.local_rank), WEEK_MINUTES)
-    return torch.distributed.barrier
+    return meet
 

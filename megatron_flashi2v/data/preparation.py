@@ -95,11 +95,12 @@ def prepare(
         console: where progress is drawn; None takes standard error.
 
     Returns:
-        On rank 0 the contents of ``summary.json``; None on the others.
+        On rank 0 the contents of ``summary.json``; None on the others. Where nothing was kept there is no
+        ``dataset.json`` (see :func:`~megatron_flashi2v.data.summary.require_samples`).
 
     Raises:
         ConfigError: a flag's value is impossible, or the folder holds a data set of other settings.
-        DataError: the annotations are malformed, or nothing was kept.
+        DataError: the annotations are malformed (under ``strict``: any of them, or a damaged file).
         UserError: the disk is full or failing.
     """
     inputs = check_prepare(config)
@@ -204,6 +205,7 @@ def _write_shards(
     mine = range(place.rank, len(plan.shards), place.world_size)
     open_shards = [number for number in mine if _finished(folder, number, plan.fingerprint) is None]
     if not open_shards:
+        logger.info("nothing to encode: the %d shards of this process are there already", len(mine))
         return
     remove_leftovers(folder, open_shards)
     total = sum(len(plan.shards[number]) for number in mine)
@@ -238,15 +240,7 @@ def _finish(output: Path, plan: Plan, encoders: Encoders) -> dict[str, Any]:
         indices.append(index)
     if not _described(output, plan, indices):
         _describe(output, plan, indices, encoders)
-    summary = read_summary(output)
-    if not summary["kept"]:
-        reasons = ", ".join(f"{name} {group['count']}" for name, group in summary["dropped"].items())
-        first = next(iter(summary["dropped"].values()))["examples"][0]["detail"]
-        raise DataError(
-            f"none of {plan.total} annotations was kept ({reasons}); the first: {first}; if you correct files that "
-            "were seen already, run again with --fresh"
-        )
-    return summary
+    return read_summary(output)
 
 
 def _described(output: Path, plan: Plan, indices: list[ShardIndex]) -> bool:

@@ -71,6 +71,22 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return values
 
 
+def require_samples(summary: dict[str, Any]) -> None:
+    """Refuse a data set without a sample.
+
+    Raises:
+        DataError: says how many were dropped for which reason, and shows the first.
+    """
+    if summary["kept"]:
+        return
+    reasons = ", ".join(f"{name} {group['count']}" for name, group in summary["dropped"].items())
+    first = next(iter(summary["dropped"].values()))["examples"][0]["detail"]
+    raise DataError(
+        f"none of {summary['entries']} annotations was kept ({reasons}); the first: {first}; if you correct files "
+        "that were seen already, run again with --fresh"
+    )
+
+
 def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     """The summary for a terminal."""
     table = Table(title=f"prepared data in {folder}", title_justify="left", show_header=False)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.reference_weights import GOLDEN_CASES, build_golden_model, golden_facts
 from safetensors.torch import load_file
 
-from megatron_flashi2v.checkpoint.key_table import mappings
-from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.flow.sigmas import inference_sigmas, timesteps_of
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.guidance import combine_guided, with_guidance
-from megatron_flashi2v.sampling.load import build_model, single_process, velocity_of
+from megatron_flashi2v.sampling.load import single_process, velocity_of
 from megatron_flashi2v.sampling.solvers import solve_euler
 
-CASES = ("tiny_1x3x3", "tiny_3x3x3")
 GUIDANCE_SCALE, SHIFT, CUTOFF_RATIO = 5.0, 7.0, 0.1  # how the reference was run, see the goldens' README
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=GOLDEN_CASES)
 def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -34,24 +31,6 @@ def run(goldens: Path, case: str) -> dict[str, torch.Tensor]:
 
 def steps_of(run: dict[str, torch.Tensor]) -> list[int]:
     return sorted(int(match[1]) for name in run if (match := re.fullmatch(r"step(\d+)\.latents_after", name)))
-
-
-def model_config(goldens: Path, case: str, weights: dict[str, torch.Tensor]) -> ModelConfig:
-    sizes = json.loads((goldens / "dit_and_loss.json").read_text())[case]["config"]
-    phi = weights["learnable_proj.proj.0.weight"]
-    return ModelConfig(
-        num_layers=sizes["num_layers"],
-        hidden_size=sizes["dim"],
-        ffn_hidden_size=sizes["ffn_dim"],
-        num_attention_heads=sizes["num_heads"],
-        latent_channels=sizes["in_dim"],
-        freq_dim=sizes["freq_dim"],
-        text_dim=sizes["text_dim"],
-        text_length=sizes["text_len"],
-        phi_kernel_size=tuple(phi.shape[2:]),
-        phi_hidden_channels=phi.shape[0],
-        phi_order="conv_then_broadcast",  # the reference's main branch
-    )
 
 
 def test_schedule(run):
@@ -77,19 +56,9 @@ def test_guided_steps_from_the_stored_velocities(run):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_whole_trajectory(goldens, case, run, batched):
-    weights = load_file(goldens / f"dit_{case}.weights.safetensors")
-    config = model_config(goldens, case, weights)
-    device = resolve_device("cpu")
     states: list[torch.Tensor] = []
-    with single_process(device) as groups:
-        model = build_model(config, groups, device)
-        ours = {
-            row.ours: row.to_ours([weights[name] for name in row.external]) for row in mappings(config, "wan")
-        }
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(ours.pop(name))
-        assert not ours
+    with single_process(resolve_device("cpu")) as groups:
+        model = build_golden_model(goldens, case, groups)
         velocity = with_guidance(
             velocity_of(model), run["negative_prompt_embeds"], GUIDANCE_SCALE, batched=batched
         )
@@ -110,3 +79,26 @@ def test_whole_trajectory(goldens, case, run, batched):
     for step, state in enumerate(states):
         torch.testing.assert_close(state, run[f"step{step}.latents_after"], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(final, run["final_latents"], atol=1e-3, rtol=1e-3)
+    assert final.std().item() == pytest.approx(golden_facts(goldens, case)["sample_final_std"], rel=1e-3)
+
+
+@torch.no_grad()
+def test_conditioning_and_velocities_of_stored_steps(goldens, case, run):
+    """What each network call is given and returns, from the stored states."""
+    ratios = torch.full((len(run["initial_noise"]),), CUTOFF_RATIO)
+    image, seen = run["start_frame_latents"], {}
+    with single_process(resolve_device("cpu")) as groups:
+        model = build_golden_model(goldens, case, groups)
+        model.conditioning.register_forward_hook(lambda module, inputs, output: seen.update(vars(output)))
+        for step in steps_of(run):
+            before = run["initial_noise"] if step == 0 else run[f"step{step - 1}.latents_after"]
+            for name, text in (("cond_out", "prompt_embeds"), ("uncond_out", "negative_prompt_embeds")):
+                if f"step{step}.{name}" not in run:
+                    continue
+                velocity = velocity_of(model)(before, run[f"step{step}.timestep"], run[text], image, ratios)
+                torch.testing.assert_close(velocity, run[f"step{step}.{name}"], atol=2e-4, rtol=1e-4)
+                if f"step{step}.dit_input" in run:
+                    torch.testing.assert_close(seen["latents_BCTHW"], run[f"step{step}.dit_input"], atol=1e-5, rtol=0)
+        shift = model.conditioning.phi(image, run["initial_noise"].shape[2])
+    torch.testing.assert_close(seen["guidance_BCTHW"], run["fourier_features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(shift, run["start_frame_proj"], atol=1e-5, rtol=0)

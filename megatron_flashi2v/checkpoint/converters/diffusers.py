@@ -6,8 +6,8 @@ in the sibling ``image_conditioning/``, under the names of FlashI2V's main branc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -110,10 +110,9 @@ def _split(weights: Weights, entry: Mapped) -> tuple[torch.Tensor, ...]:
 
 
 class DiffusersWeights(Weights):
-    """The tensors of an exported folder, or of a plain Wan text-to-video ``transformer/`` without
-    conditioning."""
+    """The tensors of an exported folder, or of a plain Wan text-to-video ``transformer/``."""
 
-    def __init__(self, path: Path, dtype: torch.dtype | None, files: ExitStack) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
         transformer = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
         conditioning = path / CONDITIONING if transformer != path else path.parent / CONDITIONING
         self.config = read_config(transformer, conditioning)
@@ -122,10 +121,10 @@ class DiffusersWeights(Weights):
         held = {entry.ours for entry in inside}
         beside = [entry for entry in mappings(self.config, "wan") if entry.ours not in held]
         self._entries = {entry.ours: entry for entry in inside + beside}
-        self._tensors = _open_shards(transformer, TRANSFORMER_STEM, files)
+        self._tensors = _stored_tensors(transformer, TRANSFORMER_STEM)
         self._require(transformer, inside, self._tensors)
         if beside:
-            tensors = _open_shards(conditioning, CONDITIONING_STEM, files)
+            tensors = _stored_tensors(conditioning, CONDITIONING_STEM)
             self._require(conditioning, beside, tensors)
             self._tensors.update(tensors)
 
@@ -152,24 +151,25 @@ class DiffusersWeights(Weights):
         return entry.to_ours([cast(part, self._tensors[part].read(), dtype) for part in entry.external])
 
 
+@dataclass(frozen=True)
 class _StoredTensor:
-    """One tensor of an open safetensors file."""
+    """One tensor of a safetensors file.
 
-    def __init__(self, path: Path, handle: Any, name: str) -> None:
-        self._path, self._handle, self._name = path, handle, name
-        part = handle.get_slice(name)
-        self.shape = tuple(part.get_shape())
-        if part.get_dtype() not in DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name} has dtype {part.get_dtype()}, which is not supported"
-            )
-        self.dtype = DTYPES[part.get_dtype()]
+    The file is opened for each one anew: the memory that a lasting map of it takes would grow to the file's
+    size.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def read(self) -> torch.Tensor:
-        return read_tensor(self._path, self._handle, self._name)
+        with open_tensor_file(self.path) as handle:
+            return read_tensor(self.path, handle, self.name)
 
 
-def _open_shards(folder: Path, stem: str, files: ExitStack) -> dict[str, _StoredTensor]:
+def _stored_tensors(folder: Path, stem: str) -> dict[str, _StoredTensor]:
     """All tensors of a component, from its one file or the shards that its index names."""
     index = folder / f"{stem}.safetensors.index.json"
     names = [f"{stem}.safetensors"]
@@ -185,8 +185,15 @@ def _open_shards(folder: Path, stem: str, files: ExitStack) -> dict[str, _Stored
                 raise CheckpointError(f"{index} names the file {name!r}, which is not a plain name")
     tensors: dict[str, _StoredTensor] = {}
     for name in names:
-        handle = files.enter_context(open_tensor_file(folder / name))
-        tensors.update({key: _StoredTensor(folder / name, handle, key) for key in list(handle.keys())})
+        path = folder / name
+        with open_tensor_file(path) as handle:
+            for key in list(handle.keys()):
+                part = handle.get_slice(key)
+                if part.get_dtype() not in DTYPES:
+                    raise CheckpointError(
+                        f"{path}: tensor {key} has dtype {part.get_dtype()}, which is not supported"
+                    )
+                tensors[key] = _StoredTensor(path, key, tuple(part.get_shape()), DTYPES[part.get_dtype()])
     return tensors
 
 
@@ -250,15 +257,13 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-@contextmanager
-def open_weights(path: Path, dtype: torch.dtype | None) -> Iterator[Weights]:
+def open_weights(path: Path, dtype: torch.dtype | None) -> Weights:
     """The weights of an exported folder, or of a ``WanTransformer3DModel`` folder.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another model.
     """
-    with ExitStack() as files:
-        yield DiffusersWeights(path, dtype, files)
+    return DiffusersWeights(path, dtype)
 
 
 def is_ours(folder: Path) -> bool:

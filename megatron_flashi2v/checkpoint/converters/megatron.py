@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -58,8 +56,7 @@ class MegatronWeights(Weights):
         return cast(name, read_full(self._folder, key, index=self._index), dtype)
 
 
-@contextmanager
-def open_weights(path: Path, dtype: torch.dtype | None) -> Iterator[Weights]:
+def open_weights(path: Path, dtype: torch.dtype | None) -> Weights:
     """The weights of a ``--save`` folder's latest checkpoint, or of an ``iter_*`` folder.
 
     Raises:
@@ -68,7 +65,7 @@ def open_weights(path: Path, dtype: torch.dtype | None) -> Iterator[Weights]:
     folder = find_checkpoint(path)
     if folder is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a folder written by `flashi2v train --save`")
-    yield MegatronWeights(folder, dtype)
+    return MegatronWeights(folder, dtype)
 
 
 def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
@@ -103,6 +100,6 @@ def _read_one(weights: Weights, name: str) -> tuple[torch.Tensor]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds what :func:`write_weights` wrote and nothing else, such as a run's own
+    """Whether a folder holds what :func:`write_weights` wrote and nothing else, such as a run's
     checkpoints."""
     return {path.name for path in folder.iterdir()} == {iteration_folder(0), TRACKER_NAME}

@@ -14,7 +14,9 @@ import torch
 from helpers.synthetic_data import write_synthetic
 
 from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.description import read_description, write_description
 from megatron_flashi2v.data.prepared import PreparedDataset, pad_text_rows
+from megatron_flashi2v.data.shards import ShardWriter
 
 SHAPE = (16, 5, 12, 20)
 
@@ -43,6 +45,27 @@ def test_samples_by_index(folder: Path) -> None:
     for index in (-1, 10):
         with pytest.raises(IndexError):
             data[index]
+
+
+def test_uneven_and_empty_shards(folder: Path) -> None:
+    description = read_description(folder)
+    indices, keys = [], []
+    for number, count in enumerate((0, 2, 0, 3, 1)):
+        writer = ShardWriter(folder / "shards", number)
+        for _ in range(count):
+            keys.append(f"sample-{len(keys)}")
+            writer.add(keys[-1], {"latents": torch.zeros(SHAPE), "text": torch.zeros(1, 8)}, {"caption": keys[-1]})
+        indices.append(writer.publish(fingerprint="uneven", dropped=[], seconds=0.0))
+    write_description(
+        folder,
+        info=description.info,
+        settings={},
+        fingerprint="uneven",
+        indices=indices,
+        empty_text_rows_LD=torch.zeros(1, 8),
+    )
+    data = PreparedDataset(folder)
+    assert [data[index].key for index in range(len(data))] == keys == [data[n].caption for n in range(6)]
 
 
 def test_too_many_text_rows_are_refused() -> None:

@@ -124,7 +124,7 @@ def snapshot() -> dict[str, dict[str, Any]]:
 
 
 def test_everything_is_put_back() -> None:
-    import torch._dynamo  # noqa: F401  (importing it adds to torch's namespace)
+    import torch._dynamo  # importing it adds to torch's namespace
 
     before = snapshot()
     with pytest.raises(ValueError), megatron_on(CpuDevice()):
