@@ -86,5 +86,5 @@ def test_flags_override_the_preset() -> None:
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"--model 1\.4b: choose one of tiny.*did you mean 1\.3b\?"):
-        resolve_model(ModelArguments(model="1.4b"))
+    with pytest.raises(ConfigError, match=r"--model 14: choose one of tiny.*did you mean 14b\?"):
+        resolve_model(ModelArguments(model="14"))

@@ -1,0 +1,192 @@
+"""Initial weights: keyed by name, the same at every layout, with Wan's distributions and the paradigm's zeros."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.initialization import full_shape, initialize_weights, local_slice
+from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.load import build_model, single_process
+
+CONFIG = ModelConfig(
+    num_layers=2, hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, latent_channels=4, freq_dim=32,
+    text_dim=24, text_length=5, phi_hidden_channels=8,
+)
+ZEROS = {
+    "head.linear.weight",
+    "conditioning.phi.conv_out.weight",
+    "conditioning.fourier_embedding.conv_out.weight",
+}
+
+
+@dataclass(frozen=True)
+class FakeGroup:
+    """A place in a tensor-parallel group, without processes."""
+
+    ranks: int
+    place: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return self.place
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Groups]:
+    with single_process(resolve_device("cpu")) as groups:
+        yield groups
+
+
+@pytest.fixture(scope="module")
+def make(groups: Groups) -> Callable[..., DiffusionTransformer]:
+    def make(config: ModelConfig = CONFIG, seed: int = 1) -> DiffusionTransformer:
+        model = build_model(config, groups, resolve_device("cpu"))
+        initialize_weights(model, seed)
+        return model
+
+    return make
+
+
+def weights(model: DiffusionTransformer) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def divided(parameter: nn.Parameter, ranks: int) -> nn.Parameter:
+    """The parameter that one of several tensor-parallel ranks has for it."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] //= ranks
+    local = nn.Parameter(torch.empty(shape))
+    for name in ("tensor_model_parallel", "partition_dim"):
+        if hasattr(parameter, name):
+            setattr(local, name, getattr(parameter, name))
+    return local
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_slices_of_all_ranks_make_the_whole(make: Callable[..., DiffusionTransformer], ranks: int) -> None:
+    sharded = set()
+    for name, whole in make().named_parameters():
+        local = divided(whole, ranks)
+        assert full_shape(local, ranks) == tuple(whole.shape), name
+        slices = [local_slice(whole.detach(), local, FakeGroup(ranks, rank)) for rank in range(ranks)]
+        assert all(piece.shape == local.shape for piece in slices), name
+        if getattr(whole, "tensor_model_parallel", False):
+            sharded.add(name)
+            assert torch.equal(torch.cat(slices, dim=whole.partition_dim), whole), name
+        else:
+            assert all(torch.equal(piece, whole) for piece in slices), name
+    in_block = {name.removeprefix("blocks.1.") for name in sharded if name.startswith("blocks.1.")}
+    attention = {f"{kind}.{name}" for kind in ("self_attention", "cross_attention")
+                 for name in ("norm_q.weight", "norm_k.weight", "linear_proj.weight")}
+    projections = {f"{name}.{kind}" for kind in ("weight", "bias")
+                   for name in ("self_attention.linear_qkv", "cross_attention.linear_q", "cross_attention.linear_kv",
+                                "mlp.linear_fc1")}
+    assert in_block == attention | projections | {"mlp.linear_fc2.weight"}
+
+
+def test_a_rank_draws_from_the_whole_tensor(
+    make: Callable[..., DiffusionTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """:func:`initialize_weights` as the second of two ranks runs it."""
+    model, whole = make(), weights(make(seed=3))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, divided(parameter, 2))
+    fake = dataclasses.replace(model.spec, groups=_TensorGroup(FakeGroup(2, 1)))
+    monkeypatch.setattr(model, "spec", fake)
+    initialize_weights(model, 3)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, local_slice(whole[name], parameter, FakeGroup(2, 1))), name
+
+
+@dataclass(frozen=True)
+class _TensorGroup:
+    tp: FakeGroup
+
+
+def test_a_slice_of_fused_rows_is_whole_heads(make: Callable[..., DiffusionTransformer]) -> None:
+    model = make()
+    parameters, half = dict(model.named_parameters()), CONFIG.hidden_size // 2
+    fused = [row for row in mappings(CONFIG, "wan") if len(row.external) > 1 and len(row.shape) == 2]
+    assert fused
+    for row in fused:
+        whole = parameters[row.ours]
+        second = local_slice(whole.detach(), divided(whole, 2), FakeGroup(2, 1))
+        shape, heads = (half, CONFIG.hidden_size), CONFIG.num_attention_heads // 2
+        parts_of_slice = row.transform.to_external(second, shape, heads)
+        for part, of_slice in zip(row.to_external(whole.detach()), parts_of_slice, strict=True):
+            assert torch.equal(of_slice, part[half:]), row.ours
+
+
+def test_weights_depend_on_seed_and_name_alone(make: Callable[..., DiffusionTransformer]) -> None:
+    first, again, other = weights(make()), weights(make()), weights(make(seed=2))
+    deeper = weights(make(dataclasses.replace(CONFIG, num_layers=3)))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name]) and torch.equal(tensor, deeper[name]), name
+        constant = tensor.unique().numel() == 1
+        assert torch.equal(tensor, other[name]) == constant, name
+    assert not torch.equal(first["blocks.0.mlp.linear_fc1.weight"], first["blocks.1.mlp.linear_fc1.weight"])
+
+
+def test_distributions(make: Callable[..., DiffusionTransformer]) -> None:
+    width = CONFIG.hidden_size
+    for name, tensor in weights(make()).items():
+        if name in ZEROS or name.endswith("bias"):
+            assert not tensor.any(), name
+        elif name.endswith("modulation"):
+            assert tensor.std().item() == pytest.approx(width**-0.5, rel=0.2), name
+        elif tensor.ndim == 1:
+            assert (tensor == 1).all(), name
+        elif name.startswith("text_embedding.") or name.startswith("time_embedding.linear"):
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.1), name
+        else:
+            fan_in = tensor[0].numel()
+            fan_out = width if "linear_qkv" in name or "linear_kv" in name else tensor.shape[0]
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            assert tensor.abs().max() <= bound, name
+            assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+            assert abs(tensor.mean().item()) < 0.1 * bound, name
+
+
+def test_the_zeros_are_what_the_paradigm_and_the_head_end_in() -> None:
+    assert set(parameter_shapes(CONFIG)) >= ZEROS
+
+
+@torch.no_grad()
+def test_step_0_of_flashi2v_is_the_text_to_video_model(make: Callable[..., DiffusionTransformer]) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    head = normal(CONFIG.patch_dim, CONFIG.hidden_size)
+    arguments = (normal(2, 4, 3, 4, 6), torch.tensor([900.0, 31.0]), normal(2, 5, 24), normal(2, 4, 1, 4, 6),
+                 torch.tensor([0.1, 0.6]))
+    outputs = []
+    for conditioning in ("flashi2v", "text_to_video"):
+        model = make(dataclasses.replace(CONFIG, conditioning=conditioning))
+        model.head.linear.weight.copy_(head)  # it starts at zero, which would make any two models equal
+        outputs.append(predict_velocity(model, *arguments))
+    assert outputs[0].std() > 0.5
+    assert torch.equal(*outputs)
+    # The comparison can fail: with the last layers away from zero the image matters.
+    model = make()
+    model.head.linear.weight.copy_(head)
+    for name in ZEROS - {"head.linear.weight"}:
+        model.get_parameter(name).fill_(0.05)
+        assert not torch.allclose(predict_velocity(model, *arguments), outputs[0], atol=1e-3), name
+        model.get_parameter(name).zero_()
