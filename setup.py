@@ -32,7 +32,7 @@ setup(
         "transformers>=4.51",
         "sentencepiece",
         "protobuf",
-        "av>=12",
+        "av>=14",
         "ftfy",
         "beautifulsoup4",
         "pillow",
