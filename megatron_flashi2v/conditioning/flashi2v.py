@@ -31,7 +31,7 @@ class LatentShift(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         kernel = config.phi_kernel_size
-        padding = tuple(side // 2 for side in kernel)
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         channels, hidden = config.latent_channels, config.phi_hidden_channels
         self.conv_in = nn.Conv3d(channels, hidden, kernel, padding=padding, dtype=torch.float32)
         self.conv_out = nn.Conv3d(hidden, channels, kernel, padding=padding, dtype=torch.float32)

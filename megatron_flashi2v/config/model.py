@@ -102,4 +102,5 @@ class ModelConfig:
         missing = sorted(required - set(values))
         if missing:
             raise ConfigError(f"{source}: missing keys {', '.join(missing)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
+        return cls(**fields)

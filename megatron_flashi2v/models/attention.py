@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from megatron_flashi2v.models.norms import FullWidthRMSNorm
+from megatron_flashi2v.models.norms import FullWidthRMSNorm, norm_queries_and_keys
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
 
@@ -29,8 +31,9 @@ class SelfAttention(nn.Module):
         """Update of the residual stream, [S, B, d] on this rank's tokens; ``rotary`` holds cos and sin [S, D/2]."""
         qkv, _ = self.linear_qkv(hidden_SBD)
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(dim=-2)
-        query = self.kernels.apply_rope(self.norm_q(query), *rotary)
-        key = self.kernels.apply_rope(self.norm_k(key), *rotary)
+        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
+        query = self.kernels.apply_rope(query, *rotary)
+        key = self.kernels.apply_rope(key, *rotary)
         return self.linear_proj(_attend(self.kernels.attention, query, key, value))[0]
 
 
@@ -52,10 +55,13 @@ class CrossAttention(nn.Module):
         """Update of the residual stream, [S, B, d] on this rank's tokens."""
         query = self.linear_q(hidden_SBD)[0].unflatten(-1, (-1, self.head_dim))
         key, value = self.linear_kv(text_TBD)[0].unflatten(-1, (-1, 2, self.head_dim)).unbind(dim=-2)
-        return self.linear_proj(_attend(self.kernels.attention, self.norm_q(query), self.norm_k(key), value))[0]
+        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
+        return self.linear_proj(_attend(self.kernels.attention, query, key, value))[0]
 
 
-def _attend(attention, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor) -> Tensor:
+def _attend(
+    attention: Callable[..., Tensor], query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor
+) -> Tensor:
     """Attention with megatron-core's token-first layout outside and the kernels' batch-first layout inside."""
     out_BShD = attention(query_SBhD.transpose(0, 1), key_SBhD.transpose(0, 1), value_SBhD.transpose(0, 1))
     return out_BShD.transpose(0, 1).flatten(-2)

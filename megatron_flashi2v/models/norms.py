@@ -55,9 +55,24 @@ class FullWidthRMSNorm(nn.Module):
         self.weight.partition_dim = 0  # type: ignore[attr-defined]
         self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
-    def forward(self, heads_SBhD: Tensor) -> Tensor:
-        """Normalised heads, same shape and dtype."""
-        if self.group.size() == 1:
+    def forward(self, heads_SBhD: Tensor, squares_SB: Tensor | None = None) -> Tensor:
+        """Normalised heads, same shape and dtype.
+
+        Args:
+            heads_SBhD: this rank's heads.
+            squares_SB: sums of squares over the heads of all ranks, fp32; None where this rank holds all heads.
+        """
+        if squares_SB is None:
             return self.kernel(heads_SBhD, self.weight, self.eps)
-        squares_SB = sum_both_ways(local_sum_of_squares(heads_SBhD, 2), self.group)
         return self.kernel(heads_SBhD, self.weight, self.eps, sum_of_squares=squares_SB, full_width=self.full_width)
+
+
+def norm_queries_and_keys(
+    norm_q: FullWidthRMSNorm, norm_k: FullWidthRMSNorm, query_SBhD: Tensor, key_TBhD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Normalise both with one sum over the tensor-parallel group, in forward and in backward."""
+    if norm_q.group.size() == 1:
+        return norm_q(query_SBhD), norm_k(key_TBhD)
+    local = [local_sum_of_squares(query_SBhD, 2), local_sum_of_squares(key_TBhD, 2)]
+    squares_q, squares_k = sum_both_ways(torch.cat(local), norm_q.group).split([len(part) for part in local])
+    return norm_q(query_SBhD, squares_q), norm_k(key_TBhD, squares_k)

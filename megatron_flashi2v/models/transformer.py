@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -161,7 +161,9 @@ class DiffusionTransformer(MegatronModule):
         return self._rotary[grid]
 
 
-def _run(blocks: list[Callable[..., Tensor]], hidden: Tensor, text: Tensor, modulation: Tensor, rotary) -> Tensor:
+def _run(
+    blocks: Sequence[nn.Module], hidden: Tensor, text: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
     for block in blocks:
         hidden = block(hidden, text, modulation, rotary)
     return hidden

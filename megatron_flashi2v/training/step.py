@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.distributed
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -17,7 +18,7 @@ from megatron_flashi2v.flow.loss import squared_error_sum
 from megatron_flashi2v.flow.sigmas import timesteps_of
 from megatron_flashi2v.models.patches import output_patches
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.models.transformer import DiTInputs
+from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
 from megatron_flashi2v.parallel.regions import shard_tokens
 from megatron_flashi2v.training.batch import Microbatch
 
@@ -54,17 +55,24 @@ class TrainingStep:
 
     Args:
         spec: what the model was built with.
-        model: the stage, wrapped in megatron-core's DistributedDataParallel.
+        stage: this rank's part of the model.
+        model: the same, wrapped in megatron-core's DistributedDataParallel.
         optimizer: megatron-core's optimizer over it.
         num_microbatches: microbatches per replica and iteration.
         micro_batch_size: samples in one.
     """
 
     def __init__(
-        self, spec: ModelSpec, model: nn.Module, optimizer: MegatronOptimizer, *, num_microbatches: int,
+        self,
+        spec: ModelSpec,
+        stage: DiffusionTransformer,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        *,
+        num_microbatches: int,
         micro_batch_size: int,
     ) -> None:
-        self.spec, self.model, self.optimizer = spec, model, optimizer
+        self.spec, self.stage, self.model, self.optimizer = spec, stage, model, optimizer
         self.num_microbatches, self.micro_batch_size = num_microbatches, micro_batch_size
         groups = spec.groups
         self._schedule = get_forward_backward_func(pp_size=groups.pp.size(), vp_size=None)
@@ -79,7 +87,7 @@ class TrainingStep:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        packed = self.model.module.packed_shape(self.model.module.grid(latent_shape))
+        packed = self.stage.packed_shape(self.stage.grid(latent_shape))
         groups = self.spec.groups
         parts = self._schedule(
             forward_step_func=partial(forward_step, self.spec),

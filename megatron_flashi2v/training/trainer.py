@@ -84,7 +84,7 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, config.batch.train_iters, self.iteration)
         self.num_microbatches = num_microbatches(config, launch.world_size)
         self.step = TrainingStep(
-            self.spec, self.model, self.optimizer, num_microbatches=self.num_microbatches,
+            self.spec, self.stage, self.model, self.optimizer, num_microbatches=self.num_microbatches,
             micro_batch_size=config.batch.micro_batch_size,
         )
 
@@ -104,14 +104,17 @@ class Trainer:
             metrics = self.run_iteration(source)
             log.append(metrics)
             progress.update(metrics, config.batch.global_batch_size)
-            exits = bool(config.checkpoint.exit_interval) and self.iteration % config.checkpoint.exit_interval == 0
+            exits = self.is_due(config.checkpoint.exit_interval)
             done = exits or self.iteration == config.batch.train_iters
-            due = bool(config.checkpoint.save_interval) and self.iteration % config.checkpoint.save_interval == 0
-            if config.checkpoint.save is not None and (done or due):
+            if config.checkpoint.save is not None and (done or self.is_due(config.checkpoint.save_interval)):
                 self.save()
             if exits:
                 logger.info("leaving at iteration %d, as --exit-interval asks", self.iteration)
                 break
+
+    def is_due(self, interval: int | None) -> bool:
+        """Whether the present iteration is a multiple of an interval that was set."""
+        return interval is not None and self.iteration % interval == 0
 
     def run_iteration(self, source: MicrobatchSource) -> IterationMetrics:
         """One optimizer step.
@@ -125,7 +128,8 @@ class Trainer:
         loss = self.step.losses_and_gradients(batches, self.latent_shape)
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss of iteration {self.iteration + 1} is {loss}; lower --lr, or resume from an earlier checkpoint"
+                f"the loss of iteration {self.iteration + 1} is {loss}; lower --lr, or resume from an earlier "
+                "checkpoint"
             )
         grad_norm = self.step.update()
         self.scheduler.step(increment=1)
@@ -178,10 +182,9 @@ class Trainer:
         load_model(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
-        for name, now in (("seed", self.config.batch.seed),):
-            if self.iteration and state.get(name) != now:
-                logger.warning("%s was %s in %s and is %s now: the order of samples changes", name, state.get(name),
-                               folder, now)
+        if self.iteration and state["seed"] != self.config.batch.seed:
+            logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change",
+                           self.config.batch.seed, folder, state["seed"])
         if self.iteration and state["data"]["fingerprint"] != self.dataset.fingerprint:
             logger.warning("%s was trained on other data than %s", folder, self.dataset.folder)
         logger.info("resumed from %s at iteration %d", folder, self.iteration)

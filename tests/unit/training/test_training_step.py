@@ -1,0 +1,110 @@
+"""What a step feeds the model, and that parts of the loss add up to the global batch's mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.patches import output_patches, token_grid, unpatchify
+from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.models.transformer import DiTInputs
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.load import single_process
+from megatron_flashi2v.training import step
+from megatron_flashi2v.training.batch import Microbatch
+
+CONFIG = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, latent_channels=3)
+GRID = token_grid((2, 4, 6), CONFIG.patch_size)
+TOKENS = GRID[0] * GRID[1] * GRID[2]
+
+
+@pytest.fixture(scope="module")
+def spec() -> Iterator[ModelSpec]:
+    with single_process(resolve_device("cpu")) as groups:
+        yield make_spec(CONFIG, groups, torch.device("cpu"))
+
+
+def make_batch(size: int, seed: int = 0) -> Microbatch:
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise = (torch.randn(size, 3, 2, 4, 6, generator=generator) for _ in range(2))
+    return Microbatch(
+        latents_BCTHW=latents, noise_BCTHW=noise, sigma_B=torch.rand(size, generator=generator),
+        text_BLX=torch.randn(size, 4, 5, generator=generator), cutoff_ratio_B=torch.rand(size, generator=generator),
+    )
+
+
+def prediction(size: int, seed: int = 9) -> Tensor:
+    return torch.randn(TOKENS, size, CONFIG.patch_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_model_is_given_the_noisy_latents_and_the_first_frame(spec: ModelSpec) -> None:
+    batch, given = make_batch(2), []
+
+    def model(inputs: DiTInputs) -> Tensor:
+        given.append(inputs)
+        return prediction(2)
+
+    velocity, loss = step.forward_step(spec, iter([batch]), model)
+    (inputs,) = given
+    for index, sigma in enumerate(batch.sigma_B.tolist()):
+        noisy = sigma * batch.noise_BCTHW[index] + (1 - sigma) * batch.latents_BCTHW[index]
+        torch.testing.assert_close(inputs.noisy_BCTHW[index], noisy)
+    torch.testing.assert_close(inputs.timestep_B, 1000 * batch.sigma_B)
+    assert torch.equal(inputs.image_latents_BC1HW, batch.latents_BCTHW[:, :, :1])
+    assert inputs.text_BLX is batch.text_BLX and inputs.cutoff_ratio_B is batch.cutoff_ratio_B
+    assert torch.equal(velocity, prediction(2))
+    assert torch.equal(loss(velocity)[0], step.flow_matching_loss(spec, batch, velocity)[0])
+
+
+def test_loss_is_the_mean_squared_distance_to_noise_minus_latents(spec: ModelSpec) -> None:
+    batch, velocity_SBP = make_batch(2), prediction(2)
+    velocity_BCTHW = unpatchify(velocity_SBP, GRID, CONFIG.patch_size)
+    expected = F.mse_loss(velocity_BCTHW, batch.noise_BCTHW - batch.latents_BCTHW)
+    loss, report = step.flow_matching_loss(spec, batch, velocity_SBP)
+    torch.testing.assert_close(loss, expected)
+    perfect = output_patches(batch.noise_BCTHW - batch.latents_BCTHW, CONFIG.patch_size)
+    assert step.flow_matching_loss(spec, batch, perfect)[0] == 0
+    # The schedule scales the first in place; the second is for the metrics.
+    kept = report.clone()
+    loss *= 0.25
+    assert torch.equal(report, kept) and not report.requires_grad
+
+
+@pytest.mark.parametrize("cut", [1, 5, TOKENS - 1])
+def test_uneven_token_shards_add_up(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    batch, velocity = make_batch(2), prediction(2)
+    whole, _ = step.flow_matching_loss(spec, batch, velocity)
+    total = torch.zeros(())
+    for part in (slice(None, cut), slice(cut, None)):
+        monkeypatch.setattr(step, "shard_tokens", lambda rows, groups, part=part: rows[part])
+        total += step.flow_matching_loss(spec, batch, velocity[part])[0]
+    torch.testing.assert_close(total, whole)
+
+
+def test_microbatches_average_to_the_global_batch(spec: ModelSpec) -> None:
+    batches, velocities = [make_batch(2, seed) for seed in range(3)], [prediction(2, seed) for seed in range(3)]
+    parts = [step.flow_matching_loss(spec, batch, velocity)[1]
+             for batch, velocity in zip(batches, velocities, strict=True)]
+    joined = Microbatch(*(torch.cat([getattr(batch, name) for batch in batches])
+                          for name in Microbatch.__dataclass_fields__))
+    whole, _ = step.flow_matching_loss(spec, joined, torch.cat(velocities, dim=1))
+    assert step.global_mean_loss(parts, spec, 3) == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sequence_parallel, parts_of_one_rank", [(False, 1.0), (True, 0.25)])
+def test_mean_over_replicas_and_copies(
+    monkeypatch: pytest.MonkeyPatch, sequence_parallel: bool, parts_of_one_rank: float
+) -> None:
+    """Two replicas of four tensor-parallel ranks: whole copies on each, or a quarter of the tokens on each."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2 * 4))
+    group = {size: SimpleNamespace(size=lambda size=size: size) for size in (2, 4)}
+    groups = SimpleNamespace(sequence_parallel=sequence_parallel, tp=group[4], dp=group[2])
+    fake = SimpleNamespace(groups=groups, device=torch.device("cpu"))
+    parts = [torch.tensor(3.0) * parts_of_one_rank, torch.tensor(5.0) * parts_of_one_rank]
+    assert step.global_mean_loss(parts, fake, 2) == pytest.approx(4.0)
