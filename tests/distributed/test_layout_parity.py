@@ -54,3 +54,33 @@ def test_the_reference_run_learns(sgd_runs: dict[str, Path]) -> None:
     losses = [row["loss"] for row in metrics(sgd_runs["single"])]
     assert len(set(losses)) == 5
     assert losses[0] == pytest.approx(2.0, rel=0.2)  # a zero head predicts 0 for noise - latents of unit variance
+
+
+@pytest.fixture(scope="module")
+def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """AdamW in one process; with the distributed optimizer; and halves of runs that go on at another layout."""
+    folder = tmp_path_factory.mktemp("adam")
+    first, second = ("--exit-interval", "2"), lambda name: ("--load", str(folder / name))
+    layouts = [
+        Layout("single", 1),
+        Layout("tp2-sp-half", 2, (TP, "2", SP, *first)),
+        Layout("pp2-rest", 2, (PP, "2", *second("tp2-sp-half"))),
+        Layout("distributed-optimizer", 2, ("--use-distributed-optimizer",)),
+        Layout("distributed-optimizer-half", 2, ("--use-distributed-optimizer", *first)),
+        Layout("tp2-rest", 2, (TP, "2", *second("distributed-optimizer-half"))),
+    ]
+    return run_layouts(layouts, folder, [*common_flags(data), "--lr", "1e-3"])
+
+
+def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path]) -> None:
+    assert_same_metrics(adam_runs["distributed-optimizer"], adam_runs["single"])
+
+
+@pytest.mark.parametrize("half, rest", [("tp2-sp-half", "pp2-rest"), ("distributed-optimizer-half", "tp2-rest")])
+def test_resume_at_another_layout_continues_the_run(adam_runs: dict[str, Path], half: str, rest: str) -> None:
+    rows, expected = metrics(adam_runs[half]) + metrics(adam_runs[rest]), metrics(adam_runs["single"])
+    assert [row["consumed_samples"] for row in rows] == [row["consumed_samples"] for row in expected]
+    for row, want in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+        assert row["lr"] == want["lr"]
