@@ -126,12 +126,9 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         batches = source.iteration(self.consumed_samples, self.num_microbatches)
         loss = self.step.losses_and_gradients(batches, self.latent_shape)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of iteration {self.iteration + 1} is {loss}; lower --lr, or resume from an earlier "
-                "checkpoint"
-            )
+        self.require_finite("loss", loss)
         grad_norm = self.step.update()
+        self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint will hold them
         self.scheduler.step(increment=1)
         self.device.synchronize()
         self.iteration += 1
@@ -140,6 +137,14 @@ class Trainer:
             iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
             step_time_s=time.perf_counter() - start,
         )
+
+    def require_finite(self, name: str, value: float) -> None:
+        """Stop the run where a value, which is the same on all ranks, is infinite or not a number."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {name} of iteration {self.iteration + 1} is {value}; lower --lr, or resume from an earlier "
+                "checkpoint"
+            )
 
     def save(self) -> None:
         """Write a checkpoint of the present iteration and, on rank 0, the resolved configuration."""
