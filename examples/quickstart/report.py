@@ -27,10 +27,9 @@ from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.evaluation.curves import read_metrics, write_training_curves
 from megatron_flashi2v.evaluation.quality import mean_psnr
-from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.files import atomic_write_json
-from megatron_flashi2v.sampling.load import build_model, load_model, resolve_checkpoint, single_process, velocity_of
+from megatron_flashi2v.runtime.logging import setup_logging
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, to_frames
 from megatron_flashi2v.sampling.video import StripRow, write_comparison, write_mp4
 
@@ -78,10 +77,13 @@ def vae_psnr(dataset: PreparedDataset, vae: VideoVAE, videos: Path) -> float:
 
 
 def sample_all(
-    run: Path, models: Path, dataset: PreparedDataset, clips: list[Clip], vae: VideoVAE, device: Device
+    folder: Path, models: Path, dataset: PreparedDataset, clips: list[Clip], vae: VideoVAE, device: Device
 ) -> dict[str, NDArray[np.uint8]]:
     """Frames [scene, T, H, W, C] of the trained model, the untrained one, and the trained with swapped images."""
-    folder = resolve_checkpoint(run / "checkpoints")
+    # These import megatron-core, which the log must be ready for.
+    from megatron_flashi2v.models.initialization import initialize_weights
+    from megatron_flashi2v.sampling.load import build_model, load_model, single_process, velocity_of
+
     config, info = load_model_config(folder), dataset.info
     text = TextEncoder.load(models / "text_encoder", models / "tokenizer", config.text_length, device.torch_device)
     images = [clip.image_CHW for clip in clips]
@@ -118,16 +120,20 @@ def main() -> None:
     for name in ("--run", "--videos", "--models"):
         parser.add_argument(name, type=Path, required=True)
     arguments = parser.parse_args()
+    setup_logging()
+    from megatron_flashi2v.sampling.load import resolve_checkpoint
+
     run = arguments.run
+    folder = resolve_checkpoint(run / "checkpoints")
     device = resolve_device("cpu")
     dataset = PreparedDataset(run / "data")
     vae = VideoVAE.load(arguments.models / "vae", device.torch_device)
     clips = scene_clips(dataset, arguments.videos)
-    frames = sample_all(run, arguments.models, dataset, clips, vae, device)
+    frames = sample_all(folder, arguments.models, dataset, clips, vae, device)
     rows = read_metrics(run / "checkpoints" / "metrics.jsonl")
     losses = [row["loss"] for row in rows]
     tenth = max(len(losses) // 10, 1)
-    shapes = parameter_shapes(load_model_config(resolve_checkpoint(run / "checkpoints")))
+    shapes = parameter_shapes(load_model_config(folder))
     summary = {
         "parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
         "samples": len(dataset),

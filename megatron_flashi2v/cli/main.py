@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_flashi2v import __version__
+from megatron_flashi2v.cli.errors import tell_error, tell_interrupt
 from megatron_flashi2v.config.errors import UserError
 
 COMMANDS = {
@@ -47,15 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        sys.stderr.write(f"flashi2v: unknown command {command!r}{hint}\n\n{usage()}")
+        sys.stderr.write(f"flashi2v: error: unknown command {command!r}{hint} (see flashi2v --help)\n")
         return 2
     return run_command(command, rest)
 
 
 def run_command(command: str, argv: Sequence[str]) -> int:
-    """Run one command's ``main`` and turn a user's error into a line and an exit code."""
+    """Run one command's ``main`` and turn a user's error, or Ctrl-C, into a line and an exit code."""
     try:
         return importlib.import_module(f"megatron_flashi2v.cli.{command}").main(list(argv))
     except UserError as error:
-        sys.stderr.write(f"flashi2v {command}: error: {error}\n")
-        return error.exit_code
+        return tell_error(command, error)
+    except KeyboardInterrupt:
+        return tell_interrupt(command)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
@@ -38,20 +38,15 @@ def run(config: PrepareConfig, launch: LaunchEnvironment) -> None:
     from megatron_flashi2v.data.preparation import Place, prepare
     from megatron_flashi2v.data.summary import require_samples, summary_table
     from megatron_flashi2v.runtime.device import resolve_device
-    from megatron_flashi2v.runtime.distributed import shutdown
     from megatron_flashi2v.runtime.logging import setup_logging
 
     console = Console(stderr=True)
     setup_logging(launch.rank, console=console)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the encoders' loading bars would tear ours
     device = resolve_device(config.device, launch.local_rank)
-    place = Place(rank=launch.rank, world_size=launch.world_size, barrier=_meet(launch))
-    try:
+    barrier = _meet(launch)
+    with leaving_group(launch):
+        place = Place(rank=launch.rank, world_size=launch.world_size, barrier=barrier)
         summary = prepare(config, place=place, device=device.torch_device, console=console)
-    except BaseException:
-        shutdown(failed=True)
-        raise
-    shutdown()
     if summary is not None:
         # A log file needs no narrow columns.
         Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(summary_table(summary, config.inputs().output))
@@ -67,12 +62,6 @@ def _meet(launch: LaunchEnvironment) -> Callable[[], None]:
     from megatron_flashi2v.runtime.device import resolve_device
     from megatron_flashi2v.runtime.distributed import init_distributed
 
-    def meet() -> None:
-        try:
-            torch.distributed.barrier()
-        except RuntimeError as error:
-            raise UserError(f"rank {launch.rank} stops because another one failed; see its message") from error
-
     init_distributed(launch, resolve_device("cpu", launch.local_rank), WEEK_MINUTES)
-    return meet
+    return torch.distributed.barrier
 

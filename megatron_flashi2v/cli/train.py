@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values, parse
 from megatron_flashi2v.config.rules import check_train, model_ranks
@@ -37,7 +38,7 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
     import torch
 
     from megatron_flashi2v.runtime.device import resolve_device
-    from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
+    from megatron_flashi2v.runtime.distributed import init_distributed
     from megatron_flashi2v.runtime.logging import setup_logging
     from megatron_flashi2v.runtime.redirect import megatron_on
 
@@ -45,7 +46,7 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
     device = resolve_device(config.runtime.device, launch.local_rank)
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
-    try:
+    with leaving_group(launch):
         # megatron-core compiles small functions while it is imported, which torch must do unredirected.
         from megatron_flashi2v.parallel.groups import destroy_groups
         from megatron_flashi2v.training.trainer import Trainer
@@ -55,10 +56,6 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
                 Trainer(config, model, launch, device).train()
             finally:
                 destroy_groups()
-    except BaseException:
-        shutdown(failed=True)
-        raise
-    shutdown()
 
 
 def dry_run_report(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> str:

@@ -85,7 +85,7 @@ def _unboxed(box: str, flags: Sequence[str]) -> str:
     if first[0].startswith("Missing from"):
         missing = [found[0] for line in first[1:] if (found := _FLAG.match(line))]
         return f"{', '.join(missing)} must be given"
-    text = " ".join(first).removeprefix("Error parsing ")
+    text = " ".join(first).removeprefix("Error parsing ").partition(" Got errors:")[0].rstrip(".")
     if text.startswith("Unrecognized options: "):
         word = text.removeprefix("Unrecognized options: ").split(",")[0]
         return f"unexpected {word!r}{_after(word, flags)}"

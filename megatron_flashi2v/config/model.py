@@ -68,7 +68,11 @@ class ModelConfig:
             raise ConfigError(f"conditioning is {self.conditioning!r}; choose one of {', '.join(PARADIGMS)}")
         if self.phi_order not in PHI_ORDERS:
             raise ConfigError(f"phi_order is {self.phi_order!r}; choose one of {', '.join(PHI_ORDERS)}")
-        if any(size < 1 or size % 2 == 0 for size in self.phi_kernel_size):
+        for field in ("patch_size", "phi_kernel_size"):
+            sides = getattr(self, field)
+            if not isinstance(sides, tuple) or [type(side) for side in sides] != [int] * 3 or min(sides) < 1:
+                raise ConfigError(f"{field} is {sides!r}; it must be three whole numbers of at least 1")
+        if any(side % 2 == 0 for side in self.phi_kernel_size):
             raise ConfigError(f"phi_kernel_size is {self.phi_kernel_size}; each side must be odd ('same' padding)")
 
     @property
@@ -103,4 +107,7 @@ class ModelConfig:
         if missing:
             raise ConfigError(f"{source}: missing keys {', '.join(missing)}")
         fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error

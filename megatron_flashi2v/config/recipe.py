@@ -60,7 +60,7 @@ def recipe_flags(cls: type, path: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"must be a mapping of flag names to values, not {type(values).__name__}")
     types = dict(flag_types(cls))
@@ -84,6 +84,13 @@ def flat_values(config: Any) -> dict[str, Any]:
         else:
             values[field.name] = str(value) if isinstance(value, Path) else value
     return values
+
+
+def _yaml_problem(error: Exception) -> str:
+    """In one line what PyYAML says in several."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -20,8 +22,14 @@ def setup_logging(rank: int = 0, verbose: bool = False, console: Console | None 
         verbose: log from DEBUG on, on every rank.
         console: a terminal that also shows a progress bar; log lines then go above the bar.
 
-    Python's warnings are logged too, on rank 0 only unless ``verbose`` (the ranks' warnings are the same).
+    Python's warnings are logged too, on rank 0 only unless ``verbose`` (the ranks' warnings are the same). Unless
+    ``verbose``, what a user can do nothing about is kept back: megatron-core's advice to install Apex, its use of
+    deprecated collectives, and the loading bars of transformers. Call this before any of these is imported.
     """
+    if not verbose:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core(\.|$)")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger$")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if handler.get_name() == _NAME]:
         root.removeHandler(handler)

@@ -7,12 +7,14 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v import __version__
 from megatron_flashi2v.checkpoint.checkpoint import (
+    STATE_NAME,
     find_checkpoint,
     load_model_config,
     load_state,
@@ -21,7 +23,7 @@ from megatron_flashi2v.checkpoint.checkpoint import (
 )
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.state import ShardGrid, load_model, model_pieces
-from megatron_flashi2v.config.errors import ConfigError, DataError, UserError
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches
@@ -186,7 +188,7 @@ class Trainer:
             CheckpointError: it is of another model, or damaged.
         """
         require_same_model(load_model_config(folder), self.model_config, folder)
-        state = load_state(folder)
+        state = load_training_state(folder)
         parameters = list(self.stage.named_parameters())
         load_model(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
@@ -230,6 +232,8 @@ def open_dataset(config: TrainConfig) -> PreparedDataset:
     """
     if config.data.data_path is None:
         raise ConfigError("--data-path is not set; give the folder that `flashi2v prepare` wrote")
+    if config.data.data_path.is_file():
+        raise DataError(f"--data-path {config.data.data_path} is a file; give the folder that `flashi2v prepare` wrote")
     dataset = PreparedDataset(config.data.data_path)
     if not len(dataset):
         raise DataError(f"--data-path {config.data.data_path} holds no samples; prepare it again")
@@ -255,6 +259,22 @@ def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConf
     return dataclasses.replace(model, text_cleaning=info.text_cleaning)
 
 
+def load_training_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's ``state.json``; one of converted weights, at iteration 0, knows no run.
+
+    Raises:
+        CheckpointError: it is missing, malformed or lacks an entry.
+    """
+    state = load_state(folder)
+    names = ["iteration", "consumed_samples", *(("seed", "data", "optimizer") if state.get("iteration") else ())]
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"{folder / STATE_NAME} has no {', '.join(missing)}; the checkpoint is damaged, load another one"
+        )
+    return state
+
+
 def shard_grid(groups: Groups) -> ShardGrid:
     """This rank's place as checkpoints see it."""
     return ShardGrid(
@@ -274,5 +294,4 @@ def recompute_of(arguments: RecomputeArguments, model: ModelConfig, groups: Grou
 
 def write_config(config: TrainConfig, folder: Path) -> None:
     """Write the resolved flags as a recipe that ``--config`` reads back."""
-    folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(flat_values(config), sort_keys=False))

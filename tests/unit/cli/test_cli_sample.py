@@ -159,10 +159,3 @@ def test_vae_of_another_width_is_refused(models, tmp_path, capsys):
     make_tiny_vae(tmp_path / "vae", z_dim=6)
     assert main(flags(models, tmp_path / "a.mp4", vae=tmp_path / "vae")) == 2
     assert "6 channels, the model's latent_channels is 4" in capsys.readouterr().err
-
-
-def test_misspelt_flag_gets_a_suggestion(models, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([*flags(models, tmp_path / "a.mp4"), "--guidence-scale", "3"])
-    assert stop.value.code == 2
-    assert "--guidance-scale" in capsys.readouterr().err

@@ -22,10 +22,14 @@ def test_round_trip(name: str) -> None:
     ({"num_layers": 0}, "num_layers is 0"),
     ({"phi_order": "both"}, "phi_order is 'both'"),
     ({"phi_kernel_size": [2, 3, 3]}, "odd"),
+    ({"phi_kernel_size": 3}, "phi_kernel_size is 3; it must be three"),
+    ({"patch_size": [2, 2]}, r"patch_size is \(2, 2\); it must be three"),
+    ({"patch_size": [1, "2", 2]}, r"patch_size is \(1, '2', 2\)"),
+    ({"hidden_size": "192"}, "hidden_size is '192'"),
     ({"conditioning": "magic"}, "conditioning is 'magic'"),
 ])
 def test_refused(change: dict, word: str) -> None:
-    with pytest.raises(ConfigError, match=word):
+    with pytest.raises(ConfigError, match=rf"^model_config\.json: .*{word}"):
         ModelConfig.from_json({**PRESETS["tiny"].to_json(), **change}, source="model_config.json")
 
 

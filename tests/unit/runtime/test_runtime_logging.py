@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -13,11 +14,15 @@ from rich.console import Console
 from megatron_flashi2v.runtime.logging import setup_logging
 from megatron_flashi2v.runtime.progress import format_rate, progress
 
+LOADING_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+
 log = logging.getLogger("megatron_flashi2v.test")
 
 
 @pytest.fixture(autouse=True)
-def restore_logging() -> Iterator[None]:
+def restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(LOADING_BARS, "")  # so that it is put back
+    monkeypatch.delenv(LOADING_BARS)
     root, package = logging.getLogger(), logging.getLogger("megatron_flashi2v")
     captured = warnings.showwarning
     handlers, level = list(root.handlers), package.level
@@ -54,6 +59,21 @@ def test_verbose_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     errors = capsys.readouterr().err
     assert "same on all ranks" not in errors
     assert "DEBUG [rank 1] detail" in errors and "shown when verbose" in errors
+
+
+NOISE = [(UserWarning, "megatron.core.optimizer"), (FutureWarning, "torch.distributed.c10d_logger")]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_users_can_do_nothing_about_is_kept_back(verbose: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    warnings.resetwarnings()  # pytest's own settings; it puts them back
+    setup_logging(0, verbose=verbose)
+    for category, module in NOISE:
+        warnings.warn_explicit("noise", category, "file.py", 1, module=module)
+    warnings.warn_explicit("news", UserWarning, "file.py", 1, module="megatron_flashi2v.training")
+    errors = capsys.readouterr().err
+    assert errors.count("news") == 1 and errors.count("noise") == (len(NOISE) if verbose else 0)
+    assert os.environ.get(LOADING_BARS) == (None if verbose else "1")
 
 
 class Clock:

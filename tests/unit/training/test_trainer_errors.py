@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -58,6 +59,31 @@ def test_damaged_checkpoint_is_refused(train: Train, saved: Path, capsys: pytest
     capsys.readouterr()
     assert train("--save", saved, "--load", saved) == 1
     assert_refused(capsys, str(largest))
+
+
+@pytest.mark.parametrize("gone", ["iteration", "consumed_samples", "optimizer"])
+def test_checkpoint_whose_state_lacks_an_entry(
+    train: Train, saved: Path, capsys: pytest.CaptureFixture[str], gone: str
+) -> None:
+    path = saved / "iter_0000002" / "state.json"
+    state = json.loads(path.read_text())
+    del state[gone]
+    path.write_text(json.dumps(state))
+    capsys.readouterr()
+    assert train("--load", saved) == 1
+    assert_refused(capsys, f"{path} has no {gone}")
+
+
+def test_save_that_cannot_be_written(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert train("--save", tmp_path / "file" / "run") == 1
+    assert_refused(capsys, str(tmp_path / "file" / "run"), "cannot be written")
+
+
+def test_data_path_that_is_a_file(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert train("--data-path", tmp_path / "file") == 1
+    assert_refused(capsys, f"--data-path {tmp_path / 'file'} is a file")
 
 
 def test_no_data_path(run_command: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,131 @@
+"""One line, told by one process, with a true exit code: alone, among ranks that fail alike, beside one that failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_flashi2v.cli import errors
+from megatron_flashi2v.cli.errors import leaving_group, tell_error, tell_interrupt
+from megatron_flashi2v.cli.main import main, run_command
+from megatron_flashi2v.config.errors import ConfigError, DataError, PeerError, UserError
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
+
+LOST = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34470."
+
+
+def torchrun(rank: int, world_size: int = 2) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+            "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": "29511", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited for, at once."""
+    waited: list[float] = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    return waited
+
+
+@pytest.mark.parametrize("environ, error, said, waited", [
+    ({}, ConfigError("--lr is\nwrong"), "flashi2v train: error: --lr is wrong\n", []),
+    (torchrun(0), ConfigError("--lr"), "flashi2v train: error: --lr\n", []),
+    (torchrun(1), ConfigError("--lr"), "flashi2v train: error: [rank 1] --lr\n", [errors.PATIENCE_S]),
+    (torchrun(0), PeerError("gone"), "flashi2v train: error: gone\n", [errors.PEER_PATIENCE_S]),
+    ({"RANK": "one"}, ConfigError("RANK is 'one'"), "flashi2v train: error: RANK is 'one'\n", []),
+])
+def test_who_speaks_and_when(
+    environ: dict[str, str], error: UserError, said: str, waited: list[float], waits: list[float],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert tell_error("train", error, environ) == error.exit_code
+    assert capsys.readouterr().err == said
+    assert waits == waited
+
+
+def test_a_rank_that_is_stopped_while_it_waits_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        tell_error("train", ConfigError("--lr"), torchrun(3, 4))
+    assert stop.value.code == 2 and capsys.readouterr().err == ""
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_two_processes_with_one_mistake_say_it_once() -> None:
+    """What torchrun does, but for its own report: it stops the others once one has failed."""
+    command = [sys.executable, "-m", "megatron_flashi2v", "train", "--tensor-model-parallel-size", "3"]
+    first, second = (
+        subprocess.Popen(command, env={**os.environ, **torchrun(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    )
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == 2
+    assert said == ("flashi2v train: error: --tensor-model-parallel-size 3 must divide num_attention_heads 8; "
+                    "choose 2\n")
+    time.sleep(2)  # the second may still be starting
+    assert second.poll() is None
+    second.terminate()
+    assert second.communicate(timeout=60)[1] == "" and second.returncode == 2
+
+
+@pytest.mark.parametrize("rank, said", [(0, "flashi2v train: interrupted\n"), (1, "")])
+def test_ctrl_c_is_no_traceback(
+    rank: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_flashi2v.cli import train
+
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    for name, value in torchrun(rank).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "main", interrupted)
+    assert run_command("train", []) == 130
+    assert capsys.readouterr().err == said
+    assert tell_interrupt("train", {}) == 130
+
+
+@pytest.mark.parametrize("world_size, error, raised", [
+    (2, RuntimeError(LOST), PeerError),
+    (1, RuntimeError(LOST), RuntimeError),
+    (2, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+    (2, DataError("shard"), DataError),
+    (2, KeyboardInterrupt(), KeyboardInterrupt),
+])
+def test_a_lost_connection_points_to_the_process_that_failed(
+    world_size: int, error: BaseException, raised: type[BaseException]
+) -> None:
+    launch = LaunchEnvironment(rank=world_size - 1, world_size=world_size, local_rank=world_size - 1,
+                               local_world_size=world_size)
+    with pytest.raises(BaseException) as caught, leaving_group(launch):
+        raise error
+    assert type(caught.value) is raised
+    if raised is PeerError:
+        assert "rank 1 lost the other processes" in str(caught.value) and LOST in str(caught.value)
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["trian"], "flashi2v: error: unknown command 'trian'; did you mean train? (see flashi2v --help)\n"),
+    (["train", "--datapath", "x"], "flashi2v train: error: unknown flag --datapath; did you mean --data-path?\n"),
+    (["prepare", "--text-lenght", "3"],
+     "flashi2v prepare: error: unknown flag --text-lenght; did you mean --text-length?\n"),
+    (["sample", "--outptu", "a.mp4"], "flashi2v sample: error: unknown flag --outptu; did you mean --output?\n"),
+    (["convert", "--form", "megatron", "x"], "flashi2v convert: error: unknown flag --form; did you mean --from?\n"),
+    (["convert", "--from", "megatron", "x"],
+     "flashi2v convert: error: --to must be given (see flashi2v convert --help)\n"),
+    (["sample"], "flashi2v sample: error: --load, --vae, --text-encoder, --tokenizer, --prompt, --output must be given "
+                 "(see flashi2v sample --help)\n"),
+])
+def test_every_command_tells_a_bad_flag_in_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr().err == said
