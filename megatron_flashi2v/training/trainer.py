@@ -21,6 +21,7 @@ from megatron_flashi2v.checkpoint.checkpoint import (
 )
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.state import ShardGrid, load_model, model_pieces
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError, DataError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
@@ -221,7 +222,7 @@ def open_dataset(config: TrainConfig) -> PreparedDataset:
 
 
 def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConfig:
-    """Record how captions were cleaned in the model's configuration, and check that widths agree.
+    """Record how captions were cleaned, and what the paradigm takes from the data; check that widths agree.
 
     Raises:
         ConfigError: latent channels, text width or text length differ.
@@ -236,7 +237,9 @@ def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConf
             f"text_length is {model.text_length} in the model, but captions in {dataset.folder} have up to "
             f"{info.text_length} rows; set --text-length {info.text_length}"
         )
-    return dataclasses.replace(model, text_cleaning=info.text_cleaning)
+    model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
+    stride = info.temporal_stride
+    return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
 def shard_grid(groups: Groups) -> ShardGrid:
