@@ -216,10 +216,9 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
         if key != "rope_max_seq_len" and stored.get(key, value) != value:
             raise CheckpointError(f"{path}: {key} is {stored[key]!r}, this model family has {value!r}")
     try:
-        config = _from_transformer(stored)
         beside = conditioning / "config.json"
         if not beside.exists():
-            return config
+            return _from_transformer(stored)
         settings = {key: value for key, value in _object(beside).items() if not key.startswith("_")}
         config = ModelConfig.from_json(settings, source=str(beside))
     except (ConfigError, KeyError, TypeError, ValueError) as error:
@@ -233,7 +232,8 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
 
 def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
     """What a plain transformer folder describes: a text-to-video model, or Wan's inpainting by its wider input."""
-    channels, latents = stored["in_channels"], stored["out_channels"]
+    channels = stored["in_channels"]
+    latents = stored["out_channels"] or channels  # diffusers takes none for as many
     mask_channels = channels - 2 * latents
     if channels != latents and mask_channels < 1:
         raise ConfigError(
