@@ -10,6 +10,12 @@ from megatron_flashi2v.config.errors import ConfigError
 
 PHI_ORDERS = ("conv_then_broadcast", "repeat_then_conv")
 PARADIGMS = ("flashi2v", "repeat_concat", "zero_pad_concat", "inpainting", "text_to_video")
+BASE_PARADIGM = "text_to_video"
+"""What every paradigm can start from."""
+PARADIGM_FIELDS = ("phi_kernel_size", "phi_hidden_channels", "phi_order", "mask_channels")
+"""Fields of :class:`ModelConfig` that mean nothing to the base."""
+FREE_OF_WEIGHTS = ("text_length", "text_cleaning")
+"""Fields that weights can be taken over from without being equal."""
 
 
 @dataclass(frozen=True, kw_only=True)

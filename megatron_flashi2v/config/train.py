@@ -162,6 +162,8 @@ class CheckpointArguments:
     """Folder for checkpoints, config.yaml and metrics.jsonl."""
     load: Path | None = None
     """Folder to resume from; an empty or absent one starts anew."""
+    pretrained_checkpoint: Path | None = None
+    """Checkpoint whose weights a new run starts from: of a text-to-video model, or of the run's own paradigm."""
     save_interval: int | None = None
     """Iterations between checkpoints; by default only at the end."""
     exit_interval: int | None = None

@@ -20,10 +20,10 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
-from megatron_flashi2v.checkpoint.state import ShardGrid, load_model, model_pieces
+from megatron_flashi2v.checkpoint.state import ShardGrid, load_base_model, load_model, model_pieces
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import ConfigError, DataError, UserError
-from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
@@ -77,6 +77,7 @@ class Trainer:
         with device.torch_device:
             stage = DiffusionTransformer(self.spec, recompute_of(config.recompute, self.spec.config, self.groups))
         initialize_weights(stage, config.batch.seed)
+        start_from_pretrained(config, self.model_config, stage, self.grid)
         self.stage = stage
         self.model = wrap_data_parallel(stage, config)
         self.optimizer = make_optimizer(self.model, config, self.spec)
@@ -240,6 +241,30 @@ def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConf
     model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
     stride = info.temporal_stride
     return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
+
+
+def start_from_pretrained(
+    config: TrainConfig, model: ModelConfig, stage: DiffusionTransformer, grid: ShardGrid
+) -> None:
+    """Fill a new run's weights from ``--pretrained-checkpoint``; a run that resumes has its own.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is of another paradigm or other widths.
+    """
+    source, load = config.checkpoint.pretrained_checkpoint, config.checkpoint.load
+    if source is None or (load is not None and find_checkpoint(load) is not None):
+        return
+    folder = find_checkpoint(source)
+    if folder is None:
+        raise CheckpointError(f"--pretrained-checkpoint {source} holds no checkpoint")
+    base = load_model_config(folder)
+    conditioning = base.conditioning if base.conditioning == model.conditioning else BASE_PARADIGM
+    # What shapes no weight of the base model may differ.
+    free = FREE_OF_WEIGHTS if conditioning == model.conditioning else FREE_OF_WEIGHTS + PARADIGM_FIELDS
+    wanted = {name: getattr(base, name) for name in free}
+    require_same_model(base, dataclasses.replace(model, conditioning=conditioning, **wanted), folder)
+    load_base_model(folder, base, stage.named_parameters(), grid)
+    logger.info("starting from the weights of %s (%s)", folder, base.conditioning)
 
 
 def shard_grid(groups: Groups) -> ShardGrid:

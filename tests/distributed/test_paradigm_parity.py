@@ -32,10 +32,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ]
     common = ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", "3", "--seed", "7",
               "--micro-batch-size", "2", "--global-batch-size", "4", "--optimizer", "sgd", "--lr", "0.05"]
+    # And one that starts from text-to-video weights, which a launch before has trained.
+    start = ("--conditioning", "inpainting", "--pretrained-checkpoint", str(folder / "text_to_video-single"))
+    layouts += [Layout("started-single", 1, start), Layout("started-divided", 4, (*start, *DIVIDED))]
     return run_layouts(layouts, folder, common)
 
 
-@pytest.mark.parametrize("name", PARADIGMS)
+@pytest.mark.parametrize("name", [*PARADIGMS, "started"])
 def test_paradigm_over_tensor_and_pipeline_ranks_trains_like_one_process(runs: dict[str, Path], name: str) -> None:
     divided, single = runs[f"{name}-divided"], runs[f"{name}-single"]
     assert_same_metrics(divided, single)

@@ -115,6 +115,18 @@ def test_training_noise_is_log_normal_and_keyed(name: str) -> None:
         assert torch.equal(value, again[key]) and not torch.equal(value, other[key])
 
 
+@pytest.mark.parametrize("name", NOISY)
+def test_level_and_noise_are_independent_draws(name: str) -> None:
+    asked: list[str] = []
+
+    def generator_of(purpose: str) -> torch.Generator:
+        asked.append(purpose)
+        return keyed_generator(0, purpose, 0)
+
+    CLASSES[name].training_extras(DataArguments(), IMAGE_SHAPE, generator_of)
+    assert len(asked) == len(set(asked)) == 2
+
+
 def test_flags_set_the_distribution_of_the_level() -> None:
     row = training_extras("repeat_concat", 0, image_noise_log_mean=-1.5, image_noise_log_std=0.0)
     assert row["image_noise_level"].item() == pytest.approx(math.exp(-1.5))

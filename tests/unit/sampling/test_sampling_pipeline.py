@@ -167,6 +167,26 @@ def test_sample_does_not_depend_on_its_batch():
     assert torch.equal(seen[0], sample_noise(3, [0], LATENT_SHAPE))
 
 
+def test_noise_on_the_image_does_not_depend_on_the_batch_and_follows_the_settings():
+    config = dataclasses.replace(CONFIG, conditioning="repeat_concat")
+
+    def extras_of(*arguments, **settings):
+        seen = []
+        pipeline = make(lambda latents, *rest: seen.append(rest[-1]) or latents, config=config)
+        pipeline(*arguments, num_steps=1, guidance_scale=1, **settings, **SIZE)
+        return seen[0]
+
+    together = extras_of([blocks(0), blocks(1)], ["a", "b"], seed=3, image_noise=0.07)
+    second = extras_of(blocks(1), "b", seed=3, first_index=1)
+    assert together["image_noise"].shape == (2, 3, 1, 4, 6) and together["image_noise_level"].tolist() == [
+        pytest.approx(0.07)
+    ] * 2
+    assert torch.equal(together["image_noise"][1:], second["image_noise"])
+    assert second["image_noise_level"].item() == pytest.approx(0.02)
+    assert not torch.equal(*together["image_noise"])
+    assert not torch.equal(extras_of(blocks(1), "b", seed=4, first_index=1)["image_noise"], second["image_noise"])
+
+
 def test_one_image_serves_all_prompts_and_one_prompt_all_images():
     assert len(make()(blocks(0), ["a", "b", "c"], num_steps=1, **SIZE).frames_BTHWC) == 3
     assert len(make()([blocks(0), blocks(1)], "a", num_steps=1, **SIZE).frames_BTHWC) == 2

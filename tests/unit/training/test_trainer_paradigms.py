@@ -85,6 +85,57 @@ def test_first_losses_are_those_of_text_to_video(train: Train, tmp_path: Path) -
     assert len({tuple(values) for values in losses.values()}) == len(PARADIGMS)
 
 
+@pytest.fixture
+def text_to_video(train: Train, tmp_path: Path) -> Path:
+    """A trained text-to-video checkpoint, whose head is no longer zero."""
+    assert train("--conditioning", "text_to_video", "--save", tmp_path / "t2v") == 0
+    return tmp_path / "t2v"
+
+
+def test_every_paradigm_starts_from_text_to_video_weights(train: Train, text_to_video: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name in PARADIGMS:
+        save = tmp_path / name
+        assert train("--conditioning", name, "--pretrained-checkpoint", text_to_video, "--train-iters", 3,
+                     "--seed", 9, "--save", save) == 0
+        losses[name] = [row["loss"] for row in metrics(save)]
+    for name, values in losses.items():
+        assert values[0] == pytest.approx(losses["text_to_video"][0], rel=1e-6), name
+    # From the second step on the image counts: with a head that is not zero, gradients reach all that was added.
+    assert len({values[1] for values in losses.values()}) == len(PARADIGMS)
+    assert train("--conditioning", "text_to_video", "--train-iters", 1, "--seed", 9, "--save", tmp_path / "new") == 0
+    assert abs(metrics(tmp_path / "new")[0]["loss"] - losses["text_to_video"][0]) > 1e-3
+
+
+def test_a_resumed_run_does_not_start_from_the_pretrained_weights_again(
+    train: Train, text_to_video: Path, tmp_path: Path
+) -> None:
+    flags = ("--conditioning", "inpainting", "--pretrained-checkpoint", text_to_video)
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    assert train(*flags, "--save", straight) == 0
+    assert train(*flags, "--save", halves, "--exit-interval", 2) == 0
+    assert train(*flags, "--save", halves, "--load", halves) == 0
+    assert [row["loss"] for row in metrics(halves)] == [row["loss"] for row in metrics(straight)]
+
+
+def test_pretrained_weights_of_another_model_are_refused(
+    train: Train, text_to_video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrained = ("--pretrained-checkpoint", text_to_video)
+    assert train(*pretrained, "--hidden-size", 64, "--ffn-hidden-size", 96) != 0
+    error = capsys.readouterr().err
+    for words in ("hidden_size is 32 in the checkpoint, 64", "ffn_hidden_size is 48 in the checkpoint, 96"):
+        assert words in error
+    assert train("--pretrained-checkpoint", tmp_path / "none") != 0
+    assert "--pretrained-checkpoint" in capsys.readouterr().err
+    assert train("--conditioning", "inpainting", "--train-iters", 1, "--save", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert train("--conditioning", "flashi2v", "--pretrained-checkpoint", tmp_path / "run") != 0
+    assert "conditioning is inpainting in the checkpoint, text_to_video was asked for" in capsys.readouterr().err
+    # Its own paradigm serves as a start as well.
+    assert train("--conditioning", "inpainting", "--pretrained-checkpoint", tmp_path / "run", "--train-iters", 1) == 0
+
+
 @pytest.mark.parametrize("stored, wanted", [
     ("text_to_video", "inpainting"), ("repeat_concat", "zero_pad_concat"), ("inpainting", "flashi2v"),
 ])
