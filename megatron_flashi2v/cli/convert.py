@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import tyro
-
 from megatron_flashi2v.config.convert import ConvertConfig
+from megatron_flashi2v.config.flags import parse_flags
 
 _MB = 1_000_000
 
@@ -20,9 +19,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a path or a flag is wrong, or a file is damaged.
     """
-    config = tyro.cli(
+    config = parse_flags(
         ConvertConfig,
-        args=list(argv),
+        argv,
         prog="flashi2v convert",
         description="Convert weights between training checkpoints and diffusers folders.",
     )

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
+from megatron_flashi2v.config.flags import parse_flags
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.runtime.logging import setup_logging
 
@@ -39,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a file, a checkpoint or a setting is wrong.
     """
-    config = tyro.cli(
+    config = parse_flags(
         SampleConfig,
-        args=list(argv),
+        argv,
         prog="flashi2v sample",
         description="Sample a video that starts from an image and follows a prompt.",
     )

@@ -48,10 +48,14 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
     try:
         # megatron-core compiles small functions while it is imported, which torch must do unredirected.
+        from megatron_flashi2v.parallel.groups import destroy_groups
         from megatron_flashi2v.training.trainer import Trainer
 
         with megatron_on(device):
-            Trainer(config, model, launch, device).train()
+            try:
+                Trainer(config, model, launch, device).train()
+            finally:
+                destroy_groups()
     except BaseException:
         shutdown(failed=True)
         raise

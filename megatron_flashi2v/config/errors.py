@@ -23,3 +23,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or an export is missing, damaged, or made for another model."""
+
+
+class PeerError(UserError):
+    """This process stops only because another process of the job failed, whose own message says why."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,14 +13,13 @@ import tyro
 import yaml
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.flags import flag_types, parse_flags, suggestion
 
 Config = TypeVar("Config")
 
 
 def parse(cls: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
     """Build the dataclass ``cls`` from ``--config recipe.yaml`` and flags; flags win.
-
-    Unknown or malformed flags are answered by tyro, with suggestions and exit code 2.
 
     Args:
         cls: a dataclass, or a dataclass of dataclasses whose fields together name the flags.
@@ -30,56 +28,50 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str, description: str
         description: first line of the help.
 
     Raises:
-        ConfigError: the recipe is missing, no YAML mapping, or has an unknown key.
+        ConfigError: the recipe is missing or no YAML mapping, or a key or a flag is unknown or malformed.
     """
-    finder = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    finder = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", type=Path, default=None)
-    known, flags = finder.parse_known_args(list(argv))
+    try:
+        known, flags = finder.parse_known_args(list(argv))
+    except argparse.ArgumentError:
+        raise ConfigError("--config: the recipe's path is missing; give --config FILE.yaml") from None
     options: dict[str, Any] = {
         "description": f"{description} A recipe (--config FILE.yaml) holds the same names as keys; flags win over it.",
         "config": (tyro.conf.OmitArgPrefixes,),
     }
     if known.config is None:
-        return tyro.cli(cls, args=flags, prog=prog, **options)
-    recipe = tyro.cli(cls, args=recipe_flags(cls, known.config), prog=f"{prog} --config {known.config}", **options)
-    return tyro.cli(cls, default=recipe, args=flags, prog=prog, **options)
+        return parse_flags(cls, flags, prog=prog, **options)
+    try:
+        recipe = parse_flags(cls, recipe_flags(cls, known.config), prog=prog, **options)
+    except ConfigError as error:
+        raise ConfigError(f"--config {known.config}: {error}") from error
+    return parse_flags(cls, flags, default=recipe, prog=prog, **options)
 
 
 def recipe_flags(cls: type, path: Path) -> list[str]:
     """The recipe's entries as command-line flags.
 
     Raises:
-        ConfigError: as for :func:`parse`.
+        ConfigError: as for :func:`parse`, which names the file.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: must be a mapping of flag names to values, not {type(values).__name__}")
-    names = set(field_names(cls))
+        raise ConfigError(f"must be a mapping of flag names to values, not {type(values).__name__}")
+    types = dict(flag_types(cls))
     flags: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"--config {path}: unknown key {key!r}{hint}")
+        if name not in types:
+            raise ConfigError(f"unknown key {key!r}{suggestion(name, types)}")
+        _check_kind(name, value, types[name])
         flags += _as_flags(name.replace("_", "-"), value)
     return flags
-
-
-def field_names(cls: type) -> Iterator[str]:
-    """Names of all flags that the dataclass and the dataclasses inside it define."""
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield from field_names(typing.cast(type, kind))
-        else:
-            yield field.name
 
 
 def flat_values(config: Any) -> dict[str, Any]:
@@ -92,6 +84,16 @@ def flat_values(config: Any) -> dict[str, Any]:
         else:
             values[field.name] = str(value) if isinstance(value, Path) else value
     return values
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Refuse what would be told as a stray word once it is a flag; tyro checks the rest."""
+    if kind is bool and not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be true or false")
+    if value is None and type(None) not in typing.get_args(kind):
+        raise ConfigError(f"{name} has no value; give one, or leave the key out")
+    if isinstance(value, dict) or (isinstance(value, list) and typing.get_origin(kind) not in (list, tuple)):
+        raise ConfigError(f"{name} is {value!r}; it must be a single value")
 
 
 def _as_flags(name: str, value: Any) -> list[str]:

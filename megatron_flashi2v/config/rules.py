@@ -159,6 +159,20 @@ def _check_numbers(config: TrainConfig) -> None:
             f"--lr-warmup-iters is {optimizer.lr_warmup_iters}; it must be at least 0 and at most the decay's "
             f"{optimizer.lr_decay_iters or config.batch.train_iters} iterations"
         )
+    positive = {"sigma_shift": data.sigma_shift, "adam_eps": optimizer.adam_eps,
+                "distributed_timeout_minutes": config.parallel.distributed_timeout_minutes}
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
+    at_least_zero = {"clip_grad": optimizer.clip_grad, "weight_decay": optimizer.weight_decay,
+                     "sigma_logit_std": data.sigma_logit_std}
+    for name, value in at_least_zero.items():
+        if not value >= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0")
+    for name, value in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2),
+                        ("sgd_momentum", optimizer.sgd_momentum)):
+        if not 0.0 <= value < 1.0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0 and below 1")
     if optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
         raise ConfigError("--use-distributed-optimizer takes --optimizer adam only (megatron-core's rule)")
 

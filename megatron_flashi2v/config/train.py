@@ -15,7 +15,7 @@ class ModelArguments:
     """Which DiT is trained."""
 
     model: str = "tiny"
-    """Preset of dimensions: tiny, 130m, 300m, 600m, 1.3b, 3b, 7b or 14b (each with its recipe in examples/recipes)."""
+    """Preset of dimensions; each has a recipe of its name in examples/recipes."""
     num_layers: int | None = None
     """Override the preset's number of transformer blocks."""
     hidden_size: int | None = None
@@ -88,8 +88,6 @@ class ParallelArguments:
     """Reduce gradients while the backward pass is still running."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass is already running."""
-    use_gloo_process_groups: bool = False
-    """Also create gloo groups beside the device's own (only mcore's optional features use them)."""
     distributed_timeout_minutes: float = 30.0
     """Minutes until a collective that hangs is an error."""
 

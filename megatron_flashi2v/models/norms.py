@@ -19,7 +19,8 @@ def modulated_layer_norm(hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor,
 
 def gated_residual(hidden_SBD: Tensor, update_SBD: Tensor, gate_BD: Tensor) -> Tensor:
     """x + gate * update, in fp32, cast back to the residual stream's dtype."""
-    return (hidden_SBD.float() + update_SBD.float() * gate_BD).to(hidden_SBD.dtype)
+    # The fp32 gate promotes the product; the 16-bit update itself is what backward keeps.
+    return (hidden_SBD + update_SBD * gate_BD).to(hidden_SBD.dtype)
 
 
 class AffineLayerNorm(nn.Module):

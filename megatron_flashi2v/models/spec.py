@@ -11,7 +11,8 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from flashi2v_kernels.registry import Kernel, resolve
+from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve
+from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.parallel.groups import Groups
 
@@ -39,10 +40,13 @@ def choose_kernels(
         attention_backend: an implementation's name, or auto.
 
     Raises:
-        flashi2v_kernels.registry.KernelUnavailable: the named choice cannot run here; the error lists those that can.
+        ConfigError: the named choice of attention cannot run here; the error lists those that can.
     """
-    attention = resolve("attention", device.type, dtype, attention_backend, head_dim=config.head_dim,
-                        needs_gradient=True)
+    try:
+        attention = resolve("attention", device.type, dtype, attention_backend, head_dim=config.head_dim,
+                            needs_gradient=True)
+    except KernelUnavailable as error:
+        raise ConfigError(f"--attention-backend {attention_backend}: {error}") from error
     rms_norm = resolve("rms_norm", device.type, dtype, needs_gradient=True)
     rope = resolve("rope3d", device.type, dtype, needs_gradient=True)
     highpass = resolve("fourier_highpass", device.type, torch.float32)
@@ -103,6 +107,9 @@ def make_spec(
         bf16: matrix products in bfloat16.
         fp32_residual_connection: residual stream in fp32 although ``bf16``.
         attention_backend: implementation of attention, or auto.
+
+    Raises:
+        ConfigError: the attention backend cannot run here.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     residual_dtype = torch.float32 if fp32_residual_connection else dtype

@@ -77,7 +77,7 @@ class DiffusionTransformer(MegatronModule):
         self.post_process = spec.groups.is_last_stage
         self.share_embeddings_and_output_weights = False
         self.input_tensor: Tensor | None = None
-        self._rotary: dict[Grid, tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[tuple[Grid, torch.device], tuple[Tensor, Tensor]] = {}
 
         if self.pre_process:
             self.conditioning = build_conditioning(spec.config, spec.kernels.highpass, spec.dtype)
@@ -107,7 +107,9 @@ class DiffusionTransformer(MegatronModule):
             hidden_SBD, text_TBD, conditioning_7BD = self.embed(inputs)
         else:
             assert self.input_tensor is not None, "a later stage needs the previous stage's output"
-            hidden_SBD, text_TBD, conditioning_7BD = unpack(self.input_tensor, self.packed_shape(grid))
+            # Not kept here: the received hop would otherwise outlive the backward pass.
+            packed, self.input_tensor = self.input_tensor, None
+            hidden_SBD, text_TBD, conditioning_7BD = unpack(packed, self.packed_shape(grid))
         rotary = self.rotary(grid, hidden_SBD.device)
         hidden_SBD = self.run_blocks(hidden_SBD, text_TBD.to(self.spec.dtype), conditioning_7BD[1:], rotary)
         if self.post_process:
@@ -146,7 +148,7 @@ class DiffusionTransformer(MegatronModule):
 
     def packed_shape(self, grid: Grid) -> PackedShape:
         """Rows of a pipeline hop on this rank."""
-        shards = self.spec.groups.tp.size() if self.spec.groups.sequence_parallel else 1
+        shards = self.spec.groups.token_shards
         return PackedShape(
             tokens=grid[0] * grid[1] * grid[2] // shards,
             text=self.spec.config.text_length // shards,
@@ -156,10 +158,10 @@ class DiffusionTransformer(MegatronModule):
 
     def rotary(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin [S, head_dim / 2] of all tokens of the grid, kept for the next call."""
-        if grid not in self._rotary:
+        if (grid, device) not in self._rotary:
             cos, sin = rope_tables(grid, self.spec.config.head_dim)
-            self._rotary = {grid: (cos.to(device), sin.to(device))}
-        return self._rotary[grid]
+            self._rotary = {(grid, device): (cos.to(device), sin.to(device))}
+        return self._rotary[grid, device]
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.distributed
@@ -47,6 +48,11 @@ class Groups:
         return self.collection.dp_cp
 
     @property
+    def token_shards(self) -> int:
+        """Parts that a replica's tokens and text rows are in between the matrix products."""
+        return self.tp.size() if self.sequence_parallel else 1
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this rank embeds the inputs."""
         return self.pp.rank() == 0
@@ -67,8 +73,8 @@ def make_groups(parallel: ParallelArguments) -> Groups:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=int(parallel.distributed_timeout_minutes),
-        create_gloo_process_groups=parallel.use_gloo_process_groups,
+        distributed_timeout_minutes=math.ceil(parallel.distributed_timeout_minutes),
+        create_gloo_process_groups=False,  # only megatron-core's own checkpoint formats use them
     )
     return Groups(
         collection=ProcessGroupCollection.use_mpu_process_groups(),

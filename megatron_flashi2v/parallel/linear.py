@@ -26,38 +26,16 @@ def column_parallel(
     gather_output: bool = False,
 ) -> nn.Module:
     """Y = X A^T + b with A's rows (the outputs) sharded; under sequence parallelism X's tokens are gathered."""
-    linear = linear_class(
-        input_size,
-        output_size,
-        config=config,
-        init_method=_no_init,
-        bias=True,
-        gather_output=gather_output,
-        skip_bias_add=False,
-        is_expert=False,
-        tp_group=groups.tp,
+    return _build(
+        linear_class, input_size, output_size, config, groups, {"weight": 0, "bias": 0}, gather_output=gather_output
     )
-    _mark_sharded(linear, {"weight": 0, "bias": 0})
-    return linear
 
 
 def row_parallel(
     linear_class: type[nn.Module], input_size: int, output_size: int, config: TransformerConfig, groups: Groups
 ) -> nn.Module:
     """Y = X A^T + b with A's columns (the inputs) sharded; the partial products are summed over the group."""
-    linear = linear_class(
-        input_size,
-        output_size,
-        config=config,
-        init_method=_no_init,
-        bias=True,
-        input_is_parallel=True,
-        skip_bias_add=False,
-        is_expert=False,
-        tp_group=groups.tp,
-    )
-    _mark_sharded(linear, {"weight": 1})
-    return linear
+    return _build(linear_class, input_size, output_size, config, groups, {"weight": 1}, input_is_parallel=True)
 
 
 def replicated_fp32(config: TransformerConfig) -> TransformerConfig:
@@ -68,12 +46,32 @@ def replicated_fp32(config: TransformerConfig) -> TransformerConfig:
     return fp32
 
 
-def _mark_sharded(linear: nn.Module, dims: dict[str, int]) -> None:
+def _build(
+    linear_class: type[nn.Module],
+    input_size: int,
+    output_size: int,
+    config: TransformerConfig,
+    groups: Groups,
+    sharded_dims: dict[str, int],
+    **kind: bool,
+) -> nn.Module:
+    linear = linear_class(
+        input_size,
+        output_size,
+        config=config,
+        init_method=_no_init,
+        bias=True,
+        skip_bias_add=False,
+        is_expert=False,
+        tp_group=groups.tp,
+        **kind,
+    )
     # megatron-core sets these attributes while it draws the weights, which we do not let it do. Without them the
     # gradient norm would count only the first rank's slice.
-    for name, dim in dims.items():
+    for name, dim in sharded_dims.items():
         parameter = getattr(linear, name)
         for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
             if hasattr(parameter, attribute):
                 delattr(parameter, attribute)
         set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+    return linear

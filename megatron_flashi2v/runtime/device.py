@@ -193,6 +193,8 @@ class CudaDevice(_Accelerator):
 
     def __init__(self, index: int) -> None:
         super().__init__(torch.cuda, index)
+        # What is fp32 here (the VAE, FlashI2V's phi) stays fp32: cuDNN would round its convolutions to TF32.
+        torch.backends.cudnn.allow_tf32 = False
 
     def compute_capability(self) -> tuple[int, int] | None:
         return torch.cuda.get_device_capability(self.torch_device)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from flashi2v_kernels.registry import KernelUnavailable
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_config
 from megatron_flashi2v.checkpoint.state import ShardGrid
 from megatron_flashi2v.checkpoint.state import load_model as load_parameters
-from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.models.spec import make_spec
@@ -76,10 +75,7 @@ def build_model(
     Raises:
         ConfigError: the attention backend cannot run here.
     """
-    try:
-        spec = make_spec(config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend)
-    except KernelUnavailable as error:
-        raise ConfigError(str(error)) from error
+    spec = make_spec(config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend)
     return DiffusionTransformer(spec).to(device.torch_device).eval()
 
 

@@ -34,14 +34,12 @@ def wrap_data_parallel(model: DiffusionTransformer, config: TrainConfig) -> Dist
     )
     spec.megatron.finalize_model_grads_func = finalize_model_grads
     spec.megatron.no_sync_func = wrapped.no_sync
-    if parallel.overlap_param_gather:
-        spec.megatron.param_sync_func = wrapped.start_param_sync
     return wrapped
 
 
 def decays(parameter: nn.Parameter, name: str) -> bool:
     """Matrices, convolutions and modulation tables decay; biases and norms do not."""
-    return parameter.ndim > 1 and not name.endswith(".bias")
+    return parameter.ndim > 1
 
 
 def make_optimizer(model: DistributedDataParallel, config: TrainConfig, spec: ModelSpec) -> MegatronOptimizer:
@@ -68,7 +66,7 @@ def make_optimizer(model: DistributedDataParallel, config: TrainConfig, spec: Mo
         ),
         [model],
         config_overrides={no_decay: {"wd_mult": 0.0}},
-        use_gloo_process_groups=config.parallel.use_gloo_process_groups,
+        use_gloo_process_groups=False,  # megatron-core has none where the groups are arguments
         pg_collection=spec.groups.collection,
     )
 

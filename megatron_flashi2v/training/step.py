@@ -95,7 +95,7 @@ class TrainingStep:
             model=[self.model],
             num_microbatches=self.num_microbatches,
             # The schedule divides by CP, and by TP under sequence parallelism, to get the rows of one hop.
-            seq_length=packed.rows * groups.cp.size() * (groups.tp.size() if groups.sequence_parallel else 1),
+            seq_length=packed.rows * groups.cp.size() * groups.token_shards,
             micro_batch_size=self.micro_batch_size,
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,

@@ -64,7 +64,7 @@ class Trainer:
         self.config, self.launch, self.device = config, launch, device
         self.dataset = open_dataset(config)
         self.model_config = fit_model_to_data(model_config, self.dataset)
-        self.latent_shape = (self.dataset.info.latent_shape[1], *self.dataset.info.latent_shape[2:])
+        self.latent_shape = self.dataset.info.latent_shape[1:]
         check_tokens(self.model_config, config.parallel, self.latent_shape)
 
         self.groups = make_groups(config.parallel)
@@ -76,13 +76,19 @@ class Trainer:
         )
         with device.torch_device:
             stage = DiffusionTransformer(self.spec, recompute_of(config.recompute, self.spec.config, self.groups))
-        initialize_weights(stage, config.batch.seed)
-        start_from_pretrained(config, self.model_config, stage, self.grid)
+        resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load)
+        if resumed is None:
+            initialize_weights(stage, config.batch.seed)
+            if config.checkpoint.pretrained_checkpoint is not None:
+                start_from_pretrained(config.checkpoint.pretrained_checkpoint, self.model_config, stage, self.grid)
         self.stage = stage
         self.model = wrap_data_parallel(stage, config)
         self.optimizer = make_optimizer(self.model, config, self.spec)
         self.iteration, self.consumed_samples = 0, 0
-        self.resume()
+        if resumed is not None:
+            self.resume(resumed)
+        elif config.checkpoint.load is not None:
+            logger.info("%s holds no checkpoint: starting anew", config.checkpoint.load)
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, config.batch.train_iters, self.iteration)
         self.num_microbatches = num_microbatches(config, launch.world_size)
         self.step = TrainingStep(
@@ -101,6 +107,8 @@ class Trainer:
             shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage),
         )
         self.announce()
+        if self.iteration >= config.batch.train_iters:
+            logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
         self.model.train()
         while self.iteration < config.batch.train_iters:
             metrics = self.run_iteration(source)
@@ -128,12 +136,9 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         batches = source.iteration(self.consumed_samples, self.num_microbatches)
         loss = self.step.losses_and_gradients(batches, self.latent_shape)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of iteration {self.iteration + 1} is {loss}; lower --lr, or resume from an earlier "
-                "checkpoint"
-            )
+        self.require_finite("loss", loss)
         grad_norm = self.step.update()
+        self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint will hold them
         self.scheduler.step(increment=1)
         self.device.synchronize()
         self.iteration += 1
@@ -143,10 +148,21 @@ class Trainer:
             step_time_s=time.perf_counter() - start,
         )
 
+    def require_finite(self, name: str, value: float) -> None:
+        """Stop the run where a value, which is the same on all ranks, is infinite or not a number."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {name} of iteration {self.iteration + 1} is {value}; lower --lr, or resume from an earlier "
+                "checkpoint"
+            )
+
     def save(self) -> None:
         """Write a checkpoint of the present iteration and, on rank 0, the resolved configuration."""
         root = self.config.checkpoint.save
         assert root is not None
+        if self.config.parallel.overlap_param_gather:
+            # The next forward pass would gather the updated shards; until then the weights here are a step old.
+            self.model.start_param_sync(force_sync=True)
         parameters = list(self.stage.named_parameters())
         folder = save_checkpoint(
             root, self.iteration,
@@ -166,18 +182,12 @@ class Trainer:
         )
         logger.info("saved %s", folder)
 
-    def resume(self) -> None:
-        """Load weights, optimizer and position from ``--load``, if it holds a checkpoint.
+    def resume(self, folder: Path) -> None:
+        """Load weights, optimizer and position from a checkpoint.
 
         Raises:
             CheckpointError: it is of another model, or damaged.
         """
-        root = self.config.checkpoint.load
-        folder = None if root is None else find_checkpoint(root)
-        if folder is None:
-            if root is not None:
-                logger.info("%s holds no checkpoint: starting anew", root)
-            return
         require_same_model(load_model_config(folder), self.model_config, folder)
         state = load_state(folder)
         parameters = list(self.stage.named_parameters())
@@ -198,13 +208,20 @@ class Trainer:
         logger.info("%s, launched by %s; %d processes", self.device.describe(), self.launch.launcher,
                     self.launch.world_size)
         logger.info("data: %d samples of %d visual tokens from %s", len(self.dataset), tokens, self.dataset.folder)
-        shards = self.groups.tp.size() if self.groups.sequence_parallel else 1
         logger.info("rank 0 holds %s parameters and %d tokens; %d microbatches of %d samples each iteration",
-                    f"{held:,}", tokens // shards, self.num_microbatches, self.config.batch.micro_batch_size)
+                    f"{held:,}", tokens // self.groups.token_shards, self.num_microbatches,
+                    self.config.batch.micro_batch_size)
         for operator, implementation, why_not in describe(self.spec.kernels.chosen):
             logger.info("kernel %s: %s%s", operator, implementation, f" ({why_not})" if why_not else "")
         if self.launch.rank == 0 and self.config.checkpoint.save is not None:
+            self.warn_of_another_run(self.config.checkpoint.save)
             write_config(self.config, self.config.checkpoint.save)
+
+    def warn_of_another_run(self, save: Path) -> None:
+        """Say so if this run, which starts anew, will write beside another run's checkpoints."""
+        if self.iteration == 0 and find_checkpoint(save) is not None:
+            logger.warning("--save %s holds checkpoints of an earlier run, and this one starts anew beside them; "
+                           "continue that run with --load %s, or choose another folder", save, save)
 
 
 def open_dataset(config: TrainConfig) -> PreparedDataset:
@@ -243,17 +260,12 @@ def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConf
     return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
-def start_from_pretrained(
-    config: TrainConfig, model: ModelConfig, stage: DiffusionTransformer, grid: ShardGrid
-) -> None:
-    """Fill a new run's weights from ``--pretrained-checkpoint``; a run that resumes has its own.
+def start_from_pretrained(source: Path, model: ModelConfig, stage: DiffusionTransformer, grid: ShardGrid) -> None:
+    """Fill a new run's initialised weights from a text-to-video checkpoint, or from one of its own paradigm.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is of another paradigm or other widths.
     """
-    source, load = config.checkpoint.pretrained_checkpoint, config.checkpoint.load
-    if source is None or (load is not None and find_checkpoint(load) is not None):
-        return
     folder = find_checkpoint(source)
     if folder is None:
         raise CheckpointError(f"--pretrained-checkpoint {source} holds no checkpoint")

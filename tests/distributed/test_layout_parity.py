@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.layouts import (
     Layout,
     assert_same_gradients,
@@ -12,6 +13,7 @@ from helpers.layouts import (
     assert_same_weights,
     metrics,
     run_layouts,
+    weights,
 )
 from helpers.synthetic_data import write_synthetic
 
@@ -23,7 +25,9 @@ LAYOUTS = [
     Layout("dp2", 2),
     Layout("tp2-pp2", 4, (TP, "2", PP, "2")),
     Layout("tp2-sp-pp2", 4, (TP, "2", PP, "2", SP)),
+    Layout("pp4-recompute", 4, (PP, "4", "--recompute-granularity", "full")),
 ]
+OVERLAP = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 SGD = ("--optimizer", "sgd", "--lr", "0.05")
 
 
@@ -68,15 +72,36 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         Layout("distributed-optimizer", 2, ("--use-distributed-optimizer",)),
         Layout("distributed-optimizer-half", 2, ("--use-distributed-optimizer", *first)),
         Layout("tp2-rest", 2, (TP, "2", *second("distributed-optimizer-half"))),
+        Layout("bf16", 1, ("--bf16",)),
+        Layout("bf16-tp2-sp", 2, (TP, "2", SP, "--bf16")),
+        Layout("bf16-pp2", 2, (PP, "2", "--bf16")),
+        Layout("overlap", 2, OVERLAP),
+        Layout("overlap-half", 2, (*OVERLAP, *first)),
+        Layout("overlap-rest", 2, (*OVERLAP, *second("overlap-half"))),
     ]
     return run_layouts(layouts, folder, [*common_flags(data), "--lr", "1e-3"])
 
 
-def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path]) -> None:
-    assert_same_metrics(adam_runs["distributed-optimizer"], adam_runs["single"])
+@pytest.mark.parametrize("name", ["distributed-optimizer", "overlap"])
+def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path], name: str) -> None:
+    assert_same_metrics(adam_runs[name], adam_runs["single"])
 
 
-@pytest.mark.parametrize("half, rest", [("tp2-sp-half", "pp2-rest"), ("distributed-optimizer-half", "tp2-rest")])
+@pytest.mark.parametrize("name, reference, relative", [
+    ("bf16", "single", 5e-3), ("bf16-tp2-sp", "bf16", 2e-3), ("bf16-pp2", "bf16", 2e-3),
+])
+def test_bf16_stays_near(adam_runs: dict[str, Path], name: str, reference: str, relative: float) -> None:
+    assert_same_metrics(adam_runs[name], adam_runs[reference], relative)
+
+
+def test_overlapped_gather_saves_the_updated_weights(adam_runs: dict[str, Path]) -> None:
+    found, expected = weights(adam_runs["overlap"]), weights(adam_runs["distributed-optimizer"])
+    assert all(torch.equal(found[name], want) for name, want in expected.items())
+
+
+@pytest.mark.parametrize("half, rest", [
+    ("tp2-sp-half", "pp2-rest"), ("distributed-optimizer-half", "tp2-rest"), ("overlap-half", "overlap-rest"),
+])
 def test_resume_at_another_layout_continues_the_run(adam_runs: dict[str, Path], half: str, rest: str) -> None:
     rows, expected = metrics(adam_runs[half]) + metrics(adam_runs[rest]), metrics(adam_runs["single"])
     assert [row["consumed_samples"] for row in rows] == [row["consumed_samples"] for row in expected]
