@@ -5,9 +5,9 @@ other formats give it, and how its values are arranged there. Everything that re
 parameters is a loop over it. Source of the names: the state dicts of diffusers' ``WanTransformer3DModel`` and
 of both FlashI2V branches.
 
-Sizes in shapes are symbols, made numbers by a :class:`ModelConfig`: d hidden, f feed-forward, c latent
-channels, P values in a patch, h channels inside phi, text and freq input widths, pt ph pw the patch, kt kh kw
-phi's kernel.
+Sizes in shapes are symbols, made numbers by a :class:`ModelConfig`: d hidden, f feed-forward, c latent channels, P
+values in a patch of latents, in and P_in the same of the patch embedding's input (wider in paradigms that concatenate),
+h channels inside phi, text and freq input widths, pt ph pw the patch, kt kh kw phi's kernel.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_flashi2v.conditioning.build import input_channels
 from megatron_flashi2v.config.model import ModelConfig
 
 FORMATS = ("wan", "diffusers", "flashi2v_npu")
@@ -166,7 +167,7 @@ BACKBONE: tuple[Module, ...] = (
         wan="patch_embedding",
         diffusers="patch_embedding",
         flashi2v_npu="patch_embedding",
-        tensors=_conv_as_linear("d", "P", "d", "c", "pt", "ph", "pw"),
+        tensors=_conv_as_linear("d", "P_in", "d", "in", "pt", "ph", "pw"),
     ),
     Module(
         ours="text_embedding.linear_1",
@@ -249,9 +250,13 @@ BACKBONE: tuple[Module, ...] = (
     ),
 )
 
-# Image conditioning by paradigm; diffusers' transformer has no place for these tensors.
+# Modules that a paradigm adds; diffusers' transformer has no place for them. A paradigm that concatenates adds none, it
+# only widens the patch embedding's input.
 CONDITIONING: Mapping[str, tuple[Module, ...]] = {
     "text_to_video": (),
+    "repeat_concat": (),
+    "zero_pad_concat": (),
+    "inpainting": (),
     "flashi2v": (
         Module(
             ours="conditioning.phi.conv_in",
@@ -373,11 +378,14 @@ def _instances(config: ModelConfig) -> Iterator[tuple[Module, int]]:
 def _sizes(config: ModelConfig) -> dict[str, int]:
     pt, ph, pw = config.patch_size
     kt, kh, kw = config.phi_kernel_size
+    channels = input_channels(config)
     return {
         "d": config.hidden_size,
         "f": config.ffn_hidden_size,
         "c": config.latent_channels,
         "P": config.patch_dim,
+        "in": channels,
+        "P_in": channels * pt * ph * pw,
         "h": config.phi_hidden_channels,
         "text": config.text_dim,
         "freq": config.freq_dim,

@@ -148,12 +148,13 @@ def condition_images(config: SampleConfig, model_config: ModelConfig) -> Any:
         ConfigError: the model needs an image and none was given.
         DataError: the file is missing, or no picture or video.
     """
+    from megatron_flashi2v.conditioning.build import paradigm_of
     from megatron_flashi2v.config.errors import ConfigError
     from megatron_flashi2v.sampling.image import load_image
 
     if config.image is not None:
         return load_image(config.image)
-    if model_config.conditioning != "text_to_video":
+    if paradigm_of(model_config).uses_image:
         raise ConfigError(
             f"image is not given, but {config.load} is a {model_config.conditioning} model; give --image FILE"
         )
@@ -176,6 +177,7 @@ def sample(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape) 
             guidance_scale=config.guidance_scale,
             shift=config.shift,
             cutoff_ratio=config.cutoff_ratio,
+            image_noise=config.image_noise,
             seed=config.seed,
             callback=lambda done, steps, state: report.advance(),
         )

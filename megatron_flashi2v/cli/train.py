@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -69,9 +70,7 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, launch: LaunchEnviro
     parallel = config.parallel
     world = max(launch.world_size, model_ranks(parallel))
     total = parameter_count(parameter_shapes(model))
-    without = parameter_count(
-        {name: shape for name, shape in parameter_shapes(model).items() if not name.startswith("conditioning.")}
-    )
+    without = parameter_count(parameter_shapes(dataclasses.replace(model, conditioning="text_to_video")))
     replicas = data_parallel_size(parallel, world)
     lines = [
         "# resolved configuration",

@@ -1,20 +1,49 @@
-"""From a paradigm's name to its module."""
+"""From a paradigm's name to its class and its module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.flashi2v import FlashI2V
+from megatron_flashi2v.conditioning.inpainting import Inpainting
 from megatron_flashi2v.conditioning.interface import ImageConditioning
+from megatron_flashi2v.conditioning.repeat_concat import RepeatConcat
 from megatron_flashi2v.conditioning.text_to_video import TextToVideo
+from megatron_flashi2v.conditioning.zero_pad_concat import ZeroPadConcat
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
+
+CLASSES: Mapping[str, type[ImageConditioning]] = {
+    "flashi2v": FlashI2V,
+    "repeat_concat": RepeatConcat,
+    "zero_pad_concat": ZeroPadConcat,
+    "inpainting": Inpainting,
+    "text_to_video": TextToVideo,
+}
 
 
-def build_conditioning(config: ModelConfig, highpass: Callable[..., Tensor], dtype: torch.dtype) -> ImageConditioning:
+def paradigm_of(config: ModelConfig) -> type[ImageConditioning]:
+    """The class of ``config.conditioning``.
+
+    Raises:
+        ConfigError: an unknown paradigm.
+    """
+    if config.conditioning not in CLASSES:
+        raise ConfigError(f"conditioning is {config.conditioning!r}; choose one of {', '.join(CLASSES)}")
+    return CLASSES[config.conditioning]
+
+
+def input_channels(config: ModelConfig) -> int:
+    """Channels of the patch embedding's input."""
+    return config.latent_channels + paradigm_of(config).added_channels(config)
+
+
+def build_conditioning(
+    config: ModelConfig, highpass: Callable[..., Tensor] | None, dtype: torch.dtype
+) -> ImageConditioning:
     """The module of ``config.conditioning``.
 
     Args:
@@ -25,8 +54,4 @@ def build_conditioning(config: ModelConfig, highpass: Callable[..., Tensor], dty
     Raises:
         ConfigError: an unknown paradigm.
     """
-    if config.conditioning == "flashi2v":
-        return FlashI2V(config, highpass, dtype)
-    if config.conditioning == "text_to_video":
-        return TextToVideo(config)
-    raise ConfigError(f"conditioning is {config.conditioning!r}; choose one of {', '.join(PARADIGMS)}")
+    return paradigm_of(config)(config, highpass, dtype)

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_flashi2v.conditioning.interface import ConditionedInput, ImageConditioning
+from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, GeneratorOf, ImageConditioning
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.flow.highpass import high_frequency_features
+from megatron_flashi2v.config.sample import ImageSettings
+from megatron_flashi2v.config.train import DataArguments
+from megatron_flashi2v.flow.highpass import cutoff_ratios, high_frequency_features
+
+CUTOFF_RATIO = "cutoff_ratio"
 
 
 class LatentShift(nn.Module):
@@ -67,18 +71,39 @@ class FlashI2V(ImageConditioning):
         dtype: dtype of the Fourier embedding's matrix products; phi and the high-pass are always fp32.
     """
 
-    def __init__(self, config: ModelConfig, highpass: Callable[..., Tensor], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.input_channels = config.latent_channels
+    def __init__(
+        self,
+        config: ModelConfig,
+        highpass: Callable[..., Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(config)
         self.highpass = highpass
         self.phi = LatentShift(config)
         self.fourier_embedding = FourierEmbedding(config.patch_dim, config.hidden_size, dtype)
 
-    def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, cutoff_ratio_B: Tensor) -> ConditionedInput:
+    @classmethod
+    def training_extras(
+        cls, data: DataArguments, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
+    ) -> dict[str, Tensor]:
+        """A cutoff ratio, uniform between the flags' bounds."""
+        draw = torch.rand(1, generator=generator_of("cutoff-ratio"))
+        return {CUTOFF_RATIO: cutoff_ratios(draw, data.cutoff_ratio_min, data.cutoff_ratio_max)[0]}
+
+    @classmethod
+    def sampling_extras(
+        cls, settings: ImageSettings, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
+    ) -> dict[str, Tensor]:
+        """The cutoff ratio that was set."""
+        return {CUTOFF_RATIO: torch.tensor(settings.cutoff_ratio, dtype=torch.float32)}
+
+    def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
         """Shift the latents, and extract the high-frequency magnitude of the image's latents, repeated over time."""
         frames = noisy_BCTHW.shape[2]
         shifted_BCTHW = noisy_BCTHW.float() - self.phi(image_latents_BC1HW, frames)
-        features_BCHW = high_frequency_features(image_latents_BC1HW[:, :, 0], cutoff_ratio_B, highpass=self.highpass)
+        features_BCHW = high_frequency_features(
+            image_latents_BC1HW[:, :, 0], extras[CUTOFF_RATIO], highpass=self.highpass
+        )
         return ConditionedInput(shifted_BCTHW, features_BCHW.unsqueeze(2).expand(-1, -1, frames, -1, -1))
 
     def embed_guidance(self, patches_SBP: Tensor) -> Tensor:

@@ -9,7 +9,13 @@ from typing import Any
 from megatron_flashi2v.config.errors import ConfigError
 
 PHI_ORDERS = ("conv_then_broadcast", "repeat_then_conv")
-PARADIGMS = ("flashi2v", "text_to_video")
+PARADIGMS = ("flashi2v", "repeat_concat", "zero_pad_concat", "inpainting", "text_to_video")
+BASE_PARADIGM = "text_to_video"
+"""What every paradigm can start from."""
+PARADIGM_FIELDS = ("phi_kernel_size", "phi_hidden_channels", "phi_order", "mask_channels")
+"""Fields of :class:`ModelConfig` that mean nothing to the base."""
+FREE_OF_WEIGHTS = ("text_length", "text_cleaning")
+"""Fields that weights can be taken over from without being equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +38,7 @@ class ModelConfig:
         phi_hidden_channels: width between the two convolutions of the latent shift.
         phi_order: whether the shift is computed on the single image frame and broadcast over time, or on the
             frame repeated over time (what the released 3x3x3 weights need); one of :data:`PHI_ORDERS`.
+        mask_channels: channels of inpainting's mask: video frames for each latent frame (the VAE's temporal stride).
         text_cleaning: how captions were cleaned before tokenising; inference must do the same.
     """
 
@@ -49,11 +56,12 @@ class ModelConfig:
     phi_kernel_size: tuple[int, int, int] = (1, 3, 3)
     phi_hidden_channels: int = 64
     phi_order: str = "conv_then_broadcast"
+    mask_channels: int = 4
     text_cleaning: str = "full"
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "freq_dim",
-                      "latent_channels", "text_dim", "text_length", "phi_hidden_channels"):
+                      "latent_channels", "text_dim", "text_length", "phi_hidden_channels", "mask_channels"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments, TrainConfig
@@ -144,6 +146,10 @@ def _check_numbers(config: TrainConfig) -> None:
             f"--cutoff-ratio-min {data.cutoff_ratio_min} and --cutoff-ratio-max {data.cutoff_ratio_max} must be in "
             "order within [0, 1]"
         )
+    if not math.isfinite(data.image_noise_log_mean):
+        raise ConfigError(f"--image-noise-log-mean is {data.image_noise_log_mean}; it must be a finite number")
+    if not (math.isfinite(data.image_noise_log_std) and data.image_noise_log_std >= 0.0):
+        raise ConfigError(f"--image-noise-log-std is {data.image_noise_log_std}; it must be at least 0")
     if not 0.0 <= data.text_drop_probability <= 1.0:
         raise ConfigError(f"--text-drop-probability is {data.text_drop_probability}; it must be within [0, 1]")
     if not 0.0 <= optimizer.min_lr <= optimizer.lr:

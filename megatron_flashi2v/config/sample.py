@@ -11,6 +11,28 @@ from megatron_flashi2v.config.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """What a user can set of how a video follows its image; each paradigm takes what it knows.
+
+    Attributes:
+        cutoff_ratio: share of the image's spectrum, from the lowest frequencies, kept out of the Fourier guidance.
+        image_noise: level of the noise on the image's normalised latents; 0.02 is that of Stable Video Diffusion.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    cutoff_ratio: float = 0.1
+    image_noise: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cutoff_ratio <= 1:
+            raise ConfigError(f"cutoff_ratio is {self.cutoff_ratio}; it must be between 0 and 1")
+        if not (math.isfinite(self.image_noise) and self.image_noise >= 0):
+            raise ConfigError(f"image_noise is {self.image_noise}; it must be a number of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """One video from an image and a prompt."""
 
@@ -48,8 +70,10 @@ class SampleConfig:
     """Shift of the noise levels toward noise."""
     cutoff_ratio: float = 0.1
     """Share of the image's spectrum, from the lowest frequencies, kept out of the Fourier guidance."""
+    image_noise: float = 0.02
+    """Level of the noise on the image's latents, for the paradigms that add it (repeat_concat, zero_pad_concat)."""
     seed: int = 0
-    """Keys the initial noise."""
+    """Keys all noise."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """auto takes the first that is there."""
     bf16: bool = False
@@ -64,8 +88,8 @@ class SampleConfig:
             num_steps=self.num_steps,
             guidance_scale=self.guidance_scale,
             shift=self.shift,
-            cutoff_ratio=self.cutoff_ratio,
         )
+        _ = self.image_settings
         for name in ("num_frames", "height", "width", "fps"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -75,10 +99,17 @@ class SampleConfig:
         if self.strip is not None and self.strip.suffix.lower() != ".png":
             raise ConfigError(f"strip is {self.strip}; it must end in .png")
 
+    @property
+    def image_settings(self) -> ImageSettings:
+        """What the model's paradigm may be asked to do with the image.
 
-def check_sampling_settings(
-    *, num_steps: int, guidance_scale: float, shift: float, cutoff_ratio: float
-) -> None:
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        return ImageSettings(cutoff_ratio=self.cutoff_ratio, image_noise=self.image_noise)
+
+
+def check_sampling_settings(*, num_steps: int, guidance_scale: float, shift: float) -> None:
     """Refuse settings that the sampler cannot use.
 
     Raises:
@@ -92,5 +123,3 @@ def check_sampling_settings(
         )
     if not (math.isfinite(shift) and shift > 0):
         raise ConfigError(f"shift is {shift}; it must be above 0 (1 is no shift)")
-    if not 0 <= cutoff_ratio <= 1:
-        raise ConfigError(f"cutoff_ratio is {cutoff_ratio}; it must be between 0 and 1")

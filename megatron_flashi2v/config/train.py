@@ -30,7 +30,7 @@ class ModelArguments:
     """Override the number of text rows."""
     latent_channels: int | None = None
     """Override the channels of the VAE's latents."""
-    conditioning: Literal["flashi2v", "text_to_video"] = "flashi2v"
+    conditioning: Literal["flashi2v", "repeat_concat", "zero_pad_concat", "inpainting", "text_to_video"] = "flashi2v"
     """Image-to-video paradigm."""
     phi_kernel: Literal["1x3x3", "3x3x3"] = "1x3x3"
     """Kernel of FlashI2V's latent shift."""
@@ -50,6 +50,10 @@ class DataArguments:
     """Lower end of the Fourier high-pass cutoff ratio, drawn uniformly per sample."""
     cutoff_ratio_max: float = 0.95
     """Upper end of the Fourier high-pass cutoff ratio."""
+    image_noise_log_mean: float = -3.0
+    """Mean of the logarithm of the noise level on the image's latents (repeat_concat, zero_pad_concat)."""
+    image_noise_log_std: float = 0.5
+    """Standard deviation of that logarithm."""
     sigma_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
     """Distribution of sigma before the shift."""
     sigma_logit_mean: float = 0.0
@@ -156,6 +160,8 @@ class CheckpointArguments:
     """Folder for checkpoints, config.yaml and metrics.jsonl."""
     load: Path | None = None
     """Folder to resume from; an empty or absent one starts anew."""
+    pretrained_checkpoint: Path | None = None
+    """Checkpoint whose weights a new run starts from: of a text-to-video model, or of the run's own paradigm."""
     save_interval: int | None = None
     """Iterations between checkpoints; by default only at the end."""
     exit_interval: int | None = None

@@ -48,6 +48,12 @@ class DataInfo:
     vae: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def temporal_stride(self) -> int | None:
+        """Video frames for each latent frame after the first; None where there is only the first."""
+        latent_frames = self.latent_shape[1]
+        return None if latent_frames == 1 else (self.frames - 1) // (latent_frames - 1)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return {**asdict(self), "latent_shape": list(self.latent_shape)}

@@ -2,7 +2,8 @@
 
 Each full tensor is drawn on the host from a generator keyed by the seed and the parameter's name; a tensor-parallel
 rank keeps its slice. The distributions are Wan's (Xavier-uniform matrices, normal text and time embeddings, scaled
-normal modulation, zero head) and FlashI2V's for what it adds.
+normal modulation, zero head) and FlashI2V's for what it adds. Columns of the patch embedding for channels that a
+paradigm appends to the latents start at zero: whatever the paradigm, the first step is the text-to-video model's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ def initialize_weights(model: DiffusionTransformer, seed: int) -> None:
     """Draw this rank's share of every parameter, in place."""
     group = model.spec.groups.tp
     for name, parameter in model.named_parameters():
-        full = _draw(name, full_shape(parameter, group.size()), seed)
+        full = torch.zeros(full_shape(parameter, group.size()))
+        if name == "patch_embedding.weight":
+            full[:, : model.spec.config.patch_dim] = _draw(name, (len(full), model.spec.config.patch_dim), seed)
+        else:
+            full = _draw(name, tuple(full.shape), seed)
         parameter.copy_(local_slice(full, parameter, group))
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashi2v_kernels.rope3d.tables import rope_tables
 from megatron_flashi2v.conditioning.build import build_conditioning
+from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.models.block import TransformerBlock
 from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
 from megatron_flashi2v.models.head import Head
@@ -36,14 +37,14 @@ class DiTInputs:
         timestep_B: 1000 * sigma, fp32.
         text_BLX: text rows, zero-padded to the model's text length.
         image_latents_BC1HW: normalised latents of the condition image, fp32.
-        cutoff_ratio_B: cutoff ratio of the Fourier high-pass in [0, 1], fp32.
+        extras: the paradigm's own draws and settings by name, one row per sample.
     """
 
     noisy_BCTHW: Tensor
     timestep_B: Tensor
     text_BLX: Tensor
     image_latents_BC1HW: Tensor
-    cutoff_ratio_B: Tensor
+    extras: Extras
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class DiffusionTransformer(MegatronModule):
     def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, text rows and conditioning rows from latents, text and timestep."""
         groups, patch_size = self.spec.groups, self.spec.config.patch_size
-        conditioned = self.conditioning(inputs.noisy_BCTHW, inputs.image_latents_BC1HW, inputs.cutoff_ratio_B)
+        conditioned = self.conditioning(inputs.noisy_BCTHW, inputs.image_latents_BC1HW, inputs.extras)
         patches = shard_tokens(patchify(conditioned.latents_BCTHW, patch_size), groups)
         hidden_SBD = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
         if conditioned.guidance_BCTHW is not None:
@@ -177,9 +178,9 @@ def predict_velocity(
     timestep_B: Tensor,
     text_BLX: Tensor,
     image_latents_BC1HW: Tensor,
-    cutoff_ratio_B: Tensor,
+    extras: Extras,
 ) -> Tensor:
     """Velocity [B, C, T, H, W] in fp32, for a model without pipeline stages; arguments as in :class:`DiTInputs`."""
-    inputs = DiTInputs(latents_BCTHW, timestep_B, text_BLX, image_latents_BC1HW, cutoff_ratio_B)
+    inputs = DiTInputs(latents_BCTHW, timestep_B, text_BLX, image_latents_BC1HW, extras)
     patches_SBP = gather_tokens(model(inputs), model.spec.groups)
     return unpatchify(patches_SBP, model.grid(tuple(latents_BCTHW.shape[2:])), model.spec.config.patch_size)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-VelocityFunction = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-]
-"""``(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, cutoff_ratio_B) -> velocity_BCTHW``.
+from megatron_flashi2v.conditioning.interface import Extras
+
+VelocityFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Extras], torch.Tensor]
+"""``(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, extras) -> velocity_BCTHW``.
 
 What the pipeline knows of a model: ``models.transformer.predict_velocity`` with the model bound, for instance.
 """
@@ -40,7 +40,7 @@ def with_guidance(
 ) -> VelocityFunction:
     """A velocity of the same signature that steers away from the negative text.
 
-    Both passes get the same state, image latents and cutoff ratio; only the text differs.
+    Both passes get the same state, image latents and extras; only the text differs.
 
     Args:
         velocity: the plain velocity.
@@ -57,11 +57,11 @@ def with_guidance(
         timestep_B: torch.Tensor,
         text_BLD: torch.Tensor,
         image_latents_BC1HW: torch.Tensor,
-        cutoff_ratio_B: torch.Tensor,
+        extras: Extras,
     ) -> torch.Tensor:
-        conditional = velocity(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, cutoff_ratio_B)
+        conditional = velocity(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, extras)
         unconditional = velocity(
-            latents_BCTHW, timestep_B, negative_text_BLD, image_latents_BC1HW, cutoff_ratio_B
+            latents_BCTHW, timestep_B, negative_text_BLD, image_latents_BC1HW, extras
         )
         return combine_guided(conditional, unconditional, guidance_scale)
 
@@ -70,14 +70,14 @@ def with_guidance(
         timestep_B: torch.Tensor,
         text_BLD: torch.Tensor,
         image_latents_BC1HW: torch.Tensor,
-        cutoff_ratio_B: torch.Tensor,
+        extras: Extras,
     ) -> torch.Tensor:
         both = velocity(
             torch.cat([latents_BCTHW, latents_BCTHW]),
             torch.cat([timestep_B, timestep_B]),
             torch.cat([text_BLD, negative_text_BLD]),
             torch.cat([image_latents_BC1HW, image_latents_BC1HW]),
-            torch.cat([cutoff_ratio_B, cutoff_ratio_B]),
+            {name: torch.cat([value, value]) for name, value in extras.items()},
         )
         conditional, unconditional = both.chunk(2)
         return combine_guided(conditional, unconditional, guidance_scale)

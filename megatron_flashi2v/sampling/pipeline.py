@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.interface import stack_extras
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.sample import check_sampling_settings
+from megatron_flashi2v.config.sample import ImageSettings, check_sampling_settings
 from megatron_flashi2v.data.prepared import pad_text_rows
 from megatron_flashi2v.data.transforms import to_model_range
 from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_text
 from megatron_flashi2v.flow.sigmas import inference_sigmas
+from megatron_flashi2v.runtime.random import keyed_generator
 from megatron_flashi2v.sampling.guidance import VelocityFunction, is_guided, with_guidance
 from megatron_flashi2v.sampling.image import ImageLike, fit_image
 from megatron_flashi2v.sampling.noise import sample_noise
@@ -99,6 +102,7 @@ class ImageToVideoPipeline:
         self.vae = vae
         self.text_encoder = text_encoder
         self.model_config = model_config
+        self.paradigm = paradigm_of(model_config)
         self.text_cleaning = cast("CleaningPolicy", model_config.text_cleaning)
         self.device = device
         self.batched_guidance = batched_guidance
@@ -117,6 +121,7 @@ class ImageToVideoPipeline:
         guidance_scale: float = 5.0,
         shift: float = 7.0,
         cutoff_ratio: float = 0.1,
+        image_noise: float = 0.02,
         seed: int = 0,
         first_index: int = 0,
         callback: StepCallback | None = None,
@@ -137,6 +142,7 @@ class ImageToVideoPipeline:
             shift: shift of the noise levels toward noise.
             cutoff_ratio: share of the image's spectrum, counted from the lowest frequencies, that is kept out of
                 the Fourier guidance, in [0, 1].
+            image_noise: level of the noise on the image's latents, where the paradigm adds any.
             seed: sample ``i`` of this call starts from noise keyed by (seed, first_index + i).
             first_index: place of the first sample in the user's whole list.
             callback: called after every step with (steps done, steps, state).
@@ -144,9 +150,8 @@ class ImageToVideoPipeline:
         Raises:
             ConfigError: a setting is out of range, or the size does not fit the VAE and the model.
         """
-        check_sampling_settings(
-            num_steps=num_steps, guidance_scale=guidance_scale, shift=shift, cutoff_ratio=cutoff_ratio
-        )
+        check_sampling_settings(num_steps=num_steps, guidance_scale=guidance_scale, shift=shift)
+        settings = ImageSettings(cutoff_ratio=cutoff_ratio, image_noise=image_noise)
         latent_shape = latent_shape_of(self.vae, self.model_config, num_frames, height, width)
         prompts, fitted_BCHW = self.prepare(images, prompts, height, width)
         count = len(prompts)
@@ -159,13 +164,12 @@ class ImageToVideoPipeline:
             velocity = with_guidance(
                 velocity, negative_text_BLD, guidance_scale, batched=self.batched_guidance
             )
-        cutoff_ratio_B = torch.full((count,), cutoff_ratio, dtype=torch.float32, device=self.device)
-        noise_BCTHW = sample_noise(seed, range(first_index, first_index + count), latent_shape).to(
-            self.device
-        )
+        indices = range(first_index, first_index + count)
+        extras = self.extras(settings, seed, indices, latent_shape)
+        noise_BCTHW = sample_noise(seed, indices, latent_shape).to(self.device)
 
         latents_BCTHW = solve_euler(
-            lambda state, timestep: velocity(state, timestep, text_BLD, image_latents_BC1HW, cutoff_ratio_B),
+            lambda state, timestep: velocity(state, timestep, text_BLD, image_latents_BC1HW, extras),
             noise_BCTHW,
             inference_sigmas(num_steps, shift),
             callback=callback,
@@ -189,7 +193,7 @@ class ImageToVideoPipeline:
             image_list = list(images) if isinstance(images, (list, tuple)) else [cast("ImageLike", images)]
             image_list, prompt_list = _pair(image_list, prompt_list)
             return prompt_list, torch.stack([fit_image(image, height, width) for image in image_list])
-        if self.model_config.conditioning != "text_to_video":
+        if self.paradigm.uses_image:
             raise ConfigError(
                 f"no image was given, but the model's conditioning is {self.model_config.conditioning!r}"
             )
@@ -208,6 +212,21 @@ class ImageToVideoPipeline:
         # The transform takes the first axis for time; here it counts images, each a video of one frame.
         pixels_BC1HW = to_model_range(fitted_BCHW).transpose(0, 1).unsqueeze(2).to(self.device)
         return self.vae.encode(pixels_BC1HW).to(self.device, torch.float32)
+
+    def extras(
+        self, settings: ImageSettings, seed: int, indices: Sequence[int], latent_shape: tuple[int, int, int, int]
+    ) -> dict[str, torch.Tensor]:
+        """What the paradigm takes besides the image, one row per sample; draws are keyed by (seed, index)."""
+        channels, _, height, width = latent_shape
+
+        def row(index: int) -> dict[str, torch.Tensor]:
+            return self.paradigm.sampling_extras(
+                settings,
+                (channels, 1, height, width),
+                lambda purpose: keyed_generator(seed, f"sample-{purpose}", index),
+            )
+
+        return {name: value.to(self.device) for name, value in stack_extras([row(index) for index in indices]).items()}
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Text rows ``[B, text length, D]``, cleaned as the captions in training were, with zeros after the last.

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.interface import Extras, stack_extras
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BatchArguments, DataArguments
 from megatron_flashi2v.data.loader import GlobalOrder
 from megatron_flashi2v.data.prepared import PreparedDataset, pad_text_rows
-from megatron_flashi2v.flow.highpass import cutoff_ratios
 from megatron_flashi2v.flow.sigmas import dynamic_shift, logit_normal_sigmas, shift_sigmas, uniform_sigmas
 from megatron_flashi2v.runtime.random import keyed_generator
 
@@ -30,18 +31,20 @@ class Microbatch:
         noise_BCTHW: standard normal, fp32.
         sigma_B: noise levels after the shift, fp32.
         text_BLX: text rows, zero-padded, bf16.
-        cutoff_ratio_B: cutoff ratios of the Fourier high-pass, fp32.
+        extras: the paradigm's own draws by name, one row per sample, fp32.
     """
 
     latents_BCTHW: Tensor
     noise_BCTHW: Tensor
     sigma_B: Tensor
     text_BLX: Tensor
-    cutoff_ratio_B: Tensor
+    extras: Extras
 
     def to(self, device: torch.device) -> Microbatch:
         """The same microbatch on another device."""
-        return Microbatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        tensors = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "extras"}
+        extras = {name: value.to(device, non_blocking=True) for name, value in self.extras.items()}
+        return Microbatch(**tensors, extras=extras)
 
 
 def microbatch_positions(iteration_start: int, index: int, dp_rank: int, dp_size: int, size: int) -> range:
@@ -63,7 +66,7 @@ class MicrobatchSource:
 
     Args:
         dataset: prepared samples.
-        model: text length.
+        model: text length, and the paradigm.
         data: distributions of the draws.
         batch: sizes and the seed.
         dp_rank: this replica.
@@ -88,7 +91,9 @@ class MicrobatchSource:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.device, self.shapes_only = device, shapes_only
         self.order = GlobalOrder(len(dataset), batch.seed)
-        _, _, height, width = dataset.info.latent_shape
+        self.paradigm = paradigm_of(model)
+        channels, _, height, width = dataset.info.latent_shape
+        self.image_shape = (channels, 1, height, width)
         self.shift = dynamic_shift(height, width) if data.sigma_shift is None else data.sigma_shift
 
     def iteration(self, consumed_samples: int, num_microbatches: int) -> Iterator[Microbatch]:
@@ -100,12 +105,12 @@ class MicrobatchSource:
             yield self.empty() if self.shapes_only else self.read(positions).to(self.device)
 
     def empty(self) -> Microbatch:
-        """Shapes without values."""
+        """Shapes without values; what only the first stage looks at is left out."""
         size, meta = self.batch.micro_batch_size, torch.device("meta")
         latents = torch.empty(size, *self.dataset.info.latent_shape, device=meta)
         scalars = torch.empty(size, device=meta)
         text = torch.empty(size, self.model.text_length, self.model.text_dim, device=meta)
-        return Microbatch(latents, latents, scalars, text, scalars)
+        return Microbatch(latents, latents, scalars, text, {})
 
     def read(self, positions: Sequence[int]) -> Microbatch:
         """The samples at these positions of the global order, with their draws, on the host."""
@@ -118,17 +123,21 @@ class MicrobatchSource:
             for sample, position in zip(samples, positions, strict=True)
         ]
         shape = self.dataset.info.latent_shape
-        ratios = torch.cat([torch.rand(1, generator=self._generator("cutoff-ratio", p)) for p in positions])
         return Microbatch(
             latents_BCTHW=torch.stack([sample.latents_CTHW for sample in samples]),
             noise_BCTHW=torch.stack([torch.randn(shape, generator=self._generator("noise", p)) for p in positions]),
             sigma_B=torch.cat([self._sigma(position) for position in positions]),
             text_BLX=torch.stack(text),
-            cutoff_ratio_B=cutoff_ratios(ratios, self.data.cutoff_ratio_min, self.data.cutoff_ratio_max),
+            extras=stack_extras([self._extras(position) for position in positions]),
         )
 
     def _generator(self, purpose: str, position: int) -> torch.Generator:
         return keyed_generator(self.batch.seed, purpose, position)
+
+    def _extras(self, position: int) -> dict[str, Tensor]:
+        return self.paradigm.training_extras(
+            self.data, self.image_shape, lambda purpose: self._generator(purpose, position)
+        )
 
     def _drops_text(self, position: int) -> bool:
         draw = torch.rand(1, generator=self._generator("text-drop", position))

@@ -33,7 +33,7 @@ def forward_step(
         timestep_B=timesteps_of(batch.sigma_B),
         text_BLX=batch.text_BLX,
         image_latents_BC1HW=batch.latents_BCTHW[:, :, :1],
-        cutoff_ratio_B=batch.cutoff_ratio_B,
+        extras=batch.extras,
     )
     return model(inputs), partial(flow_matching_loss, spec, batch)
 

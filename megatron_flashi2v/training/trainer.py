@@ -22,9 +22,10 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
-from megatron_flashi2v.checkpoint.state import ShardGrid, load_model, model_pieces
+from megatron_flashi2v.checkpoint.state import ShardGrid, load_base_model, load_model, model_pieces
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError, DataError, UserError
-from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
@@ -80,6 +81,8 @@ class Trainer:
         resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load)
         if resumed is None:
             initialize_weights(stage, config.batch.seed)
+            if config.checkpoint.pretrained_checkpoint is not None:
+                start_from_pretrained(config.checkpoint.pretrained_checkpoint, self.model_config, stage, self.grid)
         self.stage = stage
         self.model = wrap_data_parallel(stage, config)
         self.optimizer = make_optimizer(self.model, config, self.spec)
@@ -241,7 +244,7 @@ def open_dataset(config: TrainConfig) -> PreparedDataset:
 
 
 def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConfig:
-    """Record how captions were cleaned in the model's configuration, and check that widths agree.
+    """Record how captions were cleaned, and what the paradigm takes from the data; check that widths agree.
 
     Raises:
         ConfigError: latent channels, text width or text length differ.
@@ -256,7 +259,28 @@ def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConf
             f"text_length is {model.text_length} in the model, but captions in {dataset.folder} have up to "
             f"{info.text_length} rows; set --text-length {info.text_length}"
         )
-    return dataclasses.replace(model, text_cleaning=info.text_cleaning)
+    model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
+    stride = info.temporal_stride
+    return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
+
+
+def start_from_pretrained(source: Path, model: ModelConfig, stage: DiffusionTransformer, grid: ShardGrid) -> None:
+    """Fill a new run's initialised weights from a text-to-video checkpoint, or from one of its own paradigm.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is of another paradigm or other widths.
+    """
+    folder = find_checkpoint(source)
+    if folder is None:
+        raise CheckpointError(f"--pretrained-checkpoint {source} holds no checkpoint")
+    base = load_model_config(folder)
+    conditioning = base.conditioning if base.conditioning == model.conditioning else BASE_PARADIGM
+    # What shapes no weight of the base model may differ.
+    free = FREE_OF_WEIGHTS if conditioning == model.conditioning else FREE_OF_WEIGHTS + PARADIGM_FIELDS
+    wanted = {name: getattr(base, name) for name in free}
+    require_same_model(base, dataclasses.replace(model, conditioning=conditioning, **wanted), folder)
+    load_base_model(folder, base, stage.named_parameters(), grid)
+    logger.info("starting from the weights of %s (%s)", folder, base.conditioning)
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_whole_trajectory(goldens, case, run, batched):
                 timestep,
                 run["prompt_embeds"],
                 run["start_frame_latents"],
-                torch.full((samples,), CUTOFF_RATIO),
+                {"cutoff_ratio": torch.full((samples,), CUTOFF_RATIO)},
             ),
             run["initial_noise"],
             inference_sigmas(len(run["sigmas"]) - 1, SHIFT),
@@ -85,7 +85,7 @@ def test_whole_trajectory(goldens, case, run, batched):
 @torch.no_grad()
 def test_conditioning_and_velocities_of_stored_steps(goldens, case, run):
     """What each network call is given and returns, from the stored states."""
-    ratios = torch.full((len(run["initial_noise"]),), CUTOFF_RATIO)
+    extras = {"cutoff_ratio": torch.full((len(run["initial_noise"]),), CUTOFF_RATIO)}
     image, seen = run["start_frame_latents"], {}
     with single_process(resolve_device("cpu")) as groups:
         model = build_golden_model(goldens, case, groups)
@@ -95,7 +95,7 @@ def test_conditioning_and_velocities_of_stored_steps(goldens, case, run):
             for name, text in (("cond_out", "prompt_embeds"), ("uncond_out", "negative_prompt_embeds")):
                 if f"step{step}.{name}" not in run:
                     continue
-                velocity = velocity_of(model)(before, run[f"step{step}.timestep"], run[text], image, ratios)
+                velocity = velocity_of(model)(before, run[f"step{step}.timestep"], run[text], image, extras)
                 torch.testing.assert_close(velocity, run[f"step{step}.{name}"], atol=2e-4, rtol=1e-4)
                 if f"step{step}.dit_input" in run:
                     torch.testing.assert_close(seen["latents_BCTHW"], run[f"step{step}.dit_input"], atol=1e-5, rtol=0)

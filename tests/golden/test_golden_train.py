@@ -67,7 +67,7 @@ def run(request: pytest.FixtureRequest, goldens: Path, groups: Groups) -> Traini
         timestep_B=timesteps_of(sigma_B),
         text_BLX=stored["text_embeddings"],
         image_latents_BC1HW=stored["start_frame_latents"],
-        cutoff_ratio_B=cutoff_ratios(stored["uniform_draws"], data.cutoff_ratio_min, data.cutoff_ratio_max),
+        extras={"cutoff_ratio": cutoff_ratios(stored["uniform_draws"], data.cutoff_ratio_min, data.cutoff_ratio_max)},
     )
     output = predict_velocity(model, *vars(inputs).values())
     target = velocity_target(stored["latents"], stored["noise"])

@@ -25,6 +25,7 @@ from megatron_flashi2v.checkpoint.weights import (
     require_tensors,
     write_hub_folder,
 )
+from megatron_flashi2v.conditioning.build import input_channels
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json
@@ -53,7 +54,7 @@ def transformer_config(config: ModelConfig) -> dict[str, Any]:
         "patch_size": list(config.patch_size),
         "num_attention_heads": config.num_attention_heads,
         "attention_head_dim": config.head_dim,
-        "in_channels": config.latent_channels,
+        "in_channels": input_channels(config),
         "out_channels": config.latent_channels,
         "text_dim": config.text_dim,
         "freq_dim": config.freq_dim,
@@ -215,10 +216,9 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
         if key != "rope_max_seq_len" and stored.get(key, value) != value:
             raise CheckpointError(f"{path}: {key} is {stored[key]!r}, this model family has {value!r}")
     try:
-        config = _from_transformer(stored)
         beside = conditioning / "config.json"
         if not beside.exists():
-            return config
+            return _from_transformer(stored)
         settings = {key: value for key, value in _object(beside).items() if not key.startswith("_")}
         config = ModelConfig.from_json(settings, source=str(beside))
     except (ConfigError, KeyError, TypeError, ValueError) as error:
@@ -231,22 +231,28 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
 
 
 def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
-    """A text-to-video model, which is all that a plain transformer folder describes."""
-    if stored["in_channels"] != stored["out_channels"]:
+    """What a plain transformer folder describes: a text-to-video model, or Wan's inpainting by its wider input."""
+    channels = stored["in_channels"]
+    latents = stored["out_channels"] or channels  # diffusers takes none for as many
+    mask_channels = channels - 2 * latents
+    if channels != latents and mask_channels < 1:
         raise ConfigError(
-            f"in_channels {stored['in_channels']} and out_channels {stored['out_channels']} differ"
+            f"in_channels is {channels} and out_channels {latents}: equal ones are a text-to-video model, and more "
+            f"than {2 * latents} inpainting; another paradigm needs the {CONDITIONING}/ folder of its export"
         )
+    paradigm = {} if channels == latents else {"mask_channels": mask_channels}
     return ModelConfig(
         num_layers=stored["num_layers"],
         hidden_size=stored["num_attention_heads"] * stored["attention_head_dim"],
         ffn_hidden_size=stored["ffn_dim"],
         num_attention_heads=stored["num_attention_heads"],
-        latent_channels=stored["in_channels"],
+        latent_channels=latents,
         patch_size=tuple(stored["patch_size"]),
         freq_dim=stored["freq_dim"],
         text_dim=stored["text_dim"],
         norm_eps=stored["eps"],
-        conditioning="text_to_video",
+        conditioning="inpainting" if paradigm else "text_to_video",
+        **paradigm,
     )
 
 

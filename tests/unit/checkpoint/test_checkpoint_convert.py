@@ -109,7 +109,14 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("conditioning", "max_shard_bytes", "bf16"),
-    [("flashi2v", 10**9, False), ("flashi2v", 5000, True), ("text_to_video", 10**9, True)],
+    [
+        ("flashi2v", 10**9, False),
+        ("flashi2v", 5000, True),
+        ("text_to_video", 10**9, True),
+        ("repeat_concat", 10**9, False),
+        ("zero_pad_concat", 10**9, True),
+        ("inpainting", 5000, False),
+    ],
 )
 def test_there_and_back_bit_for_bit(
     tmp_path: Path, conditioning: str, max_shard_bytes: int, bf16: bool
@@ -199,6 +206,35 @@ def test_a_model_made_by_diffusers_is_read(tmp_path: Path) -> None:
         for entry in mappings(config, "diffusers"):
             expected = [model.state_dict()[name] for name in entry.external]
             assert torch.equal(ours[entry.ours], entry.to_ours(expected))
+
+
+@pytest.mark.parametrize(("mask_channels", "channels"), [(4, 12), (1, 9)])
+def test_an_image_to_video_transformer_of_wan_is_read_as_inpainting(
+    tmp_path: Path, mask_channels: int, channels: int
+) -> None:
+    """Wan2.2's I2V, with four latent channels in place of sixteen: latents, mask and image are the input."""
+    config = dataclasses.replace(ODD, conditioning="inpainting", mask_channels=mask_channels)
+    tensors = checkpoint(tmp_path / "run", config)
+    convert(("megatron", tmp_path / "run"), ("diffusers", tmp_path / "export"))
+    plain = tmp_path / "plain"
+    (tmp_path / "export" / "transformer").rename(plain)
+    model, info = WanTransformer3DModel.from_pretrained(plain, output_loading_info=True)
+    assert not any(info.values()), info
+    assert (model.config.in_channels, model.config.out_channels) == (channels, 4)
+    assert model.patch_embedding.weight.shape == (30, channels, 1, 2, 2)
+    convert(("diffusers", plain), ("megatron", tmp_path / "back"))
+    stored = load_model_config(find_checkpoint(tmp_path / "back"))
+    assert (stored.conditioning, stored.mask_channels, stored.latent_channels) == ("inpainting", mask_channels, 4)
+    assert_equal(model_tensors(tmp_path / "back"), tensors)
+
+
+def test_a_plain_transformer_of_an_untold_paradigm_is_refused(tmp_path: Path) -> None:
+    """Twice the latents' channels: repeated or zero-padded images look the same."""
+    checkpoint(tmp_path / "run", dataclasses.replace(ODD, conditioning="zero_pad_concat"))
+    convert(("megatron", tmp_path / "run"), ("diffusers", tmp_path / "export"))
+    (tmp_path / "export" / "transformer").rename(tmp_path / "plain")
+    with pytest.raises(UserError, match="in_channels is 8 and out_channels 4.*image_conditioning/ folder"):
+        convert(("diffusers", tmp_path / "plain"), ("megatron", tmp_path / "back"))
 
 
 def test_dtype(tmp_path: Path) -> None:

@@ -40,39 +40,40 @@ def module() -> FlashI2V:
     return built
 
 
-def inputs(frames: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(frames: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     noisy, image = (torch.randn(2, 4, count, 5, 7, generator=generator) for count in (frames, 1))
-    return noisy, image, torch.tensor([0.2, 0.7])
+    return noisy, image, {"cutoff_ratio": torch.tensor([0.2, 0.7])}
 
 
 def test_latents_are_shifted_by_phi_of_the_image(module: FlashI2V) -> None:
-    noisy, image, ratios = inputs()
+    noisy, image, extras = inputs()
     first, last = module.phi.conv_in, module.phi.conv_out
     shift_BCHW = F.conv2d(
         F.silu(F.conv2d(image[:, :, 0], first.weight[:, :, 0], first.bias, padding=1)),
         last.weight[:, :, 0], last.bias, padding=1,
     )
     assert shift_BCHW.abs().max() > 0.1
-    shifted = module(noisy, image, ratios).latents_BCTHW
+    shifted = module(noisy, image, extras).latents_BCTHW
     torch.testing.assert_close(shifted, noisy - shift_BCHW.unsqueeze(2))
     assert module.input_channels == 4
 
 
 def test_features_are_those_of_the_image_with_each_samples_ratio_on_every_frame(module: FlashI2V) -> None:
-    noisy, image, ratios = inputs(frames=4)
-    features = module(noisy, image, ratios).guidance_BCTHW
+    noisy, image, extras = inputs(frames=4)
+    features = module(noisy, image, extras).guidance_BCTHW
     assert features is not None and features.shape == noisy.shape
     for frame in range(4):
-        assert torch.equal(features[:, :, frame], plain_highpass(image[:, :, 0], ratios, return_abs=True))
+        expected = plain_highpass(image[:, :, 0], extras["cutoff_ratio"], return_abs=True)
+        assert torch.equal(features[:, :, frame], expected)
 
 
 def test_features_are_the_high_pass_of_the_flow_layer() -> None:
-    noisy, image, ratios = inputs()
+    noisy, image, extras = inputs()
     module = build_conditioning(CONFIG, None, torch.float32)  # None: the flow layer picks the best one
-    features = module(noisy, image, ratios).guidance_BCTHW
+    features = module(noisy, image, extras).guidance_BCTHW
     assert features is not None
-    assert torch.equal(features[:, :, 1], high_frequency_features(image[:, :, 0], ratios))
+    assert torch.equal(features[:, :, 1], high_frequency_features(image[:, :, 0], extras["cutoff_ratio"]))
 
 
 def test_embedding_is_two_linears_without_an_activation(module: FlashI2V) -> None:
@@ -84,9 +85,9 @@ def test_embedding_is_two_linears_without_an_activation(module: FlashI2V) -> Non
 
 
 def test_gradients_reach_phi_through_the_input_alone(module: FlashI2V) -> None:
-    noisy, image, ratios = inputs()
+    noisy, image, extras = inputs()
     image.requires_grad_()
-    conditioned = module(noisy, image, ratios)
+    conditioned = module(noisy, image, extras)
     assert not conditioned.guidance_BCTHW.requires_grad
     conditioned.latents_BCTHW.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in module.phi.parameters())
@@ -99,8 +100,8 @@ def test_phi_and_features_are_fp32_whatever_the_inputs(dtype: torch.dtype) -> No
     randomise(module)
     assert {parameter.dtype for parameter in module.phi.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in module.fourier_embedding.parameters()} == {dtype}
-    noisy, image, ratios = inputs()
-    conditioned = module(noisy.to(dtype), image.to(dtype), ratios)
+    noisy, image, extras = inputs()
+    conditioned = module(noisy.to(dtype), image.to(dtype), extras)
     assert conditioned.latents_BCTHW.dtype == conditioned.guidance_BCTHW.dtype == torch.float32
     exact = noisy.to(dtype).float() - module.phi(image.to(dtype).float(), 3)
     assert torch.equal(conditioned.latents_BCTHW, exact)  # the difference itself is not rounded

@@ -9,7 +9,9 @@ import yaml
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.recipe import flat_values, parse
+from megatron_flashi2v.config.rules import check_train, model_ranks
 from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.models.presets import PRESETS, resolve_model
 
 RECIPES = sorted((Path(__file__).parents[3] / "examples" / "recipes").glob("*.yaml"))
 
@@ -66,6 +68,12 @@ def test_config_without_its_file() -> None:
         read("--lr", "1", "--config")
 
 
+def test_every_preset_has_its_recipe() -> None:
+    assert {recipe.stem for recipe in RECIPES} == set(PRESETS)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(recipe: Path) -> None:
-    assert read("--config", str(recipe)).model.model == recipe.stem
+    config = read("--config", str(recipe))
+    assert config.model.model == recipe.stem
+    check_train(config, resolve_model(config.model), model_ranks(config.parallel))

@@ -26,6 +26,8 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
     (["--context-parallel-size", "2"], 2, ["--context-parallel-size", "not available yet"]),
     (["--train-iters", "0"], 1, ["--train-iters is 0", "at least 1"]),
     (["--cutoff-ratio-min", "0.9", "--cutoff-ratio-max", "0.1"], 1, ["--cutoff-ratio-min 0.9"]),
+    (["--image-noise-log-mean", "nan"], 1, ["--image-noise-log-mean is nan"]),
+    (["--image-noise-log-std", "-1"], 1, ["--image-noise-log-std is -1.0"]),
     (["--min-lr", "1.0"], 1, ["--min-lr 1.0"]),
     (["--optimizer", "sgd", "--use-distributed-optimizer"], 1, ["adam only"]),
     (["--sigma-shift", "0"], 1, ["--sigma-shift is 0"]),
@@ -34,7 +36,7 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
     (["--distributed-timeout-minutes", "0"], 1, ["--distributed-timeout-minutes is 0"]),
     (["--overlap-param-gather"], 1, ["--use-distributed-optimizer"]),
     (["--lr-warmup-iters", "200"], 1, ["--lr-warmup-iters is 200"]),
-    (["--model", "2b"], 1, ["--model 2b", "tiny, 1.3b, 14b"]),
+    (["--model", "2b"], 1, ["--model 2b", "tiny, 130m", "1.3b, 3b, 7b, 14b"]),
     (["--hidden-size", "100"], 1, ["hidden_size 100", "num_attention_heads 8"]),
 ])
 def test_refused(argv: list[str], world: int, words: list[str]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.key_table import parameter_count, parameter_shapes
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
 from megatron_flashi2v.config.train import ModelArguments
 from megatron_flashi2v.models.presets import PRESETS, resolve_model
 from megatron_flashi2v.models.spec import make_spec
@@ -22,7 +23,8 @@ from megatron_flashi2v.sampling.load import single_process
 
 META = torch.device("meta")
 KERNELS = {"1x3x3": (1, 3, 3), "3x3x3": (3, 3, 3)}
-# Parameters of the reference, counted by running it; the text-to-video part is diffusers' count as well.
+# 1.3b and 14b: parameters of the reference, counted by running it; the text-to-video part is diffusers' count as well.
+# The other rungs: from the reference's formula, which its own sizes confirm.
 COUNTS = {
     ("1.3b", "text_to_video", "1x3x3"): 1_418_996_800,
     ("1.3b", "flashi2v", "1x3x3"): 1_421_475_984,
@@ -30,6 +32,16 @@ COUNTS = {
     ("14b", "text_to_video", "1x3x3"): 14_288_491_584,
     ("14b", "flashi2v", "1x3x3"): 14_315_062_416,
     ("14b", "flashi2v", "3x3x3"): 14_315_099_280,
+    ("130m", "text_to_video", "1x3x3"): 130_558_528,
+    ("130m", "flashi2v", "1x3x3"): 130_872_976,
+    ("300m", "text_to_video", "1x3x3"): 291_782_464,
+    ("300m", "flashi2v", "1x3x3"): 292_441_488,
+    ("600m", "text_to_video", "1x3x3"): 600_966_208,
+    ("600m", "flashi2v", "1x3x3"): 602_100_880,
+    ("3b", "text_to_video", "1x3x3"): 3_290_237_504,
+    ("3b", "flashi2v", "1x3x3"): 3_296_978_576,
+    ("7b", "text_to_video", "1x3x3"): 7_327_845_440,
+    ("7b", "flashi2v", "1x3x3"): 7_344_911_504,
 }
 
 
@@ -62,9 +74,39 @@ def test_built_model_has_the_published_number_of_parameters(
 def test_every_preset_builds_with_the_tables_names_and_shapes(
     name: str, groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for conditioning in PARADIGMS:
+        config = dataclasses.replace(PRESETS[name], conditioning=conditioning)
+        parameters = build_on_meta(config, groups, monkeypatch).named_parameters()
+        shapes = {key: tuple(value.shape) for key, value in parameters}
+        assert shapes == parameter_shapes(config), conditioning
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
+def test_counts_follow_the_published_formula(name: str) -> None:
+    """Per block 8 d^2 + 2 d f + 21 d + f; outside the patch, text, time and head layers; then what paradigms add."""
     config = PRESETS[name]
-    shapes = {key: tuple(value.shape) for key, value in build_on_meta(config, groups, monkeypatch).named_parameters()}
-    assert shapes == parameter_shapes(config)
+    d, f, layers = config.hidden_size, config.ffn_hidden_size, config.num_layers
+    outside = 65 * d + (4096 * d + d * d + 2 * d) + (256 * d + d * d + 2 * d) + (6 * d * d + 6 * d) + 66 * d + 64
+    expected = layers * (8 * d * d + 2 * d * f + 21 * d + f) + outside
+    added = {
+        "text_to_video": 0, "flashi2v": 65 * d + d * d + d + 2048 * 9 + 80, "repeat_concat": 64 * d,
+        "zero_pad_concat": 64 * d, "inpainting": (4 + 16) * 4 * d,
+    }
+    for conditioning, more in added.items():
+        assert parameter_count(dataclasses.replace(config, conditioning=conditioning)) == expected + more, conditioning
+
+
+def test_the_ladder_is_even() -> None:
+    """Rungs double and a bit; heads are whole; the feed-forward's share falls without a jump."""
+    rungs = [config for name, config in PRESETS.items() if name != "tiny"]
+    counts = [parameter_count(dataclasses.replace(config, conditioning="text_to_video")) for config in rungs]
+    assert all(1.9 < high / low < 2.4 for low, high in itertools.pairwise(counts))
+    ratios = [config.ffn_hidden_size / config.hidden_size for config in rungs]
+    assert ratios == sorted(ratios, reverse=True) and ratios[0] <= 6 and ratios[-1] == 2.7
+    for name, config in PRESETS.items():
+        assert config.head_dim == (24 if name == "tiny" else 64 if name in ("130m", "300m") else 128), name
+        tensor = 8 if name in ("tiny", "130m", "600m", "7b", "14b") else 4
+        assert config.num_attention_heads % tensor == config.ffn_hidden_size % tensor == 0, name
 
 
 def test_tiny_is_laid_out_for_many_small_layouts() -> None:

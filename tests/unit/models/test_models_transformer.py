@@ -51,7 +51,7 @@ def make(groups: Groups) -> Callable[..., DiffusionTransformer]:
     return make
 
 
-def make_inputs(batch: int = 2, frames: int = 3) -> dict[str, Tensor]:
+def make_inputs(batch: int = 2, frames: int = 3) -> dict[str, Any]:
     """Arguments of :func:`predict_velocity`; the text rows are bf16, as prepared data holds them."""
     generator = torch.Generator().manual_seed(1)
 
@@ -63,11 +63,17 @@ def make_inputs(batch: int = 2, frames: int = 3) -> dict[str, Tensor]:
         "timestep_B": torch.linspace(900.3, 31.7, batch),
         "text_BLX": normal(batch, 5, 24).to(BF16),
         "image_latents_BC1HW": normal(batch, 4, 1, 4, 6),
-        "cutoff_ratio_B": torch.linspace(0.1, 0.6, batch),
+        "extras": {"cutoff_ratio": torch.linspace(0.1, 0.6, batch)},
     }
 
 
-def gradients(model: DiffusionTransformer, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def change(inputs: dict[str, Any], function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A function of every tensor, also within the extras."""
+    return {name: change(value, function) if isinstance(value, dict) else function(value)
+            for name, value in inputs.items()}
+
+
+def gradients(model: DiffusionTransformer, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Gradients of a mean squared error, by name."""
     model.train()
     target = torch.randn(inputs["latents_BCTHW"].shape, generator=torch.Generator().manual_seed(2))
@@ -112,7 +118,7 @@ def test_samples_of_a_batch_do_not_know_each_other(make: Callable[..., Diffusion
     model, inputs = make(), make_inputs(batch=3)
     together = predict_velocity(model, **inputs)
     for index in range(3):
-        alone = predict_velocity(model, **{name: value[index : index + 1] for name, value in inputs.items()})
+        alone = predict_velocity(model, **change(inputs, lambda value, index=index: value[index : index + 1]))
         torch.testing.assert_close(together[index : index + 1], alone, atol=2e-5, rtol=1e-5)
 
 
@@ -121,7 +127,7 @@ def test_samples_of_a_batch_do_not_know_each_other(make: Callable[..., Diffusion
 def test_every_input_matters(make: Callable[..., DiffusionTransformer], name: str) -> None:
     model, inputs = make(), make_inputs()
     before = predict_velocity(model, **inputs)
-    inputs[name] = inputs[name] * 0.5
+    inputs |= change({name: inputs[name]}, lambda value: value * 0.5)
     assert (predict_velocity(model, **inputs) - before).abs().max() > 1e-3
 
 

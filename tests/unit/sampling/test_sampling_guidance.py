@@ -14,9 +14,9 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, latents, timestep, text, image, cutoff):
-        self.calls.append((latents, timestep, text, image, cutoff))
-        per_sample = timestep / 1000 + text.mean(dim=(1, 2)) + cutoff
+    def __call__(self, latents, timestep, text, image, extras):
+        self.calls.append((latents, timestep, text, image, extras["cutoff_ratio"]))
+        per_sample = timestep / 1000 + text.mean(dim=(1, 2)) + extras["cutoff_ratio"]
         return latents + image + per_sample.view(-1, 1, 1, 1, 1)
 
 
@@ -32,7 +32,7 @@ def arguments():
         torch.tensor([300.0, 300.0]),
         normal(BATCH, ROWS, DIM),
         normal(BATCH, CHANNELS, 1, HEIGHT, WIDTH),
-        torch.tensor([0.1, 0.2]),
+        {"cutoff_ratio": torch.tensor([0.1, 0.2])},
     )
 
 
@@ -61,10 +61,10 @@ def test_only_a_scale_above_one_costs_a_second_pass(scale, active, arguments, ne
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_result_is_the_extrapolation_from_the_negative_text(batched, arguments, negative):
-    latents, timestep, text, image, cutoff = arguments
+    latents, timestep, text, image, extras = arguments
     velocity = Recorder()
     conditional = velocity(*arguments)
-    unconditional = velocity(latents, timestep, negative, image, cutoff)
+    unconditional = velocity(latents, timestep, negative, image, extras)
     guided = with_guidance(velocity, negative, 5.0, batched=batched)(*arguments)
     torch.testing.assert_close(guided, unconditional + 5.0 * (conditional - unconditional))
 
@@ -83,6 +83,7 @@ def test_batched_guidance_is_one_call_with_the_samples_of_each_pass_together(arg
     velocity = Recorder()
     with_guidance(velocity, negative, 5.0, batched=True)(*arguments)
     (call,) = velocity.calls
-    for position in (0, 1, 3, 4):
+    for position in (0, 1, 3):
         assert torch.equal(call[position], torch.cat([arguments[position]] * 2))
+    assert torch.equal(call[4], torch.cat([arguments[4]["cutoff_ratio"]] * 2))
     assert torch.equal(call[2], torch.cat([arguments[2], negative]))

@@ -62,7 +62,7 @@ def arguments():
         torch.tensor([900.0, 100.0]),
         normal(2, 8, 16),
         normal(2, 4, 1, 4, 6),
-        torch.tensor([0.1, 0.4]),
+        {"cutoff_ratio": torch.tensor([0.1, 0.4])},
     )
 
 
@@ -90,6 +90,11 @@ def test_bf16_model_takes_fp32_weights_and_answers_in_fp32(tmp_path, device):
     assert 0 < (velocity - expected).norm() / expected.norm() < 0.05
 
 
+def map_tensors(function, value):
+    """The function of a tensor, or of each of the extras."""
+    return {name: function(item) for name, item in value.items()} if isinstance(value, dict) else function(value)
+
+
 def test_velocity_depends_on_every_condition(device):
     with single_process(device) as groups:
         model = build_model(CONFIG, groups, device)
@@ -98,7 +103,7 @@ def test_velocity_depends_on_every_condition(device):
         expected = velocity(*arguments())
         for position in range(5):
             changed = list(arguments())
-            changed[position] = changed[position] * 0.5
+            changed[position] = map_tensors(lambda value: value * 0.5, changed[position])
             assert not torch.allclose(velocity(*changed), expected, atol=1e-5), position
 
 
@@ -110,7 +115,8 @@ def test_samples_of_a_batch_do_not_mix(device):
         velocity = velocity_of(model)
         together = velocity(*arguments())
         alone = torch.cat(
-            [velocity(*(value[sample : sample + 1] for value in arguments())) for sample in (0, 1)]
+            [velocity(*(map_tensors(lambda value, at=at: value[at : at + 1], item) for item in arguments()))
+             for at in (0, 1)]
         )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 

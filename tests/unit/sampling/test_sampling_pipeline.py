@@ -62,7 +62,7 @@ class LetterEncoder:
         ]
 
 
-def towards_image(latents, timestep, text, image_latents, cutoff):
+def towards_image(latents, timestep, text, image_latents, extras):
     """The straight field whose end point is the image in every latent frame: ``(state - image) / sigma``."""
     return (latents - image_latents) / (timestep / 1000).view(-1, 1, 1, 1, 1)
 
@@ -115,10 +115,10 @@ def test_every_pass_sees_image_and_ratio_and_only_the_text_differs():
     pipeline(blocks(0), "hop", negative_prompt="no", num_steps=2, cutoff_ratio=0.3, shift=7.0, **SIZE)
     assert len(calls) == 4
     expected_latents = BlockVAE().encode(2 * (blocks(0) / 255.0)[None, :, None] - 1)
-    for latents, timestep, text, image_latents, cutoff in calls:
+    for latents, timestep, text, image_latents, extras in calls:
         assert latents.shape == (1, *LATENT_SHAPE) and timestep.shape == (1,) and text.shape == (1, 6, 2)
         torch.testing.assert_close(image_latents, expected_latents)
-        assert torch.equal(cutoff, torch.tensor([0.3]))
+        assert list(extras) == ["cutoff_ratio"] and torch.equal(extras["cutoff_ratio"], torch.tensor([0.3]))
     first, second = calls[0][2][0], calls[1][2][0]
     assert first[:3, 0].tolist() == [ord("h"), ord("o"), ord("p")] and not first[3:].any()
     assert second[:2, 0].tolist() == [ord("n"), ord("o")] and not second[2:].any()
@@ -148,7 +148,7 @@ def test_no_guidance_encodes_no_negative_prompt():
 
 
 def test_sequential_and_batched_guidance_agree():
-    def velocity(latents, timestep, text, image_latents, cutoff):
+    def velocity(latents, timestep, text, image_latents, extras):
         return latents * 0.1 + text.sum(dim=(1, 2)).view(-1, 1, 1, 1, 1) / 100 + image_latents
 
     arguments = {"negative_prompt": "no", "num_steps": 3, **SIZE}
@@ -165,6 +165,26 @@ def test_sample_does_not_depend_on_its_batch():
     seen = []
     make(lambda latents, *rest: seen.append(latents) or latents)(blocks(0), "a", num_steps=1, seed=3, **SIZE)
     assert torch.equal(seen[0], sample_noise(3, [0], LATENT_SHAPE))
+
+
+def test_noise_on_the_image_does_not_depend_on_the_batch_and_follows_the_settings():
+    config = dataclasses.replace(CONFIG, conditioning="repeat_concat")
+
+    def extras_of(*arguments, **settings):
+        seen = []
+        pipeline = make(lambda latents, *rest: seen.append(rest[-1]) or latents, config=config)
+        pipeline(*arguments, num_steps=1, guidance_scale=1, **settings, **SIZE)
+        return seen[0]
+
+    together = extras_of([blocks(0), blocks(1)], ["a", "b"], seed=3, image_noise=0.07)
+    second = extras_of(blocks(1), "b", seed=3, first_index=1)
+    assert together["image_noise"].shape == (2, 3, 1, 4, 6) and together["image_noise_level"].tolist() == [
+        pytest.approx(0.07)
+    ] * 2
+    assert torch.equal(together["image_noise"][1:], second["image_noise"])
+    assert second["image_noise_level"].item() == pytest.approx(0.02)
+    assert not torch.equal(*together["image_noise"])
+    assert not torch.equal(extras_of(blocks(1), "b", seed=4, first_index=1)["image_noise"], second["image_noise"])
 
 
 def test_one_image_serves_all_prompts_and_one_prompt_all_images():
@@ -222,6 +242,8 @@ def test_patches_over_time_ask_for_whole_patches():
         {"shift": 0.0},
         {"cutoff_ratio": 1.5},
         {"cutoff_ratio": float("nan")},
+        {"image_noise": -0.1},
+        {"image_noise": float("nan")},
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting):

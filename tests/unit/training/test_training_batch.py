@@ -20,7 +20,8 @@ MODEL = ModelConfig(
     num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, latent_channels=SHAPE[0],
     text_dim=TEXT_DIM, text_length=TEXT_LENGTH + 1,
 )
-FIELDS = [field.name for field in dataclasses.fields(Microbatch)]
+EXTRAS = ["cutoff_ratio"]  # FlashI2V's
+FIELDS = [field.name for field in dataclasses.fields(Microbatch) if field.name != "extras"] + EXTRAS
 MANY = range(600)  # positions for the statistics: a mean is 0.041 standard deviations off, one time in three
 
 
@@ -40,8 +41,12 @@ def make_source(
     )
 
 
+def value(batch: Microbatch, name: str) -> torch.Tensor:
+    return batch.extras[name] if name in EXTRAS else getattr(batch, name)
+
+
 def joined(batches: list[Microbatch]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in FIELDS}
+    return {name: torch.cat([value(batch, name) for batch in batches]) for name in FIELDS}
 
 
 @pytest.mark.parametrize("dp_size, size", [(1, 1), (1, 8), (2, 2), (4, 1), (8, 1)])
@@ -71,15 +76,16 @@ def test_every_division_sees_the_same_numbers(dataset: PreparedDataset, dp_size:
 def test_shapes_and_dtypes(dataset: PreparedDataset) -> None:
     batch = make_source(dataset, size=3).read([0, 1, 2])
     shapes = {
-        "latents_BCTHW": (3, *SHAPE), "noise_BCTHW": (3, *SHAPE), "sigma_B": (3,), "cutoff_ratio_B": (3,),
+        "latents_BCTHW": (3, *SHAPE), "noise_BCTHW": (3, *SHAPE), "sigma_B": (3,), "cutoff_ratio": (3,),
         "text_BLX": (3, MODEL.text_length, TEXT_DIM),
     }
-    assert {name: tuple(getattr(batch, name).shape) for name in FIELDS} == shapes
+    assert {name: tuple(value(batch, name).shape) for name in FIELDS} == shapes
     for name in FIELDS:
-        assert getattr(batch, name).dtype == (torch.bfloat16 if name == "text_BLX" else torch.float32)
+        assert value(batch, name).dtype == (torch.bfloat16 if name == "text_BLX" else torch.float32)
     empty = next(make_source(dataset, size=3, shapes_only=True).iteration(0, 1))
-    assert {name: tuple(getattr(empty, name).shape) for name in FIELDS} == shapes
-    assert all(getattr(empty, name).is_meta for name in FIELDS)
+    shapes.pop("cutoff_ratio")  # a middle stage has no conditioning
+    assert {name: tuple(getattr(empty, name).shape) for name in shapes} == shapes and not empty.extras
+    assert all(getattr(empty, name).is_meta for name in shapes)
 
 
 def test_samples_come_in_the_global_order_with_new_draws_in_every_epoch(dataset: PreparedDataset) -> None:
@@ -90,17 +96,17 @@ def test_samples_come_in_the_global_order_with_new_draws_in_every_epoch(dataset:
         sample = dataset[order.sample_index(position)]
         assert torch.equal(batch.latents_BCTHW[position], sample.latents_CTHW)
         assert torch.equal(batch.text_BLX[position], pad_text_rows(sample.text_rows_LD, MODEL.text_length))
-    for name in ("noise_BCTHW", "sigma_B", "cutoff_ratio_B"):
-        draws = getattr(batch, name).view(len(positions), -1)
+    for name in ("noise_BCTHW", "sigma_B", "cutoff_ratio"):
+        draws = value(batch, name).view(len(positions), -1)
         assert len(draws.unique(dim=0)) == len(positions), name
 
 
 def test_another_seed_changes_every_draw(dataset: PreparedDataset) -> None:
     first, second = (make_source(dataset, seed=seed).read(range(20)) for seed in (7, 8))
     for name in FIELDS:
-        assert not torch.equal(getattr(first, name), getattr(second, name)), name
-    for name in ("noise_BCTHW", "sigma_B", "cutoff_ratio_B"):
-        assert (getattr(first, name) != getattr(second, name)).all(), name
+        assert not torch.equal(value(first, name), value(second, name)), name
+    for name in ("noise_BCTHW", "sigma_B", "cutoff_ratio"):
+        assert (value(first, name) != value(second, name)).all(), name
 
 
 def test_draws_have_the_distributions_that_the_flags_name(dataset: PreparedDataset) -> None:
@@ -113,7 +119,7 @@ def test_draws_have_the_distributions_that_the_flags_name(dataset: PreparedDatas
     logits = torch.logit(batch.sigma_B)
     assert logits.mean().item() == pytest.approx(0.5, abs=0.1)
     assert logits.std().item() == pytest.approx(0.7, abs=0.07)
-    ratios = batch.cutoff_ratio_B
+    ratios = batch.extras["cutoff_ratio"]
     assert 0.2 <= ratios.min() < 0.22 and 0.58 < ratios.max() <= 0.6
     assert ratios.mean().item() == pytest.approx(0.4, abs=0.02)
 
@@ -126,7 +132,7 @@ def test_uniform_sigmas_and_independent_purposes(dataset: PreparedDataset) -> No
     assert batch.sigma_B.mean().item() == pytest.approx(0.5, abs=0.05)
     assert batch.sigma_B.std().item() == pytest.approx(12**-0.5, abs=0.03)
     # Sigma and ratio are uniform draws of one position: with one key for both they would be equal.
-    correlation = torch.corrcoef(torch.stack([batch.sigma_B, batch.cutoff_ratio_B]))[0, 1]
+    correlation = torch.corrcoef(torch.stack([batch.sigma_B, batch.extras["cutoff_ratio"]]))[0, 1]
     assert abs(correlation.item()) < 0.15
 
 
@@ -147,9 +153,9 @@ def test_share_of_dropped_texts(dataset: PreparedDataset, probability: float) ->
     kept = make_source(dataset, text_drop_probability=0.0).read(MANY)
     assert torch.equal(batch.text_BLX[~dropped], kept.text_BLX[~dropped])
     for name in set(FIELDS) - {"text_BLX"}:  # dropping a text moves no other draw
-        assert torch.equal(getattr(batch, name), getattr(kept, name)), name
+        assert torch.equal(value(batch, name), value(kept, name)), name
 
 
 def test_moving_to_a_device_moves_everything(dataset: PreparedDataset) -> None:
     moved = make_source(dataset).read([0]).to(torch.device("meta"))
-    assert all(getattr(moved, name).is_meta for name in FIELDS)
+    assert all(value(moved, name).is_meta for name in FIELDS)

@@ -35,7 +35,8 @@ def make_batch(size: int, seed: int = 0) -> Microbatch:
     latents, noise = (torch.randn(size, 3, 2, 4, 6, generator=generator) for _ in range(2))
     return Microbatch(
         latents_BCTHW=latents, noise_BCTHW=noise, sigma_B=torch.rand(size, generator=generator),
-        text_BLX=torch.randn(size, 4, 5, generator=generator), cutoff_ratio_B=torch.rand(size, generator=generator),
+        text_BLX=torch.randn(size, 4, 5, generator=generator),
+        extras={"cutoff_ratio": torch.rand(size, generator=generator)},
     )
 
 
@@ -57,7 +58,7 @@ def test_the_model_is_given_the_noisy_latents_and_the_first_frame(spec: ModelSpe
         torch.testing.assert_close(inputs.noisy_BCTHW[index], noisy)
     torch.testing.assert_close(inputs.timestep_B, 1000 * batch.sigma_B)
     assert torch.equal(inputs.image_latents_BC1HW, batch.latents_BCTHW[:, :, :1])
-    assert inputs.text_BLX is batch.text_BLX and inputs.cutoff_ratio_B is batch.cutoff_ratio_B
+    assert inputs.text_BLX is batch.text_BLX and inputs.extras is batch.extras
     assert torch.equal(velocity, prediction(2))
     assert torch.equal(loss(velocity)[0], step.flow_matching_loss(spec, batch, velocity)[0])
 
@@ -91,8 +92,11 @@ def test_microbatches_average_to_the_global_batch(spec: ModelSpec) -> None:
     batches, velocities = [make_batch(2, seed) for seed in range(3)], [prediction(2, seed) for seed in range(3)]
     parts = [step.flow_matching_loss(spec, batch, velocity)[1]
              for batch, velocity in zip(batches, velocities, strict=True)]
-    joined = Microbatch(*(torch.cat([getattr(batch, name) for batch in batches])
-                          for name in Microbatch.__dataclass_fields__))
+    joined = Microbatch(
+        **{name: torch.cat([getattr(batch, name) for batch in batches])
+           for name in Microbatch.__dataclass_fields__ if name != "extras"},
+        extras={},
+    )
     whole, _ = step.flow_matching_loss(spec, joined, torch.cat(velocities, dim=1))
     assert step.global_mean_loss(parts, spec, 3) == pytest.approx(whole.item(), rel=1e-6)
 

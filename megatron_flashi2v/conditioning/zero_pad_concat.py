@@ -1,0 +1,45 @@
+"""Zero-padding concat with noise (CogVideoX, arXiv 2408.06072): the first frame sees the image, the others zeros.
+
+    x_in = [x_t ; (z_0 + s * n, 0, ..., 0)]     C + C channels
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_flashi2v.conditioning.image_noise import draw_sampling_noise, draw_training_noise, noisy_image
+from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, GeneratorOf, ImageConditioning
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.sample import ImageSettings
+from megatron_flashi2v.config.train import DataArguments
+
+
+class ZeroPadConcat(ImageConditioning):
+    """The noisy image at latent frame 0 and zeros after it, beside the latents' channels."""
+
+    @classmethod
+    def added_channels(cls, config: ModelConfig) -> int:
+        """Those of the image's latents."""
+        return config.latent_channels
+
+    @classmethod
+    def training_extras(
+        cls, data: DataArguments, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
+    ) -> dict[str, Tensor]:
+        """Noise on the image at a log-normal level."""
+        return draw_training_noise(data, image_shape, generator_of)
+
+    @classmethod
+    def sampling_extras(
+        cls, settings: ImageSettings, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
+    ) -> dict[str, Tensor]:
+        """Noise on the image at the level that was set."""
+        return draw_sampling_noise(settings, image_shape, generator_of)
+
+    def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
+        """Concatenate the noisy image, padded with zero latents to all frames."""
+        image_BC1HW = noisy_image(image_latents_BC1HW, extras)
+        padded_BCTHW = F.pad(image_BC1HW, (0, 0, 0, 0, 0, noisy_BCTHW.shape[2] - 1))
+        return ConditionedInput(torch.cat([noisy_BCTHW.float(), padded_BCTHW], dim=1))
