@@ -225,7 +225,7 @@ def _latest_iteration(root: Path) -> int | None:
         # A folder is renamed to its name only when it is whole, so this is a run killed before it wrote the
         # tracker.
         return max(_published_iterations(root), default=None)
-    text = tracker.read_text(encoding="utf-8").strip()
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdecimal():
         raise CheckpointError(f"{tracker} holds {text!r}; it must hold an iteration's number")
     return int(text)

@@ -6,6 +6,7 @@ import math
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import ParallelArguments, TrainConfig
 
 
@@ -141,19 +142,16 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
 
 def _check_numbers(config: TrainConfig) -> None:
     data, optimizer = config.data, config.optimizer
+    for name, value in flat_values(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be a finite number")
     if not 0.0 <= data.cutoff_ratio_min <= data.cutoff_ratio_max <= 1.0:
         raise ConfigError(
             f"--cutoff-ratio-min {data.cutoff_ratio_min} and --cutoff-ratio-max {data.cutoff_ratio_max} must be in "
             "order within [0, 1]"
         )
-    if not math.isfinite(data.image_noise_log_mean):
-        raise ConfigError(f"--image-noise-log-mean is {data.image_noise_log_mean}; it must be a finite number")
-    if not (math.isfinite(data.image_noise_log_std) and data.image_noise_log_std >= 0.0):
-        raise ConfigError(f"--image-noise-log-std is {data.image_noise_log_std}; it must be at least 0")
     if not 0.0 <= data.text_drop_probability <= 1.0:
         raise ConfigError(f"--text-drop-probability is {data.text_drop_probability}; it must be within [0, 1]")
-    if not 0.0 <= optimizer.min_lr <= optimizer.lr:
-        raise ConfigError(f"--min-lr {optimizer.min_lr} must be between 0 and --lr {optimizer.lr}")
     if not 0 <= optimizer.lr_warmup_iters < (optimizer.lr_decay_iters or config.batch.train_iters) + 1:
         raise ConfigError(
             f"--lr-warmup-iters is {optimizer.lr_warmup_iters}; it must be at least 0 and at most the decay's "
@@ -165,10 +163,13 @@ def _check_numbers(config: TrainConfig) -> None:
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
     at_least_zero = {"clip_grad": optimizer.clip_grad, "weight_decay": optimizer.weight_decay,
-                     "sigma_logit_std": data.sigma_logit_std}
+                     "sigma_logit_std": data.sigma_logit_std, "image_noise_log_std": data.image_noise_log_std,
+                     "lr": optimizer.lr}
     for name, value in at_least_zero.items():
         if not value >= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0")
+    if not 0.0 <= optimizer.min_lr <= optimizer.lr:
+        raise ConfigError(f"--min-lr {optimizer.min_lr} must be between 0 and --lr {optimizer.lr}")
     for name, value in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2),
                         ("sgd_momentum", optimizer.sgd_momentum)):
         if not 0.0 <= value < 1.0:

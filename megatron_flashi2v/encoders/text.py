@@ -76,6 +76,7 @@ class TextEncoder:
             raise ConfigError(f"text encoder folder {folder}: config.json's model_type is {kind!r}; it must be umt5")
         require_files(folder, "text encoder", "*.safetensors")
         require_files(tokenizer_folder, "tokenizer", "tokenizer*")
+        from safetensors import SafetensorError
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         try:
@@ -86,7 +87,7 @@ class TextEncoder:
             loaded: Any = UMT5EncoderModel.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             raise ConfigError(f"text encoder folder {folder}: cannot be loaded ({error})") from error
         model, report = loaded
         require_all_weights(folder, "text encoder", list(report["missing_keys"]))

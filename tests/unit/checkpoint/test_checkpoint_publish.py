@@ -290,3 +290,10 @@ def two_ranks(rank: int, folder: Path) -> None:
 
 def test_an_error_on_one_rank_reaches_all(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(two_ranks, args=(tmp_path,), nprocs=2)
+
+
+def test_a_tracker_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match="must hold an iteration's number"):
+        find_checkpoint(tmp_path)

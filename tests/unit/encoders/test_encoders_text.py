@@ -91,3 +91,12 @@ def test_a_tokenizer_without_an_end_token_is_refused(folders: tuple[Path, Path],
     (broken / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="no end token"):
         TextEncoder.load(folders[0], broken, LENGTH, "cpu")
+
+
+def test_truncated_weights_are_one_error_that_names_the_folder(tmp_path: Path) -> None:
+    make_tiny_text_encoder(tmp_path / "text_encoder")
+    make_tiny_tokenizer(tmp_path / "tokenizer")
+    weights = next((tmp_path / "text_encoder").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="text_encoder: cannot be loaded"):
+        TextEncoder.load(tmp_path / "text_encoder", tmp_path / "tokenizer", 8, torch.device("cpu"))
