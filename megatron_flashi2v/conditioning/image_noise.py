@@ -12,28 +12,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_flashi2v.conditioning.interface import Extras, GeneratorOf
+from megatron_flashi2v.conditioning.interface import Extras, GeneratorOf, ImageConditioning
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings
 from megatron_flashi2v.config.train import DataArguments
 
 LEVEL, NOISE = "image_noise_level", "image_noise"
 
 
-def draw_training_noise(
-    data: DataArguments, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
-) -> dict[str, Tensor]:
-    """A log-normal level (a scalar) and noise of the image's shape (C, 1, H, W), fp32."""
-    normal = torch.randn((), generator=generator_of("image-noise-level"))
-    level = torch.exp(data.image_noise_log_mean + data.image_noise_log_std * normal)
-    return {LEVEL: level, NOISE: torch.randn(image_shape, generator=generator_of("image-noise"))}
+class NoisyImageConcat(ImageConditioning):
+    """What the paradigms that concatenate a noisy image share: its channels and its draws."""
 
+    @classmethod
+    def added_channels(cls, config: ModelConfig) -> int:
+        """Those of the image's latents."""
+        return config.latent_channels
 
-def draw_sampling_noise(
-    settings: ImageSettings, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
-) -> dict[str, Tensor]:
-    """The level that the user set, and noise of the image's shape."""
-    level = torch.tensor(settings.image_noise, dtype=torch.float32)
-    return {LEVEL: level, NOISE: torch.randn(image_shape, generator=generator_of("image-noise"))}
+    @classmethod
+    def training_extras(
+        cls, data: DataArguments, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
+    ) -> dict[str, Tensor]:
+        """A log-normal level (a scalar) and noise of the image's shape (C, 1, H, W), fp32."""
+        normal = torch.randn((), generator=generator_of("image-noise-level"))
+        level = torch.exp(data.image_noise_log_mean + data.image_noise_log_std * normal)
+        return {LEVEL: level, NOISE: torch.randn(image_shape, generator=generator_of("image-noise"))}
+
+    @classmethod
+    def sampling_extras(
+        cls, settings: ImageSettings, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
+    ) -> dict[str, Tensor]:
+        """The level that the user set, and noise of the image's shape."""
+        level = torch.tensor(settings.image_noise, dtype=torch.float32)
+        return {LEVEL: level, NOISE: torch.randn(image_shape, generator=generator_of("image-noise"))}
 
 
 def noisy_image(image_latents_BC1HW: Tensor, extras: Extras) -> Tensor:

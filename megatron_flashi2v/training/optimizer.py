@@ -7,7 +7,7 @@ from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
     ParamKey,
-    ParamWithNamePredicate,
+    ParamPredicate,
     get_megatron_optimizer,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -37,7 +37,7 @@ def wrap_data_parallel(model: DiffusionTransformer, config: TrainConfig) -> Dist
     return wrapped
 
 
-def decays(parameter: nn.Parameter, name: str) -> bool:
+def decays(parameter: nn.Parameter) -> bool:
     """Matrices, convolutions and modulation tables decay; biases and norms do not."""
     return parameter.ndim > 1
 
@@ -45,9 +45,7 @@ def decays(parameter: nn.Parameter, name: str) -> bool:
 def make_optimizer(model: DistributedDataParallel, config: TrainConfig, spec: ModelSpec) -> MegatronOptimizer:
     """AdamW or SGD behind megatron-core's interface, with fp32 master weights and global-norm clipping."""
     arguments = config.optimizer
-    no_decay = ParamKey(
-        with_name_predicate=ParamWithNamePredicate(name="no_decay", fn=lambda param, name: not decays(param, name))
-    )
+    no_decay = ParamKey(predicate=ParamPredicate(name="no_decay", fn=lambda parameter: not decays(parameter)))
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=arguments.optimizer,
