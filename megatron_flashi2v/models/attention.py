@@ -15,7 +15,10 @@ from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
 
 
 class SelfAttention(nn.Module):
-    """Full attention over visual tokens. Fused rows are ordered (head, {q, k, v}, D): any TP slice is whole heads."""
+    """Full attention over visual tokens, in three steps, of which a block may compute the outer two again in backward.
+
+    Fused rows are ordered (head, {q, k, v}, D): any TP slice is whole heads.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -27,14 +30,25 @@ class SelfAttention(nn.Module):
         self.norm_k = FullWidthRMSNorm(spec)
         self.linear_proj = row_parallel(spec.row_linear, width, width, spec.megatron, spec.groups)
 
-    def forward(self, hidden_SBD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Update of the residual stream, [S, B, d] on this rank's tokens; ``rotary`` holds cos and sin [S, D/2]."""
+    def queries_keys_values(self, hidden_SBD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised and rotated queries and keys, and values, each [S, B, h, D].
+
+        Args:
+            hidden_SBD: this rank's tokens.
+            rotary: cos and sin [S, D/2] of all tokens.
+        """
         qkv, _ = self.linear_qkv(hidden_SBD)
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(dim=-2)
         query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
-        query = self.kernels.apply_rope(query, *rotary)
-        key = self.kernels.apply_rope(key, *rotary)
-        return self.linear_proj(_attend(self.kernels.attention, query, key, value))[0]
+        return self.kernels.apply_rope(query, *rotary), self.kernels.apply_rope(key, *rotary), value
+
+    def attend(self, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v with the heads side by side, [S, B, h D]."""
+        return _attend(self.kernels.attention, query_SBhD, key_SBhD, value_SBhD)
+
+    def project(self, attended_SBX: Tensor) -> Tensor:
+        """Update of the residual stream, [S, B, d] on this rank's tokens."""
+        return self.linear_proj(attended_SBX)[0]
 
 
 class CrossAttention(nn.Module):

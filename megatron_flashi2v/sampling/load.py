@@ -15,8 +15,9 @@ from megatron_flashi2v.checkpoint.state import load_model as load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups, destroy_groups, make_groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
