@@ -23,10 +23,35 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     """
     _check_positive(config)
     _check_unavailable(config.parallel)
-    _check_layout(config.parallel, model, world_size)
+    check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
     _check_recompute(config.recompute)
     _check_numbers(config)
+
+
+def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:
+    """Check that a model divides over the ranks, and that there are ranks for whole replicas.
+
+    Raises:
+        ConfigError: names the rule and the nearest valid choice.
+    """
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for name, count in (("num_attention_heads", model.num_attention_heads),
+                        ("ffn_hidden_size", model.ffn_hidden_size)):
+        if count % tensor:
+            raise ConfigError(
+                f"--tensor-model-parallel-size {tensor} must divide {name} {count}; "
+                f"choose {_nearest_divisor(count, tensor)}"
+            )
+    stage_layer_counts(parallel, model.num_layers)
+    ranks = model_ranks(parallel)
+    if world_size % ranks:
+        raise ConfigError(
+            f"{world_size} processes were started, but tensor {tensor} x pipeline {pipeline} x context "
+            f"{parallel.context_parallel_size} parallel takes {ranks} for each replica; start a multiple of {ranks}"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ConfigError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
 
 
 def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:
@@ -156,26 +181,6 @@ def _check_positive(config: TrainConfig) -> None:
 def _check_unavailable(parallel: ParallelArguments) -> None:
     if parallel.context_parallel_size > 1:
         raise ConfigError("--context-parallel-size above 1 is not available yet; use tensor or pipeline parallelism")
-
-
-def _check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name, count in (("num_attention_heads", model.num_attention_heads),
-                        ("ffn_hidden_size", model.ffn_hidden_size)):
-        if count % tensor:
-            raise ConfigError(
-                f"--tensor-model-parallel-size {tensor} must divide {name} {count}; "
-                f"choose {_nearest_divisor(count, tensor)}"
-            )
-    stage_layer_counts(parallel, model.num_layers)
-    ranks = model_ranks(parallel)
-    if world_size % ranks:
-        raise ConfigError(
-            f"{world_size} processes were started, but tensor {tensor} x pipeline {pipeline} x context "
-            f"{parallel.context_parallel_size} parallel takes {ranks} for each replica; start a multiple of {ranks}"
-        )
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
-        raise ConfigError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
 
 
 def _check_batch(config: TrainConfig, world_size: int) -> None:

@@ -23,7 +23,14 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
-from megatron_flashi2v.checkpoint.state import NamedParameters, ShardGrid, load_base_model, load_model, model_pieces
+from megatron_flashi2v.checkpoint.state import (
+    NamedParameters,
+    ShardGrid,
+    load_base_model,
+    load_model,
+    model_pieces,
+    shard_grid,
+)
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
@@ -36,7 +43,7 @@ from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.models.stages import stages_of_rank
 from megatron_flashi2v.models.transformer import DiffusionTransformer
-from megatron_flashi2v.parallel.groups import Groups, make_groups
+from megatron_flashi2v.parallel.groups import make_groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
@@ -313,13 +320,6 @@ def load_training_state(folder: Path) -> dict[str, Any]:
             f"{folder / STATE_NAME} has no {', '.join(missing)}; the checkpoint is damaged, load another one"
         )
     return state
-
-
-def shard_grid(groups: Groups) -> ShardGrid:
-    """This rank's place as checkpoints see it."""
-    return ShardGrid(
-        tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), dp_rank=groups.dp_cp.rank(), dp_size=groups.dp_cp.size()
-    )
 
 
 def build_chunks(spec: ModelSpec, config: TrainConfig, device: Device) -> list[DiffusionTransformer]:

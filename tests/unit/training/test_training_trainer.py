@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.checkpoint.state import shard_grid
 from megatron_flashi2v.config.train import RecomputeArguments
 from megatron_flashi2v.models.recompute import Recompute
-from megatron_flashi2v.training.trainer import recompute_of, shard_grid
-
-MODEL = ModelConfig(num_layers=8, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2)
+from megatron_flashi2v.training.trainer import recompute_of
 
 
 def group(size: int, rank: int = 0) -> SimpleNamespace:
