@@ -24,6 +24,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_positive(config)
     _check_unavailable(config.parallel)
     _check_layout(config.parallel, model, world_size)
+    _check_context(config.parallel, model)
     _check_batch(config, world_size)
     _check_numbers(config)
 
@@ -42,6 +43,17 @@ def model_ranks(parallel: ParallelArguments) -> int:
     )
 
 
+def ulysses_degree(parallel: ParallelArguments) -> int:
+    """Context-parallel ranks that trade tokens for heads with one another."""
+    whole = parallel.context_parallel_size
+    return {"ulysses": whole, "ring": 1, "usp": parallel.ulysses_degree or whole}[parallel.context_parallel_algo]
+
+
+def ring_degree(parallel: ParallelArguments) -> int:
+    """Context-parallel ranks that pass keys and values around, one of each Ulysses group."""
+    return parallel.context_parallel_size // ulysses_degree(parallel)
+
+
 def num_microbatches(config: TrainConfig, world_size: int) -> int:
     """Microbatches that each replica runs in one iteration."""
     return config.batch.global_batch_size // (
@@ -49,34 +61,21 @@ def num_microbatches(config: TrainConfig, world_size: int) -> int:
     )
 
 
-def check_tokens(model: ModelConfig, parallel: ParallelArguments, latent_shape: tuple[int, int, int]) -> None:
-    """Check the layout against the data's size.
+def check_tokens(model: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
+    """Check the data's size. Any number of visual tokens fits any layout: they are padded.
 
     Args:
-        model: patch and text length.
-        parallel: the layout.
+        model: patch size.
         latent_shape: latent frames, rows and columns.
 
     Raises:
-        ConfigError: the latents do not divide into patches, or tokens or text rows not over the ranks.
+        ConfigError: the latents do not divide into patches.
     """
     if any(side % patch for side, patch in zip(latent_shape, model.patch_size, strict=True)):
         raise ConfigError(
             f"latents of {latent_shape} (frames, rows, columns) do not divide into patches of {model.patch_size}; "
             "prepare the data with another height, width or number of frames"
         )
-    if not parallel.sequence_parallel:
-        return
-    shards = parallel.tensor_model_parallel_size
-    tokens = 1
-    for side, patch in zip(latent_shape, model.patch_size, strict=True):
-        tokens *= side // patch
-    for name, count in (("visual tokens", tokens), ("text rows", model.text_length)):
-        if count % shards:
-            raise ConfigError(
-                f"--sequence-parallel shards {count} {name} over --tensor-model-parallel-size {shards}, which must "
-                f"divide them; choose {_nearest_divisor(count, shards)}, or leave --sequence-parallel out"
-            )
 
 
 def _check_positive(config: TrainConfig) -> None:
@@ -99,8 +98,6 @@ def _check_positive(config: TrainConfig) -> None:
 
 
 def _check_unavailable(parallel: ParallelArguments) -> None:
-    if parallel.context_parallel_size > 1:
-        raise ConfigError("--context-parallel-size above 1 is not available yet; use tensor or pipeline parallelism")
     if parallel.num_virtual_stages_per_pipeline_rank not in (None, 1):
         raise ConfigError("--num-virtual-stages-per-pipeline-rank above 1 is not available yet; leave it out")
 
@@ -119,6 +116,12 @@ def _check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: i
             f"--pipeline-model-parallel-size {pipeline} must divide num_layers {model.num_layers}; "
             f"choose {_nearest_divisor(model.num_layers, pipeline)}"
         )
+    if parallel.sequence_parallel and model.text_length % tensor:
+        raise ConfigError(
+            f"--sequence-parallel shards text_length {model.text_length} over --tensor-model-parallel-size {tensor}, "
+            f"which must divide it; choose {_nearest_divisor(math.gcd(model.text_length, tensor), tensor)}, or leave "
+            "--sequence-parallel out"
+        )
     ranks = model_ranks(parallel)
     if world_size % ranks:
         raise ConfigError(
@@ -127,6 +130,35 @@ def _check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: i
         )
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise ConfigError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+
+
+def _check_context(parallel: ParallelArguments, model: ModelConfig) -> None:
+    whole, algo = parallel.context_parallel_size, parallel.context_parallel_algo
+    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+    held = f"the {heads} heads of a tensor-parallel rank"
+    if algo != "usp" and parallel.ulysses_degree is not None:
+        raise ConfigError(
+            f"--ulysses-degree {parallel.ulysses_degree} belongs to --context-parallel-algo usp, not to {algo}; "
+            "leave it out, or choose usp"
+        )
+    if algo == "ulysses" and heads % whole:
+        raise ConfigError(
+            f"--context-parallel-algo ulysses divides {held} over --context-parallel-size {whole}; choose "
+            f"{_nearest_divisor(heads, whole)}, or --context-parallel-algo ring, or usp with --ulysses-degree "
+            f"{_nearest_divisor(math.gcd(heads, whole), whole)}"
+        )
+    if algo == "usp":
+        degree, fits = parallel.ulysses_degree, math.gcd(heads, whole)
+        if degree is None:
+            raise ConfigError(
+                f"--context-parallel-algo usp needs --ulysses-degree, a divisor of --context-parallel-size {whole} and "
+                f"of {held}; choose {fits}"
+            )
+        if degree < 1 or fits % degree:
+            raise ConfigError(
+                f"--ulysses-degree {degree} must divide --context-parallel-size {whole} and {held}; choose "
+                f"{_nearest_divisor(fits, degree)}"
+            )
 
 
 def _check_batch(config: TrainConfig, world_size: int) -> None:

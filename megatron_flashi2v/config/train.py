@@ -75,11 +75,11 @@ class ParallelArguments:
     num_virtual_stages_per_pipeline_rank: int | None = None
     """Model chunks per stage (interleaved schedule); not available yet."""
     context_parallel_size: int = 1
-    """Ranks that share one sample's tokens in attention; not available yet."""
+    """Ranks that share one sample's visual tokens."""
     context_parallel_algo: Literal["ulysses", "ring", "usp"] = "ulysses"
-    """How context-parallel ranks exchange; not available yet."""
+    """ulysses: trade tokens for heads around attention; ring: pass keys and values around; usp: ulysses inside ring."""
     ulysses_degree: int | None = None
-    """Ulysses ranks inside `usp`; not available yet."""
+    """usp: neighbouring ranks that trade tokens for heads; the ring is across them."""
     sequence_parallel: bool = False
     """Shard tokens over the tensor-parallel ranks between the matrix products."""
     use_distributed_optimizer: bool = False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_flashi2v.models.attention import CrossAttention, SelfAttention
+from megatron_flashi2v.models.attention import CrossAttention, Rotary, SelfAttention
 from megatron_flashi2v.models.norms import AffineLayerNorm, gated_residual, modulated_layer_norm
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
@@ -44,16 +44,14 @@ class TransformerBlock(nn.Module):
         self.cross_attention = CrossAttention(spec)
         self.mlp = FeedForward(spec)
 
-    def forward(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary) -> Tensor:
         """The residual stream after the block, same shape and dtype.
 
         Args:
             hidden_SBD: residual stream on this rank's tokens.
             text_TBD: embedded text rows (this rank's, under sequence parallelism).
             modulation_6BD: projected time embedding, fp32.
-            rotary: cos and sin [S, D/2] for all tokens, fp32.
+            rotary: where the visual tokens stand.
         """
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
             self.modulation.unsqueeze(1) + modulation_6BD
