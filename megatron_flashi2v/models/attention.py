@@ -37,7 +37,9 @@ class SelfAttention(nn.Module):
         width = spec.config.hidden_size
         self.head_dim = spec.config.head_dim
         self.apply_rope = spec.kernels.apply_rope
-        self.attend = ContextAttention(spec.kernels.attention, ulysses=spec.groups.ulysses)
+        self.attend = ContextAttention(
+            spec.kernels.attention, spec.kernels.attention_backward, ulysses=spec.groups.ulysses, ring=spec.groups.ring
+        )
         self.linear_qkv = column_parallel(spec.column_linear, width, 3 * width, spec.megatron, spec.groups)
         self.norm_q = FullWidthRMSNorm(spec)
         self.norm_k = FullWidthRMSNorm(spec)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_flashi2v.parallel.padding import zero_pad
+from megatron_flashi2v.parallel.ring import Ring, ring_attention
 from megatron_flashi2v.parallel.ulysses import heads_for_tokens, tokens_for_heads
 
 # S: tokens of this context-parallel rank with its padding, B: batch, h: heads of this rank, D: head size.
@@ -23,13 +24,21 @@ class ContextAttention:
 
     Args:
         attention: the kernel, batch first.
+        attention_backward: its backward for one block of the keys; a ring needs it.
         ulysses: ranks of neighbouring blocks that trade tokens for heads, or None.
+        ring: ranks that pass keys and values around, the n-th of each Ulysses group, or None.
     """
 
     def __init__(
-        self, attention: Callable[..., Any], *, ulysses: torch.distributed.ProcessGroup | None = None
+        self,
+        attention: Callable[..., Any],
+        attention_backward: Callable[..., Any] | None = None,
+        *,
+        ulysses: ProcessGroup | None = None,
+        ring: ProcessGroup | None = None,
     ) -> None:
-        self.attention, self.ulysses = attention, ulysses
+        self.attention, self.attention_backward = attention, attention_backward
+        self.ulysses, self.ring = ulysses, ring
 
     def __call__(self, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor, tokens: int) -> Tensor:
         """What this rank's tokens attend to, [S, B, h, D]; zeros for padding.
@@ -41,11 +50,14 @@ class ContextAttention:
             tokens: real tokens on all ranks.
         """
         if self.ulysses is None:
-            return self._attend(query_SBhD, key_SBhD, value_SBhD, tokens)
+            return self._over_ring(query_SBhD, key_SBhD, value_SBhD, tokens)
         own_heads = tokens_for_heads(query_SBhD, key_SBhD, value_SBhD, self.ulysses)
-        return heads_for_tokens(self._attend(*own_heads, tokens), self.ulysses)
+        return heads_for_tokens(self._over_ring(*own_heads, tokens), self.ulysses)
 
-    def _attend(self, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor, tokens: int) -> Tensor:
-        rows = len(query_SBhD)
+    def _over_ring(self, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor, tokens: int) -> Tensor:
+        if self.ring is not None:
+            assert self.attention_backward is not None, "ring attention needs the kernel's own backward"
+            ring = Ring(self.attention, self.attention_backward, self.ring, tokens)
+            return ring_attention(query_SBhD, key_SBhD, value_SBhD, ring)
         real = (part_SBhD[:tokens].transpose(0, 1) for part_SBhD in (query_SBhD, key_SBhD, value_SBhD))
-        return zero_pad(self.attention(*real).transpose(0, 1), rows)
+        return zero_pad(self.attention(*real).transpose(0, 1), len(query_SBhD))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 # s: tokens of one rank, U: ranks, S = U * s, B: batch, h: heads of one rank outside the exchange, g = h / U: inside it.
 
@@ -15,7 +16,7 @@ class _Exchange(torch.autograd.Function):
     """Part u of the first dimension goes to rank u; what rank u sends arrives as part u. Its own transpose."""
 
     @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, parts: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         return _exchange(parts, group)
 
@@ -24,7 +25,7 @@ class _Exchange(torch.autograd.Function):
         return _exchange(gradients[0], ctx.group), None
 
 
-def _exchange(parts: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+def _exchange(parts: Tensor, group: ProcessGroup) -> Tensor:
     parts = parts.contiguous()
     received = torch.empty_like(parts)
     torch.distributed.all_to_all_single(received, parts, group=group)
@@ -32,7 +33,7 @@ def _exchange(parts: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
 
 
 def tokens_for_heads(
-    query_sBhD: Tensor, key_sBhD: Tensor, value_sBhD: Tensor, group: torch.distributed.ProcessGroup
+    query_sBhD: Tensor, key_sBhD: Tensor, value_sBhD: Tensor, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's share of the heads, for the tokens of all ranks in order: three times [S, B, g, D], in one exchange.
 
@@ -51,7 +52,7 @@ def tokens_for_heads(
     return query_SBgD, key_SBgD, value_SBgD
 
 
-def heads_for_tokens(output_SBgD: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+def heads_for_tokens(output_SBgD: Tensor, group: ProcessGroup) -> Tensor:
     """The way back: this rank's tokens with all heads, [s, B, h, D]."""
     received_UsBgD = _Exchange.apply(output_SBgD.unflatten(0, (group.size(), -1)), group)
     return received_UsBgD.movedim(0, 2).flatten(2, 3)

@@ -10,7 +10,6 @@ from megatron_flashi2v.config.rules import check_tokens, check_train, num_microb
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 
-
 CP, ALGO, DEGREE = "--context-parallel-size", "--context-parallel-algo", "--ulysses-degree"
 USP = (ALGO, "usp")
 
