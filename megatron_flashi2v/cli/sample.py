@@ -83,7 +83,7 @@ def run(config: SampleConfig, launch: LaunchEnvironment) -> None:
     device = resolve_device(config.device, launch.local_rank)
     vae = VideoVAE.load(config.vae, device.torch_device)
     latent_shape = latent_shape_of(vae, model_config, shape.num_frames, shape.height, shape.width)
-    check_tokens(model_config, config.parallel, latent_shape[1:])
+    check_tokens(model_config, latent_shape[1:])
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     text_encoder = TextEncoder.load(
         config.text_encoder, config.tokenizer, model_config.text_length, device.torch_device, dtype

@@ -22,7 +22,6 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
         ConfigError: a rule is broken; the message names the flag, its value and the nearest valid choice.
     """
     _check_positive(config)
-    _check_unavailable(config.parallel)
     check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
     _check_recompute(config.recompute)
@@ -44,6 +43,12 @@ def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: in
                 f"choose {_nearest_divisor(count, tensor)}"
             )
     stage_layer_counts(parallel, model.num_layers)
+    if parallel.sequence_parallel and model.text_length % tensor:
+        raise ConfigError(
+            f"--sequence-parallel shards text_length {model.text_length} over --tensor-model-parallel-size {tensor}, "
+            f"which must divide it; choose {_nearest_divisor(math.gcd(model.text_length, tensor), tensor)}, or leave "
+            "--sequence-parallel out"
+        )
     ranks = model_ranks(parallel)
     if world_size % ranks:
         raise ConfigError(
@@ -52,6 +57,7 @@ def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: in
         )
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise ConfigError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+    _check_context(parallel, model)
 
 
 def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:
@@ -66,6 +72,17 @@ def model_ranks(parallel: ParallelArguments) -> int:
         * parallel.pipeline_model_parallel_size
         * parallel.context_parallel_size
     )
+
+
+def ulysses_degree(parallel: ParallelArguments) -> int:
+    """Context-parallel ranks that trade tokens for heads with one another."""
+    whole = parallel.context_parallel_size
+    return {"ulysses": whole, "ring": 1, "usp": parallel.ulysses_degree or whole}[parallel.context_parallel_algo]
+
+
+def ring_degree(parallel: ParallelArguments) -> int:
+    """Context-parallel ranks that pass keys and values around, one of each Ulysses group."""
+    return parallel.context_parallel_size // ulysses_degree(parallel)
 
 
 def num_microbatches(config: TrainConfig, world_size: int) -> int:
@@ -128,34 +145,21 @@ def _given_split(split: str, stages: int, num_layers: int) -> tuple[int, ...]:
     return counts
 
 
-def check_tokens(model: ModelConfig, parallel: ParallelArguments, latent_shape: tuple[int, int, int]) -> None:
-    """Check the layout against the data's size.
+def check_tokens(model: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
+    """Check the data's size. Any number of visual tokens fits any layout: they are padded.
 
     Args:
-        model: patch and text length.
-        parallel: the layout.
+        model: patch size.
         latent_shape: latent frames, rows and columns.
 
     Raises:
-        ConfigError: the latents do not divide into patches, or tokens or text rows not over the ranks.
+        ConfigError: the latents do not divide into patches.
     """
     if any(side % patch for side, patch in zip(latent_shape, model.patch_size, strict=True)):
         raise ConfigError(
             f"latents of {latent_shape} (frames, rows, columns) do not divide into patches of {model.patch_size}; "
             "prepare the data with another height, width or number of frames"
         )
-    if not parallel.sequence_parallel:
-        return
-    shards = parallel.tensor_model_parallel_size
-    tokens = 1
-    for side, patch in zip(latent_shape, model.patch_size, strict=True):
-        tokens *= side // patch
-    for name, count in (("visual tokens", tokens), ("text rows", model.text_length)):
-        if count % shards:
-            raise ConfigError(
-                f"--sequence-parallel shards {count} {name} over --tensor-model-parallel-size {shards}, which must "
-                f"divide them; choose {_nearest_divisor(count, shards)}, or leave --sequence-parallel out"
-            )
 
 
 def _check_positive(config: TrainConfig) -> None:
@@ -178,9 +182,33 @@ def _check_positive(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
-def _check_unavailable(parallel: ParallelArguments) -> None:
-    if parallel.context_parallel_size > 1:
-        raise ConfigError("--context-parallel-size above 1 is not available yet; use tensor or pipeline parallelism")
+def _check_context(parallel: ParallelArguments, model: ModelConfig) -> None:
+    whole, algo = parallel.context_parallel_size, parallel.context_parallel_algo
+    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+    held = f"the {heads} heads of a tensor-parallel rank"
+    if algo != "usp" and parallel.ulysses_degree is not None:
+        raise ConfigError(
+            f"--ulysses-degree {parallel.ulysses_degree} belongs to --context-parallel-algo usp, not to {algo}; "
+            "leave it out, or choose usp"
+        )
+    if algo == "ulysses" and heads % whole:
+        raise ConfigError(
+            f"--context-parallel-algo ulysses divides {held} over --context-parallel-size {whole}; choose "
+            f"{_nearest_divisor(heads, whole)}, or --context-parallel-algo ring, or usp with --ulysses-degree "
+            f"{_nearest_divisor(math.gcd(heads, whole), whole)}"
+        )
+    if algo == "usp":
+        degree, fits = parallel.ulysses_degree, math.gcd(heads, whole)
+        if degree is None:
+            raise ConfigError(
+                f"--context-parallel-algo usp needs --ulysses-degree, a divisor of --context-parallel-size {whole} and "
+                f"of {held}; choose {fits}"
+            )
+        if degree < 1 or fits % degree:
+            raise ConfigError(
+                f"--ulysses-degree {degree} must divide --context-parallel-size {whole} and {held}; choose "
+                f"{_nearest_divisor(fits, degree)}"
+            )
 
 
 def _check_batch(config: TrainConfig, world_size: int) -> None:

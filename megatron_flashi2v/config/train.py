@@ -78,11 +78,11 @@ class ParallelArguments:
     """Blocks of every stage in the activation's order, such as 7,8,8,7; by default as even as can be, with fewer on
     the first and the last stage, which hold the embeddings and the head."""
     context_parallel_size: int = 1
-    """Ranks that share one sample's tokens in attention; not available yet."""
+    """Ranks that share one sample's visual tokens."""
     context_parallel_algo: Literal["ulysses", "ring", "usp"] = "ulysses"
-    """How context-parallel ranks exchange; not available yet."""
+    """ulysses: trade tokens for heads around attention; ring: pass keys and values around; usp: ulysses inside ring."""
     ulysses_degree: int | None = None
-    """Ulysses ranks inside `usp`; not available yet."""
+    """usp: neighbouring ranks that trade tokens for heads; the ring is across them."""
     sequence_parallel: bool = False
     """Shard tokens over the tensor-parallel ranks between the matrix products."""
     use_distributed_optimizer: bool = False

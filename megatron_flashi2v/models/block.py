@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_flashi2v.models.attention import CrossAttention, SelfAttention
+from megatron_flashi2v.models.attention import CrossAttention, Rotary, SelfAttention
 from megatron_flashi2v.models.norms import AffineLayerNorm, gated_residual, modulated_layer_norm
 from megatron_flashi2v.models.recompute import Recompute, dropping_output, keeping_output, recomputed
 from megatron_flashi2v.models.spec import ModelSpec
@@ -57,25 +57,23 @@ class TransformerBlock(nn.Module):
         self.cross_attention = CrossAttention(spec)
         self.mlp = FeedForward(spec, recompute)
 
-    def forward(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary) -> Tensor:
         """The residual stream after the block, same shape and dtype.
 
         Args:
             hidden_SBD: residual stream on this rank's tokens.
             text_TBD: embedded text rows (this rank's, under sequence parallelism).
             modulation_6BD: projected time embedding, fp32.
-            rotary: cos and sin [S, D/2] for all tokens, fp32.
+            rotary: where the visual tokens stand.
         """
         run = recomputed if self.recompute.inside == "skip_attention" and torch.is_grad_enabled() else _plainly
         modulation_6BD = self.modulation.unsqueeze(1) + modulation_6BD
         query, key, value = run(self.before_attention, hidden_SBD, modulation_6BD, rotary)
-        attended_SBX = self.self_attention.attend(query, key, value)
-        return run(self.after_attention, hidden_SBD, attended_SBX, text_TBD, modulation_6BD)
+        attended_SBhD = self.self_attention.attend(query, key, value, rotary.tokens)
+        return run(self.after_attention, hidden_SBD, attended_SBhD, text_TBD, modulation_6BD)
 
     def before_attention(
-        self, hidden_SBD: Tensor, modulation_6BD: Tensor, rotary: tuple[Tensor, Tensor]
+        self, hidden_SBD: Tensor, modulation_6BD: Tensor, rotary: Rotary
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the modulated norm of the residual stream."""
         shift, scale = modulation_6BD[0], modulation_6BD[1]
@@ -85,11 +83,11 @@ class TransformerBlock(nn.Module):
         )
 
     def after_attention(
-        self, hidden_SBD: Tensor, attended_SBX: Tensor, text_TBD: Tensor, modulation_6BD: Tensor
+        self, hidden_SBD: Tensor, attended_SBhD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor
     ) -> Tensor:
         """Self-attention's gated update, cross-attention and the feed-forward layer."""
         gate_sa, shift, scale, gate_ff = modulation_6BD[2:].unbind(0)
-        hidden_SBD = gated_residual(hidden_SBD, self.self_attention.project(attended_SBX), gate_sa)
+        hidden_SBD = gated_residual(hidden_SBD, self.self_attention.project(attended_SBhD), gate_sa)
         hidden_SBD = hidden_SBD + self.feed(
             self.cross_norm, lambda normed: self.cross_attention(normed, text_TBD), hidden_SBD
         )

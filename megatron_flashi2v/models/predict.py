@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +47,7 @@ def predict_velocity(
         if not chunk.stage.is_last:
             _send(chunk, output)
     patches_SBP = _from_last_stage(chunks[-1], output, grid, len(timestep_B))
-    return unpatchify(gather_tokens(patches_SBP, spec.groups), grid, spec.config.patch_size)
+    return unpatchify(gather_tokens(patches_SBP, math.prod(grid), spec.groups), grid, spec.config.patch_size)
 
 
 def _neighbour(chunk: DiffusionTransformer, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from flashi2v_kernels.rope3d.tables import rope_tables
 from megatron_flashi2v.conditioning.build import build_conditioning
 from megatron_flashi2v.conditioning.interface import Extras
+from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.block import TransformerBlock
 from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
 from megatron_flashi2v.models.head import Head
@@ -22,7 +24,14 @@ from megatron_flashi2v.models.recompute import Recompute, recomputed
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.stages import Stage, whole_model
 from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
-from megatron_flashi2v.parallel.regions import mark_sequence_parallel, shard_tokens, sum_in_backward
+from megatron_flashi2v.parallel.regions import (
+    context_block,
+    mark_sequence_parallel,
+    rows_per_rank,
+    shard_rows,
+    shard_tokens,
+    sum_in_backward,
+)
 
 CONDITIONING_ROWS = 7
 """Rows that travel beside the tokens: the time embedding and its six projections."""
@@ -70,7 +79,7 @@ class DiffusionTransformer(MegatronModule):
         self.post_process = self.stage.is_last
         self.share_embeddings_and_output_weights = False
         self.input_tensor: Tensor | None = None
-        self._rotary: dict[tuple[Grid, torch.device], tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[tuple[Grid, torch.device], Rotary] = {}
 
         if self.pre_process:
             self.conditioning = build_conditioning(spec.config, spec.kernels.highpass, spec.dtype)
@@ -117,12 +126,12 @@ class DiffusionTransformer(MegatronModule):
         if conditioned.guidance_BCTHW is not None:
             guidance = shard_tokens(patchify(conditioned.guidance_BCTHW, patch_size), groups)
             hidden_SBD = hidden_SBD + self.conditioning.embed_guidance(guidance)
-        text_TBD = self.text_embedding(shard_tokens(inputs.text_BLX.transpose(0, 1), groups))
+        text_TBD = self.text_embedding(shard_rows(inputs.text_BLX.transpose(0, 1), groups))
         conditioning_7BD = sum_in_backward(self.time_embedding(inputs.timestep_B), groups)
         return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
 
     def run_blocks(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: tuple[Tensor, Tensor]
+        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary
     ) -> Tensor:
         """This stage's blocks in order, recomputed in backward as configured."""
         blocks = list(self.blocks.values())
@@ -139,25 +148,24 @@ class DiffusionTransformer(MegatronModule):
 
     def packed_shape(self, grid: Grid) -> PackedShape:
         """Rows of a pipeline hop on this rank."""
-        shards = self.spec.groups.token_shards
+        groups = self.spec.groups
         return PackedShape(
-            tokens=grid[0] * grid[1] * grid[2] // shards,
-            text=self.spec.config.text_length // shards,
+            tokens=rows_per_rank(math.prod(grid), groups),
+            text=self.spec.config.text_length // groups.token_shards,
             conditioning=CONDITIONING_ROWS,
             dtype=self.spec.residual_dtype,
         )
 
-    def rotary(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [S, head_dim / 2] of all tokens of the grid, kept for the next call."""
+    def rotary(self, grid: Grid, device: torch.device) -> Rotary:
+        """Where the tokens of this context-parallel rank stand in the grid, kept for the next call."""
         if (grid, device) not in self._rotary:
-            cos, sin = rope_tables(grid, self.spec.config.head_dim)
-            self._rotary = {(grid, device): (cos.to(device), sin.to(device))}
+            tables = rope_tables(grid, self.spec.config.head_dim)
+            cos_SR, sin_SR = (context_block(table_SR, self.spec.groups).to(device) for table_SR in tables)
+            self._rotary = {(grid, device): Rotary(cos_SR, sin_SR, math.prod(grid))}
         return self._rotary[grid, device]
 
 
-def _run(
-    blocks: Sequence[nn.Module], hidden: Tensor, text: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor]
-) -> Tensor:
+def _run(blocks: Sequence[nn.Module], hidden: Tensor, text: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
     for block in blocks:
         hidden = block(hidden, text, modulation, rotary)
     return hidden

@@ -19,7 +19,7 @@ from megatron_flashi2v.flow.sigmas import timesteps_of
 from megatron_flashi2v.models.patches import output_patches
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
-from megatron_flashi2v.parallel.regions import shard_tokens
+from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.training.batch import Microbatch
 
 
@@ -41,11 +41,12 @@ def forward_step(
 def flow_matching_loss(spec: ModelSpec, batch: Microbatch, velocity_SBP: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's part of the mean squared error against noise - latents, and a copy of it to report.
 
-    The sum over this rank's tokens is divided by the element count of the whole microbatch, so that shards of any
-    size weigh right: the parts of a microbatch sum up to its mean.
+    The sum over this rank's real tokens is divided by the element count of the whole microbatch, so that shards of
+    any size weigh right: the parts of a microbatch sum up to its mean.
     """
     target_SBP = output_patches(velocity_target(batch.latents_BCTHW, batch.noise_BCTHW), spec.config.patch_size)
-    part = squared_error_sum(velocity_SBP, shard_tokens(target_SBP, spec.groups)) / target_SBP.numel()
+    own = own_tokens(len(target_SBP), spec.groups)
+    part = squared_error_sum(velocity_SBP[: len(own)], target_SBP[own.start : own.stop]) / target_SBP.numel()
     # The schedule scales the loss in place, so the report needs its own storage.
     return part, part.detach().clone()
 

@@ -44,6 +44,7 @@ from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.models.stages import stages_of_rank
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import make_groups
+from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
@@ -77,7 +78,7 @@ class Trainer:
         self.dataset = open_dataset(config)
         self.model_config = fit_model_to_data(model_config, self.dataset)
         self.latent_shape = self.dataset.info.latent_shape[1:]
-        check_tokens(self.model_config, config.parallel, self.latent_shape)
+        check_tokens(self.model_config, self.latent_shape)
 
         self.groups = make_groups(config.parallel)
         self.grid = shard_grid(self.groups)
@@ -230,10 +231,12 @@ class Trainer:
         held = sum(parameter.numel() for _, parameter in self.named_parameters())
         logger.info("%s, launched by %s; %d processes", self.device.describe(), self.launch.launcher,
                     self.launch.world_size)
-        logger.info("data: %d samples of %d visual tokens from %s", len(self.dataset), tokens, self.dataset.folder)
+        rows = rows_per_rank(tokens, self.groups)
+        padded = rows * self.groups.token_parts
+        logger.info("data: %d samples of %d visual tokens%s from %s", len(self.dataset), tokens,
+                    f", padded to {padded}," if padded > tokens else "", self.dataset.folder)
         logger.info("rank 0 holds %s parameters and %d tokens; %d microbatches of %d samples each iteration",
-                    f"{held:,}", tokens // self.groups.token_shards, self.num_microbatches,
-                    self.config.batch.micro_batch_size)
+                    f"{held:,}", rows, self.num_microbatches, self.config.batch.micro_batch_size)
         for operator, implementation, why_not in describe(self.spec.kernels.chosen):
             logger.info("kernel %s: %s%s", operator, implementation, f" ({why_not})" if why_not else "")
         if self.launch.rank == 0 and self.config.checkpoint.save is not None:
