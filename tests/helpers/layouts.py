@@ -18,11 +18,12 @@ RUNNER = Path(__file__).parents[1] / "distributed" / "run_layouts.py"
 
 @dataclass(frozen=True)
 class Layout:
-    """A name, the processes it takes and the flags that make it."""
+    """A name, the processes it takes, the flags that make it, and the replicas that share a global batch."""
 
     name: str
     world: int
     flags: tuple[str, ...] = ()
+    replicas: int = 1
 
 
 def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout: int = 300) -> dict[str, Path]:
