@@ -30,7 +30,10 @@ class Rotary(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Full attention over visual tokens. Fused rows are ordered (head, {q, k, v}, D): any TP slice is whole heads."""
+    """Full attention over visual tokens, in three steps, of which a block may compute the outer two again in backward.
+
+    Fused rows are ordered (head, {q, k, v}, D): any TP slice is whole heads.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -45,14 +48,17 @@ class SelfAttention(nn.Module):
         self.norm_k = FullWidthRMSNorm(spec)
         self.linear_proj = row_parallel(spec.row_linear, width, width, spec.megatron, spec.groups)
 
-    def forward(self, hidden_SBD: Tensor, rotary: Rotary) -> Tensor:
-        """Update of the residual stream, [S, B, d] on this rank's tokens."""
+    def queries_keys_values(self, hidden_SBD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised and rotated queries and keys, and values, each [S, B, h, D]."""
         qkv, _ = self.linear_qkv(hidden_SBD)
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(dim=-2)
         query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
         query = self.apply_rope(query, rotary.cos_SR, rotary.sin_SR)
-        key = self.apply_rope(key, rotary.cos_SR, rotary.sin_SR)
-        return self.linear_proj(self.attend(query, key, value, rotary.tokens).flatten(-2))[0]
+        return query, self.apply_rope(key, rotary.cos_SR, rotary.sin_SR), value
+
+    def project(self, attended_SBhD: Tensor) -> Tensor:
+        """The heads' results as the update of the residual stream, [S, B, d] on this rank's tokens."""
+        return self.linear_proj(attended_SBhD.flatten(-2))[0]
 
 
 class CrossAttention(nn.Module):

@@ -108,6 +108,7 @@ def make_spec(
     bf16: bool = False,
     fp32_residual_connection: bool = False,
     attention_backend: str = "auto",
+    virtual_stages: int = 1,
 ) -> ModelSpec:
     """Settle everything a model is built with.
 
@@ -118,10 +119,12 @@ def make_spec(
         bf16: matrix products in bfloat16.
         fp32_residual_connection: residual stream in fp32 although ``bf16``.
         attention_backend: implementation of attention, or auto.
+        virtual_stages: model chunks that each pipeline rank holds.
 
     Raises:
         ConfigError: the attention backend cannot run here.
     """
+    interleaved = virtual_stages > 1
     dtype = torch.bfloat16 if bf16 else torch.float32
     residual_dtype = torch.float32 if fp32_residual_connection else dtype
     provider = LocalSpecProvider()
@@ -132,6 +135,11 @@ def make_spec(
         num_attention_heads=config.num_attention_heads,
         tensor_model_parallel_size=groups.tp.size(),
         pipeline_model_parallel_size=groups.pp.size(),
+        virtual_pipeline_model_parallel_size=virtual_stages if interleaved else None,
+        # With its batched exchange the interleaved schedule of megatron-core 0.16 mixes up activations and gradients
+        # between two ranks, without an error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         context_parallel_size=groups.cp.size(),
         sequence_parallel=groups.sequence_parallel,
         params_dtype=dtype,
@@ -139,7 +147,8 @@ def make_spec(
         bf16=bf16,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # An accelerator's streams keep a sent tensor's memory until it is sent; gloo's threads would read freed memory.
+        deallocate_pipeline_outputs=device.type != "cpu",
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )

@@ -11,7 +11,6 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flashi2v_kernels.rope3d.tables import rope_tables
 from megatron_flashi2v.conditioning.build import build_conditioning
@@ -20,13 +19,13 @@ from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.block import TransformerBlock
 from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
 from megatron_flashi2v.models.head import Head
-from megatron_flashi2v.models.patches import Grid, patchify, token_grid, unpatchify
+from megatron_flashi2v.models.patches import Grid, patchify, token_grid
+from megatron_flashi2v.models.recompute import Recompute, recomputed
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.models.stages import stage_layers
+from megatron_flashi2v.models.stages import Stage, whole_model
 from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
 from megatron_flashi2v.parallel.regions import (
     context_block,
-    gather_tokens,
     mark_sequence_parallel,
     rows_per_rank,
     shard_rows,
@@ -57,34 +56,27 @@ class DiTInputs:
     extras: Extras
 
 
-@dataclass(frozen=True)
-class Recompute:
-    """Which of a stage's blocks are recomputed in backward.
-
-    Attributes:
-        layers: how many of the stage's blocks, counted from its first.
-        group: blocks that share one kept input.
-    """
-
-    layers: int = 0
-    group: int = 1
-
-
 class DiffusionTransformer(MegatronModule):
     """Wan's DiT with an image-to-video paradigm, on megatron-core's parallel linears.
 
     Shapes: S tokens of this rank, B microbatch, d width. The output is the predicted velocity as patches [S, B, P] in
     fp32 on the last stage, and the packed hop on the others.
+
+    Args:
+        spec: what all stages are built with.
+        stage: which part of the model this is; by default all of it.
+        recompute: what is computed again in backward; by default nothing.
     """
 
-    def __init__(self, spec: ModelSpec, recompute: Recompute | None = None) -> None:
+    def __init__(self, spec: ModelSpec, stage: Stage | None = None, recompute: Recompute | None = None) -> None:
         super().__init__(config=spec.megatron)
         self.spec = spec
+        self.stage = stage or whole_model(spec.config.num_layers)
         self.recompute = recompute or Recompute()
         # What megatron-core's schedules and gradient finalisation ask of a model.
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = spec.groups.is_first_stage
-        self.post_process = spec.groups.is_last_stage
+        self.pre_process = self.stage.is_first
+        self.post_process = self.stage.is_last
         self.share_embeddings_and_output_weights = False
         self.input_tensor: Tensor | None = None
         self._rotary: dict[tuple[Grid, torch.device], Rotary] = {}
@@ -101,8 +93,7 @@ class DiffusionTransformer(MegatronModule):
             self.text_embedding = TextEmbedding(spec)
             self.time_embedding = TimeEmbedding(spec)
         # Keys are global indices: a parameter's name is the same at every layout.
-        layers = stage_layers(spec.config.num_layers, spec.groups.pp.size(), spec.groups.pp.rank())
-        self.blocks = nn.ModuleDict({str(index): TransformerBlock(spec) for index in layers})
+        self.blocks = nn.ModuleDict({str(index): TransformerBlock(spec, self.recompute) for index in self.stage.layers})
         if self.post_process:
             self.head = Head(spec)
 
@@ -144,12 +135,11 @@ class DiffusionTransformer(MegatronModule):
     ) -> Tensor:
         """This stage's blocks in order, recomputed in backward as configured."""
         blocks = list(self.blocks.values())
-        recomputed = self.recompute.layers if self.training and torch.is_grad_enabled() else 0
-        for start in range(0, recomputed, self.recompute.group):
-            run = partial(_run, blocks[start : min(start + self.recompute.group, recomputed)])
-            hidden_SBD = checkpoint(run, hidden_SBD, text_TBD, modulation_6BD, rotary, use_reentrant=False,
-                                    preserve_rng_state=False)
-        return _run(blocks[recomputed:], hidden_SBD, text_TBD, modulation_6BD, rotary)
+        again = self.recompute.layers if self.training and torch.is_grad_enabled() else 0
+        for start in range(0, again, self.recompute.group):
+            run = partial(_run, blocks[start : min(start + self.recompute.group, again)])
+            hidden_SBD = recomputed(run, hidden_SBD, text_TBD, modulation_6BD, rotary)
+        return _run(blocks[again:], hidden_SBD, text_TBD, modulation_6BD, rotary)
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Tokens along time, height and width of latents (T, H, W)."""
@@ -179,18 +169,3 @@ def _run(blocks: Sequence[nn.Module], hidden: Tensor, text: Tensor, modulation: 
     for block in blocks:
         hidden = block(hidden, text, modulation, rotary)
     return hidden
-
-
-def predict_velocity(
-    model: DiffusionTransformer,
-    latents_BCTHW: Tensor,
-    timestep_B: Tensor,
-    text_BLX: Tensor,
-    image_latents_BC1HW: Tensor,
-    extras: Extras,
-) -> Tensor:
-    """Velocity [B, C, T, H, W] in fp32, for a model without pipeline stages; arguments as in :class:`DiTInputs`."""
-    inputs = DiTInputs(latents_BCTHW, timestep_B, text_BLX, image_latents_BC1HW, extras)
-    grid = model.grid(tuple(latents_BCTHW.shape[2:]))
-    patches_SBP = gather_tokens(model(inputs), math.prod(grid), model.spec.groups)
-    return unpatchify(patches_SBP, grid, model.spec.config.patch_size)

@@ -64,16 +64,6 @@ class Groups:
         """Parts that a sample's visual tokens are in between the matrix products."""
         return self.cp.size() * self.token_shards
 
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank embeds the inputs."""
-        return self.pp.rank() == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.pp.rank() == self.pp.size() - 1
-
 
 def make_groups(parallel: ParallelArguments) -> Groups:
     """Create megatron-core's groups for the layout; torch.distributed must be initialised.

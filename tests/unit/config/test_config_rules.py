@@ -6,10 +6,18 @@ import pytest
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.recipe import parse
-from megatron_flashi2v.config.rules import check_tokens, check_train, num_microbatches, ring_degree, ulysses_degree
+from megatron_flashi2v.config.rules import (
+    check_tokens,
+    check_train,
+    num_microbatches,
+    ring_degree,
+    stage_layer_counts,
+    ulysses_degree,
+)
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 
+VIRTUAL = ["--num-virtual-stages-per-pipeline-rank", "2"]
 CP, ALGO, DEGREE = "--context-parallel-size", "--context-parallel-algo", "--ulysses-degree"
 USP = (ALGO, "usp")
 
@@ -22,7 +30,16 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
 
 @pytest.mark.parametrize("argv, world, words", [
     (["--tensor-model-parallel-size", "3"], 3, ["--tensor-model-parallel-size 3", "num_attention_heads 8", "choose 2"]),
-    (["--pipeline-model-parallel-size", "3"], 3, ["--pipeline-model-parallel-size 3", "num_layers 4", "choose 2"]),
+    (["--pipeline-model-parallel-size", "5"], 5, ["5 stages of num_layers 4", "choose at most 4"]),
+    ([*VIRTUAL, "--pipeline-model-parallel-size", "3"], 3, ["6 stages of num_layers 4", "choose at most 2"]),
+    (VIRTUAL, 1, ["--pipeline-model-parallel-size is 1", "at least 2"]),
+    ([*VIRTUAL, "--pipeline-model-parallel-size", "2", "--global-batch-size", "2"], 4,
+     ["at least as many microbatches", "choose at least 4"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "1,1,2"], 2, ["names 3 stages", "has 2"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "1,2"], 2, ["adds up to 3", "the model has 4"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "4,0"], 2, ["needs at least 1"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "a,b"], 2, ["whole numbers", "7,8,8,7"]),
+    (["--recompute-granularity", "selective", "--recompute-num-layers", "2"], 1, ["belong to", "leave them out"]),
     (["--tensor-model-parallel-size", "2"], 3, ["3 processes", "multiple of 2"]),
     (["--global-batch-size", "3"], 2, ["--global-batch-size 3", "2 data-parallel", "choose 4"]),
     (["--global-batch-size", "4", "--micro-batch-size", "3"], 1, ["--global-batch-size 4", "choose 3"]),
@@ -64,6 +81,20 @@ def test_accepted_layout_and_its_microbatches() -> None:
     config = check("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
                    "--global-batch-size", "24", "--micro-batch-size", "2", world=8)
     assert num_microbatches(config, 8) == 6
+
+
+@pytest.mark.parametrize("argv, layers, counts", [
+    (["--pipeline-model-parallel-size", "2"], 40, (20, 20)),
+    (["--pipeline-model-parallel-size", "3"], 4, (1, 2, 1)),
+    (["--pipeline-model-parallel-size", "4"], 30, (7, 8, 8, 7)),
+    (["--pipeline-model-parallel-size", "4"], 31, (7, 8, 8, 8)),
+    (["--pipeline-model-parallel-size", "2"], 5, (2, 3)),
+    (["--pipeline-model-parallel-size", "2", *VIRTUAL], 6, (1, 2, 2, 1)),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "3,1"], 4, (3, 1)),
+])
+def test_blocks_of_every_stage(argv: list[str], layers: int, counts: tuple[int, ...]) -> None:
+    config = parse(TrainConfig, argv, prog="test", description="")
+    assert stage_layer_counts(config.parallel, layers) == counts
 
 
 @pytest.mark.parametrize("flags, ulysses, ring", [
