@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -19,12 +20,23 @@ RUNNER = Path(__file__).parents[1] / "distributed" / "run_layouts.py"
 
 @dataclass(frozen=True)
 class Layout:
-    """A name, the processes it takes, the flags that make it, and the replicas that share a global batch."""
+    """One run.
+
+    Attributes:
+        name: of the ``--save`` folder.
+        world: processes.
+        flags: what makes the layout.
+        replicas: how many share a global batch.
+        bug: of ``planted_bugs.BUGS``, to be planted.
+        saves_again: only load (by the flags) and save.
+    """
 
     name: str
     world: int
     flags: tuple[str, ...] = ()
     replicas: int = 1
+    bug: str | None = None
+    saves_again: bool = False
 
 
 def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout: int = 300) -> dict[str, Path]:
@@ -33,7 +45,7 @@ def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout:
     for world in sorted({layout.world for layout in layouts}):
         plan = folder / f"plan-{world}.json"
         plan.write_text(json.dumps([
-            {"name": layout.name, "flags": [*common, *layout.flags, "--save", str(saves[layout.name])]}
+            {**vars(layout), "flags": [*common, *layout.flags, "--save", str(saves[layout.name])]}
             for layout in layouts if layout.world == world
         ]))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
@@ -48,8 +60,9 @@ def metrics(save: Path) -> list[dict]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
+@functools.lru_cache(maxsize=64)
 def tensors(folder: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
-    """Whole tensors of a sharded folder by key."""
+    """Whole tensors of a sharded folder by key; references are read once for all that is compared with them."""
     return {key: read_full(folder, key) for key in read_index(folder).tensors if key.startswith(prefix)}
 
 
