@@ -28,6 +28,8 @@ LAYOUTS = [
     Layout("pp4-recompute", 4, (PP, "4", "--recompute-granularity", "full")),
 ]
 OVERLAP = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+# The norms lie around 0.33: some are clipped, and some move the threshold.
+ADAPTIVE = ("--clip-grad-method", "adaptive-npu", "--clip-grad", "0.33", "--clip-grad-ema-decay", "0.5")
 SGD = ("--optimizer", "sgd", "--lr", "0.05")
 
 
@@ -43,7 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sgd_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    layouts = [Layout("single", 1), *LAYOUTS]
+    adaptive = [Layout("adaptive", 1, ADAPTIVE), Layout("adaptive-tp2", 2, (TP, "2", *ADAPTIVE)),
+                Layout("adaptive-dp2", 2, ADAPTIVE)]
+    layouts = [Layout("single", 1), *LAYOUTS, *adaptive]
     return run_layouts(layouts, tmp_path_factory.mktemp("sgd"), [*common_flags(data), *SGD])
 
 
@@ -52,6 +56,14 @@ def test_layout_trains_like_one_process(sgd_runs: dict[str, Path], name: str) ->
     assert_same_metrics(sgd_runs[name], sgd_runs["single"])
     assert_same_gradients(sgd_runs[name], sgd_runs["single"])
     assert_same_weights(sgd_runs[name], sgd_runs["single"])
+
+
+@pytest.mark.parametrize("name", ["adaptive-tp2", "adaptive-dp2"])
+def test_adaptive_clipping_is_the_same_on_all_ranks(sgd_runs: dict[str, Path], name: str) -> None:
+    assert_same_metrics(sgd_runs[name], sgd_runs["adaptive"])
+    assert_same_weights(sgd_runs[name], sgd_runs["adaptive"])
+    with pytest.raises(AssertionError):
+        assert_same_weights(sgd_runs[name], sgd_runs["single"])  # another run than with the fixed norm
 
 
 def test_the_reference_run_learns(sgd_runs: dict[str, Path]) -> None:
@@ -70,6 +82,8 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         Layout("tp2-sp-half", 2, (TP, "2", SP, *first)),
         Layout("pp2-rest", 2, (PP, "2", *second("tp2-sp-half"))),
         Layout("distributed-optimizer", 2, ("--use-distributed-optimizer",)),
+        Layout("adaptive", 1, ADAPTIVE),
+        Layout("adaptive-distributed-optimizer", 2, (*OVERLAP, *ADAPTIVE)),
         Layout("distributed-optimizer-half", 2, ("--use-distributed-optimizer", *first)),
         Layout("tp2-rest", 2, (TP, "2", *second("distributed-optimizer-half"))),
         Layout("bf16", 1, ("--bf16",)),
@@ -82,9 +96,11 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return run_layouts(layouts, folder, [*common_flags(data), "--lr", "1e-3"])
 
 
-@pytest.mark.parametrize("name", ["distributed-optimizer", "overlap"])
-def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path], name: str) -> None:
-    assert_same_metrics(adam_runs[name], adam_runs["single"])
+@pytest.mark.parametrize("name, reference", [
+    ("distributed-optimizer", "single"), ("overlap", "single"), ("adaptive-distributed-optimizer", "adaptive"),
+])
+def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path], name: str, reference: str) -> None:
+    assert_same_metrics(adam_runs[name], adam_runs[reference])
 
 
 @pytest.mark.parametrize("name, reference, relative", [
