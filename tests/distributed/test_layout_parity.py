@@ -59,6 +59,8 @@ SPOILED = {
     "ring_merge": (CP, "2", ALGO, "ring"),
 }
 OVERLAP = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+# The norms lie around 0.33: some are clipped, and some move the threshold.
+ADAPTIVE = ("--clip-grad-method", "adaptive-npu", "--clip-grad", "0.33", "--clip-grad-ema-decay", "0.5")
 SGD = ("--optimizer", "sgd", "--lr", "0.05")
 # Samples of one microbatch, and microbatches of an iteration; the first two in the default tier.
 BATCHES = [(2, 1), (1, 4), (1, 1), (2, 4)]
@@ -201,7 +203,7 @@ def test_the_reference_run_learns(sgd_runs: SgdRuns) -> None:
 
 @pytest.fixture(scope="module")
 def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """AdamW in one process; with the distributed optimizer; and halves of runs that go on at another layout."""
+    """AdamW in one process; with the distributed optimizer; halves of runs that go on elsewhere; adaptive clipping."""
     folder = tmp_path_factory.mktemp("adam")
     first, second = ("--exit-interval", "2"), lambda name: ("--load", str(folder / name))
     layouts = [
@@ -209,6 +211,8 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         Layout("tp2-sp-half", 2, (TP, "2", SP, *first)),
         Layout("pp2-rest", 2, (PP, "2", *second("tp2-sp-half"))),
         Layout("distributed-optimizer", 2, ("--use-distributed-optimizer",)),
+        Layout("adaptive", 1, ADAPTIVE),
+        Layout("adaptive-distributed-optimizer", 2, (*OVERLAP, *ADAPTIVE)),
         Layout("distributed-optimizer-half", 2, ("--use-distributed-optimizer", *first)),
         Layout("virtual-half", 2, (PP, "2", *VIRTUAL, *first)),
         Layout("tp2-rest", 2, (TP, "2", *second("distributed-optimizer-half"))),
@@ -219,6 +223,10 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         Layout("overlap-half", 2, (*OVERLAP, *first)),
         Layout("overlap-rest", 2, (*OVERLAP, *second("overlap-half"))),
         Layout("cp2-rest", 2, (CP, "2", *second("virtual-half"))),
+        Layout("sgd", 1, SGD),
+        Layout("sgd-adaptive", 1, (*SGD, *ADAPTIVE)),
+        Layout("sgd-adaptive-tp2", 2, (TP, "2", *SGD, *ADAPTIVE)),
+        Layout("sgd-adaptive-dp2", 2, (*SGD, *ADAPTIVE)),
         # What a layout loads of another's checkpoint, saved again.
         Layout("again-pp4", 4, (PP, "4", *second("tp2-sp-half")), saves_again=True),
         Layout("again-cp2-tp2", 4, (CP, "2", TP, "2", OVERLAP[0], *second("distributed-optimizer-half")),
@@ -228,9 +236,11 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return run_layouts(layouts, folder, [*common_flags(data), *batch_flags(2, 4), "--lr", "1e-3"])
 
 
-@pytest.mark.parametrize("name", ["distributed-optimizer", "overlap"])
-def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path], name: str) -> None:
-    assert_same_metrics(adam_runs[name], adam_runs["single"])
+@pytest.mark.parametrize("name, reference", [
+    ("distributed-optimizer", "single"), ("overlap", "single"), ("adaptive-distributed-optimizer", "adaptive"),
+])
+def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path], name: str, reference: str) -> None:
+    assert_same_metrics(adam_runs[name], adam_runs[reference])
 
 
 @pytest.mark.parametrize("name, reference, relative", [
@@ -266,3 +276,11 @@ def test_a_checkpoint_goes_through_another_layout_bit_for_bit(
     stored, found = (tensors(find_checkpoint(adam_runs[name]), "") for name in (half, again))
     assert stored.keys() == found.keys() and any(key.startswith("optimizer.exp_avg_sq.") for key in stored)
     assert all(torch.equal(found[key], value) for key, value in stored.items())
+
+
+@pytest.mark.parametrize("name", ["sgd-adaptive-tp2", "sgd-adaptive-dp2"])
+def test_adaptive_clipping_is_the_same_on_all_ranks(adam_runs: dict[str, Path], name: str) -> None:
+    assert_same_metrics(adam_runs[name], adam_runs["sgd-adaptive"])
+    assert_same_weights(adam_runs[name], adam_runs["sgd-adaptive"])
+    with pytest.raises(AssertionError):
+        assert_same_weights(adam_runs[name], adam_runs["sgd"])  # another run than with the fixed norm
