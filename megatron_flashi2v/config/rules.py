@@ -164,7 +164,7 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
     at_least_zero = {"clip_grad": optimizer.clip_grad, "weight_decay": optimizer.weight_decay,
                      "sigma_logit_std": data.sigma_logit_std, "image_noise_log_std": data.image_noise_log_std,
-                     "lr": optimizer.lr}
+                     "lr": optimizer.lr, "max_bad_samples": data.max_bad_samples}
     for name, value in at_least_zero.items():
         if not value >= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0")

@@ -42,8 +42,10 @@ class ModelArguments:
 class DataArguments:
     """Where the samples come from and what the flow adds to them."""
 
-    data_path: Path | None = None
-    """Folder written by `flashi2v prepare`."""
+    data_path: tuple[str, ...] = ()
+    """Folder written by `flashi2v prepare`, or several, each after its weight: 0.7 FOLDER 0.3 FOLDER."""
+    max_bad_samples: int = 100
+    """Unreadable or malformed samples that a run may fill with others before it stops; each is recorded."""
     text_drop_probability: float = 0.1
     """Share of samples whose text is replaced by the empty prompt, for classifier-free guidance."""
     cutoff_ratio_min: float = 0.05

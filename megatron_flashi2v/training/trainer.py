@@ -24,12 +24,12 @@ from megatron_flashi2v.checkpoint.checkpoint import (
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.state import ShardGrid, load_base_model, load_model, model_pieces
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
 from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
-from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, Recompute
@@ -37,10 +37,15 @@ from megatron_flashi2v.parallel.groups import Groups, make_groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.datasets import open_data
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.step import TrainingStep
+
+MICROBATCHES_AHEAD = 4
+"""Read while the present one is computed; a few even out slow reads, and more only cost memory."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +69,10 @@ class Trainer:
         self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
-        self.dataset = open_dataset(config)
-        self.model_config = fit_model_to_data(model_config, self.dataset)
-        self.latent_shape = self.dataset.info.latent_shape[1:]
-        check_tokens(self.model_config, config.parallel, self.latent_shape)
+        self.data = open_data(config)
+        self.model_config = fit_model_to_data(model_config, self.data)
+        for shape in self.data.latent_shapes:
+            check_tokens(self.model_config, config.parallel, shape[1:])
 
         self.groups = make_groups(config.parallel)
         self.grid = shard_grid(self.groups)
@@ -91,6 +96,7 @@ class Trainer:
             self.resume(resumed)
         elif config.checkpoint.load is not None:
             logger.info("%s holds no checkpoint: starting anew", config.checkpoint.load)
+        self.data.require_whole_batches(self.consumed_samples)
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, config.batch.train_iters, self.iteration)
         self.num_microbatches = num_microbatches(config, launch.world_size)
         self.step = TrainingStep(
@@ -103,15 +109,39 @@ class Trainer:
         config = self.config
         log = MetricsLog(config.checkpoint.save if self.launch.rank == 0 else None, self.iteration)
         progress = ProgressLine(config.batch.train_iters, config.runtime.log_interval)
-        source = MicrobatchSource(
-            self.dataset, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
-            dp_size=self.groups.dp.size(), device=self.device.torch_device,
-            shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage),
-        )
+        source = self.make_source()
         self.announce()
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
+        self.bad_samples = BadSampleLedger(
+            config.checkpoint.save, config.data.max_bad_samples, consumed=self.consumed_samples,
+            replica=self.groups.dp.rank(), reads=not source.shapes_only, device=self.device.torch_device,
+        )
         self.model.train()
+        try:
+            self.run_iterations(source, log, progress)
+        except BaseException:
+            source.abandon()
+            raise
+        source.close()
+
+    def make_source(self) -> MicrobatchSource:
+        """What reads this replica's share of each global batch."""
+        config = self.config
+        last = config.batch.train_iters
+        if config.checkpoint.exit_interval is not None:
+            interval = config.checkpoint.exit_interval
+            last = min(last, (self.iteration // interval + 1) * interval)
+        return MicrobatchSource(
+            self.data, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
+            dp_size=self.groups.dp.size(), device=self.device.torch_device,
+            shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage), ahead=MICROBATCHES_AHEAD,
+            end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
+        )
+
+    def run_iterations(self, source: MicrobatchSource, log: MetricsLog, progress: ProgressLine) -> None:
+        """Train up to the run's last iteration, or to the next multiple of ``exit_interval``."""
+        config = self.config
         while self.iteration < config.batch.train_iters:
             metrics = self.run_iteration(source)
             log.append(metrics)
@@ -132,12 +162,14 @@ class Trainer:
         """One optimizer step.
 
         Raises:
-            UserError: the loss or the gradient is not finite; no rank goes on.
+            UserError: the loss or the gradient is not finite, or too many samples are bad; no rank goes on.
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
         batches = source.iteration(self.consumed_samples, self.num_microbatches)
-        loss = self.step.losses_and_gradients(batches, self.latent_shape)
+        latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
+        loss, bad_samples = self.step.losses_and_gradients(batches, latent_shape, lambda: len(source.bad))
+        self.bad_samples.settle(source.bad, bad_samples)
         self.require_finite("loss", loss)
         grad_norm = self.step.update()
         self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint will hold them
@@ -175,9 +207,9 @@ class Trainer:
                 "iteration": self.iteration,
                 "consumed_samples": self.consumed_samples,
                 "seed": self.config.batch.seed,
-                "data": {"samples": len(self.dataset), "fingerprint": self.dataset.fingerprint,
-                         "frames": self.dataset.info.frames, "height": self.dataset.info.height,
-                         "width": self.dataset.info.width, "fps": self.dataset.info.fps},
+                "data": {"samples": len(self.data), "fingerprint": self.data.fingerprint,
+                         "frames": self.data.info.frames, "height": self.data.info.height,
+                         "width": self.data.info.width, "fps": self.data.info.fps},
                 "optimizer": optimizer_common_state(self.optimizer),
             },
             rank=self.launch.rank, world_size=self.launch.world_size,
@@ -199,17 +231,17 @@ class Trainer:
         if self.iteration and state["seed"] != self.config.batch.seed:
             logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change",
                            self.config.batch.seed, folder, state["seed"])
-        if self.iteration and state["data"]["fingerprint"] != self.dataset.fingerprint:
-            logger.warning("%s was trained on other data than %s", folder, self.dataset.folder)
+        if self.iteration and state["data"]["fingerprint"] != self.data.fingerprint:
+            logger.warning("%s was trained on other data than %s", folder, self.data.name)
         logger.info("resumed from %s at iteration %d", folder, self.iteration)
 
     def announce(self) -> None:
         """Write what this run is made of, to the log and as config.yaml."""
-        tokens = math.prod(self.stage.grid(self.latent_shape))
+        tokens = max(math.prod(self.stage.grid(shape[1:])) for shape in self.data.latent_shapes)
         held = sum(parameter.numel() for parameter in self.stage.parameters())
         logger.info("%s, launched by %s; %d processes", self.device.describe(), self.launch.launcher,
                     self.launch.world_size)
-        logger.info("data: %d samples of %d visual tokens from %s", len(self.dataset), tokens, self.dataset.folder)
+        logger.info("data: %d samples of %d visual tokens from %s", len(self.data), tokens, self.data.name)
         logger.info("rank 0 holds %s parameters and %d tokens; %d microbatches of %d samples each iteration",
                     f"{held:,}", tokens // self.groups.token_shards, self.num_microbatches,
                     self.config.batch.micro_batch_size)
@@ -226,38 +258,21 @@ class Trainer:
                            "continue that run with --load %s, or choose another folder", save, save)
 
 
-def open_dataset(config: TrainConfig) -> PreparedDataset:
-    """The prepared data.
-
-    Raises:
-        ConfigError: no path was given.
-        DataError: it is missing, damaged or empty.
-    """
-    if config.data.data_path is None:
-        raise ConfigError("--data-path is not set; give the folder that `flashi2v prepare` wrote")
-    if config.data.data_path.is_file():
-        raise DataError(f"--data-path {config.data.data_path} is a file; give the folder that `flashi2v prepare` wrote")
-    dataset = PreparedDataset(config.data.data_path)
-    if not len(dataset):
-        raise DataError(f"--data-path {config.data.data_path} holds no samples; prepare it again")
-    return dataset
-
-
-def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConfig:
+def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
     """Record how captions were cleaned, and what the paradigm takes from the data; check that widths agree.
 
     Raises:
         ConfigError: latent channels, text width or text length differ.
     """
-    info = dataset.info
+    info = data.info
     for name, wanted, found in (("latent_channels", model.latent_channels, info.latent_shape[0]),
                                 ("text_dim", model.text_dim, info.text_dim)):
         if wanted != found:
-            raise ConfigError(f"{name} is {wanted} in the model, but {found} in {dataset.folder}; they must be equal")
-    if info.text_length > model.text_length:
+            raise ConfigError(f"{name} is {wanted} in the model, but {found} in {data.name}; they must be equal")
+    if data.text_length > model.text_length:
         raise ConfigError(
-            f"text_length is {model.text_length} in the model, but captions in {dataset.folder} have up to "
-            f"{info.text_length} rows; set --text-length {info.text_length}"
+            f"text_length is {model.text_length} in the model, but captions in {data.name} have up to "
+            f"{data.text_length} rows; set --text-length {data.text_length}"
         )
     model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
     stride = info.temporal_stride
