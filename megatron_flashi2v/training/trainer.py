@@ -113,10 +113,7 @@ class Trainer:
         self.announce()
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
-        self.bad_samples = BadSampleLedger(
-            config.checkpoint.save, config.data.max_bad_samples, consumed=self.consumed_samples,
-            replica=self.groups.dp.rank(), reads=not source.shapes_only, device=self.device.torch_device,
-        )
+        self.bad_samples = self.make_bad_sample_ledger(source)
         self.model.train()
         try:
             self.run_iterations(source, log, progress)
@@ -124,6 +121,13 @@ class Trainer:
             source.abandon()
             raise
         source.close()
+
+    def make_bad_sample_ledger(self, source: MicrobatchSource) -> BadSampleLedger:
+        """What the ranks agree on about samples that cannot be used."""
+        return BadSampleLedger(
+            self.config.checkpoint.save, self.config.data.max_bad_samples, consumed=self.consumed_samples,
+            replica=self.groups.dp.rank(), reads=not source.shapes_only, device=self.device.torch_device,
+        )
 
     def make_source(self) -> MicrobatchSource:
         """What reads this replica's share of each global batch."""
