@@ -103,16 +103,16 @@ def prepare(
         DataError: the annotations are malformed (under ``strict``: any of them, or a damaged file).
         UserError: the disk is full or failing.
     """
-    inputs = check_prepare(config)
-    plan = make_plan(config)
+    check_prepare(config)
+    output, plan = config.folder(), make_plan(config)
     if place.rank == 0:
         _warn_of_malformed(plan)
-        _claim_folder(inputs.output, plan, fresh=config.fresh)
+        _claim_folder(output, plan, fresh=config.fresh)
     place.barrier()
     encoders = Encoders(config, device)
     _write_shards(config, plan, place, encoders, console)
     place.barrier()
-    return _finish(inputs.output, plan, encoders) if place.rank == 0 else None
+    return _finish(output, plan, encoders) if place.rank == 0 else None
 
 
 def make_plan(config: PrepareConfig) -> Plan:
@@ -121,7 +121,7 @@ def make_plan(config: PrepareConfig) -> Plan:
     Raises:
         DataError: the annotations are malformed (under ``--strict``: any of them).
     """
-    entries, malformed = read_annotations(config.inputs().annotations)
+    entries, malformed = read_annotations(config.sources().annotations)
     if malformed and config.strict:
         raise DataError(malformed[0].detail)
     settings = filter_settings(config)
@@ -201,7 +201,7 @@ def _differences(found: Any, wanted: dict[str, Any]) -> str:
 def _write_shards(
     config: PrepareConfig, plan: Plan, place: Place, encoders: Encoders, console: Console | None
 ) -> None:
-    folder = config.inputs().output / SHARD_FOLDER
+    folder = config.folder() / SHARD_FOLDER
     mine = range(place.rank, len(plan.shards), place.world_size)
     open_shards = [number for number in mine if _finished(folder, number, plan.fingerprint) is None]
     if not open_shards:
@@ -213,8 +213,11 @@ def _write_shards(
     _ = encoders.info  # sizes that do not fit the encoders are found before the first clip is decoded
     with progress("prepare", total, initial=done, unit="clips", rank=place.rank, console=console) as report:
         work = ShardWork(config, encoders, folder, plan.fingerprint, report)
-        for number in open_shards:
-            work.run(number, plan.shards[number])
+        try:
+            for number in open_shards:
+                work.run(number, plan.shards[number])
+        finally:
+            work.close()
 
 
 def _finished(folder: Path, number: int, fingerprint: str) -> ShardIndex | None:
