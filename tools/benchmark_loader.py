@@ -36,6 +36,8 @@ UNCOUNTED = 5
 class HeldSample:
     """A data set that gives the same sample, from memory, for every index."""
 
+    is_collective = False
+
     def __init__(self, dataset: SampleSource) -> None:
         self.info, self.fingerprint, self.name = dataset.info, dataset.fingerprint, dataset.name
         self.empty_text_rows_LD = dataset.empty_text_rows_LD
@@ -47,6 +49,9 @@ class HeldSample:
     def fetch(self, indices: Sequence[int]) -> list[PreparedSample | BadSample]:
         """The held sample, once for each index."""
         return [self._sample] * len(indices)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def main(argv: Sequence[str]) -> None:

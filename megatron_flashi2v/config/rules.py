@@ -6,6 +6,7 @@ import math
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import ParallelArguments, TrainConfig
 
@@ -26,6 +27,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
     _check_numbers(config)
+    _check_online_encoding(config)
 
 
 def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:
@@ -164,7 +166,8 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
     at_least_zero = {"clip_grad": optimizer.clip_grad, "weight_decay": optimizer.weight_decay,
                      "sigma_logit_std": data.sigma_logit_std, "image_noise_log_std": data.image_noise_log_std,
-                     "lr": optimizer.lr, "max_bad_samples": data.max_bad_samples}
+                     "lr": optimizer.lr, "max_bad_samples": data.max_bad_samples,
+                     "encoding_cache_mib": data.encoding_cache_mib}
     for name, value in at_least_zero.items():
         if not value >= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0")
@@ -176,6 +179,17 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0 and below 1")
     if optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
         raise ConfigError("--use-distributed-optimizer takes --optimizer adam only (megatron-core's rule)")
+
+
+def _check_online_encoding(config: TrainConfig) -> None:
+    if not config.data.online_encoding:
+        given = {"annotations": config.encoding.annotations, "encoding_cache": config.data.encoding_cache}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} is of no use without --online-encoding")
+        return
+    require_given(config.encoding, ["annotations", "vae", "text_encoder", "tokenizer"], "train")
+    check_clips(config.encoding)
 
 
 def _nearest_divisor(count: int, wanted: int) -> int:

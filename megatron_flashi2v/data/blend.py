@@ -26,18 +26,20 @@ class SampleSource(Protocol):
     """A data set that training can read: prepared shards, or videos that are encoded when they are needed."""
 
     info: DataInfo
+    name: str
     fingerprint: str
     empty_text_rows_LD: torch.Tensor
-
-    @property
-    def name(self) -> str:
-        """What people call it."""
+    is_collective: bool
+    """Whether the ranks of a replica must fetch the same samples together."""
 
     def __len__(self) -> int:
         """Samples in it."""
 
     def fetch(self, indices: Sequence[int]) -> list[PreparedSample | BadSample]:
         """The samples, in order; a bad one is told, not raised."""
+
+    def close(self) -> None:
+        """Let go of files and processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +51,14 @@ class BadPosition:
         dataset: name of the data set.
         key: the sample's name in it.
         reason: names the file and what is wrong with it.
+        damaged: False where nothing is broken, and the clip is merely not wanted (too short, say).
     """
 
     position: int
     dataset: str
     key: str
     reason: str
+    damaged: bool
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -91,6 +95,16 @@ class Blend:
 
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self.datasets)
+
+    @property
+    def encodes_together(self) -> bool:
+        """Whether all ranks of a replica must read the same positions together."""
+        return any(dataset.is_collective for dataset in self.datasets)
+
+    def close(self) -> None:
+        """Let go of files and processes."""
+        for dataset in self.datasets:
+            dataset.close()
 
     @property
     def info(self) -> DataInfo:
@@ -148,7 +162,7 @@ class Blend:
             for position, (number, _), sample in zip(pending, places, self._fetch(places), strict=True):
                 if isinstance(sample, BadSample):
                     name = self.datasets[number].name
-                    bad.append(BadPosition(position=position, dataset=name, key=sample.key, reason=sample.reason))
+                    bad.append(BadPosition(position=position, dataset=name, **asdict(sample)))
                 else:
                     filled[position] = sample
         raise DataError(

@@ -16,11 +16,11 @@ import torch
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.config.prepare import EncodingConfig, PrepareConfig
 from megatron_flashi2v.data.annotations import Entry
-from megatron_flashi2v.data.clips import ClipSettings, Frames, choose_caption
+from megatron_flashi2v.data.clips import Frames, choose_caption
 from megatron_flashi2v.data.decoder import Decoder
 from megatron_flashi2v.data.description import DataInfo
-from megatron_flashi2v.data.filters import FilterSettings
 from megatron_flashi2v.data.reasons import Drop, DroppedEntry
+from megatron_flashi2v.data.selection import clip_settings
 from megatron_flashi2v.data.shards import ShardIndex, ShardWriter
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import clean_text
@@ -31,28 +31,6 @@ MAX_WARNINGS = 20
 """Damaged files that one process warns of; all of them stand in the list of dropped annotations."""
 
 logger = logging.getLogger(__name__)
-
-
-def filter_settings(config: EncodingConfig) -> FilterSettings:
-    """What the configuration wants of a clip."""
-    return FilterSettings(
-        num_frames=config.num_frames,
-        height=config.height,
-        width=config.width,
-        fps=config.fps,
-        min_aspect=config.min_aspect,
-        max_aspect=config.max_aspect,
-        min_pixels=config.pixel_floor,
-        too_long_factor=config.too_long_factor,
-        min_motion=config.min_motion,
-        max_motion=config.max_motion,
-        rules=config.filter_rules,
-    )
-
-
-def clip_settings(config: EncodingConfig) -> ClipSettings:
-    """What decides a sample's pixels."""
-    return ClipSettings(wanted=filter_settings(config), seed=config.seed, interpolation=config.interpolation)
 
 
 def make_decoder(config: EncodingConfig) -> Decoder:

@@ -37,17 +37,24 @@ def data_settings(
         entries: the well-formed annotations.
         malformed: the others.
     """
-    inputs = config.sources()
+    return {
+        **encoding_settings(config),
+        "entries": len(entries) + len(malformed),
+        "annotations": _annotations_hash(entries, malformed),
+    }
+
+
+def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
+    """What decides a sample besides its annotation, JSON-ready."""
+    sources = config.sources()
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in _UNRELATED}
     return {
         "pipeline_version": PIPELINE_VERSION,
         **values,
         "min_pixels": config.pixel_floor,
-        "entries": len(entries) + len(malformed),
-        "annotations": _annotations_hash(entries, malformed),
-        "vae": folder_hash(inputs.vae, "VAE"),
-        "text_encoder": folder_hash(inputs.text_encoder, "text encoder"),
-        "tokenizer": folder_hash(inputs.tokenizer, "tokenizer"),
+        "vae": folder_hash(sources.vae, "VAE"),
+        "text_encoder": folder_hash(sources.text_encoder, "text encoder"),
+        "tokenizer": folder_hash(sources.tokenizer, "tokenizer"),
     }
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
-from megatron_flashi2v.data.annotations import Entry, read_annotations
+from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.description import (
     DATASET_FILE,
     EMPTY_TEXT_FILE,
@@ -27,10 +27,10 @@ from megatron_flashi2v.data.description import (
     shard_entry,
     write_description,
 )
-from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork, filter_settings
-from megatron_flashi2v.data.filters import judge
+from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork
 from megatron_flashi2v.data.fingerprint import data_settings, settings_hash
 from megatron_flashi2v.data.reasons import ERROR_REASONS, DroppedEntry
+from megatron_flashi2v.data.selection import select
 from megatron_flashi2v.data.shards import (
     SHARD_FOLDER,
     ShardIndex,
@@ -121,23 +121,15 @@ def make_plan(config: PrepareConfig) -> Plan:
     Raises:
         DataError: the annotations are malformed (under ``--strict``: any of them).
     """
-    entries, malformed = read_annotations(config.sources().annotations)
-    if malformed and config.strict:
-        raise DataError(malformed[0].detail)
-    settings = filter_settings(config)
-    dropped, candidates = list(malformed), []
-    for entry in entries:
-        drop = judge(entry, settings)
-        if drop is None:
-            candidates.append(entry)
-        else:
-            dropped.append(entry.dropped(drop))
-    size = config.samples_per_shard
-    facts = data_settings(config, entries, malformed)
+    selection = select(config)
+    if selection.malformed and config.strict:
+        raise DataError(selection.malformed[0].detail)
+    candidates, size = selection.candidates, config.samples_per_shard
+    facts = data_settings(config, selection.entries, selection.malformed)
     return Plan(
-        total=len(entries) + len(malformed),
-        shards=tuple(tuple(candidates[first : first + size]) for first in range(0, len(candidates), size)),
-        dropped=tuple(dropped),
+        total=selection.total,
+        shards=tuple(candidates[first : first + size] for first in range(0, len(candidates), size)),
+        dropped=(*selection.malformed, *selection.filtered),
         settings=facts,
         fingerprint=settings_hash(facts),
     )

@@ -57,10 +57,12 @@ class BadSample:
     Attributes:
         key: the sample's name.
         reason: names the file and what is wrong with it.
+        damaged: False where nothing is broken, and the clip is merely not wanted (too short, say).
     """
 
     key: str
     reason: str
+    damaged: bool = True
 
 
 def check_sample(sample: PreparedSample, info: DataInfo, source: str) -> None:
@@ -111,6 +113,8 @@ class PreparedDataset:
         DataError: the folder, its ``dataset.json``, a shard or a shard's index is missing, unfinished or truncated.
     """
 
+    is_collective = False
+
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.name = str(folder)
@@ -151,6 +155,10 @@ class PreparedDataset:
         )
         check_sample(sample, self.info, source)
         return sample
+
+    def close(self) -> None:
+        """Close all files; reading again reopens them."""
+        self._reader.close()
 
     def fetch(self, indices: Sequence[int]) -> list[PreparedSample | BadSample]:
         """Read samples; one that is missing, damaged or malformed is told, not raised."""

@@ -70,9 +70,10 @@ class BadSampleLedger:
             append_jsonl(self._path, row)
 
     def _require_few(self) -> None:
-        different = {(row["dataset"], row["key"]) for row in self._rows}
+        damaged = [row for row in self._rows if row["damaged"]]
+        different = {(row["dataset"], row["key"]) for row in damaged}
         if len(different) > self._limit:
-            first = self._rows[0]
+            first = damaged[0]
             raise DataError(
                 f"{len(different)} bad samples were met, and --max-bad-samples allows {self._limit}; the first, at "
                 f"position {first['position']}: {first['dataset']} sample {first['key']}: {first['reason']}"

@@ -124,11 +124,9 @@ class MicrobatchSource:
         Bad samples that are met in it gather in ``self.bad`` as the microbatches are taken.
         """
         self.bad = []
-        loaded = self._loaded(consumed_samples, num_microbatches)
-        for _ in range(num_microbatches):
-            microbatch = next(loaded)
-            self.bad += microbatch.bad
-            yield microbatch.batch if self.shapes_only else microbatch.batch.to(self.device)
+        # Reading begins here, not with the first microbatch: a late pipeline stage takes that one when the first stage
+        # has sent its activation, and the first stage may be waiting for this rank's part of the encoding.
+        return self._taken(self._loaded(consumed_samples, num_microbatches), num_microbatches)
 
     def close(self) -> None:
         """Stop reading ahead, at the same microbatch on all ranks of the replica."""
@@ -155,6 +153,18 @@ class MicrobatchSource:
         samples, bad = self.data.read(positions)
         return LoadedMicrobatch(self.draw(positions, samples), bad)
 
+    def load_together(self, spans: Sequence[range]) -> Iterator[LoadedMicrobatch]:
+        """The same for the microbatches of an iteration, whose samples all ranks of the replica encode together.
+
+        Middle stages take part, though they need no values.
+        """
+        size = len(spans[0])
+        samples, bad = self.data.read([position for span in spans for position in span])
+        for index, span in enumerate(spans):
+            part = samples[index * size : (index + 1) * size]
+            batch = self.empty(span[0]) if self.shapes_only else self.draw(span, part)
+            yield LoadedMicrobatch(batch, [row for row in bad if row.position in span])
+
     def draw(self, positions: Sequence[int], samples: Sequence[PreparedSample]) -> Microbatch:
         """The samples of these positions with their draws, on the host."""
         text = [
@@ -176,6 +186,11 @@ class MicrobatchSource:
             extras=stack_extras([self._extras(position, image_shape) for position in positions]),
         )
 
+    def _taken(self, loaded: Iterator[LoadedMicrobatch], count: int) -> Iterator[Microbatch]:
+        for microbatch in itertools.islice(loaded, count):
+            self.bad += microbatch.bad
+            yield microbatch.batch if self.shapes_only else microbatch.batch.to(self.device)
+
     def _loaded(self, consumed: int, count: int) -> Iterator[LoadedMicrobatch]:
         """The stream of microbatches, standing at the iteration that starts at ``consumed``."""
         if not self.ahead:
@@ -192,8 +207,9 @@ class MicrobatchSource:
         for start in itertools.count(consumed, count * size * self.dp_size):
             if self.end is not None and start >= self.end:
                 return
-            for index in range(count):
-                loaded = self.load(microbatch_positions(start, index, self.dp_rank, self.dp_size, size))
+            spans = [microbatch_positions(start, index, self.dp_rank, self.dp_size, size) for index in range(count)]
+            together = self.data.encodes_together
+            for loaded in self.load_together(spans) if together else map(self.load, spans):
                 if self.device.type == "cuda":
                     loaded = LoadedMicrobatch(loaded.batch.pinned(), loaded.bad)
                 yield loaded

@@ -39,7 +39,7 @@ from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
-from megatron_flashi2v.training.datasets import open_data
+from megatron_flashi2v.training.datasets import open_data, share_encoding
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.step import TrainingStep
@@ -69,12 +69,13 @@ class Trainer:
         self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
-        self.data = open_data(config)
+        self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
         for shape in self.data.latent_shapes:
             check_tokens(self.model_config, config.parallel, shape[1:])
 
         self.groups = make_groups(config.parallel)
+        share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
         self.grid = shard_grid(self.groups)
         self.spec = make_spec(
             self.model_config, self.groups, device.torch_device, bf16=config.batch.bf16,
@@ -121,6 +122,7 @@ class Trainer:
             source.abandon()
             raise
         source.close()
+        self.data.close()
 
     def make_bad_sample_ledger(self, source: MicrobatchSource) -> BadSampleLedger:
         """What the ranks agree on about samples that cannot be used."""
@@ -139,7 +141,8 @@ class Trainer:
         return MicrobatchSource(
             self.data, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
             dp_size=self.groups.dp.size(), device=self.device.torch_device,
-            shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage), ahead=MICROBATCHES_AHEAD,
+            shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage),
+            ahead=self.num_microbatches if self.data.encodes_together else MICROBATCHES_AHEAD,
             end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
         )
 

@@ -7,6 +7,7 @@ its checkpoints in ``gradients/``, in the same sharded format.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,7 @@ from megatron_flashi2v.checkpoint.storage import write_pieces
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.parallel.groups import destroy_groups
 from megatron_flashi2v.runtime.device import resolve_device
@@ -59,8 +61,27 @@ def run(flags: list[str], launch, device) -> None:
         return loss
 
     step.losses_and_gradients = keep_gradients
-    trainer.train()
+    with counted_encodings() as calls:
+        trainer.train()
+    if config.data.online_encoding:
+        (config.checkpoint.save / f"encodings-{launch.rank}.txt").write_text(str(len(calls)))
     destroy_groups()
+
+
+@contextlib.contextmanager
+def counted_encodings():
+    """A list that grows by one with each clip that this process encodes."""
+    calls, encode = [], VideoVAE.encode
+
+    def counted(vae, video):
+        calls.append(1)
+        return encode(vae, video)
+
+    VideoVAE.encode = counted
+    try:
+        yield calls
+    finally:
+        VideoVAE.encode = encode
 
 
 def main() -> None:

@@ -15,11 +15,12 @@ from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, mak
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig
-from megatron_flashi2v.data import decoder, encoding
+from megatron_flashi2v.data import decoder
 from megatron_flashi2v.data.annotations import read_annotations
 from megatron_flashi2v.data.clips import Clip, load_clip
 from megatron_flashi2v.data.preparation import Place, prepare
 from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.data.selection import filter_settings
 from megatron_flashi2v.data.summary import require_samples
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
@@ -95,7 +96,7 @@ def test_samples(world: Path, finished: Path) -> None:
     entries = {entry.key: entry for entry in read_annotations(world / "meta.json")[0]}
     kept = [key for key, entry in entries.items() if entry.index not in (3, 4, 9)]
     assert [data[index].key for index in range(len(data))] == kept
-    settings = encoding.filter_settings(config_of(world, finished))
+    settings = filter_settings(config_of(world, finished))
     for index in range(len(data)):
         sample, record = data[index], data.record(index)
         clip = load_clip(entries[sample.key], settings, seed=1234, interpolation="bicubic")

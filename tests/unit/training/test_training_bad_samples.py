@@ -41,7 +41,7 @@ def test_the_run_goes_on_and_records_them(train: Train, spoilt: Path, tmp_path: 
     assert {row["key"] for row in rows} == {"synthetic-000001", "synthetic-000004"}
     positions = [row["position"] for row in rows]
     assert positions == sorted(positions) and set(positions) <= set(range(16)) and len(positions) >= 4
-    assert all(set(row) == {"position", "dataset", "key", "reason"} for row in rows)
+    assert all(set(row) == {"position", "dataset", "key", "reason", "damaged"} for row in rows)
     assert len(metrics(tmp_path / "run")) == 4
 
 
@@ -52,7 +52,7 @@ def test_a_resumed_run_fills_and_records_the_same(train: Train, spoilt: Path, tm
     assert train(*flags, "--save", whole) == 0
     assert train(*flags, "--save", parts, "--exit-interval", half) == 0
     with (parts / "bad_samples.jsonl").open("a") as file:  # met after the checkpoint, by a run that was killed
-        file.write(json.dumps({"position": 15, "dataset": "x", "key": "y", "reason": "z"}) + "\n")
+        file.write(json.dumps({"position": 15, "dataset": "x", "key": "y", "reason": "z", "damaged": True}) + "\n")
     assert train(*flags, "--save", parts, "--load", parts) == 0
     assert rows_of(parts) == rows_of(whole)
     assert [row["loss"] for row in metrics(parts)] == [row["loss"] for row in metrics(whole)]
@@ -100,7 +100,7 @@ def test_a_blend_trains(train: Train, synthetic_data: Path, tmp_path: Path) -> N
 
 
 def test_ranks_of_a_replica_that_read_other_bytes_stop() -> None:
-    row = BadPosition(position=7, dataset="d", key="k", reason="d: cannot be read").to_json()
+    row = BadPosition(position=7, dataset="d", key="k", reason="d: cannot be read", damaged=True).to_json()
     good, bad = {"replica": 0, "reads": True, "rows": []}, {"replica": 0, "reads": True, "rows": [row]}
     other, silent = {**good, "replica": 1}, {**good, "reads": False}
     _require_agreement([bad, bad, silent, other])
