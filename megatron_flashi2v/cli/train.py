@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.model import ModelConfig
@@ -124,18 +123,20 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, replicas: int) -> lis
     return lines
 
 
-def data_shape(folder: Path | None) -> tuple[tuple[int, int, int], str]:
+def data_shape(data_path: tuple[str, ...]) -> tuple[tuple[int, int, int], str]:
     """Latent frames, rows and columns of a sample, and where that was read; of the released models, before there are
     data."""
+    from megatron_flashi2v.config.blend import parse_blend
     from megatron_flashi2v.config.errors import DataError
     from megatron_flashi2v.data.prepared import PreparedDataset
 
-    if folder is not None:
+    if data_path:
+        folder = parse_blend(data_path)[0].folder
         try:
             return PreparedDataset(folder).info.latent_shape[1:], f"a sample of {folder}"
         except DataError:
             pass
-    return (13, 60, 104), f"49 frames of 480 x 832 in Wan's VAE; there is no data at {folder} yet"
+    return (13, 60, 104), "49 frames of 480 x 832 in Wan's VAE, as there are no prepared data yet"
 
 
 def parameter_count(shapes: dict[str, tuple[int, ...]]) -> int:

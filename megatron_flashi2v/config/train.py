@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_flashi2v.config.prepare import ClipArguments
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
@@ -42,8 +44,16 @@ class ModelArguments:
 class DataArguments:
     """Where the samples come from and what the flow adds to them."""
 
-    data_path: Path | None = None
-    """Folder written by `flashi2v prepare`."""
+    data_path: tuple[str, ...] = ()
+    """Folder written by `flashi2v prepare`, or several, each after its weight: 0.7 FOLDER 0.3 FOLDER."""
+    max_bad_samples: int = 100
+    """Unreadable or malformed samples that a run may fill with others before it stops; each is recorded."""
+    online_encoding: bool = False
+    """Train from --annotations and video files, encoded when needed, instead of --data-path."""
+    encoding_cache: Path | None = None
+    """Folder that keeps what --online-encoding encoded, for later epochs and runs; may be shared."""
+    encoding_cache_mib: int = 1024
+    """Memory of each rank, in MiB, for samples that --online-encoding encoded."""
     text_drop_probability: float = 0.1
     """Share of samples whose text is replaced by the empty prompt, for classifier-free guidance."""
     cutoff_ratio_min: float = 0.05
@@ -202,6 +212,7 @@ class TrainConfig:
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)
+    encoding: ClipArguments = field(default_factory=ClipArguments)
     parallel: ParallelArguments = field(default_factory=ParallelArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)

@@ -27,7 +27,9 @@ CONFIG = ModelConfig(
     num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=2, latent_channels=4, freq_dim=16,
     text_dim=12, text_length=6, phi_hidden_channels=8, phi_kernel_size=(3, 3, 3), phi_order="repeat_then_conv",
 )
-MOVES = {"_to_copy", "view", "_unsafe_view", "t", "transpose", "unbind", "detach", "clone", "permute", "select"}
+MOVES = {
+    "_to_copy", "view", "_unsafe_view", "t", "transpose", "unbind", "detach", "clone", "permute", "select", "slice",
+}
 """Operations that compute nothing."""
 IN_BF16 = {
     ("patch_embedding", "addmm"),
@@ -43,7 +45,7 @@ IN_BF16 = {
         "self_attention.linear_qkv", "self_attention.linear_proj", "cross_attention.linear_q",
         "cross_attention.linear_kv", "cross_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2",
     )),
-    ("blocks.self_attention", "attention"),
+    ("blocks", "attention"),
     ("blocks.cross_attention", "attention"),
     ("blocks.mlp", "gelu"),
 }
@@ -59,8 +61,7 @@ IN_FP32 = {
     ("time_embedding.linear_2", "addmm"),
     ("time_embedding.projection", "mm"),
     ("blocks", "native_layer_norm"),
-    ("blocks", "mul"),  # modulation and gates
-    ("blocks.self_attention", "mul"),  # rotary positions
+    ("blocks", "mul"),  # modulation, gates and rotary positions
     ("blocks.self_attention.norm_q", "rsqrt"),
     ("blocks.self_attention.norm_k", "rsqrt"),
     ("blocks.cross_attention.norm_q", "rsqrt"),
