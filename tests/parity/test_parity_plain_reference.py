@@ -16,7 +16,8 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
 from megatron_flashi2v.flow.loss import mean_squared_error
 from megatron_flashi2v.flow.sigmas import inference_sigmas, timesteps_of
-from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.guidance import with_guidance

@@ -146,7 +146,7 @@ def broken_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         loss = accumulate(self, *arguments)
         calls.append(loss)
         if len(calls) == 2:
-            next(self.stage.parameters()).main_grad.view(-1)[0] = math.nan
+            next(self.chunks[0].parameters()).main_grad.view(-1)[0] = math.nan
         return loss
 
     monkeypatch.setattr(step.TrainingStep, "losses_and_gradients", spoil)

@@ -59,7 +59,7 @@ def test_masters_moments_and_gradients_are_in_fp32(
     update, gradients = step.TrainingStep.update, []
 
     def keep(self: step.TrainingStep) -> float:
-        gradients.extend(parameter.main_grad.dtype for parameter in self.stage.parameters())
+        gradients.extend(parameter.main_grad.dtype for parameter in self.chunks[0].parameters())
         return update(self)
 
     monkeypatch.setattr(step.TrainingStep, "update", keep)
