@@ -2,8 +2,7 @@
 
 Started by the parity tests as ``python -m torch.distributed.run --nproc-per-node N run_layouts.py PLAN.json``. The plan
 is a list of ``{"name", "flags"}``; each run saves under its name, and the gradients of its last iteration lie beside
-its checkpoints in ``gradients/``, in the same sharded format. Without pipeline stages, what the trained model predicts
-lies in ``velocity.safetensors``.
+its checkpoints in ``gradients/``, in the same sharded format.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_flashi2v.checkpoint.state import model_pieces
 from megatron_flashi2v.checkpoint.storage import write_pieces
@@ -23,13 +21,11 @@ from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
-from megatron_flashi2v.models.transformer import predict_velocity
 from megatron_flashi2v.parallel.groups import destroy_groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
 from megatron_flashi2v.runtime.launch import detect_launch
 from megatron_flashi2v.runtime.redirect import megatron_on
-from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.trainer import Trainer
 
 
@@ -42,18 +38,6 @@ def write_gradients(trainer, folder: Path) -> None:
         )
     ]
     write_pieces(folder, pieces, rank=trainer.launch.rank, world_size=trainer.launch.world_size)
-
-
-def write_velocity(trainer, folder: Path) -> None:
-    """The prediction for the data's first samples, as sampling asks for it; rank 0 writes."""
-    source = MicrobatchSource(trainer.dataset, trainer.model_config, trainer.config.data, trainer.config.batch,
-                              dp_rank=0, dp_size=1, device=trainer.spec.device)
-    batch = source.read(range(2))
-    with torch.no_grad():
-        velocity = predict_velocity(trainer.stage.eval(), batch.noise_BCTHW, 1000 * batch.sigma_B, batch.text_BLX,
-                                    batch.latents_BCTHW[:, :, :1], batch.extras)
-    if trainer.launch.rank == 0:
-        save_file({"velocity": velocity.contiguous()}, folder / "velocity.safetensors")
 
 
 def run(flags: list[str], launch, device) -> None:
@@ -76,8 +60,6 @@ def run(flags: list[str], launch, device) -> None:
 
     step.losses_and_gradients = keep_gradients
     trainer.train()
-    if trainer.groups.pp.size() == 1:
-        write_velocity(trainer, config.checkpoint.save)
     destroy_groups()
 
 
