@@ -140,7 +140,15 @@ class OptimizerArguments:
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up."""
     clip_grad: float = 1.0
-    """Global L2 norm that gradients are scaled down to; 0 turns clipping off."""
+    """Global L2 norm that gradients are scaled down to, 0 turns clipping off; where adaptive methods start."""
+    clip_grad_method: Literal["norm", "adaptive", "adaptive-npu"] = "norm"
+    """norm: to --clip-grad; adaptive (-npu): to 3 deviations above a moving mean of norms (npu: drop extreme ones)."""
+    clip_grad_ema_decay: float = 0.99
+    """Decay of the adaptive methods' moving mean and variance."""
+    clip_grad_extreme_norm: float = 20.0
+    """Lowest norm that adaptive-npu can take for extreme; its gradient is dropped."""
+    clip_grad_rules: Literal["corrected", "reference", "reference-patch"] = "corrected"
+    """adaptive-npu without the reference's defects, or with them: NaN survives a drop; its patch file never scales."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -21,6 +22,10 @@ from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
 from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.training.batch import Microbatch
+from megatron_flashi2v.training.clipping import Clipper, scale_gradients
+from megatron_flashi2v.training.optimizer import ready_gradients
+
+logger = logging.getLogger(__name__)
 
 
 def forward_step(
@@ -59,6 +64,7 @@ class TrainingStep:
         chunks: this rank's stages.
         models: the same, each wrapped in megatron-core's DistributedDataParallel.
         optimizer: megatron-core's optimizer over them.
+        clipper: what happens to the gradients before they are applied.
         num_microbatches: microbatches per replica and iteration.
         micro_batch_size: samples in one.
     """
@@ -69,11 +75,13 @@ class TrainingStep:
         chunks: list[DiffusionTransformer],
         models: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
+        clipper: Clipper,
         *,
         num_microbatches: int,
         micro_batch_size: int,
     ) -> None:
         self.spec, self.chunks, self.models, self.optimizer = spec, chunks, models, optimizer
+        self.clipper = clipper
         self.num_microbatches, self.micro_batch_size = num_microbatches, micro_batch_size
         groups = spec.groups
         interleaved = len(chunks) > 1
@@ -110,9 +118,18 @@ class TrainingStep:
         return global_mean_loss(parts, self.spec, self.num_microbatches)
 
     def update(self) -> float:
-        """Apply the gradients; their global L2 norm before clipping."""
-        _, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm)
+        """Clip and apply the gradients; their global L2 norm before clipping, the same on every rank."""
+        self.optimizer.prepare_grads()
+        # Replicas sum it each for itself; rank 0's word keeps a rounding from telling their clippers apart.
+        norm = torch.tensor([self.optimizer.get_grad_norm()], device=self.spec.device)
+        torch.distributed.broadcast(norm, 0)
+        grad_norm = norm.item()
+        clip = self.clipper.clip(grad_norm)
+        scale_gradients(ready_gradients(self.optimizer), clip)
+        self.optimizer.step_with_ready_grads()
+        if clip.factor == 0.0:
+            logger.warning("a gradient of norm %g, where %g is usual, was dropped", grad_norm, clip.threshold)
+        return grad_norm
 
 
 def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:

@@ -49,6 +49,7 @@ from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.step import TrainingStep
@@ -99,6 +100,7 @@ class Trainer:
                 )
         self.models = wrap_data_parallel(self.chunks, config)
         self.optimizer = make_optimizer(self.models, config, self.spec)
+        self.clipper = make_clipper(config.optimizer)
         self.iteration, self.consumed_samples = 0, 0
         if resumed is not None:
             self.resume(resumed)
@@ -107,8 +109,8 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, config.batch.train_iters, self.iteration)
         self.num_microbatches = num_microbatches(config, launch.world_size)
         self.step = TrainingStep(
-            self.spec, self.chunks, self.models, self.optimizer, num_microbatches=self.num_microbatches,
-            micro_batch_size=config.batch.micro_batch_size,
+            self.spec, self.chunks, self.models, self.optimizer, self.clipper,
+            num_microbatches=self.num_microbatches, micro_batch_size=config.batch.micro_batch_size,
         )
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -161,7 +163,8 @@ class Trainer:
         loss = self.step.losses_and_gradients(batches, self.latent_shape)
         self.require_finite("loss", loss)
         grad_norm = self.step.update()
-        self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint will hold them
+        if not self.clipper.drops_non_finite:
+            self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint holds them
         self.scheduler.step(increment=1)
         self.device.synchronize()
         self.iteration += 1
@@ -201,6 +204,7 @@ class Trainer:
                          "frames": self.dataset.info.frames, "height": self.dataset.info.height,
                          "width": self.dataset.info.width, "fps": self.dataset.info.fps},
                 "optimizer": optimizer_common_state(self.optimizer),
+                "clipper": self.clipper.state_dict(),
             },
             rank=self.launch.rank, world_size=self.launch.world_size,
         )
@@ -218,12 +222,23 @@ class Trainer:
         load_model(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
+        self.resume_clipper(state.get("clipper"), folder)
         if self.iteration and state["seed"] != self.config.batch.seed:
             logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change",
                            self.config.batch.seed, folder, state["seed"])
         if self.iteration and state["data"]["fingerprint"] != self.dataset.fingerprint:
             logger.warning("%s was trained on other data than %s", folder, self.dataset.folder)
         logger.info("resumed from %s at iteration %d", folder, self.iteration)
+
+    def resume_clipper(self, state: dict[str, Any] | None, folder: Path) -> None:
+        """Load the clipper's state; one of another method does not fit, and this run's starts anew."""
+        if state is None:
+            return
+        if state["method"] == self.clipper.method:
+            self.clipper.load_state_dict(state)
+        else:
+            logger.warning("--clip-grad-method is %s, but %s was trained with %s: clipping starts anew",
+                           self.clipper.method, folder, state["method"])
 
     def announce(self) -> None:
         """Write what this run is made of, to the log and as config.yaml."""

@@ -9,6 +9,7 @@ from helpers.layouts import (
     Layout,
     assert_same_gradients,
     assert_same_metrics,
+    assert_same_velocity,
     assert_same_weights,
     metrics,
     run_layouts,
@@ -62,6 +63,7 @@ def test_context_parallel_ranks_train_like_one_process(runs: dict[str, Path], na
     assert_same_metrics(runs[name], reference)
     assert_same_gradients(runs[name], reference)
     assert_same_weights(runs[name], reference)
+    assert_same_velocity(runs[name], reference)
 
 
 @pytest.mark.parametrize("name", ["bf16-cp2-ulysses", "bf16-cp2-ring"])
