@@ -34,6 +34,8 @@ def test_tables_are_whole(operator):
     for entry in specs:
         assert entry.operator == operator
         assert callable(registry.load_entry_point(entry))
+        backward = registry.load_backward(entry)
+        assert backward is None if entry.backward_entry_point is None else callable(backward)
 
 
 @pytest.mark.parametrize("device", ["cuda", "npu", "cpu"])
