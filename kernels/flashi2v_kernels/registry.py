@@ -15,10 +15,15 @@ from typing import Any
 
 import torch
 
-OPERATORS = ("attention", "fourier_highpass", "rms_norm", "rope3d")
+OPERATORS = (
+    "attention", "fourier_highpass", "ada_layer_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "rope3d",
+    "qk_norm_rope",
+)
 
 ANY_DEVICE = ("cuda", "npu", "cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ASCEND_A2_A3 = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910_93")
+"""Names of the training NPUs whose fused operators are documented; "Ascend910B" alone is an older card."""
 
 
 class KernelUnavailable(ValueError):

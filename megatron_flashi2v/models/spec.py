@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve
+from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.parallel.groups import Groups
@@ -29,7 +30,12 @@ class KernelSet:
 
 
 def choose_kernels(
-    device: torch.device, dtype: torch.dtype, config: ModelConfig, attention_backend: str = "auto"
+    device: torch.device,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    attention_backend: str = "auto",
+    *,
+    tensor_parallel: bool = False,
 ) -> KernelSet:
     """Resolve every operator for the device.
 
@@ -38,6 +44,7 @@ def choose_kernels(
         dtype: dtype of matrix products and attention.
         config: the head size limits some implementations.
         attention_backend: an implementation's name, or auto.
+        tensor_parallel: heads are divided over ranks, and the norms' sums with them.
 
     Raises:
         ConfigError: the named choice of attention cannot run here; the error lists those that can.
@@ -47,8 +54,9 @@ def choose_kernels(
                             needs_gradient=True)
     except KernelUnavailable as error:
         raise ConfigError(f"--attention-backend {attention_backend}: {error}") from error
-    rms_norm = resolve("rms_norm", device.type, dtype, needs_gradient=True)
-    rope = resolve("rope3d", device.type, dtype, needs_gradient=True)
+    sums = (PARTIAL_SUMS,) if tensor_parallel else ()
+    rms_norm = resolve("rms_norm", device.type, dtype, features=sums, needs_gradient=True)
+    rope = resolve("rope3d", device.type, dtype, head_dim=config.head_dim, needs_gradient=True)
     highpass = resolve("fourier_highpass", device.type, torch.float32)
     return KernelSet(
         chosen=(attention, rms_norm, rope, highpass),
@@ -136,7 +144,7 @@ def make_spec(
         config=config,
         megatron=megatron,
         groups=groups,
-        kernels=choose_kernels(device, dtype, config, attention_backend),
+        kernels=choose_kernels(device, dtype, config, attention_backend, tensor_parallel=groups.tp.size() > 1),
         column_linear=provider.column_parallel_linear(),
         row_linear=provider.row_parallel_linear(),
         residual_dtype=residual_dtype,

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from flashi2v_kernels.registry import ANY_DEVICE, FLOATS, KernelSpec
+from flashi2v_kernels.registry import ANY_DEVICE, ASCEND_A2_A3, FLOATS, KernelSpec
 
 KEY_PADDING = "key_padding"
 LOG_SUM_EXP = "log_sum_exp"
 
 SPECS = (
+    KernelSpec(
+        operator="attention",
+        name="npu_fusion_attention",
+        entry_point="flashi2v_kernels.attention.npu:attention",
+        devices=("npu",),
+        socs=ASCEND_A2_A3,
+        package="torch_npu",
+        max_head_dim=768,
+        features={KEY_PADDING: ("npu",), LOG_SUM_EXP: ("npu",)},
+    ),
     KernelSpec(
         operator="attention",
         name="torch_sdpa",
