@@ -90,6 +90,8 @@ def test_a_named_choice_runs_or_is_an_error_that_lists_what_can(offer):
         ({"differentiable": False}, {"needs_gradient": True}, "has no gradient"),
         ({"min_compute_capability": (9, 0)}, {"compute_capability": (8, 0)},
          "needs compute capability 9.0, this device's is 8.0"),
+        ({"max_compute_capability": (9, 0)}, {"compute_capability": (10, 0)},
+         "takes compute capability 9.0 at most, this device's is 10.0"),
         ({"package": "no-such-package", "min_version": "2.6"}, {},
          "needs no-such-package >= 2.6, which is not installed"),
         ({"package": "torch", "min_version": "99.1"}, {}, "needs torch >= 99.1, installed is "),
@@ -107,7 +109,7 @@ def test_reasons(offer, needs, request_, reason):
     [
         ({"max_head_dim": 128, "head_dim_multiple": 8}, {"head_dim": 128}),
         ({"min_compute_capability": (8, 0)}, {"compute_capability": (9, 0)}),
-        ({"min_compute_capability": (9, 0)}, {"compute_capability": (9, 0)}),
+        ({"min_compute_capability": (9, 0), "max_compute_capability": (9, 0)}, {"compute_capability": (9, 0)}),
         ({"package": "torch", "min_version": "2.7"}, {}),
         ({"features": {"lse": ("cuda",)}}, {"features": ["lse"]}),
     ],
