@@ -31,9 +31,7 @@ class SelfAttention(nn.Module):
         """Update of the residual stream, [S, B, d] on this rank's tokens; ``rotary`` holds cos and sin [S, D/2]."""
         qkv, _ = self.linear_qkv(hidden_SBD)
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(dim=-2)
-        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
-        query = self.kernels.apply_rope(query, *rotary)
-        key = self.kernels.apply_rope(key, *rotary)
+        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key, rotary)
         return self.linear_proj(_attend(self.kernels.attention, query, key, value))[0]
 
 

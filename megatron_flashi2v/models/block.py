@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron_flashi2v.models.attention import CrossAttention, SelfAttention
-from megatron_flashi2v.models.norms import AffineLayerNorm, gated_residual, modulated_layer_norm
+from megatron_flashi2v.models.norms import AffineLayerNorm
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
 from megatron_flashi2v.parallel.regions import mark_sequence_parallel
@@ -19,12 +20,15 @@ class FeedForward(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         width, inner = spec.config.hidden_size, spec.config.ffn_hidden_size
-        self.linear_fc1 = column_parallel(spec.column_linear, width, inner, spec.megatron, spec.groups)
+        self.activation = spec.kernels.bias_gelu_tanh
+        self.linear_fc1 = column_parallel(
+            spec.column_linear, width, inner, spec.megatron, spec.groups, skip_bias_add=True
+        )
         self.linear_fc2 = row_parallel(spec.row_linear, inner, width, spec.megatron, spec.groups)
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
         """[S, B, d] on this rank's tokens."""
-        return self.linear_fc2(F.gelu(self.linear_fc1(hidden_SBD)[0], approximate="tanh"))[0]
+        return self.linear_fc2(self.activation(*self.linear_fc1(hidden_SBD)))[0]
 
 
 class TransformerBlock(nn.Module):
@@ -35,8 +39,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.eps = spec.config.norm_eps
-        self.compute_dtype = spec.dtype
+        self.kernels = spec.kernels
+        self.norm = partial(spec.kernels.ada_layer_norm, eps=spec.config.norm_eps, dtype=spec.dtype)
         self.modulation = nn.Parameter(torch.empty(6, spec.config.hidden_size))
         mark_sequence_parallel(self.modulation)
         self.self_attention = SelfAttention(spec)
@@ -58,9 +62,7 @@ class TransformerBlock(nn.Module):
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (
             self.modulation.unsqueeze(1) + modulation_6BD
         ).unbind(0)
-        normed = modulated_layer_norm(hidden_SBD, shift_sa, scale_sa, self.eps).to(self.compute_dtype)
-        hidden_SBD = gated_residual(hidden_SBD, self.self_attention(normed, rotary), gate_sa)
-        normed = self.norm_cross(hidden_SBD).to(self.compute_dtype)
-        hidden_SBD = hidden_SBD + self.cross_attention(normed, text_TBD)
-        normed = modulated_layer_norm(hidden_SBD, shift_ff, scale_ff, self.eps).to(self.compute_dtype)
-        return gated_residual(hidden_SBD, self.mlp(normed), gate_ff)
+        gated = self.kernels.gate_residual
+        hidden_SBD = gated(hidden_SBD, self.self_attention(self.norm(hidden_SBD, shift_sa, scale_sa), rotary), gate_sa)
+        hidden_SBD = hidden_SBD + self.cross_attention(self.norm_cross(hidden_SBD), text_TBD)
+        return gated(hidden_SBD, self.mlp(self.norm(hidden_SBD, shift_ff, scale_ff)), gate_ff)

@@ -20,12 +20,15 @@ from megatron_flashi2v.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The implementations chosen for this model, once, when it is built."""
+    """The implementations chosen for this model, once, when it is built; ``chosen`` tells which and why."""
 
     chosen: tuple[Kernel, ...]
     attention: Callable[..., Any]
+    ada_layer_norm: Callable[..., Tensor]
+    gate_residual: Callable[..., Tensor]
+    bias_gelu_tanh: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
-    apply_rope: Callable[..., Tensor]
+    qk_norm_rope: Callable[..., Tensor]
     highpass: Callable[..., Tensor]
 
 
@@ -55,15 +58,20 @@ def choose_kernels(
     except KernelUnavailable as error:
         raise ConfigError(f"--attention-backend {attention_backend}: {error}") from error
     sums = (PARTIAL_SUMS,) if tensor_parallel else ()
-    rms_norm = resolve("rms_norm", device.type, dtype, features=sums, needs_gradient=True)
-    rope = resolve("rope3d", device.type, dtype, head_dim=config.head_dim, needs_gradient=True)
+    elementwise = {
+        name: resolve(name, device.type, dtype, needs_gradient=True)
+        for name in ("ada_layer_norm", "gate_residual", "bias_gelu_tanh")
+    }
+    norms = {
+        name: resolve(name, device.type, dtype, head_dim=config.head_dim, features=sums, needs_gradient=True)
+        for name in ("rms_norm", "qk_norm_rope")
+    }
     highpass = resolve("fourier_highpass", device.type, torch.float32)
     return KernelSet(
-        chosen=(attention, rms_norm, rope, highpass),
+        chosen=(attention, *elementwise.values(), *norms.values(), highpass),
         attention=attention.function,
-        rms_norm=rms_norm.function,
-        apply_rope=rope.function,
         highpass=highpass.function,
+        **{name: kernel.function for name, kernel in (elementwise | norms).items()},
     )
 
 

@@ -39,6 +39,9 @@ def norm_and_turn(
     if (sum_of_squares is None) != (full_width is None):
         raise ValueError("give both sum_of_squares and full_width, or neither")
     weight = weight_like_tail(x, weight, sum_of_squares)
+    if x.ndim == weight.ndim:  # a single row
+        sums = None if sum_of_squares is None else sum_of_squares[None]
+        return _NormAndTurn.apply(x[None], weight, sums, turn, full_width or weight.numel(), eps)[0]
     return _NormAndTurn.apply(x, weight, sum_of_squares, turn, full_width or weight.numel(), eps)
 
 
@@ -97,7 +100,7 @@ class _NormAndTurn(torch.autograd.Function):
             normed = x[rows].to(wide) * inverse_rms[rows]
             by_normed = gradient * normed
             if grad_weight is not None:
-                grad_weight += by_normed.flatten(0, -weight.ndim - 1).sum(dim=0) if x.ndim > weight.ndim else by_normed
+                grad_weight += by_normed.flatten(0, -weight.ndim - 1).sum(dim=0)
             projection[rows] = by_normed.mul_(factor).sum(dim=tail, keepdim=True)
             if grad_x is not None:
                 weighted = gradient * factor

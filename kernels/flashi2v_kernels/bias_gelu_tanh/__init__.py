@@ -1,0 +1,22 @@
+"""A linear's bias and the tanh-approximated GELU."""
+
+from __future__ import annotations
+
+import torch
+
+from flashi2v_kernels.registry import FLOATS, KernelSpec
+
+SPECS = (
+    KernelSpec(
+        operator="bias_gelu_tanh",
+        name="torch",
+        entry_point="flashi2v_kernels.bias_gelu_tanh.torch:bias_gelu_tanh",
+        dtypes=(*FLOATS, torch.float64),
+    ),
+    KernelSpec(
+        operator="bias_gelu_tanh",
+        name="reference",
+        entry_point="flashi2v_kernels.bias_gelu_tanh.reference:bias_gelu_tanh",
+        dtypes=(*FLOATS, torch.float64),
+    ),
+)

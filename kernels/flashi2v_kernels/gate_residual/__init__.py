@@ -1,0 +1,22 @@
+"""A layer's update, weighted by channel for each sample, added to the residual stream."""
+
+from __future__ import annotations
+
+import torch
+
+from flashi2v_kernels.registry import FLOATS, KernelSpec
+
+SPECS = (
+    KernelSpec(
+        operator="gate_residual",
+        name="torch",
+        entry_point="flashi2v_kernels.gate_residual.torch:gate_residual",
+        dtypes=(*FLOATS, torch.float64),
+    ),
+    KernelSpec(
+        operator="gate_residual",
+        name="reference",
+        entry_point="flashi2v_kernels.gate_residual.reference:gate_residual",
+        dtypes=(*FLOATS, torch.float64),
+    ),
+)
