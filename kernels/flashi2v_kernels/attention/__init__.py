@@ -1,4 +1,8 @@
-"""Full attention over [batch, tokens, heads, head size], optionally with padded keys and the log-sum-exp."""
+"""Full attention over [batch, tokens, heads, head size], optionally with padded keys and the log-sum-exp.
+
+An implementation with ``block_backward`` also has the gradients that come from one block of the keys: what ring
+attention needs beside the log-sum-exp.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from flashi2v_kernels.registry import ANY_DEVICE, ASCEND_A2_A3, FLOATS, HALVES, 
 
 KEY_PADDING = "key_padding"
 LOG_SUM_EXP = "log_sum_exp"
+BLOCK_BACKWARD = "block_backward"
 
 # In the order of their speed on an H100 at 16 to 32 thousand tokens; on other cards torch's own is the safe choice.
 SPECS = (
@@ -15,16 +20,18 @@ SPECS = (
         operator="attention",
         name="npu_fusion_attention",
         entry_point="flashi2v_kernels.attention.npu:attention",
+        backward_entry_point="flashi2v_kernels.attention.npu:attention_backward",
         devices=("npu",),
         socs=ASCEND_A2_A3,
         package="torch_npu",
         max_head_dim=768,
-        features={KEY_PADDING: ("npu",), LOG_SUM_EXP: ("npu",)},
+        features={KEY_PADDING: ("npu",), LOG_SUM_EXP: ("npu",), BLOCK_BACKWARD: ("npu",)},
     ),
     KernelSpec(
         operator="attention",
         name="flash_attn_3",
         entry_point="flashi2v_kernels.attention.flash_attn_3:attention",
+        backward_entry_point="flashi2v_kernels.attention.flash_attn_3:attention_backward",
         devices=("cuda",),
         dtypes=HALVES,
         min_compute_capability=(9, 0),
@@ -33,14 +40,27 @@ SPECS = (
         min_version="3.0.0",
         max_head_dim=256,
         head_dim_multiple=8,
-        features={LOG_SUM_EXP: ("cuda",)},
+        features={LOG_SUM_EXP: ("cuda",), BLOCK_BACKWARD: ("cuda",)},
     ),
     KernelSpec(
         operator="attention",
         name="torch_sdpa",
         entry_point="flashi2v_kernels.attention.torch_sdpa:attention",
+        backward_entry_point="flashi2v_kernels.attention.torch_sdpa:attention_backward",
         dtypes=(*FLOATS, torch.float64),
-        features={KEY_PADDING: ANY_DEVICE, LOG_SUM_EXP: ("cpu",)},
+        features={KEY_PADDING: ANY_DEVICE, LOG_SUM_EXP: ("cpu",), BLOCK_BACKWARD: ("cpu",)},
+    ),
+    KernelSpec(
+        operator="attention",
+        name="torch_flash",
+        entry_point="flashi2v_kernels.attention.torch_flash:attention",
+        backward_entry_point="flashi2v_kernels.attention.torch_flash:attention_backward",
+        devices=("cuda",),
+        dtypes=(torch.bfloat16, torch.float16),
+        min_compute_capability=(8, 0),
+        max_head_dim=256,
+        head_dim_multiple=8,
+        features={LOG_SUM_EXP: ("cuda",), BLOCK_BACKWARD: ("cuda",)},
     ),
     KernelSpec(
         operator="attention",
@@ -58,6 +78,7 @@ SPECS = (
         operator="attention",
         name="flash_attn_2",
         entry_point="flashi2v_kernels.attention.flash_attn_2:attention",
+        backward_entry_point="flashi2v_kernels.attention.flash_attn_2:attention_backward",
         devices=("cuda",),
         dtypes=HALVES,
         min_compute_capability=(8, 0),
@@ -65,13 +86,14 @@ SPECS = (
         min_version="2.7",
         max_head_dim=256,
         head_dim_multiple=8,
-        features={LOG_SUM_EXP: ("cuda",)},
+        features={LOG_SUM_EXP: ("cuda",), BLOCK_BACKWARD: ("cuda",)},
     ),
     KernelSpec(
         operator="attention",
         name="reference",
         entry_point="flashi2v_kernels.attention.reference:attention",
+        backward_entry_point="flashi2v_kernels.attention.reference:attention_backward",
         dtypes=(*FLOATS, torch.float64),
-        features={KEY_PADDING: ANY_DEVICE, LOG_SUM_EXP: ANY_DEVICE},
+        features={KEY_PADDING: ANY_DEVICE, LOG_SUM_EXP: ANY_DEVICE, BLOCK_BACKWARD: ANY_DEVICE},
     ),
 )

@@ -43,10 +43,7 @@ def attention_backward(
     *,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the query and of these keys and values, which may be a part of all keys.
-
-    The output and the log-sum-exp are those over all keys.
-    """
+    """See :func:`flashi2v_kernels.attention.reference.attention_backward`."""
     grads = [torch.empty_like(tensor) for tensor in (query_BQhD, key_BKhD, value_BKhD)]
     _flash_attn_backward(
         grad_output_BQhD, query_BQhD, key_BKhD, value_BKhD, output_BQhD, log_sum_exp_BhQ.float().contiguous(), *grads,

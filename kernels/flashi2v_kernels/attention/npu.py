@@ -46,9 +46,9 @@ def attention_backward(
     *,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the query and of these keys and values, which may be a part of all keys.
+    """See :func:`flashi2v_kernels.attention.reference.attention_backward`.
 
-    The output and the log-sum-exp are those over all keys. The operator wants the softmax's maximum and sum, which
+    The operator wants the softmax's maximum and sum, which
     it uses as ``exp(score - maximum) / sum``: the log-sum-exp and 1 are such a pair.
     """
     statistics_BhQ8 = log_sum_exp_BhQ.float().unsqueeze(-1).expand(-1, -1, -1, _REPLICAS).contiguous()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.attention_libraries import modules_of
 
-from flashi2v_kernels.attention import KEY_PADDING, LOG_SUM_EXP, reference
-from flashi2v_kernels.registry import KernelUnavailable, resolve, specs_of
+from flashi2v_kernels.attention import BLOCK_BACKWARD, KEY_PADDING, LOG_SUM_EXP, reference
+from flashi2v_kernels.registry import KernelUnavailable, load_backward, resolve, specs_of
 
 LIBRARIES = ["flash_attn_3", "flash_attn_2", "transformer_engine"]
 WITH_LOG_SUM_EXP = ["flash_attn_3", "flash_attn_2"]
@@ -73,12 +73,12 @@ def test_log_sum_exp(load, name, assert_near):
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("name", WITH_LOG_SUM_EXP)
 def test_backward_of_blocks_adds_up(load, name, blocks, scale, assert_near):
-    inputs, module = draw(2, 7, 9, 3, 24), load(name)
+    inputs, module, backward = draw(2, 7, 9, 3, 24), load(name), load_backward(SPECS[name])
     weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
     output, lse = module.attention(*inputs, softmax_scale=scale, return_log_sum_exp=True)
     expected = gradients(reference.attention, [t.double() for t in inputs], weights, softmax_scale=scale)
     parts = [
-        module.attention_backward(weights, inputs[0], key, value, output, lse, softmax_scale=scale)
+        backward(weights, inputs[0], key, value, output, lse, softmax_scale=scale)
         for key, value in zip(inputs[1].chunk(blocks, dim=1), inputs[2].chunk(blocks, dim=1), strict=True)
     ]
     assert_near(sum(part[0].float() for part in parts).bfloat16(), expected[1])
@@ -92,7 +92,8 @@ def test_what_a_library_lacks_is_refused(load, name):
     assert KEY_PADDING not in SPECS[name].features
     with pytest.raises(NotImplementedError, match="padded keys"):
         module.attention(*inputs, key_padding_mask_BK=torch.ones(2, 5, dtype=torch.bool))
-    assert (LOG_SUM_EXP in SPECS[name].features) == (name in WITH_LOG_SUM_EXP)
+    for feature in (LOG_SUM_EXP, BLOCK_BACKWARD):
+        assert (feature in SPECS[name].features) == (name in WITH_LOG_SUM_EXP)
 
 
 @pytest.fixture
@@ -118,6 +119,7 @@ def installed(monkeypatch):
         ((9, 0), torch.bfloat16, (), "flash_attn_3"),
         ((9, 0), torch.bfloat16, (LOG_SUM_EXP,), "flash_attn_3"),
         ((9, 0), torch.bfloat16, (KEY_PADDING,), "torch_sdpa"),
+        ((8, 0), torch.bfloat16, (LOG_SUM_EXP, BLOCK_BACKWARD), "torch_flash"),
         ((9, 0), torch.float32, (), "torch_sdpa"),
         ((8, 0), torch.bfloat16, (), "torch_sdpa"),
         ((10, 0), torch.bfloat16, (), "torch_sdpa"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.stand_in import torch_npu  # noqa: F401
 
+from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.attention import reference as attention_reference
 from flashi2v_kernels.registry import load_entry_point, resolve, specs_of
 from flashi2v_kernels.rms_norm import reference as rms_norm_reference
@@ -86,14 +87,14 @@ def test_attention_with_log_sum_exp_and_another_scale(dtype, padded, assert_near
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_attention_backward_of_blocks_adds_up(blocks, dtype, assert_near):
     """The gradient over all keys is the sum of those over parts of them, given the whole output and log-sum-exp."""
-    from flashi2v_kernels.attention.npu import attention, attention_backward
-
+    kernel = resolve("attention", "npu", dtype, features=[LOG_SUM_EXP, BLOCK_BACKWARD], soc="Ascend910B3")
+    assert kernel.spec.name == "npu_fusion_attention" and kernel.backward is not None
     inputs, weights = draw_qkv(2, 7, 9, 3, 24, dtype), draw((2, 7, 3, 24), dtype, 5)
-    output, lse = attention(*inputs, return_log_sum_exp=True)
+    output, lse = kernel.function(*inputs, return_log_sum_exp=True)
     expected = run(attention_reference.attention, [tensor.double() for tensor in inputs], weights.double())
     query, *keys_and_values = inputs
     parts = [
-        attention_backward(weights, query, key, value, output, lse)
+        kernel.backward(weights, query, key, value, output, lse)
         for key, value in zip(*(tensor.chunk(blocks, dim=1) for tensor in keys_and_values), strict=True)
     ]
     grad_query = sum(part[0].float() for part in parts).to(dtype)
