@@ -9,6 +9,15 @@ from flashi2v_kernels.registry import FLOATS, KernelSpec
 SPECS = (
     KernelSpec(
         operator="ada_layer_norm",
+        name="triton",
+        entry_point="flashi2v_kernels.ada_layer_norm.triton:ada_layer_norm",
+        devices=("cuda",),
+        min_compute_capability=(8, 0),
+        package="triton",
+        min_version="3.0",
+    ),
+    KernelSpec(
+        operator="ada_layer_norm",
         name="torch",
         entry_point="flashi2v_kernels.ada_layer_norm.torch:ada_layer_norm",
         dtypes=(*FLOATS, torch.float64),

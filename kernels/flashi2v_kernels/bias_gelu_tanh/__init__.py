@@ -9,6 +9,15 @@ from flashi2v_kernels.registry import FLOATS, KernelSpec
 SPECS = (
     KernelSpec(
         operator="bias_gelu_tanh",
+        name="triton",
+        entry_point="flashi2v_kernels.bias_gelu_tanh.triton:bias_gelu_tanh",
+        devices=("cuda",),
+        min_compute_capability=(8, 0),
+        package="triton",
+        min_version="3.0",
+    ),
+    KernelSpec(
+        operator="bias_gelu_tanh",
         name="torch",
         entry_point="flashi2v_kernels.bias_gelu_tanh.torch:bias_gelu_tanh",
         dtypes=(*FLOATS, torch.float64),

@@ -9,6 +9,15 @@ from flashi2v_kernels.registry import FLOATS, KernelSpec
 SPECS = (
     KernelSpec(
         operator="gate_residual",
+        name="triton",
+        entry_point="flashi2v_kernels.gate_residual.triton:gate_residual",
+        devices=("cuda",),
+        min_compute_capability=(8, 0),
+        package="triton",
+        min_version="3.0",
+    ),
+    KernelSpec(
+        operator="gate_residual",
         name="torch",
         entry_point="flashi2v_kernels.gate_residual.torch:gate_residual",
         dtypes=(*FLOATS, torch.float64),

@@ -12,6 +12,16 @@ PARTIAL_SUMS = "partial_sums"
 SPECS = (
     KernelSpec(
         operator="rms_norm",
+        name="triton",
+        entry_point="flashi2v_kernels.rms_norm.triton:rms_norm",
+        devices=("cuda",),
+        min_compute_capability=(8, 0),
+        package="triton",
+        min_version="3.0",
+        features={PARTIAL_SUMS: ("cuda",)},
+    ),
+    KernelSpec(
+        operator="rms_norm",
         name="npu_rms_norm",
         entry_point="flashi2v_kernels.rms_norm.npu:rms_norm",
         devices=("npu",),

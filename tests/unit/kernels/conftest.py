@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
 from helpers import kernels
+
+from flashi2v_kernels import chunks
 
 
 @pytest.fixture(scope="session")
 def assert_near() -> Callable[..., None]:
     """See :func:`helpers.kernels.assert_near`."""
     return kernels.assert_near
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pieces of CPUs and programs of Triton small enough for the tests' shapes to take several."""
+    monkeypatch.setattr(chunks, "NUMBERS_PER_CHUNK", 500)
+    if (launch := sys.modules.get("flashi2v_kernels.triton_launch")) is not None:
+        monkeypatch.setattr(launch, "PARTIAL_SUMS", 3)
+        monkeypatch.setattr(sys.modules["flashi2v_kernels.bias_gelu_tanh.triton"], "COLUMNS", 64)
