@@ -10,17 +10,6 @@ from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 SPECS = (
     KernelSpec(
         operator="qk_norm_rope",
-        name="npu_rms_norm_rotary_mul",
-        entry_point="flashi2v_kernels.qk_norm_rope.npu:qk_norm_rope",
-        devices=("npu",),
-        socs=ASCEND_A2_A3,
-        package="torch_npu",
-        features={PARTIAL_SUMS: ("npu",)},
-        max_head_dim=894,
-        head_dim_multiple=2,
-    ),
-    KernelSpec(
-        operator="qk_norm_rope",
         name="triton",
         entry_point="flashi2v_kernels.qk_norm_rope.triton:qk_norm_rope",
         devices=("cuda",),
@@ -32,9 +21,19 @@ SPECS = (
     ),
     KernelSpec(
         operator="qk_norm_rope",
+        name="npu_rms_norm_rotary_mul",
+        entry_point="flashi2v_kernels.qk_norm_rope.npu:qk_norm_rope",
+        devices=("npu",),
+        socs=ASCEND_A2_A3,
+        package="torch_npu",
+        features={PARTIAL_SUMS: ("npu",)},
+        max_head_dim=894,
+        head_dim_multiple=2,
+    ),
+    KernelSpec(
+        operator="qk_norm_rope",
         name="torch",
         entry_point="flashi2v_kernels.qk_norm_rope.torch:qk_norm_rope",
-        devices=("cuda", "cpu"),  # it turns complex numbers, which NPUs lack in part of their operators
         dtypes=(*FLOATS, torch.float64),
         features={PARTIAL_SUMS: ANY_DEVICE},
         head_dim_multiple=2,

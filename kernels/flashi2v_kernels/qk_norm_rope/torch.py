@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from flashi2v_kernels.chunks import wide_dtype
 from flashi2v_kernels.qk_norm_rope.reference import weight_of_heads
 from flashi2v_kernels.rms_norm.torch import norm_and_turn
 from flashi2v_kernels.rope3d.tables import require_tables
@@ -23,7 +21,5 @@ def qk_norm_rope(
 ) -> Tensor:
     """See :func:`flashi2v_kernels.qk_norm_rope.reference.qk_norm_rope`."""
     require_tables(heads_SBhD, cos_SR, sin_SR)
-    wide = wide_dtype(heads_SBhD)
-    turn_S11R = torch.complex(cos_SR.to(wide), sin_SR.to(wide))[:, None, None, :]
     weight_hD = weight_of_heads(heads_SBhD, weight)
-    return norm_and_turn(heads_SBhD, weight_hD, turn_S11R, eps, sum_of_squares, full_width)
+    return norm_and_turn(heads_SBhD, weight_hD, (cos_SR, sin_SR), eps, sum_of_squares, full_width)

@@ -21,17 +21,17 @@ def rms_norm(
 def norm_and_turn(
     x: Tensor,
     weight: Tensor,
-    turn: Tensor | None,
+    tables: tuple[Tensor, Tensor] | None,
     eps: float,
     sum_of_squares: Tensor | None,
     full_width: int | None,
 ) -> Tensor:
-    """The norm, and if there is a ``turn`` the rotation of its result, in one pass over memory.
+    """The norm, and if there are ``tables`` the rotation of its result, in one pass over memory.
 
     Args:
-        x: [rows, ..., *tail].
+        x: [rows, ..., *tail]; heads [S, B, h, D] if there are tables.
         weight: in the tail's shape, or as one row.
-        turn: complex, [rows, ..., pairs] and broadcast against pairs of the last dimension's numbers.
+        tables: cos and sin [S, D/2].
         eps: added to the mean square.
         sum_of_squares: see :func:`flashi2v_kernels.rms_norm.reference.rms_norm`.
         full_width: likewise.
@@ -39,18 +39,36 @@ def norm_and_turn(
     if (sum_of_squares is None) != (full_width is None):
         raise ValueError("give both sum_of_squares and full_width, or neither")
     weight = weight_like_tail(x, weight, sum_of_squares)
+    cos, sin = tables or (None, None)
     if x.ndim == weight.ndim:  # a single row
         sums = None if sum_of_squares is None else sum_of_squares[None]
-        return _NormAndTurn.apply(x[None], weight, sums, turn, full_width or weight.numel(), eps)[0]
-    return _NormAndTurn.apply(x, weight, sum_of_squares, turn, full_width or weight.numel(), eps)
+        return _NormAndTurn.apply(x[None], weight, sums, cos, sin, full_width or weight.numel(), eps)[0]
+    return _NormAndTurn.apply(x, weight, sum_of_squares, cos, sin, full_width or weight.numel(), eps)
 
 
-def _turn(values: Tensor, turn: Tensor | None) -> Tensor:
-    """Pairs of neighbours as complex numbers times ``turn``."""
-    if turn is None:
-        return values
-    pairs = torch.view_as_complex(values.contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2)
+def _turn(heads_SBhD: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None, *, back: bool = False) -> Tensor:
+    """Heads with pairs of channels turned by their token's angles, or by the negative ones."""
+    if cos_SR is None or sin_SR is None:
+        return heads_SBhD
+    cos, sin = (table.to(heads_SBhD.dtype)[:, None, None, :] for table in (cos_SR, -sin_SR if back else sin_SR))
+    pairs = heads_SBhD.contiguous().unflatten(-1, (-1, 2))
+    turned = turn_real(pairs, cos, sin) if pairs.device.type == "npu" else turn_complex(pairs, cos, sin)
+    return turned.flatten(-2)
+
+
+def turn_complex(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs [..., 2] times ``cos + i sin``: one operator instead of six and a copy."""
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+
+
+def turn_real(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for NPUs, which lack complex numbers in part of their operators."""
+    real, imaginary = pairs.unbind(-1)
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+
+
+def _rows_of(tables: tuple[Tensor | None, Tensor | None], rows: slice) -> tuple[Tensor | None, ...]:
+    return tuple(None if table is None else table[rows] for table in tables)
 
 
 class _NormAndTurn(torch.autograd.Function):
@@ -65,7 +83,8 @@ class _NormAndTurn(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         sum_of_squares: Tensor | None,
-        turn: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
         width: int,
         eps: float,
     ) -> Tensor:
@@ -80,14 +99,14 @@ class _NormAndTurn(torch.autograd.Function):
             if sum_of_squares is None:
                 norm = torch.linalg.vector_norm(piece, dim=tail, keepdim=True)
                 inverse_rms[rows] = torch.rsqrt(norm.square() / width + eps)
-            output[rows] = _turn(piece * inverse_rms[rows] * factor, None if turn is None else turn[rows])
-        ctx.save_for_backward(x, weight, inverse_rms, turn)
+            output[rows] = _turn(piece * inverse_rms[rows] * factor, *_rows_of((cos, sin), rows))
+        ctx.save_for_backward(x, weight, inverse_rms, cos, sin)
         ctx.width, ctx.sum_dtype = width, None if sum_of_squares is None else sum_of_squares.dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        x, weight, inverse_rms, turn = ctx.saved_tensors
+        x, weight, inverse_rms, cos, sin = ctx.saved_tensors
         wide, tail = wide_dtype(x), tuple(range(-weight.ndim, 0))
         factor, own_sum = weight.to(wide), ctx.sum_dtype is None
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[0] else None
@@ -95,8 +114,7 @@ class _NormAndTurn(torch.autograd.Function):
         # of every row, the sum of gradient * weight * normalised
         projection = torch.empty_like(inverse_rms)
         for rows in row_chunks(x):
-            gradient = gradients[0][rows].to(wide)
-            gradient = _turn(gradient, None if turn is None else turn[rows].conj())
+            gradient = _turn(gradients[0][rows].to(wide), *_rows_of((cos, sin), rows), back=True)
             normed = x[rows].to(wide) * inverse_rms[rows]
             by_normed = gradient * normed
             if grad_weight is not None:
@@ -113,4 +131,4 @@ class _NormAndTurn(torch.autograd.Function):
             grad_sum = grad_sum.view(x.shape[: x.ndim - weight.ndim]).to(ctx.sum_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_weight, grad_sum, None, None, None
+        return grad_x, grad_weight, grad_sum, None, None, None, None

@@ -10,8 +10,10 @@ from helpers.stand_in import torch_npu  # noqa: F401
 
 from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.attention import reference as attention_reference
+from flashi2v_kernels.qk_norm_rope import reference as qk_reference
 from flashi2v_kernels.registry import load_entry_point, resolve, specs_of
 from flashi2v_kernels.rms_norm import reference as rms_norm_reference
+from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
 from flashi2v_kernels.rope3d import reference as rope_reference
 from flashi2v_kernels.rope3d.tables import rope_tables
 
@@ -160,15 +162,57 @@ def test_rope_of_strided_views_keeps_only_the_tables(assert_near):
         rope(query, cos[:11], sin[:11])
 
 
+@pytest.mark.parametrize("shards", [None, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("grid", "batch", "heads", "head_dim"),
+    [((1, 1, 1), 1, 2, 2), ((3, 5, 7), 3, 2, 24), ((2, 3, 1), 2, 4, 6), ((1, 9, 3), 1, 2, 128)],
+)
+def test_norm_and_rope(grid, batch, heads, head_dim, dtype, shards, assert_near):
+    """Alone, and as ranks that hold some of the heads and share their sums of squares."""
+    function, tables = implementation("qk_norm_rope", "npu_rms_norm_rotary_mul"), rope_tables(grid, head_dim)
+    x = draw((tables[0].shape[0], batch, 3 * heads, head_dim), dtype)[:, :, ::3]  # a strided view
+    weight, weights = draw((heads * head_dim,), torch.float32, 1), draw(x.shape, dtype, 2)
+
+    def sharded(x, weight):
+        if shards is None:
+            return function(x, weight, *tables, 1e-6)
+        total = sum(local_sum_of_squares(part, 2) for part in x.chunk(shards, dim=2))
+        parts = zip(x.chunk(shards, dim=2), weight.chunk(shards), strict=True)
+        sums = {"sum_of_squares": total, "full_width": heads * head_dim}
+        return torch.cat([function(part, row, *tables, 1e-6, **sums) for part, row in parts], dim=2)
+
+    actual = run(sharded, [x, weight], weights)
+    expected = run(lambda x, w: qk_reference.qk_norm_rope(x, w, *tables, 1e-6), [x.double(), weight.double()], weights)
+    assert [tensor.dtype for tensor in actual] == [dtype, dtype, torch.float32]
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert_near(ours, wanted)
+
+
+def test_norm_and_rope_keeps_the_heads_as_they_are():
+    function, tables = implementation("qk_norm_rope", "npu_rms_norm_rotary_mul"), rope_tables((1, 2, 3), 8)
+    x, weight = draw((6, 2, 3, 8), torch.bfloat16).requires_grad_(), draw((24,), torch.float32).requires_grad_()
+    for sums in ({}, {"sum_of_squares": torch.ones(6, 2), "full_width": 24}):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+            function(x, weight, *tables, 1e-6, **sums)
+        assert [tensor.dtype for tensor in saved if tensor.numel() >= x.numel()] == [torch.bfloat16]
+    with pytest.raises(ValueError, match="both"):
+        function(x, weight, *tables, 1e-6, full_width=24)
+    with pytest.raises(ValueError, match="sums"):
+        function(x, weight, *tables, 1e-6, sum_of_squares=torch.ones(6), full_width=24)
+
+
 def test_automatic_choices_on_an_npu():
     """The stand-in's package is found: its metadata lies beside it."""
     for operator, name in (("attention", "npu_fusion_attention"), ("rms_norm", "npu_rms_norm"),
-                           ("rope3d", "npu_rotary_mul"), ("fourier_highpass", "matmul_dft")):
+                           ("rope3d", "npu_rotary_mul"), ("qk_norm_rope", "npu_rms_norm_rotary_mul"),
+                           ("fourier_highpass", "matmul_dft")):
         assert resolve(operator, "npu", torch.float32, soc="Ascend910B3").spec.name == name
         assert resolve(operator, "npu", torch.float32, soc="Ascend910_9392").spec.name == name
     kernel = resolve("rms_norm", "npu", torch.bfloat16, features=["partial_sums"], soc="Ascend910B3")
     assert kernel.spec.name == "torch"
-    assert kernel.why_not == ("npu_rms_norm: has no partial_sums on npu",)
+    assert "npu_rms_norm: has no partial_sums on npu" in kernel.why_not
     old = resolve("attention", "npu", torch.bfloat16, soc="Ascend910ProB")
     assert old.spec.name == "torch_sdpa" and "this device is Ascend910ProB" in old.why_not[0]
     assert resolve("attention", "npu", torch.bfloat16, head_dim=800, soc="Ascend910B3").spec.name == "torch_sdpa"

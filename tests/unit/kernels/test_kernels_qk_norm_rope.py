@@ -9,6 +9,7 @@ from helpers.kernels import TRITON_INTERPRETED, assert_near, draw, implementatio
 from flashi2v_kernels.qk_norm_rope.reference import qk_norm_rope
 from flashi2v_kernels.rms_norm import reference as rms_norm_reference
 from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
+from flashi2v_kernels.rms_norm.torch import turn_complex, turn_real
 from flashi2v_kernels.rope3d import reference as rope_reference
 from flashi2v_kernels.rope3d.tables import rope_tables
 
@@ -127,6 +128,12 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(lambda x, w: FUSED[name](x, w, cos, sin, EPS), (x, weight))
     parts = sharded(lambda x, w, eps, **options: FUSED[name](x, w, cos, sin, eps, **options), 2)
     assert torch.autograd.gradcheck(parts, (x, weight))
+
+
+@pytest.mark.skipif(TRITON_INTERPRETED, reason="of torch's implementation")
+def test_turn_without_complex_numbers():
+    pairs, cos, sin = draw((6, 2, 3, 4, 2)), draw((6, 1, 1, 4), seed=1), draw((6, 1, 1, 4), seed=2)
+    torch.testing.assert_close(turn_real(pairs, cos, sin), turn_complex(pairs, cos, sin))
 
 
 @pytest.mark.parametrize("name", FUSED)
