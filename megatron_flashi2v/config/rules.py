@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import ParallelArguments, TrainConfig
@@ -26,6 +27,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
     _check_numbers(config)
+    parse_buffer_sizes(config.parallel.hccl_buffer_sizes)
 
 
 def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:

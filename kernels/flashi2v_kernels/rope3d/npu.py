@@ -23,8 +23,11 @@ def apply_rope(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
     return _Rotation.apply(x_SBhD, cos_SR, sin_SR)
 
 
-def _turn(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
-    """In fp32: the operator wants tables of the input's dtype, and bf16 angles would lose five digits of eight."""
+def turn(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
+    """The rotation, without a gradient that would keep the input.
+
+    In fp32: the operator wants tables of the input's dtype, and angles in bf16 would lose five digits of eight.
+    """
     tables = (table.float().repeat_interleave(2, dim=-1)[:, None, None, :] for table in (cos_SR, sin_SR))
     return torch_npu.npu_rotary_mul(x_SBhD.float(), *tables, "interleave").to(x_SBhD.dtype)
 
@@ -35,9 +38,9 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
         ctx.save_for_backward(cos_SR, sin_SR)
-        return _turn(x_SBhD, cos_SR, sin_SR)
+        return turn(x_SBhD, cos_SR, sin_SR)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         cos_SR, sin_SR = ctx.saved_tensors
-        return _turn(gradients[0], cos_SR, -sin_SR), None, None
+        return turn(gradients[0], cos_SR, -sin_SR), None, None
