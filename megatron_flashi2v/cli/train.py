@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_flashi2v.cli.errors import leaving_group
+from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values, parse
 from megatron_flashi2v.config.rules import check_train, model_ranks
@@ -44,7 +45,10 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
     from megatron_flashi2v.runtime.redirect import megatron_on
 
     setup_logging(launch.rank)
-    device = resolve_device(config.runtime.device, launch.local_rank)
+    device = resolve_device(
+        config.runtime.device, launch.local_rank, backend=config.parallel.distributed_backend,
+        hccl_buffer_sizes=parse_buffer_sizes(config.parallel.hccl_buffer_sizes),
+    )
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
     with leaving_group(launch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
@@ -28,6 +29,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_recompute(config.recompute)
     _check_numbers(config)
     _check_online_encoding(config)
+    parse_buffer_sizes(config.parallel.hccl_buffer_sizes)
 
 
 def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:

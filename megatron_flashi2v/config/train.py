@@ -103,6 +103,10 @@ class ParallelArguments:
     """Gather updated parameters while the next forward pass is already running."""
     distributed_timeout_minutes: float = 30.0
     """Minutes until a collective that hangs is an error."""
+    distributed_backend: Literal["auto", "gloo"] = "auto"
+    """auto: NCCL on CUDA, HCCL on NPUs, gloo on CPUs; gloo: anywhere, through the host's memory, to look for faults."""
+    hccl_buffer_sizes: str | None = None
+    """MB of HCCL's buffers per kind of group, such as tp:200,dp_cp:400,default:50; by default HCCL_BUFFSIZE for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +201,8 @@ class RuntimeArguments:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """auto takes the first that is there."""
     attention_backend: str = "auto"
-    """Implementation of attention: auto, torch_sdpa or reference."""
+    """Implementation of attention: auto, torch_sdpa, flash_attn_3, flash_attn_2, transformer_engine,
+    npu_fusion_attention, reference ... (kernels/README.md)."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms."""
     log_interval: int = 1
