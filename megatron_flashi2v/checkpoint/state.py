@@ -16,6 +16,7 @@ from megatron_flashi2v.config.model import ModelConfig
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 MODEL_PREFIX = "model."
+EMA_PREFIX = "ema."
 MASTER_PREFIX = "optimizer.master."
 
 
