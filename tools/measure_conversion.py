@@ -1,9 +1,10 @@
 """Memory and time of converting a large model: ``python tools/measure_conversion.py --folder DIR``.
 
-Makes a synthetic checkpoint under Wan's names (random bf16 values of the given size, 1.3b by default: 2.8 GB), converts it
-wan -> megatron -> diffusers, and copies the same bytes plainly as often. Prints, for each conversion, the peak of the
-resident memory above what the process took before (interpreter and imports; mapped pages of files count as resident)
-and the time, and the whole against the plain copies. Needs four times the model's bytes of disk, and removes all it wrote.
+Makes a synthetic checkpoint under Wan's names (random bf16 values of the given size, 1.3b by default: 2.8 GB),
+converts it wan -> megatron -> diffusers, and copies the same bytes plainly as often. Prints, for each conversion, the
+peak of the resident memory above what the process took before (interpreter and imports; mapped pages of files count as
+resident) and the time, and the whole against the plain copies. Needs four times the model's bytes of disk, and removes
+all it wrote.
 """
 
 from __future__ import annotations

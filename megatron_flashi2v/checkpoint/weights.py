@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -208,15 +209,22 @@ def plan_shards(groups: Sequence[TensorGroup], max_bytes: int) -> list[list[Tens
     return shards
 
 
-def write_shard(path: Path, groups: Sequence[TensorGroup], on_bytes: OnBytes | None = None) -> FileRecord:
-    """Write groups to one safetensors file, with one group in memory at a time."""
+def write_shard(
+    path: Path, groups: Sequence[TensorGroup], on_bytes: OnBytes | None = None, *, hashed: bool = True
+) -> FileRecord:
+    """Write groups to one safetensors file, with two groups in memory at a time."""
     specs = [spec for group in groups for spec in group.specs]
-    return write_tensor_file(path, specs, _loaded(groups), on_bytes=on_bytes)
+    return write_tensor_file(path, specs, _loaded(groups), on_bytes=on_bytes, hashed=hashed)
 
 
 def _loaded(groups: Sequence[TensorGroup]) -> Iterator[torch.Tensor]:
-    for group in groups:
-        yield from group.load()
+    """Each group's tensors; the next group is read while these are written."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = [pool.submit(group.load) for group in groups[:1]]
+        for following in range(1, len(groups) + 1):
+            tensors = ahead.pop().result()
+            ahead += [pool.submit(group.load) for group in groups[following : following + 1]]
+            yield from tensors
 
 
 def write_hub_folder(
@@ -233,12 +241,12 @@ def write_hub_folder(
     """
     shards = plan_shards(groups, max_bytes)
     if len(shards) <= 1:
-        write_shard(folder / f"{stem}.safetensors", groups, on_bytes)
+        write_shard(folder / f"{stem}.safetensors", groups, on_bytes, hashed=False)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(folder / name, shard, on_bytes)
+        write_shard(folder / name, shard, on_bytes, hashed=False)
         weight_map.update({spec.name: name for group in shard for spec in group.specs})
     total = sum(group.nbytes for group in groups)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -191,9 +191,9 @@ def malicious_old_format(path: Path, mark: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("make", "name", "words"),
     [
-        (malicious_archive, "a.pt", "a.pt is refused: its pickle needs (__builtin__.exec|builtins.exec|posix.system)"),
+        (malicious_archive, "a.pt", "a.pt is refused: its pickle needs (__builtin__.exec|builtins.exec|posix.*)"),
         (malicious_archive, "a.pth", "a.pth is refused: its pickle needs"),
-        (malicious_metadata, "dcp", ".metadata is refused: its pickle needs (__builtin__.exec|builtins.exec|posix.system)"),
+        (malicious_metadata, "dcp", ".metadata is refused: its pickle needs (__builtin__.exec|builtins.exec|posix.*)"),
         (malicious_bare_pickle, "a.pt", "a.pt is not a whole torch archive"),
         (malicious_old_format, "a.pth", "a.pth is not a whole torch archive"),
     ],
