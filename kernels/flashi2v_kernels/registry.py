@@ -33,6 +33,7 @@ class KernelSpec:
         operator: name of the operator, one of :data:`OPERATORS`.
         name: name of the implementation, as a user writes it.
         entry_point: ``module:function``, imported when chosen.
+        backward_entry_point: the same for a backward of its own, beside autograd's; None where there is none.
         devices: device types it runs on.
         dtypes: dtypes of its tensors.
         min_compute_capability: lowest CUDA compute capability, e.g. (8, 0); None for any.
@@ -48,6 +49,7 @@ class KernelSpec:
     operator: str
     name: str
     entry_point: str
+    backward_entry_point: str | None = None
     devices: tuple[str, ...] = ANY_DEVICE
     dtypes: tuple[torch.dtype, ...] = FLOATS
     min_compute_capability: tuple[int, int] | None = None
@@ -67,11 +69,13 @@ class Kernel:
     Attributes:
         spec: what was chosen.
         function: the implementation; its signature is that of the operator's reference.
+        backward: the implementation's own backward, with the signature of the reference's; None where there is none.
         why_not: one line for each implementation that is preferred but cannot run here ("name: reason").
     """
 
     spec: KernelSpec
     function: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
     why_not: tuple[str, ...] = ()
 
 
@@ -155,12 +159,22 @@ def resolve(
     position = [spec.name for spec in specs].index(choice)
     preferred = [spec.name for spec in specs[:position]]
     why_not = tuple(f"{name}: {obstacles[name]}" for name in preferred if obstacles[name])
-    return Kernel(spec=specs[position], function=load_entry_point(specs[position]), why_not=why_not)
+    spec = specs[position]
+    return Kernel(spec=spec, function=load_entry_point(spec), backward=load_backward(spec), why_not=why_not)
 
 
 def load_entry_point(spec: KernelSpec) -> Callable[..., Any]:
     """Import a spec's function, whether or not it can run here."""
-    module, _, function = spec.entry_point.partition(":")
+    return _load(spec.entry_point)
+
+
+def load_backward(spec: KernelSpec) -> Callable[..., Any] | None:
+    """Import a spec's own backward, whether or not it can run here; None where it has none."""
+    return None if spec.backward_entry_point is None else _load(spec.backward_entry_point)
+
+
+def _load(entry_point: str) -> Callable[..., Any]:
+    module, _, function = entry_point.partition(":")
     return getattr(importlib.import_module(module), function)
 
 

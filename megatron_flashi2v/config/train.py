@@ -73,13 +73,16 @@ class ParallelArguments:
     pipeline_model_parallel_size: int = 1
     """Stages of the pipeline."""
     num_virtual_stages_per_pipeline_rank: int | None = None
-    """Model chunks per stage (interleaved schedule); not available yet."""
+    """Model chunks per pipeline rank: the interleaved schedule, with a smaller bubble and more communication."""
+    pipeline_layer_split: str | None = None
+    """Blocks of every stage in the activation's order, such as 7,8,8,7; by default as even as can be, with fewer on
+    the first and the last stage, which hold the embeddings and the head."""
     context_parallel_size: int = 1
-    """Ranks that share one sample's tokens in attention; not available yet."""
+    """Ranks that share one sample's visual tokens."""
     context_parallel_algo: Literal["ulysses", "ring", "usp"] = "ulysses"
-    """How context-parallel ranks exchange; not available yet."""
+    """ulysses: trade tokens for heads around attention; ring: pass keys and values around; usp: ulysses inside ring."""
     ulysses_degree: int | None = None
-    """Ulysses ranks inside `usp`; not available yet."""
+    """usp: neighbouring ranks that trade tokens for heads; the ring is across them."""
     sequence_parallel: bool = False
     """Shard tokens over the tensor-parallel ranks between the matrix products."""
     use_distributed_optimizer: bool = False
@@ -144,12 +147,13 @@ class OptimizerArguments:
 class RecomputeArguments:
     """Trading time for activation memory."""
 
-    recompute_granularity: Literal["full"] | None = None
-    """full: keep only the input of recomputed blocks."""
+    recompute_granularity: Literal["full", "skip_attention", "selective"] | None = None
+    """full: keep only the input of recomputed blocks; skip_attention: the input, and what self-attention takes and
+    gives, which is not computed again; selective: all but the outputs of norms, modulation and GELU."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """uniform: every block, in groups; block: the first blocks of each stage only."""
+    """Of full: uniform recomputes every block, in groups; block the first blocks of each stage only."""
     recompute_num_layers: int = 1
-    """uniform: blocks in a group; block: blocks of each stage that are recomputed."""
+    """Of full: uniform: blocks in a group; block: blocks of each stage that are recomputed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
@@ -23,13 +24,19 @@ class KernelSet:
 
     chosen: tuple[Kernel, ...]
     attention: Callable[..., Any]
+    attention_backward: Callable[..., Any] | None
     rms_norm: Callable[..., Tensor]
     apply_rope: Callable[..., Tensor]
     highpass: Callable[..., Tensor]
 
 
 def choose_kernels(
-    device: torch.device, dtype: torch.dtype, config: ModelConfig, attention_backend: str = "auto"
+    device: torch.device,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    attention_backend: str = "auto",
+    *,
+    ring: bool = False,
 ) -> KernelSet:
     """Resolve every operator for the device.
 
@@ -38,21 +45,25 @@ def choose_kernels(
         dtype: dtype of matrix products and attention.
         config: the head size limits some implementations.
         attention_backend: an implementation's name, or auto.
+        ring: whether keys and values pass around a ring, for which an implementation needs more abilities.
 
     Raises:
         ConfigError: the named choice of attention cannot run here; the error lists those that can.
     """
+    features = (LOG_SUM_EXP, BLOCK_BACKWARD) if ring else ()
     try:
         attention = resolve("attention", device.type, dtype, attention_backend, head_dim=config.head_dim,
-                            needs_gradient=True)
+                            features=features, needs_gradient=True)
     except KernelUnavailable as error:
-        raise ConfigError(f"--attention-backend {attention_backend}: {error}") from error
+        needs = " (with ring attention)" if ring else ""
+        raise ConfigError(f"--attention-backend {attention_backend}{needs}: {error}") from error
     rms_norm = resolve("rms_norm", device.type, dtype, needs_gradient=True)
     rope = resolve("rope3d", device.type, dtype, needs_gradient=True)
     highpass = resolve("fourier_highpass", device.type, torch.float32)
     return KernelSet(
         chosen=(attention, rms_norm, rope, highpass),
         attention=attention.function,
+        attention_backward=attention.backward,
         rms_norm=rms_norm.function,
         apply_rope=rope.function,
         highpass=highpass.function,
@@ -97,6 +108,7 @@ def make_spec(
     bf16: bool = False,
     fp32_residual_connection: bool = False,
     attention_backend: str = "auto",
+    virtual_stages: int = 1,
 ) -> ModelSpec:
     """Settle everything a model is built with.
 
@@ -107,10 +119,12 @@ def make_spec(
         bf16: matrix products in bfloat16.
         fp32_residual_connection: residual stream in fp32 although ``bf16``.
         attention_backend: implementation of attention, or auto.
+        virtual_stages: model chunks that each pipeline rank holds.
 
     Raises:
         ConfigError: the attention backend cannot run here.
     """
+    interleaved = virtual_stages > 1
     dtype = torch.bfloat16 if bf16 else torch.float32
     residual_dtype = torch.float32 if fp32_residual_connection else dtype
     provider = LocalSpecProvider()
@@ -121,6 +135,11 @@ def make_spec(
         num_attention_heads=config.num_attention_heads,
         tensor_model_parallel_size=groups.tp.size(),
         pipeline_model_parallel_size=groups.pp.size(),
+        virtual_pipeline_model_parallel_size=virtual_stages if interleaved else None,
+        # With its batched exchange the interleaved schedule of megatron-core 0.16 mixes up activations and gradients
+        # between two ranks, without an error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         context_parallel_size=groups.cp.size(),
         sequence_parallel=groups.sequence_parallel,
         params_dtype=dtype,
@@ -128,7 +147,8 @@ def make_spec(
         bf16=bf16,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # An accelerator's streams keep a sent tensor's memory until it is sent; gloo's threads would read freed memory.
+        deallocate_pipeline_outputs=device.type != "cpu",
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
@@ -136,7 +156,7 @@ def make_spec(
         config=config,
         megatron=megatron,
         groups=groups,
-        kernels=choose_kernels(device, dtype, config, attention_backend),
+        kernels=choose_kernels(device, dtype, config, attention_backend, ring=groups.ring is not None),
         column_linear=provider.column_parallel_linear(),
         row_linear=provider.row_parallel_linear(),
         residual_dtype=residual_dtype,

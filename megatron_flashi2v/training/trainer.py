@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v import __version__
@@ -22,18 +23,28 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
-from megatron_flashi2v.checkpoint.state import ShardGrid, load_base_model, load_model, model_pieces
+from megatron_flashi2v.checkpoint.state import (
+    NamedParameters,
+    ShardGrid,
+    load_base_model,
+    load_model,
+    model_pieces,
+    shard_grid,
+)
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.rules import check_tokens, num_microbatches
+from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.models.initialization import initialize_weights
-from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.models.transformer import DiffusionTransformer, Recompute
-from megatron_flashi2v.parallel.groups import Groups, make_groups
+from megatron_flashi2v.models.recompute import Recompute
+from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.models.stages import stages_of_rank
+from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.groups import make_groups
+from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
@@ -67,7 +78,7 @@ class Trainer:
         self.dataset = open_dataset(config)
         self.model_config = fit_model_to_data(model_config, self.dataset)
         self.latent_shape = self.dataset.info.latent_shape[1:]
-        check_tokens(self.model_config, config.parallel, self.latent_shape)
+        check_tokens(self.model_config, self.latent_shape)
 
         self.groups = make_groups(config.parallel)
         self.grid = shard_grid(self.groups)
@@ -75,17 +86,19 @@ class Trainer:
             self.model_config, self.groups, device.torch_device, bf16=config.batch.bf16,
             fp32_residual_connection=config.batch.fp32_residual_connection,
             attention_backend=config.runtime.attention_backend,
+            virtual_stages=virtual_stages(config.parallel),
         )
-        with device.torch_device:
-            stage = DiffusionTransformer(self.spec, recompute_of(config.recompute, self.spec.config, self.groups))
+        self.chunks = build_chunks(self.spec, config, device)
         resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load)
         if resumed is None:
-            initialize_weights(stage, config.batch.seed)
+            for chunk in self.chunks:
+                initialize_weights(chunk, config.batch.seed)
             if config.checkpoint.pretrained_checkpoint is not None:
-                start_from_pretrained(config.checkpoint.pretrained_checkpoint, self.model_config, stage, self.grid)
-        self.stage = stage
-        self.model = wrap_data_parallel(stage, config)
-        self.optimizer = make_optimizer(self.model, config, self.spec)
+                start_from_pretrained(
+                    config.checkpoint.pretrained_checkpoint, self.model_config, self.named_parameters(), self.grid
+                )
+        self.models = wrap_data_parallel(self.chunks, config)
+        self.optimizer = make_optimizer(self.models, config, self.spec)
         self.iteration, self.consumed_samples = 0, 0
         if resumed is not None:
             self.resume(resumed)
@@ -94,26 +107,34 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, config.batch.train_iters, self.iteration)
         self.num_microbatches = num_microbatches(config, launch.world_size)
         self.step = TrainingStep(
-            self.spec, self.stage, self.model, self.optimizer, num_microbatches=self.num_microbatches,
+            self.spec, self.chunks, self.models, self.optimizer, num_microbatches=self.num_microbatches,
             micro_batch_size=config.batch.micro_batch_size,
         )
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Global names and parameters of all of this rank's stages."""
+        return [named for chunk in self.chunks for named in chunk.named_parameters()]
 
     def train(self) -> None:
         """Run to ``train_iters``, or to the next multiple of ``exit_interval``; the last iteration is saved."""
         config = self.config
         log = MetricsLog(config.checkpoint.save if self.launch.rank == 0 else None, self.iteration)
         progress = ProgressLine(config.batch.train_iters, config.runtime.log_interval)
-        source = MicrobatchSource(
-            self.dataset, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
-            dp_size=self.groups.dp.size(), device=self.device.torch_device,
-            shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage),
-        )
+        sources = [
+            MicrobatchSource(
+                self.dataset, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
+                dp_size=self.groups.dp.size(), device=self.device.torch_device,
+                shapes_only=not (chunk.stage.is_first or chunk.stage.is_last),
+            )
+            for chunk in self.chunks
+        ]
         self.announce()
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
-        self.model.train()
+        for model in self.models:
+            model.train()
         while self.iteration < config.batch.train_iters:
-            metrics = self.run_iteration(source)
+            metrics = self.run_iteration(sources)
             log.append(metrics)
             progress.update(metrics, config.batch.global_batch_size)
             exits = self.is_due(config.checkpoint.exit_interval)
@@ -128,7 +149,7 @@ class Trainer:
         """Whether the present iteration is a multiple of an interval that was set."""
         return interval is not None and self.iteration % interval == 0
 
-    def run_iteration(self, source: MicrobatchSource) -> IterationMetrics:
+    def run_iteration(self, sources: list[MicrobatchSource]) -> IterationMetrics:
         """One optimizer step.
 
         Raises:
@@ -136,7 +157,7 @@ class Trainer:
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        batches = source.iteration(self.consumed_samples, self.num_microbatches)
+        batches = [source.iteration(self.consumed_samples, self.num_microbatches) for source in sources]
         loss = self.step.losses_and_gradients(batches, self.latent_shape)
         self.require_finite("loss", loss)
         grad_norm = self.step.update()
@@ -164,8 +185,9 @@ class Trainer:
         assert root is not None
         if self.config.parallel.overlap_param_gather:
             # The next forward pass would gather the updated shards; until then the weights here are a step old.
-            self.model.start_param_sync(force_sync=True)
-        parameters = list(self.stage.named_parameters())
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+        parameters = self.named_parameters()
         folder = save_checkpoint(
             root, self.iteration,
             pieces=[*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid)],
@@ -192,7 +214,7 @@ class Trainer:
         """
         require_same_model(load_model_config(folder), self.model_config, folder)
         state = load_training_state(folder)
-        parameters = list(self.stage.named_parameters())
+        parameters = self.named_parameters()
         load_model(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
@@ -205,14 +227,16 @@ class Trainer:
 
     def announce(self) -> None:
         """Write what this run is made of, to the log and as config.yaml."""
-        tokens = math.prod(self.stage.grid(self.latent_shape))
-        held = sum(parameter.numel() for parameter in self.stage.parameters())
+        tokens = math.prod(self.chunks[0].grid(self.latent_shape))
+        held = sum(parameter.numel() for _, parameter in self.named_parameters())
         logger.info("%s, launched by %s; %d processes", self.device.describe(), self.launch.launcher,
                     self.launch.world_size)
-        logger.info("data: %d samples of %d visual tokens from %s", len(self.dataset), tokens, self.dataset.folder)
+        rows = rows_per_rank(tokens, self.groups)
+        padded = rows * self.groups.token_parts
+        logger.info("data: %d samples of %d visual tokens%s from %s", len(self.dataset), tokens,
+                    f", padded to {padded}," if padded > tokens else "", self.dataset.folder)
         logger.info("rank 0 holds %s parameters and %d tokens; %d microbatches of %d samples each iteration",
-                    f"{held:,}", tokens // self.groups.token_shards, self.num_microbatches,
-                    self.config.batch.micro_batch_size)
+                    f"{held:,}", rows, self.num_microbatches, self.config.batch.micro_batch_size)
         for operator, implementation, why_not in describe(self.spec.kernels.chosen):
             logger.info("kernel %s: %s%s", operator, implementation, f" ({why_not})" if why_not else "")
         if self.launch.rank == 0 and self.config.checkpoint.save is not None:
@@ -264,7 +288,9 @@ def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConf
     return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
-def start_from_pretrained(source: Path, model: ModelConfig, stage: DiffusionTransformer, grid: ShardGrid) -> None:
+def start_from_pretrained(
+    source: Path, model: ModelConfig, named_parameters: NamedParameters, grid: ShardGrid
+) -> None:
     """Fill a new run's initialised weights from a text-to-video checkpoint, or from one of its own paradigm.
 
     Raises:
@@ -279,7 +305,7 @@ def start_from_pretrained(source: Path, model: ModelConfig, stage: DiffusionTran
     free = FREE_OF_WEIGHTS if conditioning == model.conditioning else FREE_OF_WEIGHTS + PARADIGM_FIELDS
     wanted = {name: getattr(base, name) for name in free}
     require_same_model(base, dataclasses.replace(model, conditioning=conditioning, **wanted), folder)
-    load_base_model(folder, base, stage.named_parameters(), grid)
+    load_base_model(folder, base, named_parameters, grid)
     logger.info("starting from the weights of %s (%s)", folder, base.conditioning)
 
 
@@ -299,21 +325,25 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def shard_grid(groups: Groups) -> ShardGrid:
-    """This rank's place as checkpoints see it."""
-    return ShardGrid(
-        tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), dp_rank=groups.dp_cp.rank(), dp_size=groups.dp_cp.size()
-    )
+def build_chunks(spec: ModelSpec, config: TrainConfig, device: Device) -> list[DiffusionTransformer]:
+    """This rank's stages of the model, on the device; their weights are not set yet."""
+    counts = stage_layer_counts(config.parallel, spec.config.num_layers)
+    pipeline = spec.groups.pp
+    with device.torch_device:
+        return [
+            DiffusionTransformer(spec, stage, recompute_of(config.recompute, len(stage.layers)))
+            for stage in stages_of_rank(counts, pipeline.size(), pipeline.rank())
+        ]
 
 
-def recompute_of(arguments: RecomputeArguments, model: ModelConfig, groups: Groups) -> Recompute:
-    """Which blocks of a stage are recomputed in backward."""
-    if arguments.recompute_granularity is None:
-        return Recompute()
-    per_stage = model.num_layers // groups.pp.size()
+def recompute_of(arguments: RecomputeArguments, blocks: int) -> Recompute:
+    """What a stage of that many blocks computes again in backward."""
+    granularity = arguments.recompute_granularity
+    if granularity != "full":
+        return Recompute(inside=granularity)
     if arguments.recompute_method == "block":
-        return Recompute(layers=min(arguments.recompute_num_layers, per_stage), group=1)
-    return Recompute(layers=per_stage, group=arguments.recompute_num_layers)
+        return Recompute(layers=min(arguments.recompute_num_layers, blocks), group=1)
+    return Recompute(layers=blocks, group=arguments.recompute_num_layers)
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:

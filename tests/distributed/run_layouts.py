@@ -34,7 +34,7 @@ def write_gradients(trainer, folder: Path) -> None:
     pieces = [
         dataclasses.replace(piece, data=parameter.main_grad.detach().clone())
         for piece, (_, parameter) in zip(
-            model_pieces(trainer.stage.named_parameters(), trainer.grid), trainer.stage.named_parameters(), strict=True
+            model_pieces(trainer.named_parameters(), trainer.grid), trainer.named_parameters(), strict=True
         )
     ]
     write_pieces(folder, pieces, rank=trainer.launch.rank, world_size=trainer.launch.world_size)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_flashi2v.conditioning.interface import ConditionedInput
 from megatron_flashi2v.models.norms import modulated_layer_norm
-from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import single_process

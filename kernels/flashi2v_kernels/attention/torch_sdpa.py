@@ -36,3 +36,30 @@ def attention(
         query, key, value, attn_mask=mask, scale=softmax_scale
     )
     return output.transpose(1, 2), log_sum_exp.detach()
+
+
+def attention_backward(
+    grad_output_BQhD: Tensor,
+    query_BQhD: Tensor,
+    key_BKhD: Tensor,
+    value_BKhD: Tensor,
+    output_BQhD: Tensor,
+    log_sum_exp_BhQ: Tensor,
+    *,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`flashi2v_kernels.attention.reference.attention_backward`.
+
+    Raises:
+        NotImplementedError: on another device than the CPU.
+    """
+    if query_BQhD.device.type != "cpu":
+        raise NotImplementedError("torch_sdpa has a backward of one block on the CPU only")
+    heads_first = (
+        tensor.transpose(1, 2) for tensor in (grad_output_BQhD, query_BQhD, key_BKhD, value_BKhD, output_BQhD)
+    )
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *heads_first, log_sum_exp_BhQ, 0.0, False, scale=softmax_scale
+    )
+    grad_query, grad_key, grad_value = (gradient.transpose(1, 2) for gradient in gradients)
+    return grad_query, grad_key, grad_value
