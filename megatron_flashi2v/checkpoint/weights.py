@@ -34,12 +34,14 @@ class ReadOptions:
         weights: ``model`` or ``ema``, where the source holds both.
         num_attention_heads: for sources that do not tell; must agree with those that do.
         phi_order: likewise.
+        assume: where neither the source nor these tell, it is as in this model.
     """
 
     dtype: torch.dtype | None = None
     weights: str = "model"
     num_attention_heads: int | None = None
     phi_order: str | None = None
+    assume: ModelConfig | None = None
 
     def require_agreement(self, config: ModelConfig, source: Path) -> None:
         """Refuse a flag that contradicts what a source says of itself.

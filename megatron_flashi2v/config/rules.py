@@ -26,6 +26,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_batch(config, world_size)
     _check_recompute(config.recompute)
     _check_numbers(config)
+    _ = config.checkpoint.load_weights_source
 
 
 def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:

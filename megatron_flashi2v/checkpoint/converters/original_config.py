@@ -65,6 +65,8 @@ def read_config(
     fields = _from_shapes(path, tensors, column)
     width = fields["hidden_size"]
     heads = options.num_attention_heads or stated.get("num_heads")
+    if heads is None and options.assume is not None:
+        heads = options.assume.num_attention_heads
     if heads is None:
         if width % HEAD_DIM:
             raise ConfigError(
@@ -79,7 +81,7 @@ def read_config(
             "flag"
         )
     if fields["conditioning"] == "flashi2v":
-        order = options.phi_order or phi_order
+        order = options.phi_order or phi_order or (options.assume.phi_order if options.assume else None)
         if order is None and fields["phi_kernel_size"][0] > 1:
             raise ConfigError(f"{path} does not say in which order its 3x3x3 phi is computed; give --phi-order")
         if order is not None:
