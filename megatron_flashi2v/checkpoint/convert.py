@@ -73,7 +73,10 @@ class Converted:
 
 
 Finish = Callable[[Path, Weights], None]
-"""Adds to, or checks, a written folder before it is published; gets the folder and what was written into it."""
+"""Adds to a written folder before it is published; gets the folder and what was written into it."""
+
+Check = Callable[[Weights, Weights, Path], str]
+"""Compares the source with what was written, opened anew, in a folder; gives a line for the report, or raises."""
 
 
 def convert(
@@ -89,6 +92,7 @@ def convert(
     verify: bool = False,
     extra_bytes: int = 0,
     finish: Finish | None = None,
+    check: Check | None = None,
     on_start: Callable[[str, int], None] | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Converted:
@@ -106,6 +110,7 @@ def convert(
         verify: before anything is published, read both sides again and compare every tensor.
         extra_bytes: what ``finish`` will add.
         finish: called with the written folder before it is published.
+        check: called when verifying, after the tensors were compared.
         on_start: hears of what begins, and of the bytes that it will go over.
         on_bytes: hears of bytes as they are written, or compared.
 
@@ -124,6 +129,7 @@ def convert(
     if on_start is not None:
         on_start("convert", total)
     digests: Mapping[str, str] = {}
+    forward = ""
     with staged_folder(target[1], overwrite=overwrite) as folder:
         write.write(folder, opened, max_shard_bytes, on_bytes)
         if finish is not None:
@@ -132,8 +138,12 @@ def convert(
             if on_start is not None:
                 on_start("verify", total)
             # Read anew on both sides, from the files alone.
-            digests = require_equal_weights(opened, write.open(folder, ReadOptions()), on_bytes)
-    report = make_report(source, target, opened, write.names(opened.config), write.caveats(opened.config), digests)
+            written = write.open(folder, ReadOptions())
+            digests = require_equal_weights(opened, written, on_bytes)
+            forward = check(opened, written, folder) if check is not None else ""
+    report = make_report(
+        source, target, opened, write.names(opened.config), write.caveats(opened.config), digests, forward
+    )
     return Converted(
         config=opened.config, parameters=parameter_count(opened.config), bytes=total, report=report
     )

@@ -54,6 +54,7 @@ class Report:
         left_out: what the source holds besides them.
         notes: what was assumed, and what to beware of.
         verified: whether both sides were read again and compared.
+        forward: what a forward pass on both sides gave, if there was one.
     """
 
     source: tuple[str, str]
@@ -63,6 +64,7 @@ class Report:
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
     verified: bool
+    forward: str
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -80,6 +82,8 @@ class Report:
             lines.append(f"{len(self.left_out)} entries of the source left out ({listed(self.left_out)})")
         if self.verified:
             lines.append(f"verified: all {len(self.tensors)} tensors read again on both sides, equal bit for bit")
+        if self.forward:
+            lines.append(self.forward)
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
 
@@ -90,6 +94,7 @@ def make_report(
     names: Mapping[str, tuple[str, ...]],
     caveats: tuple[str, ...],
     digests: Mapping[str, str],
+    forward: str,
 ) -> Report:
     """Put together what is known when everything is written.
 
@@ -100,6 +105,7 @@ def make_report(
         names: the target's names by ours.
         caveats: the target's.
         digests: of every tensor, if both sides were compared.
+        forward: what a forward pass told.
     """
     return Report(
         source=(source[0], str(source[1])),
@@ -119,4 +125,5 @@ def make_report(
         left_out=weights.left_out,
         notes=(*weights.notes, *caveats),
         verified=bool(digests),
+        forward=forward,
     )

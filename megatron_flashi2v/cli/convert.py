@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_flashi2v.config.convert import ConvertConfig
 from megatron_flashi2v.config.flags import parse_flags
 
 if TYPE_CHECKING:
-    from megatron_flashi2v.checkpoint.convert import Converted
+    from megatron_flashi2v.checkpoint.convert import Check, Converted, Finish
+    from megatron_flashi2v.checkpoint.weights import Weights
 
 _MB = 1_000_000
 
@@ -47,6 +50,7 @@ def run(config: ConvertConfig) -> Converted:
     from megatron_flashi2v.runtime.logging import setup_logging
 
     setup_logging()
+    finish, extra_bytes = _release(config)
     with contextlib.ExitStack() as stack:
         bars = _Bars(stack)
         done = convert(
@@ -59,6 +63,9 @@ def run(config: ConvertConfig) -> Converted:
             max_shard_bytes=config.max_shard_bytes,
             overwrite=config.overwrite,
             verify=config.verify,
+            extra_bytes=extra_bytes,
+            finish=finish,
+            check=_check(config) if config.verify else None,
             on_start=bars.start,
             on_bytes=bars.advance,
         )
@@ -74,6 +81,29 @@ def run(config: ConvertConfig) -> Converted:
         done.config.conditioning,
     )
     return done
+
+
+def _release(config: ConvertConfig) -> tuple[Finish | None, int]:
+    """What makes a folder of the format diffusers a release, and the bytes that it copies."""
+    if config.target[0] != "diffusers":
+        return None, 0
+    from megatron_flashi2v.release.components import find_component
+    from megatron_flashi2v.release.folder import finish_release
+
+    components = [find_component(name, place) for name, place in config.parts.items()]
+    copied = config.components == "copy"
+    nbytes = sum(component.nbytes() for component in components if copied and component.folder is not None)
+
+    def finish(folder: Path, weights: Weights) -> None:
+        finish_release(folder, weights, components, copied=copied, source_format=config.source[0])
+
+    return finish, nbytes
+
+
+def _check(config: ConvertConfig) -> Check:
+    from megatron_flashi2v.release.forward_check import compare_forward
+
+    return partial(compare_forward, target_format=config.target[0])
 
 
 class _Bars:

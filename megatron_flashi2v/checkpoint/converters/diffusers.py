@@ -26,12 +26,13 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json
 
-TRANSFORMER, CONDITIONING = "transformer", "image_conditioning"
+TRANSFORMER, CONDITIONING, SCHEDULER = "transformer", "image_conditioning", "scheduler"
 PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "README.md")
 """What a release adds to the folder."""
 TRANSFORMER_CLASS, CONDITIONING_CLASS = "WanTransformer3DModel", "FlashI2VImageConditioning"
+SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 
 # What our model is, among the things that diffusers' class can be.
 _FIXED: Mapping[str, Any] = {
@@ -78,13 +79,21 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
     atomic_write_json(
         folder / CONDITIONING / "config.json", {"_class_name": CONDITIONING_CLASS, **config.to_json()}
     )
+    version = metadata.version("diffusers")
+    (folder / SCHEDULER).mkdir()
+    atomic_write_json(
+        folder / SCHEDULER / "scheduler_config.json",
+        {"_class_name": SCHEDULER_CLASS, "_diffusers_version": version, "num_train_timesteps": 1000, "shift": 7.0},
+    )
     atomic_write_json(
         folder / PIPELINE_NAME,
         {
             "_class_name": "FlashI2VPipeline",
-            "_diffusers_version": metadata.version("diffusers"),
+            "_diffusers_version": version,
             TRANSFORMER: ["diffusers", TRANSFORMER_CLASS],
-            CONDITIONING: ["megatron_flashi2v", CONDITIONING_CLASS],
+            # The module's own path, as diffusers itself writes it for classes of other libraries.
+            CONDITIONING: ["megatron_flashi2v.release.image_conditioning", CONDITIONING_CLASS],
+            SCHEDULER: ["diffusers", SCHEDULER_CLASS],
         },
     )
 
@@ -194,5 +203,5 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds what :func:`write_weights` wrote, perhaps with a release's parts, and nothing else."""
     found = {path.name for path in folder.iterdir()}
-    required = {TRANSFORMER, CONDITIONING, PIPELINE_NAME}
-    return required <= found <= required | {"scheduler", *RELEASE_PARTS}
+    required = {TRANSFORMER, CONDITIONING, SCHEDULER, PIPELINE_NAME}
+    return required <= found <= required | set(RELEASE_PARTS)
