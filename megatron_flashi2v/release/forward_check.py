@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_flashi2v.checkpoint.converters.diffusers import TRANSFORMER, transformer_config
+from megatron_flashi2v.checkpoint.converters.diffusers import CONDITIONING, TRANSFORMER
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count
 from megatron_flashi2v.checkpoint.weights import Weights
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.runtime.files import read_json
 from megatron_flashi2v.sampling.load import build_model, single_process, velocity_of
 
 TOLERANCE = 1e-4
@@ -102,6 +104,13 @@ def _ours(weights: Weights, config: ModelConfig, inputs: _Inputs) -> torch.Tenso
         return velocity_of(model)(*(getattr(inputs, field.name) for field in dataclasses.fields(inputs)))
 
 
+def _settings(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """The configuration that was written, with as many blocks as run."""
+    stored = read_json(folder / TRANSFORMER / "config.json", error=CheckpointError)
+    settings = {key: value for key, value in stored.items() if not key.startswith("_")}
+    return {**settings, "num_layers": config.num_layers}
+
+
 @torch.no_grad()
 def _theirs(weights: Weights, config: ModelConfig, inputs: _Inputs, folder: Path) -> torch.Tensor:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -109,8 +118,7 @@ def _theirs(weights: Weights, config: ModelConfig, inputs: _Inputs, folder: Path
 
     from megatron_flashi2v.release.image_conditioning import FlashI2VImageConditioning
 
-    settings = {key: value for key, value in transformer_config(config).items() if not key.startswith("_")}
-    model = WanTransformer3DModel(**settings).eval()
+    model = WanTransformer3DModel(**_settings(folder, config)).eval()
     names = {name for entry in mappings(config, "diffusers") for name in entry.external}
     missing = set(names)
     for path in sorted((folder / TRANSFORMER).glob("*.safetensors")):
@@ -119,7 +127,7 @@ def _theirs(weights: Weights, config: ModelConfig, inputs: _Inputs, folder: Path
         missing -= set(model.load_state_dict(held, strict=False).unexpected_keys) | set(held)
     if missing:
         raise CheckpointError(f"{folder / TRANSFORMER} lacks {', '.join(sorted(missing)[:3])}")
-    conditioning = FlashI2VImageConditioning.from_pretrained(folder / "image_conditioning").float()
+    conditioning = FlashI2VImageConditioning.from_pretrained(folder / CONDITIONING).float()
     conditioned = conditioning(inputs.latents_BCTHW, inputs.image_latents_BC1HW, inputs.extras)
     with conditioning.guiding(model, conditioned.guidance_BCTHW):
         return model(conditioned.latents_BCTHW, inputs.timestep_B, inputs.text_BLD, return_dict=False)[0]
