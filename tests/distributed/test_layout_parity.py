@@ -176,12 +176,12 @@ def test_layout_in_bf16_stays_near_one_process(bf16_runs: Bf16Runs, layout: Layo
 
 @pytest.fixture(scope="module")
 def spoiled_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two iterations of layouts with a bug planted in each, and without."""
+    """Four iterations of layouts with a bug planted in each, and without."""
     layouts = [Layout("single", 1)]
     for bug, flags in SPOILED.items():
         layouts += [Layout(f"{bug}-sound", 2, flags), Layout(bug, 2, flags, bug=bug)]
     return run_layouts(
-        layouts, tmp_path_factory.mktemp("spoiled"), [*common_flags(data, 2), *batch_flags(2, 4), *SGD], timeout=1800
+        layouts, tmp_path_factory.mktemp("spoiled"), [*common_flags(data, 4), *batch_flags(2, 4), *SGD], timeout=1800
     )
 
 
@@ -233,7 +233,7 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
                saves_again=True),
         Layout("again-virtual", 4, (TP, "2", PP, "2", *VIRTUAL, *second("virtual-half")), saves_again=True),
     ]
-    return run_layouts(layouts, folder, [*common_flags(data), *batch_flags(2, 4), "--lr", "1e-3"])
+    return run_layouts(layouts, folder, [*common_flags(data), *batch_flags(2, 4), "--lr", "2e-4"])
 
 
 @pytest.mark.parametrize("name, reference", [
