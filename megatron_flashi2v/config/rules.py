@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments, TrainConfig
 
@@ -26,6 +28,8 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_batch(config, world_size)
     _check_recompute(config.recompute)
     _check_numbers(config)
+    _check_online_encoding(config)
+    parse_buffer_sizes(config.parallel.hccl_buffer_sizes)
 
 
 def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:
@@ -265,7 +269,8 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
     at_least_zero = {"clip_grad": optimizer.clip_grad, "weight_decay": optimizer.weight_decay,
                      "sigma_logit_std": data.sigma_logit_std, "image_noise_log_std": data.image_noise_log_std,
-                     "lr": optimizer.lr}
+                     "lr": optimizer.lr, "max_bad_samples": data.max_bad_samples,
+                     "encoding_cache_mib": data.encoding_cache_mib}
     for name, value in at_least_zero.items():
         if not value >= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0")
@@ -292,6 +297,17 @@ def _check_clipping(optimizer: OptimizerArguments) -> None:
             f"--clip-grad-rules {optimizer.clip_grad_rules} belongs to --clip-grad-method adaptive-npu, not to "
             f"{optimizer.clip_grad_method}; leave it out"
         )
+
+
+def _check_online_encoding(config: TrainConfig) -> None:
+    if not config.data.online_encoding:
+        given = {"annotations": config.encoding.annotations, "encoding_cache": config.data.encoding_cache}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} is of no use without --online-encoding")
+        return
+    require_given(config.encoding, ["annotations", "vae", "text_encoder", "tokenizer"], "train")
+    check_clips(config.encoding)
 
 
 def _nearest_divisor(count: int, wanted: int) -> int:

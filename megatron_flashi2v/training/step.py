@@ -92,12 +92,21 @@ class TrainingStep:
         )
         self._communicator = P2PCommunicator(pp_group=groups.pp, config=spec.megatron)
 
-    def losses_and_gradients(self, batches: list[Iterator[Microbatch]], latent_shape: tuple[int, int, int]) -> float:
-        """Accumulate the gradients of one iteration; the global batch's mean loss, the same on every rank.
+    def losses_and_gradients(
+        self,
+        batches: list[Iterator[Microbatch]],
+        latent_shape: tuple[int, int, int],
+        count: Callable[[], int] = lambda: 0,
+    ) -> tuple[float, int]:
+        """Accumulate the gradients of one iteration.
 
         Args:
             batches: for each of this rank's stages, as many microbatches as the step was made for.
             latent_shape: latent frames, rows and columns.
+            count: this rank's count of something, asked for when all microbatches have been taken.
+
+        Returns:
+            The global batch's mean loss, and the sum of all ranks' counts: the same on every rank.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -115,7 +124,7 @@ class TrainingStep:
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        return global_mean_loss(parts, self.spec, self.num_microbatches)
+        return global_mean_loss(parts, self.spec, self.num_microbatches, count())
 
     def update(self) -> float:
         """Clip and apply the gradients; their global L2 norm before clipping, the same on every rank."""
@@ -143,16 +152,20 @@ def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
     )
 
 
-def global_mean_loss(parts: list[Tensor], spec: ModelSpec, num_microbatches: int) -> float:
-    """Mean over the global batch of the parts that the last stages' ranks hold.
+def global_mean_loss(
+    parts: list[Tensor], spec: ModelSpec, num_microbatches: int, count: int = 0
+) -> tuple[float, int]:
+    """Mean over the global batch of the parts that the last stages' ranks hold, and the sum of all ranks' counts.
 
     Under sequence and context parallelism the parts of one replica add up; plain tensor-parallel ranks all hold the
-    whole, and replicas average.
+    whole, and replicas average. The count travels with the loss, so that it costs no exchange of its own.
     """
     groups = spec.groups
     copies = 1 if groups.sequence_parallel else groups.tp.size()
-    total = torch.zeros(1, device=spec.device)
+    total = torch.zeros(2, device=spec.device)
     for part in parts:
-        total += part / (num_microbatches * groups.dp.size() * copies)
+        total[0] += (part / (num_microbatches * groups.dp.size() * copies)).squeeze()
+    total[1] = count
     torch.distributed.all_reduce(total)
-    return total.item()
+    loss, counted = total.tolist()
+    return loss, int(counted)

@@ -8,6 +8,7 @@ lies in ``velocity.safetensors``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,6 +24,7 @@ from megatron_flashi2v.checkpoint.storage import write_pieces
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.parallel.groups import destroy_groups
@@ -47,9 +49,9 @@ def write_gradients(trainer, folder: Path) -> None:
 
 def write_velocity(trainer, folder: Path) -> None:
     """The prediction for the data's first samples, as sampling asks for it; rank 0 writes."""
-    source = MicrobatchSource(trainer.dataset, trainer.model_config, trainer.config.data, trainer.config.batch,
+    source = MicrobatchSource(trainer.data, trainer.model_config, trainer.config.data, trainer.config.batch,
                               dp_rank=0, dp_size=1, device=trainer.spec.device)
-    batch = source.read(range(2))
+    batch = source.load(range(2)).batch
     with torch.no_grad():
         chunks = [chunk.eval() for chunk in trainer.chunks]
         velocity = predict_velocity(chunks, batch.noise_BCTHW, 1000 * batch.sigma_B, batch.text_BLX,
@@ -87,9 +89,28 @@ def train(flags: list[str], launch, device) -> None:
         return loss
 
     step.losses_and_gradients = keep_gradients
-    trainer.train()
+    with counted_encodings() as calls:
+        trainer.train()
     write_velocity(trainer, config.checkpoint.save)
+    if config.data.online_encoding:
+        (config.checkpoint.save / f"encodings-{launch.rank}.txt").write_text(str(len(calls)))
     destroy_groups()
+
+
+@contextlib.contextmanager
+def counted_encodings():
+    """A list that grows by one with each clip that this process encodes."""
+    calls, encode = [], VideoVAE.encode
+
+    def counted(vae, video):
+        calls.append(1)
+        return encode(vae, video)
+
+    VideoVAE.encode = counted
+    try:
+        yield calls
+    finally:
+        VideoVAE.encode = encode
 
 
 def main() -> None:

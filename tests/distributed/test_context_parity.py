@@ -1,4 +1,4 @@
-"""Context parallelism trains like one process, alone and with other layouts, on token counts that fit none of them."""
+"""Token counts that fit no layout: padded ranks, and ranks with nothing else, train like one process."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ from helpers.synthetic_data import write_synthetic
 TP, PP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
 CP, RING = "--context-parallel-size", ("--context-parallel-algo", "ring")
 USP = ("--context-parallel-algo", "usp", "--ulysses-degree", "2")
+# 125 tokens, with padding in every layout.
 LAYOUTS = [
+    Layout("tp2-sp", 2, (TP, "2", SP)),
     Layout("cp2-ulysses", 2, (CP, "2")),
-    Layout("cp2-ring", 2, (CP, "2", *RING)),
-    Layout("cp3-ring", 3, (CP, "3", *RING)),
     Layout("cp4-usp", 4, (CP, "4", *USP)),
-    Layout("tp2-cp2", 4, (TP, "2", CP, "2")),
     Layout("tp2-sp-cp2-ring", 4, (TP, "2", SP, CP, "2", *RING)),
     Layout("pp2-cp2", 4, (PP, "2", CP, "2")),
-    Layout("tp2-sp", 2, (TP, "2", SP)),
 ]
 # Five tokens over four ranks: two, two, one and none.
 FEW = [Layout("few-tp2-sp-cp2", 4, (TP, "2", SP, CP, "2")), Layout("few-cp4-ring", 4, (CP, "4", *RING))]
@@ -35,7 +33,7 @@ SGD = ("--optimizer", "sgd", "--lr", "0.05")
 
 
 def common_flags(data: Path) -> list[str]:
-    return ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", "4", "--seed", "7",
+    return ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", "3", "--seed", "7",
             "--micro-batch-size", "2", "--global-batch-size", "4"]
 
 
@@ -65,11 +63,7 @@ def test_context_parallel_ranks_train_like_one_process(runs: dict[str, Path], na
     assert_same_metrics(runs[name], reference)
     assert_same_gradients(runs[name], reference)
     assert_same_weights(runs[name], reference)
-
-
-@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS + FEW if PP not in layout.flags])
-def test_context_parallel_ranks_predict_like_one_process(runs: dict[str, Path], name: str) -> None:
-    assert_same_velocity(runs[name], runs["few-single" if name.startswith("few") else "single"])
+    assert_same_velocity(runs[name], reference)
 
 
 @pytest.mark.parametrize("name", ["bf16-cp2-ulysses", "bf16-cp2-ring"])
