@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +32,13 @@ def tables(goldens: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def dynamic_cases(goldens: Path) -> dict[str, dict]:
-    return json.loads((goldens / "flow_and_tables.json").read_text())["dynamic"]["cases"]
+def dynamic(goldens: Path) -> dict[str, Any]:
+    return json.loads((goldens / "flow_and_tables.json").read_text())["dynamic"]
+
+
+@pytest.fixture(scope="module")
+def dynamic_cases(dynamic: dict[str, Any]) -> dict[str, dict]:
+    return dynamic["cases"]
 
 
 def assert_within_one_ulp(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -74,9 +81,20 @@ def test_training_sigmas(tables, dynamic_cases):
         assert_within_one_ulp(ours[key["what"]], tables[key[0]], key[0])
 
 
-def test_dynamic_shift(dynamic_cases):
-    for name, case in dynamic_cases.items():
-        assert sigmas.dynamic_shift(*case["latent_hw"]) == pytest.approx(case["shift"], rel=1e-14), name
+def test_dynamic_shift(dynamic):
+    """exp of a line in the tokens of one latent frame; two rows of 2 n latent pixels are n tokens."""
+    def exponent(tokens: int) -> float:
+        return math.log(sigmas.dynamic_shift(2, 2 * tokens))
+
+    for name, case in dynamic["cases"].items():
+        shift = sigmas.dynamic_shift(*case["latent_hw"])
+        assert shift == pytest.approx(case["shift"], rel=1e-14), name
+        assert math.log(shift) == pytest.approx(case["mu"], rel=1e-14), name
+        assert exponent(case["image_seq_len"]) == pytest.approx(case["mu"], rel=1e-14), name
+    for end in ("base", "max"):
+        assert exponent(dynamic[f"{end}_image_seq"]) == pytest.approx(dynamic[f"{end}_shift"], rel=1e-14)
+    assert exponent(1) - exponent(0) == pytest.approx(dynamic["k"], rel=1e-10)
+    assert exponent(0) == pytest.approx(dynamic["b"], rel=1e-14)
 
 
 def test_interpolation(tables):

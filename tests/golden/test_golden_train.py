@@ -31,6 +31,8 @@ from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import single_process
 
+ONE_ULP = torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True)
 class TrainingLoss:
@@ -95,8 +97,8 @@ def run(request: pytest.FixtureRequest, goldens: Path, groups: Groups) -> Traini
 
 
 @pytest.mark.parametrize("name, absolute, relative", [
-    ("sigmas", 0.0, 2e-7),
-    ("timesteps", 0.0, 2e-7),
+    ("sigmas", 0.0, ONE_ULP),
+    ("timesteps", 0.0, ONE_ULP),
     ("target", 1e-6, 0.0),
     ("start_frame_proj", 1e-5, 0.0),
     ("x_t", 1e-5, 0.0),
