@@ -15,10 +15,16 @@ from typing import Any
 
 import torch
 
-OPERATORS = ("attention", "fourier_highpass", "rms_norm", "rope3d")
+OPERATORS = (
+    "attention", "fourier_highpass", "ada_layer_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "rope3d",
+    "qk_norm_rope",
+)
 
 ANY_DEVICE = ("cuda", "npu", "cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+ASCEND_A2_A3 = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910_93")
+"""Names of the training NPUs whose fused operators are documented; "Ascend910B" alone is an older card."""
 
 
 class KernelUnavailable(ValueError):
@@ -37,6 +43,7 @@ class KernelSpec:
         devices: device types it runs on.
         dtypes: dtypes of its tensors.
         min_compute_capability: lowest CUDA compute capability, e.g. (8, 0); None for any.
+        max_compute_capability: highest one, for kernels that are written for one generation; None for any.
         socs: prefixes of the NPU names it runs on, e.g. ("Ascend910",); empty for any.
         package: distribution that must be installed, or None.
         min_version: lowest version of ``package``, e.g. "2.6".
@@ -53,6 +60,7 @@ class KernelSpec:
     devices: tuple[str, ...] = ANY_DEVICE
     dtypes: tuple[torch.dtype, ...] = FLOATS
     min_compute_capability: tuple[int, int] | None = None
+    max_compute_capability: tuple[int, int] | None = None
     socs: tuple[str, ...] = ()
     package: str | None = None
     min_version: str | None = None
@@ -198,10 +206,14 @@ def _obstacle(spec: KernelSpec, need: _Need) -> str | None:
 
 
 def _device_obstacle(spec: KernelSpec, need: _Need) -> str | None:
-    lowest, present = spec.min_compute_capability, need.compute_capability
-    if need.device_type == "cuda" and lowest is not None and (present is None or present < lowest):
+    if need.device_type == "cuda":
+        present = need.compute_capability
         found = "unknown" if present is None else f"{present[0]}.{present[1]}"
-        return f"needs compute capability {lowest[0]}.{lowest[1]}, this device's is {found}"
+        lowest, highest = spec.min_compute_capability, spec.max_compute_capability
+        if lowest is not None and (present is None or present < lowest):
+            return f"needs compute capability {lowest[0]}.{lowest[1]}, this device's is {found}"
+        if highest is not None and (present is None or present > highest):
+            return f"takes compute capability {highest[0]}.{highest[1]} at most, this device's is {found}"
     if need.device_type == "npu" and spec.socs and not (need.soc or "").startswith(spec.socs):
         return f"runs on {', '.join(spec.socs)}, this device is {need.soc or 'unknown'}"
     return None

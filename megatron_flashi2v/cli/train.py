@@ -7,9 +7,9 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_flashi2v.cli.errors import leaving_group
+from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values, parse
 from megatron_flashi2v.config.rules import check_train, model_ranks
@@ -45,7 +45,10 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
     from megatron_flashi2v.runtime.redirect import megatron_on
 
     setup_logging(launch.rank)
-    device = resolve_device(config.runtime.device, launch.local_rank)
+    device = resolve_device(
+        config.runtime.device, launch.local_rank, backend=config.parallel.distributed_backend,
+        hccl_buffer_sizes=parse_buffer_sizes(config.parallel.hccl_buffer_sizes),
+    )
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
     with leaving_group(launch):
@@ -124,18 +127,20 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, replicas: int) -> lis
     return lines
 
 
-def data_shape(folder: Path | None) -> tuple[tuple[int, int, int], str]:
+def data_shape(data_path: tuple[str, ...]) -> tuple[tuple[int, int, int], str]:
     """Latent frames, rows and columns of a sample, and where that was read; of the released models, before there are
     data."""
+    from megatron_flashi2v.config.blend import parse_blend
     from megatron_flashi2v.config.errors import DataError
     from megatron_flashi2v.data.prepared import PreparedDataset
 
-    if folder is not None:
+    if data_path:
+        folder = parse_blend(data_path)[0].folder
         try:
             return PreparedDataset(folder).info.latent_shape[1:], f"a sample of {folder}"
         except DataError:
             pass
-    return (13, 60, 104), f"49 frames of 480 x 832 in Wan's VAE; there is no data at {folder} yet"
+    return (13, 60, 104), "49 frames of 480 x 832 in Wan's VAE, as there are no prepared data yet"
 
 
 def parameter_count(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.train import ParallelArguments, RecomputeArguments, TrainConfig
+from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments, TrainConfig
 
 
 def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> None:
@@ -27,6 +29,8 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_recompute(config.recompute)
     _check_numbers(config)
     _ = config.checkpoint.load_weights_source
+    _check_online_encoding(config)
+    parse_buffer_sizes(config.parallel.hccl_buffer_sizes)
 
 
 def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:
@@ -259,24 +263,52 @@ def _check_numbers(config: TrainConfig) -> None:
             f"{optimizer.lr_decay_iters or config.batch.train_iters} iterations"
         )
     positive = {"sigma_shift": data.sigma_shift, "adam_eps": optimizer.adam_eps,
+                "clip_grad_extreme_norm": optimizer.clip_grad_extreme_norm,
                 "distributed_timeout_minutes": config.parallel.distributed_timeout_minutes}
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
     at_least_zero = {"clip_grad": optimizer.clip_grad, "weight_decay": optimizer.weight_decay,
                      "sigma_logit_std": data.sigma_logit_std, "image_noise_log_std": data.image_noise_log_std,
-                     "lr": optimizer.lr}
+                     "lr": optimizer.lr, "max_bad_samples": data.max_bad_samples,
+                     "encoding_cache_mib": data.encoding_cache_mib}
     for name, value in at_least_zero.items():
         if not value >= 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0")
     if not 0.0 <= optimizer.min_lr <= optimizer.lr:
         raise ConfigError(f"--min-lr {optimizer.min_lr} must be between 0 and --lr {optimizer.lr}")
     for name, value in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2),
-                        ("sgd_momentum", optimizer.sgd_momentum)):
+                        ("sgd_momentum", optimizer.sgd_momentum),
+                        ("clip_grad_ema_decay", optimizer.clip_grad_ema_decay)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 0 and below 1")
+    _check_clipping(optimizer)
     if optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
         raise ConfigError("--use-distributed-optimizer takes --optimizer adam only (megatron-core's rule)")
+
+
+def _check_clipping(optimizer: OptimizerArguments) -> None:
+    if optimizer.clip_grad_method != "norm" and optimizer.clip_grad == 0:
+        raise ConfigError(
+            f"--clip-grad is 0, but --clip-grad-method {optimizer.clip_grad_method} starts from it; give it a norm, or "
+            "turn clipping off with --clip-grad-method norm"
+        )
+    if optimizer.clip_grad_rules != "corrected" and optimizer.clip_grad_method != "adaptive-npu":
+        raise ConfigError(
+            f"--clip-grad-rules {optimizer.clip_grad_rules} belongs to --clip-grad-method adaptive-npu, not to "
+            f"{optimizer.clip_grad_method}; leave it out"
+        )
+
+
+def _check_online_encoding(config: TrainConfig) -> None:
+    if not config.data.online_encoding:
+        given = {"annotations": config.encoding.annotations, "encoding_cache": config.data.encoding_cache}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} is of no use without --online-encoding")
+        return
+    require_given(config.encoding, ["annotations", "vae", "text_encoder", "tokenizer"], "train")
+    check_clips(config.encoding)
 
 
 def _nearest_divisor(count: int, wanted: int) -> int:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from megatron_flashi2v.config.convert import FORMATS
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.prepare import ClipArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,16 @@ class ModelArguments:
 class DataArguments:
     """Where the samples come from and what the flow adds to them."""
 
-    data_path: Path | None = None
-    """Folder written by `flashi2v prepare`."""
+    data_path: tuple[str, ...] = ()
+    """Folder written by `flashi2v prepare`, or several, each after its weight: 0.7 FOLDER 0.3 FOLDER."""
+    max_bad_samples: int = 100
+    """Unreadable or malformed samples that a run may fill with others before it stops; each is recorded."""
+    online_encoding: bool = False
+    """Train from --annotations and video files, encoded when needed, instead of --data-path."""
+    encoding_cache: Path | None = None
+    """Folder that keeps what --online-encoding encoded, for later epochs and runs; may be shared."""
+    encoding_cache_mib: int = 1024
+    """Memory of each rank, in MiB, for samples that --online-encoding encoded."""
     text_drop_probability: float = 0.1
     """Share of samples whose text is replaced by the empty prompt, for classifier-free guidance."""
     cutoff_ratio_min: float = 0.05
@@ -96,6 +105,10 @@ class ParallelArguments:
     """Gather updated parameters while the next forward pass is already running."""
     distributed_timeout_minutes: float = 30.0
     """Minutes until a collective that hangs is an error."""
+    distributed_backend: Literal["auto", "gloo"] = "auto"
+    """auto: NCCL on CUDA, HCCL on NPUs, gloo on CPUs; gloo: anywhere, through the host's memory, to look for faults."""
+    hccl_buffer_sizes: str | None = None
+    """MB of HCCL's buffers per kind of group, such as tp:200,dp_cp:400,default:50; by default HCCL_BUFFSIZE for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +156,15 @@ class OptimizerArguments:
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up."""
     clip_grad: float = 1.0
-    """Global L2 norm that gradients are scaled down to; 0 turns clipping off."""
+    """Global L2 norm that gradients are scaled down to, 0 turns clipping off; where adaptive methods start."""
+    clip_grad_method: Literal["norm", "adaptive", "adaptive-npu"] = "norm"
+    """norm: to --clip-grad; adaptive (-npu): to 3 deviations above a moving mean of norms (npu: drop extreme ones)."""
+    clip_grad_ema_decay: float = 0.99
+    """Decay of the adaptive methods' moving mean and variance."""
+    clip_grad_extreme_norm: float = 20.0
+    """Lowest norm that adaptive-npu can take for extreme; its gradient is dropped."""
+    clip_grad_rules: Literal["corrected", "reference", "reference-patch"] = "corrected"
+    """adaptive-npu without the reference's defects, or with them: NaN survives a drop; its patch file never scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +223,8 @@ class RuntimeArguments:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """auto takes the first that is there."""
     attention_backend: str = "auto"
-    """Implementation of attention: auto, torch_sdpa or reference."""
+    """Implementation of attention: auto, torch_sdpa, flash_attn_3, flash_attn_2, transformer_engine,
+    npu_fusion_attention, reference ... (kernels/README.md)."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms."""
     log_interval: int = 1
@@ -217,6 +239,7 @@ class TrainConfig:
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)
+    encoding: ClipArguments = field(default_factory=ClipArguments)
     parallel: ParallelArguments = field(default_factory=ParallelArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)

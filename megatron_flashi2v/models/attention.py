@@ -39,7 +39,6 @@ class SelfAttention(nn.Module):
         super().__init__()
         width = spec.config.hidden_size
         self.head_dim = spec.config.head_dim
-        self.apply_rope = spec.kernels.apply_rope
         self.attend = ContextAttention(
             spec.kernels.attention, spec.kernels.attention_backward, ulysses=spec.groups.ulysses, ring=spec.groups.ring
         )
@@ -52,9 +51,10 @@ class SelfAttention(nn.Module):
         """Normalised and rotated queries and keys, and values, each [S, B, h, D]."""
         qkv, _ = self.linear_qkv(hidden_SBD)
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(dim=-2)
-        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
-        query = self.apply_rope(query, rotary.cos_SR, rotary.sin_SR)
-        return query, self.apply_rope(key, rotary.cos_SR, rotary.sin_SR), value
+        query, key = norm_queries_and_keys(
+            self.norm_q, self.norm_k, query, key, (rotary.cos_SR, rotary.sin_SR)
+        )
+        return query, key, value
 
     def project(self, attended_SBhD: Tensor) -> Tensor:
         """The heads' results as the update of the residual stream, [S, B, d] on this rank's tokens."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron_flashi2v.models.attention import CrossAttention, Rotary, SelfAttention
-from megatron_flashi2v.models.norms import AffineLayerNorm, gated_residual, modulated_layer_norm
+from megatron_flashi2v.models.norms import AffineLayerNorm
 from megatron_flashi2v.models.recompute import Recompute, dropping_output, keeping_output, recomputed
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
@@ -23,18 +23,16 @@ class FeedForward(nn.Module):
     def __init__(self, spec: ModelSpec, recompute: Recompute) -> None:
         super().__init__()
         width, inner = spec.config.hidden_size, spec.config.ffn_hidden_size
-        self.linear_fc1 = column_parallel(spec.column_linear, width, inner, spec.megatron, spec.groups)
+        self.activation = spec.kernels.bias_gelu_tanh
+        self.linear_fc1 = column_parallel(
+            spec.column_linear, width, inner, spec.megatron, spec.groups, skip_bias_add=True
+        )
         self.linear_fc2 = row_parallel(spec.row_linear, inner, width, spec.megatron, spec.groups)
         self.feed = dropping_output if recompute.inside == "selective" else keeping_output
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
         """[S, B, d] on this rank's tokens."""
-        return self.feed(gelu_tanh, lambda inner: self.linear_fc2(inner)[0], self.linear_fc1(hidden_SBD)[0])
-
-
-def gelu_tanh(inner_SBF: Tensor) -> Tensor:
-    """x * Phi(x) with the normal distribution's Phi approximated by a tanh, as Wan's weights were trained."""
-    return F.gelu(inner_SBF, approximate="tanh")
+        return self.feed(self.activation, lambda inner: self.linear_fc2(inner)[0], *self.linear_fc1(hidden_SBD))
 
 
 class TransformerBlock(nn.Module):
@@ -46,8 +44,8 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, spec: ModelSpec, recompute: Recompute) -> None:
         super().__init__()
-        self.eps = spec.config.norm_eps
-        self.compute_dtype = spec.dtype
+        self.kernels = spec.kernels
+        self.norm = partial(spec.kernels.ada_layer_norm, eps=spec.config.norm_eps, dtype=spec.dtype)
         self.recompute = recompute
         self.feed = dropping_output if recompute.inside == "selective" else keeping_output
         self.modulation = nn.Parameter(torch.empty(6, spec.config.hidden_size))
@@ -78,7 +76,7 @@ class TransformerBlock(nn.Module):
         """Queries, keys and values of the modulated norm of the residual stream."""
         shift, scale = modulation_6BD[0], modulation_6BD[1]
         return self.feed(
-            self.modulated_norm, lambda normed: self.self_attention.queries_keys_values(normed, rotary),
+            self.norm, lambda normed: self.self_attention.queries_keys_values(normed, rotary),
             hidden_SBD, shift, scale,
         )
 
@@ -87,19 +85,12 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """Self-attention's gated update, cross-attention and the feed-forward layer."""
         gate_sa, shift, scale, gate_ff = modulation_6BD[2:].unbind(0)
-        hidden_SBD = gated_residual(hidden_SBD, self.self_attention.project(attended_SBhD), gate_sa)
+        gated = self.kernels.gate_residual
+        hidden_SBD = gated(hidden_SBD, self.self_attention.project(attended_SBhD), gate_sa)
         hidden_SBD = hidden_SBD + self.feed(
-            self.cross_norm, lambda normed: self.cross_attention(normed, text_TBD), hidden_SBD
+            self.norm_cross, lambda normed: self.cross_attention(normed, text_TBD), hidden_SBD
         )
-        return gated_residual(hidden_SBD, self.feed(self.modulated_norm, self.mlp, hidden_SBD, shift, scale), gate_ff)
-
-    def modulated_norm(self, hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-        """LN(x) * (1 + scale) + shift in the dtype of the matrix products."""
-        return modulated_layer_norm(hidden_SBD, shift_BD, scale_BD, self.eps).to(self.compute_dtype)
-
-    def cross_norm(self, hidden_SBD: Tensor) -> Tensor:
-        """LN'(x) in the dtype of the matrix products."""
-        return self.norm_cross(hidden_SBD).to(self.compute_dtype)
+        return gated(hidden_SBD, self.feed(self.norm, self.mlp, hidden_SBD, shift, scale), gate_ff)
 
 
 def _plainly(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve
+from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.parallel.groups import Groups
@@ -20,13 +21,16 @@ from megatron_flashi2v.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The implementations chosen for this model, once, when it is built."""
+    """The implementations chosen for this model, once, when it is built; ``chosen`` tells which and why."""
 
     chosen: tuple[Kernel, ...]
     attention: Callable[..., Any]
     attention_backward: Callable[..., Any] | None
+    ada_layer_norm: Callable[..., Tensor]
+    gate_residual: Callable[..., Tensor]
+    bias_gelu_tanh: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
-    apply_rope: Callable[..., Tensor]
+    qk_norm_rope: Callable[..., Tensor]
     highpass: Callable[..., Tensor]
 
 
@@ -37,6 +41,7 @@ def choose_kernels(
     attention_backend: str = "auto",
     *,
     ring: bool = False,
+    tensor_parallel: bool = False,
 ) -> KernelSet:
     """Resolve every operator for the device.
 
@@ -46,6 +51,7 @@ def choose_kernels(
         config: the head size limits some implementations.
         attention_backend: an implementation's name, or auto.
         ring: whether keys and values pass around a ring, for which an implementation needs more abilities.
+        tensor_parallel: heads are divided over ranks, and the norms' sums with them.
 
     Raises:
         ConfigError: the named choice of attention cannot run here; the error lists those that can.
@@ -57,16 +63,22 @@ def choose_kernels(
     except KernelUnavailable as error:
         needs = " (with ring attention)" if ring else ""
         raise ConfigError(f"--attention-backend {attention_backend}{needs}: {error}") from error
-    rms_norm = resolve("rms_norm", device.type, dtype, needs_gradient=True)
-    rope = resolve("rope3d", device.type, dtype, needs_gradient=True)
+    sums = (PARTIAL_SUMS,) if tensor_parallel else ()
+    elementwise = {
+        name: resolve(name, device.type, dtype, needs_gradient=True)
+        for name in ("ada_layer_norm", "gate_residual", "bias_gelu_tanh")
+    }
+    norms = {
+        name: resolve(name, device.type, dtype, head_dim=config.head_dim, features=sums, needs_gradient=True)
+        for name in ("rms_norm", "qk_norm_rope")
+    }
     highpass = resolve("fourier_highpass", device.type, torch.float32)
     return KernelSet(
-        chosen=(attention, rms_norm, rope, highpass),
+        chosen=(attention, *elementwise.values(), *norms.values(), highpass),
         attention=attention.function,
         attention_backward=attention.backward,
-        rms_norm=rms_norm.function,
-        apply_rope=rope.function,
         highpass=highpass.function,
+        **{name: kernel.function for name, kernel in (elementwise | norms).items()},
     )
 
 
@@ -156,7 +168,9 @@ def make_spec(
         config=config,
         megatron=megatron,
         groups=groups,
-        kernels=choose_kernels(device, dtype, config, attention_backend, ring=groups.ring is not None),
+        kernels=choose_kernels(
+            device, dtype, config, attention_backend, ring=groups.ring is not None, tensor_parallel=groups.tp.size() > 1
+        ),
         column_linear=provider.column_parallel_linear(),
         row_linear=provider.row_parallel_linear(),
         residual_dtype=residual_dtype,

@@ -8,6 +8,7 @@ import torch
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.host_collectives import stage_through_host
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 
 
@@ -16,7 +17,7 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
 
     Args:
         launch: this process's place, from :func:`~megatron_flashi2v.runtime.launch.detect_launch`.
-        device: decides the backend (nccl, hccl or gloo).
+        device: decides the backend (nccl, hccl or gloo). gloo serves an accelerator by way of the host's memory.
         timeout_minutes: how long the ranks wait for one another, when meeting and in every collective.
 
     Raises:
@@ -25,6 +26,8 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
     if timeout_minutes <= 0:
         raise ConfigError(f"the distributed timeout is {timeout_minutes} minutes; it must be more than 0")
     timeout = timedelta(minutes=timeout_minutes)
+    if device.backend == "gloo" and device.name != "cpu":
+        stage_through_host(device.name)
     if launch.launcher == "none":
         torch.distributed.init_process_group(
             device.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -49,6 +52,37 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
             f"{error}; check that all processes were started, that the address is reachable and that the "
             "port is free (MASTER_ADDR, MASTER_PORT)"
         ) from error
+
+
+def gather_bytes(
+    data: bytes, group: torch.distributed.ProcessGroup | None = None, device: torch.device | None = None
+) -> list[bytes]:
+    """Every rank's bytes, in the order of ranks; collective, and without pickling.
+
+    Args:
+        data: this rank's, of any length.
+        group: the ranks that take part; all by default.
+        device: where the group's backend wants tensors; the host by default.
+    """
+    count = torch.distributed.get_world_size(group)
+    if count == 1:
+        return [data]
+    device = device or torch.device("cpu")
+    size = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    sizes = [torch.empty_like(size) for _ in range(count)]
+    torch.distributed.all_gather(sizes, size, group=group)
+    lengths = [int(other) for other in sizes]
+    found = []
+    for rank, length in enumerate(lengths):
+        mine = rank == torch.distributed.get_rank(group)
+        if not length:
+            found.append(b"")
+            continue
+        mine = rank == torch.distributed.get_rank(group)
+        buffer = torch.frombuffer(bytearray(data if mine else length), dtype=torch.uint8).to(device)
+        torch.distributed.broadcast(buffer, group=group, group_src=rank)
+        found.append(data if mine else buffer.cpu().numpy().tobytes())
+    return found
 
 
 def shutdown(*, failed: bool = False) -> None:

@@ -11,8 +11,9 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_flashi2v.checkpoint.optimizer_state import unchained
 from megatron_flashi2v.config.train import OptimizerArguments, TrainConfig
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
@@ -50,7 +51,7 @@ def decays(parameter: nn.Parameter) -> bool:
 
 
 def make_optimizer(models: list[DistributedDataParallel], config: TrainConfig, spec: ModelSpec) -> MegatronOptimizer:
-    """AdamW or SGD behind megatron-core's interface, with fp32 master weights and global-norm clipping."""
+    """AdamW or SGD behind megatron-core's interface, with fp32 master weights."""
     arguments = config.optimizer
     no_decay = ParamKey(predicate=ParamPredicate(name="no_decay", fn=lambda parameter: not decays(parameter)))
     return get_megatron_optimizer(
@@ -63,7 +64,7 @@ def make_optimizer(models: list[DistributedDataParallel], config: TrainConfig, s
             adam_beta2=arguments.adam_beta2,
             adam_eps=arguments.adam_eps,
             sgd_momentum=arguments.sgd_momentum,
-            clip_grad=arguments.clip_grad,
+            clip_grad=0.0,  # TrainingStep.update clips
             bf16=config.batch.bf16,
             params_dtype=spec.dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
@@ -74,6 +75,12 @@ def make_optimizer(models: list[DistributedDataParallel], config: TrainConfig, s
         use_gloo_process_groups=False,  # megatron-core has none where the groups are arguments
         pg_collection=spec.groups.collection,
     )
+
+
+def ready_gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """The gradients, in fp32, that the optimizer's next ``step_with_ready_grads`` applies on this rank."""
+    parameters = (parameter for part in unchained(optimizer) for parameter in part.get_parameters())
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def make_scheduler(

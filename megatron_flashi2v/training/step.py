@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -21,6 +22,10 @@ from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
 from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.training.batch import Microbatch
+from megatron_flashi2v.training.clipping import Clipper, scale_gradients
+from megatron_flashi2v.training.optimizer import ready_gradients
+
+logger = logging.getLogger(__name__)
 
 
 def forward_step(
@@ -59,6 +64,7 @@ class TrainingStep:
         chunks: this rank's stages.
         models: the same, each wrapped in megatron-core's DistributedDataParallel.
         optimizer: megatron-core's optimizer over them.
+        clipper: what happens to the gradients before they are applied.
         num_microbatches: microbatches per replica and iteration.
         micro_batch_size: samples in one.
     """
@@ -69,11 +75,13 @@ class TrainingStep:
         chunks: list[DiffusionTransformer],
         models: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
+        clipper: Clipper,
         *,
         num_microbatches: int,
         micro_batch_size: int,
     ) -> None:
         self.spec, self.chunks, self.models, self.optimizer = spec, chunks, models, optimizer
+        self.clipper = clipper
         self.num_microbatches, self.micro_batch_size = num_microbatches, micro_batch_size
         groups = spec.groups
         interleaved = len(chunks) > 1
@@ -84,12 +92,21 @@ class TrainingStep:
         )
         self._communicator = P2PCommunicator(pp_group=groups.pp, config=spec.megatron)
 
-    def losses_and_gradients(self, batches: list[Iterator[Microbatch]], latent_shape: tuple[int, int, int]) -> float:
-        """Accumulate the gradients of one iteration; the global batch's mean loss, the same on every rank.
+    def losses_and_gradients(
+        self,
+        batches: list[Iterator[Microbatch]],
+        latent_shape: tuple[int, int, int],
+        count: Callable[[], int] = lambda: 0,
+    ) -> tuple[float, int]:
+        """Accumulate the gradients of one iteration.
 
         Args:
             batches: for each of this rank's stages, as many microbatches as the step was made for.
             latent_shape: latent frames, rows and columns.
+            count: this rank's count of something, asked for when all microbatches have been taken.
+
+        Returns:
+            The global batch's mean loss, and the sum of all ranks' counts: the same on every rank.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -107,12 +124,21 @@ class TrainingStep:
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        return global_mean_loss(parts, self.spec, self.num_microbatches)
+        return global_mean_loss(parts, self.spec, self.num_microbatches, count())
 
     def update(self) -> float:
-        """Apply the gradients; their global L2 norm before clipping."""
-        _, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm)
+        """Clip and apply the gradients; their global L2 norm before clipping, the same on every rank."""
+        self.optimizer.prepare_grads()
+        # Replicas sum it each for itself; rank 0's word keeps a rounding from telling their clippers apart.
+        norm = torch.tensor([self.optimizer.get_grad_norm()], device=self.spec.device)
+        torch.distributed.broadcast(norm, 0)
+        grad_norm = norm.item()
+        clip = self.clipper.clip(grad_norm)
+        scale_gradients(ready_gradients(self.optimizer), clip)
+        self.optimizer.step_with_ready_grads()
+        if clip.factor == 0.0:
+            logger.warning("a gradient of norm %g, where %g is usual, was dropped", grad_norm, clip.threshold)
+        return grad_norm
 
 
 def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
@@ -126,16 +152,20 @@ def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
     )
 
 
-def global_mean_loss(parts: list[Tensor], spec: ModelSpec, num_microbatches: int) -> float:
-    """Mean over the global batch of the parts that the last stages' ranks hold.
+def global_mean_loss(
+    parts: list[Tensor], spec: ModelSpec, num_microbatches: int, count: int = 0
+) -> tuple[float, int]:
+    """Mean over the global batch of the parts that the last stages' ranks hold, and the sum of all ranks' counts.
 
     Under sequence and context parallelism the parts of one replica add up; plain tensor-parallel ranks all hold the
-    whole, and replicas average.
+    whole, and replicas average. The count travels with the loss, so that it costs no exchange of its own.
     """
     groups = spec.groups
     copies = 1 if groups.sequence_parallel else groups.tp.size()
-    total = torch.zeros(1, device=spec.device)
+    total = torch.zeros(2, device=spec.device)
     for part in parts:
-        total += part / (num_microbatches * groups.dp.size() * copies)
+        total[0] += (part / (num_microbatches * groups.dp.size() * copies)).squeeze()
+    total[1] = count
     torch.distributed.all_reduce(total)
-    return total.item()
+    loss, counted = total.tolist()
+    return loss, int(counted)

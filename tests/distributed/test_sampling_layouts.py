@@ -27,6 +27,7 @@ CONFIG = ModelConfig(
 LAYOUTS = {
     "tp2-sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "pp2": (2, ["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "2,1"]),
+    "cp3-ring": (3, ["--context-parallel-size", "3", "--context-parallel-algo", "ring"]),
     "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
 

