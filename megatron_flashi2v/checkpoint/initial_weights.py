@@ -10,7 +10,7 @@ from megatron_flashi2v.checkpoint.checkpoint import require_same_model
 from megatron_flashi2v.checkpoint.convert import open_weights
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.state import NamedParameters, ShardGrid, parameter_box
-from megatron_flashi2v.checkpoint.weights import ReadOptions, Weights, listed
+from megatron_flashi2v.checkpoint.weights import ReadOptions, Weights
 from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
 
 PATCH_WEIGHT = "patch_embedding.weight"
@@ -39,9 +39,11 @@ class InitialWeights:
         """One line for the log."""
         parts = [f"starting from the weights of {self.weights.source} ({self.weights.config.conditioning})"]
         if self.missing:
-            parts.append(f"{len(self.missing)} tensors are missing and start as initialised ({listed(self.missing)})")
+            missing = ", ".join(self.missing)
+            parts.append(f"{len(self.missing)} tensors are missing and start as initialised ({missing})")
         if self.unexpected:
-            parts.append(f"{len(self.unexpected)} are unexpected and left out ({listed(self.unexpected)})")
+            unexpected = ", ".join(self.unexpected)
+            parts.append(f"{len(self.unexpected)} are unexpected and left out ({unexpected})")
         return "; ".join((*parts, *self.weights.notes))
 
 

@@ -162,8 +162,13 @@ def read_tensor(path: Path, handle: Any, name: str, part: tuple[slice, ...] | No
         CheckpointError: the file does not hold the tensor.
     """
     try:
-        # An empty part is a scalar's, of which the library cannot take slices.
-        return handle.get_slice(name)[part] if part else handle.get_tensor(name)
+        # An empty part is a scalar's, of which the library cannot take slices; a whole tensor need not be copied, it
+        # stays a view of the map.
+        if not part or [(side.start or 0, side.stop) for side in part] == [
+            (0, size) for size in handle.get_slice(name).get_shape()
+        ]:
+            return handle.get_tensor(name)
+        return handle.get_slice(name)[part]
     except (SafetensorError, IndexError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
 

@@ -35,13 +35,11 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
-_TENSORS = ("_rebuild_tensor_v2", "_rebuild_tensor_v3")
+_TENSOR = "_rebuild_tensor_v2"
 _PARAMETERS = ("_rebuild_parameter", "_rebuild_parameter_with_state")
 _ALLOWED: tuple[Name, ...] = (
-    *(("torch", name) for name in (*_STORAGES, *_DTYPES, "Size", "device")),
-    *(("torch._utils", name) for name in (*_TENSORS, *_PARAMETERS)),
-    ("torch.storage", "UntypedStorage"),
+    *(("torch", name) for name in (*_STORAGES, "Size", "float32", "float16", "bfloat16")),
+    *(("torch._utils", name) for name in (_TENSOR, *_PARAMETERS)),
 )
 _MAX_DEPTH = 16
 
@@ -52,7 +50,7 @@ class _Storage:
 
     begin: int
     nbytes: int
-    dtype: torch.dtype | None
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ class ArchivedTensor(SourceTensor):
 
 def is_torch_archive(path: Path) -> bool:
     """Whether a file's name is that of a torch file."""
-    return path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+    return path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".ema")
 
 
 def open_torch_archive(path: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
@@ -146,14 +144,13 @@ def _describe(archive: zipfile.ZipFile, file: IO[bytes], path: Path, base: int) 
     def storage(identifier: Any) -> _Storage:
         try:
             kind, storage_type, key, _, count = identifier
-            dtype = _STORAGES.get(storage_type.__name__)
+            dtype = _STORAGES[storage_type.__name__]
             entry = entries[f"{prefix}data/{key}"]
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise CheckpointError(f"{path}: its data.pkl refers to a storage that is not there") from error
         if kind != "storage" or entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{path}: storage {key} is compressed or of an unknown kind")
-        itemsize = 1 if dtype is None else dtype.itemsize
-        if not isinstance(count, int) or count * itemsize != entry.file_size:
+        if not isinstance(count, int) or count * dtype.itemsize != entry.file_size:
             raise CheckpointError(f"{path}: storage {key} has {entry.file_size:,} bytes, which is not what it says")
         return _Storage(base + _data_offset(file, entry, path), entry.file_size, dtype)
 
@@ -185,24 +182,21 @@ def _tensor(name: str, value: Any, path: Path) -> ArchivedTensor | None:
     """The tensor that a record describes; None if it is something else."""
     while isinstance(value, Record) and value.name in _PARAMETERS and value.arguments:
         value = value.arguments[0]
-    if not (isinstance(value, Record) and value.name in _TENSORS):
+    if not (isinstance(value, Record) and value.name == _TENSOR):
         return None
-    storage, offset, size, stride, *rest = (*value.arguments, None, None, None, None)
-    dtype = storage.dtype if isinstance(storage, _Storage) else None
-    if value.name == "_rebuild_tensor_v3" and len(rest) > 2:
-        dtype = _DTYPES.get(getattr(rest[2], "__name__", ""))
+    storage, offset, size, stride, *_ = (*value.arguments, None, None, None, None)
     size, stride = _integers(size), _integers(stride)
     if (
-        not isinstance(storage, _Storage) or dtype is None or not isinstance(offset, int) or offset < 0
+        not isinstance(storage, _Storage) or type(offset) is not int or offset < 0
         or size is None or stride is None or len(size) != len(stride)
     ):  # fmt: skip
         raise CheckpointError(f"{path}: tensor {name} is described in a way that is not supported")
     last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
-    if math.prod(size) and (last + 1) * dtype.itemsize > storage.nbytes:
+    if math.prod(size) and (last + 1) * storage.dtype.itemsize > storage.nbytes:
         raise CheckpointError(f"{path}: tensor {name} of shape {size} reaches past the end of its storage")
     return ArchivedTensor(
-        path=path, name=name, shape=size, dtype=dtype, begin=storage.begin, nbytes=storage.nbytes, offset=offset,
-        stride=stride,
+        path=path, name=name, shape=size, dtype=storage.dtype, begin=storage.begin, nbytes=storage.nbytes,
+        offset=offset, stride=stride,
     )
 
 

@@ -109,7 +109,9 @@ def _look_at_tokenizer(folder: Path) -> tuple[str, str]:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"tokenizer folder {folder}: cannot be loaded ({error})") from error
-    return "transformers", type(tokenizer).__name__
+    name = type(tokenizer).__name__
+    # transformers 5 has another name for the class, which version 4 does not know; both know the old one.
+    return "transformers", "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
 
 
 _LOOK = {"vae": _look_at_vae, "text_encoder": _look_at_text_encoder, "tokenizer": _look_at_tokenizer}

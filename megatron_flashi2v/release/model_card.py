@@ -20,9 +20,9 @@ tags:
 
 # {title}
 
-A {kind} diffusion transformer, trained with megatron_flashi2v and exported from the format {source_format}.
+{kind} diffusion transformer, trained with megatron_flashi2v and exported from the format {source_format}.
 
-    from megatron_flashi2v.release.pipeline import FlashI2VPipeline
+    from megatron_flashi2v import FlashI2VPipeline
 
     pipeline = FlashI2VPipeline.from_pretrained(FOLDER)
     frames = pipeline({call}).frames[0]
@@ -45,7 +45,7 @@ def model_card(weights: Weights, source_format: str, references: Mapping[str, st
         tag="image-to-video" if image else "text-to-video",
         conditioning=config.conditioning,
         title=f"{'Image' if image else 'Text'}-to-video model ({config.conditioning})",
-        kind="image-to-video" if image else "text-to-video",
+        kind="An image-to-video" if image else "A text-to-video",
         source_format=source_format,
         call='image=image, prompt="..."' if image else 'prompt="..."',
     )

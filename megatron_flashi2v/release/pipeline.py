@@ -1,6 +1,6 @@
 """``FlashI2VPipeline``: an exported folder as a diffusers pipeline.
 
-    from megatron_flashi2v.release.pipeline import FlashI2VPipeline
+    from megatron_flashi2v import FlashI2VPipeline
     pipeline = FlashI2VPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
     frames = pipeline(image=image, prompt="...").frames[0]
 
@@ -78,7 +78,9 @@ class FlashI2VPipeline(DiffusionPipeline):
     scheduler: Any
     config: Any
 
-    model_cpu_offload_seq: Any = "text_encoder->image_conditioning->transformer->vae"
+    model_cpu_offload_seq: Any = "text_encoder->transformer"
+    # Small, and called in other ways than by their forward, which is all that offloading follows.
+    _exclude_from_cpu_offload = ["image_conditioning", "vae"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(

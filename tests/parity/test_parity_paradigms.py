@@ -61,6 +61,8 @@ def test_trains_resumes_exports_and_samples(train: Train, encoders: Path, tmp_pa
     assert main(["convert", "--from", "megatron", str(straight), "--to", "diffusers", str(export)]) == 0
     assert main(["convert", "--from", "diffusers", str(export), "--to", "megatron", str(back)]) == 0
     assert json.loads((export / "transformer" / "config.json").read_text())["in_channels"] == INPUT_CHANNELS[name]
+    card = (export / "README.md").read_text()
+    assert all(words in card for words in ("| steps | 20 |", "| samples seen | 80 |", "processes 1, tensor 1", name))
     returned = weights(back)
     assert returned.keys() == trained.keys()
     assert all(torch.equal(tensor, trained[key]) for key, tensor in returned.items())

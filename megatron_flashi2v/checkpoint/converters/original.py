@@ -146,8 +146,9 @@ def _select(
     if not prefixes:
         raise CheckpointError(f"{path} holds no tensor {_MARK}, but {len(held)} others: another format or model")
     ema = [prefix for prefix in prefixes if prefix.startswith(EMA)]
-    if path.name.startswith(EMA) or held[prefixes[0] + _MARK].path.name.startswith(EMA):
-        ema = prefixes  # the file's name says so
+    file = held[prefixes[0] + _MARK].path
+    if file.name.startswith(EMA) or file.suffix == f".{EMA}":
+        ema = prefixes  # the file's name says so, as main's and MindSpeed's do
     plain = [prefix for prefix in prefixes if prefix not in ema]
     if weights == EMA and not ema:
         raise CheckpointError(f"{path} holds no EMA weights; leave out --weights ema")

@@ -84,6 +84,8 @@ def test_both_sets_in_one_file_and_in_two(tmp_path: Path) -> None:
         assert_holds(path, "flashi2v-gpu", model)
         assert_holds(path, "flashi2v-gpu", ema, "ema")
     assert_holds(tmp_path / "only.pt", "flashi2v-gpu", ema)
+    torch.save(ema, tmp_path / "flashi2v.ema")
+    assert_holds(tmp_path / "flashi2v.ema", "flashi2v-gpu", ema, "ema")
     assert "EMA weights only" in open_weights("flashi2v-gpu", tmp_path / "only.pt", FLAGS).notes[0]
     with pytest.raises(UserError, match="model.pt holds no EMA weights; leave out --weights ema"):
         open_weights("flashi2v-gpu", tmp_path / "model.pt", ReadOptions(weights="ema", num_attention_heads=3))

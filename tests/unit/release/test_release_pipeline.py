@@ -14,6 +14,7 @@ from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, mak
 from PIL import Image
 from safetensors.torch import load_file
 
+from megatron_flashi2v import FlashI2VPipeline
 from megatron_flashi2v.checkpoint.checkpoint import save_checkpoint
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.storage import TensorPiece
@@ -21,7 +22,6 @@ from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.release.image_conditioning import FlashI2VImageConditioning
-from megatron_flashi2v.release.pipeline import FlashI2VPipeline
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=3, latent_channels=4, freq_dim=16,
