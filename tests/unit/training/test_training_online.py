@@ -11,8 +11,10 @@ from helpers.layouts import metrics
 from helpers.tiny_corpus import make_corpus
 
 Train = Callable[..., int]
-MODEL = ("--model", "tiny", "--num-layers", 1, "--hidden-size", 16, "--ffn-hidden-size", 16, "--num-attention-heads", 2,
-         "--latent-channels", 4, "--text-dim", 16, "--train-iters", 3, "--global-batch-size", 4, "--micro-batch-size", 2)
+MODEL = (
+    "--model", "tiny", "--num-layers", 1, "--hidden-size", 16, "--ffn-hidden-size", 16, "--num-attention-heads", 2,
+    "--latent-channels", 4, "--text-dim", 16, "--train-iters", 3, "--global-batch-size", 4, "--micro-batch-size", 2,
+)
 
 
 def test_damaged_files_are_recorded_and_too_many_stop_the_run(
