@@ -18,6 +18,7 @@ from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.data.reasons import ERROR_REASONS
 
 HEIGHT, WIDTH, FRAMES = 40, 56, 24
+DAMAGE = ERROR_REASONS.keys() - {"decoder_crash", "decoder_hang"}
 
 
 def audio_only(path: Path) -> None:
@@ -80,7 +81,7 @@ CORPUS = {
     "huge.avi": (lambda path: huge_picture(path, 10_000), {"too_large"}),
     "absurd.avi": (lambda path: huge_picture(path, 30_000), {"too_large", "unreadable", "no_frames"}),
     "count.mp4": (huge_count, {"unreadable", "no_frames", "no_fps", "undecodable", "sample"}),
-    "flipped.mkv": (flipped, {*ERROR_REASONS, "too_short", "fps_too_low", "sample"} - {"decoder_crash", "decoder_hang"}),
+    "flipped.mkv": (flipped, {*DAMAGE, "too_short", "fps_too_low", "sample"}),
     "absent.mp4": (lambda path: None, {"missing_file"}),
     "folder.mp4": (lambda path: path.mkdir(), {"missing_file"}),
 }
