@@ -15,10 +15,16 @@ from typing import Any
 
 import torch
 
-OPERATORS = ("attention", "fourier_highpass", "rms_norm", "rope3d")
+OPERATORS = (
+    "attention", "fourier_highpass", "ada_layer_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "rope3d",
+    "qk_norm_rope",
+)
 
 ANY_DEVICE = ("cuda", "npu", "cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+ASCEND_A2_A3 = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910_93")
+"""Names of the training NPUs whose fused operators are documented; "Ascend910B" alone is an older card."""
 
 
 class KernelUnavailable(ValueError):
@@ -33,9 +39,11 @@ class KernelSpec:
         operator: name of the operator, one of :data:`OPERATORS`.
         name: name of the implementation, as a user writes it.
         entry_point: ``module:function``, imported when chosen.
+        backward_entry_point: the same for a backward of its own, beside autograd's; None where there is none.
         devices: device types it runs on.
         dtypes: dtypes of its tensors.
         min_compute_capability: lowest CUDA compute capability, e.g. (8, 0); None for any.
+        max_compute_capability: highest one, for kernels that are written for one generation; None for any.
         socs: prefixes of the NPU names it runs on, e.g. ("Ascend910",); empty for any.
         package: distribution that must be installed, or None.
         min_version: lowest version of ``package``, e.g. "2.6".
@@ -48,9 +56,11 @@ class KernelSpec:
     operator: str
     name: str
     entry_point: str
+    backward_entry_point: str | None = None
     devices: tuple[str, ...] = ANY_DEVICE
     dtypes: tuple[torch.dtype, ...] = FLOATS
     min_compute_capability: tuple[int, int] | None = None
+    max_compute_capability: tuple[int, int] | None = None
     socs: tuple[str, ...] = ()
     package: str | None = None
     min_version: str | None = None
@@ -67,11 +77,13 @@ class Kernel:
     Attributes:
         spec: what was chosen.
         function: the implementation; its signature is that of the operator's reference.
+        backward: the implementation's own backward, with the signature of the reference's; None where there is none.
         why_not: one line for each implementation that is preferred but cannot run here ("name: reason").
     """
 
     spec: KernelSpec
     function: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
     why_not: tuple[str, ...] = ()
 
 
@@ -155,12 +167,22 @@ def resolve(
     position = [spec.name for spec in specs].index(choice)
     preferred = [spec.name for spec in specs[:position]]
     why_not = tuple(f"{name}: {obstacles[name]}" for name in preferred if obstacles[name])
-    return Kernel(spec=specs[position], function=load_entry_point(specs[position]), why_not=why_not)
+    spec = specs[position]
+    return Kernel(spec=spec, function=load_entry_point(spec), backward=load_backward(spec), why_not=why_not)
 
 
 def load_entry_point(spec: KernelSpec) -> Callable[..., Any]:
     """Import a spec's function, whether or not it can run here."""
-    module, _, function = spec.entry_point.partition(":")
+    return _load(spec.entry_point)
+
+
+def load_backward(spec: KernelSpec) -> Callable[..., Any] | None:
+    """Import a spec's own backward, whether or not it can run here; None where it has none."""
+    return None if spec.backward_entry_point is None else _load(spec.backward_entry_point)
+
+
+def _load(entry_point: str) -> Callable[..., Any]:
+    module, _, function = entry_point.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
@@ -184,10 +206,14 @@ def _obstacle(spec: KernelSpec, need: _Need) -> str | None:
 
 
 def _device_obstacle(spec: KernelSpec, need: _Need) -> str | None:
-    lowest, present = spec.min_compute_capability, need.compute_capability
-    if need.device_type == "cuda" and lowest is not None and (present is None or present < lowest):
+    if need.device_type == "cuda":
+        present = need.compute_capability
         found = "unknown" if present is None else f"{present[0]}.{present[1]}"
-        return f"needs compute capability {lowest[0]}.{lowest[1]}, this device's is {found}"
+        lowest, highest = spec.min_compute_capability, spec.max_compute_capability
+        if lowest is not None and (present is None or present < lowest):
+            return f"needs compute capability {lowest[0]}.{lowest[1]}, this device's is {found}"
+        if highest is not None and (present is None or present > highest):
+            return f"takes compute capability {highest[0]}.{highest[1]} at most, this device's is {found}"
     if need.device_type == "npu" and spec.socs and not (need.soc or "").startswith(spec.socs):
         return f"runs on {', '.join(spec.socs)}, this device is {need.soc or 'unknown'}"
     return None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_flashi2v.config.convert import FORMATS
+from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import ClipArguments
 
 
@@ -83,13 +85,16 @@ class ParallelArguments:
     pipeline_model_parallel_size: int = 1
     """Stages of the pipeline."""
     num_virtual_stages_per_pipeline_rank: int | None = None
-    """Model chunks per stage (interleaved schedule); not available yet."""
+    """Model chunks per pipeline rank: the interleaved schedule, with a smaller bubble and more communication."""
+    pipeline_layer_split: str | None = None
+    """Blocks of every stage in the activation's order, such as 7,8,8,7; by default as even as can be, with fewer on
+    the first and the last stage, which hold the embeddings and the head."""
     context_parallel_size: int = 1
-    """Ranks that share one sample's tokens in attention; not available yet."""
+    """Ranks that share one sample's visual tokens."""
     context_parallel_algo: Literal["ulysses", "ring", "usp"] = "ulysses"
-    """How context-parallel ranks exchange; not available yet."""
+    """ulysses: trade tokens for heads around attention; ring: pass keys and values around; usp: ulysses inside ring."""
     ulysses_degree: int | None = None
-    """Ulysses ranks inside `usp`; not available yet."""
+    """usp: neighbouring ranks that trade tokens for heads; the ring is across them."""
     sequence_parallel: bool = False
     """Shard tokens over the tensor-parallel ranks between the matrix products."""
     use_distributed_optimizer: bool = False
@@ -100,6 +105,10 @@ class ParallelArguments:
     """Gather updated parameters while the next forward pass is already running."""
     distributed_timeout_minutes: float = 30.0
     """Minutes until a collective that hangs is an error."""
+    distributed_backend: Literal["auto", "gloo"] = "auto"
+    """auto: NCCL on CUDA, HCCL on NPUs, gloo on CPUs; gloo: anywhere, through the host's memory, to look for faults."""
+    hccl_buffer_sizes: str | None = None
+    """MB of HCCL's buffers per kind of group, such as tp:200,dp_cp:400,default:50; by default HCCL_BUFFSIZE for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +156,28 @@ class OptimizerArguments:
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up."""
     clip_grad: float = 1.0
-    """Global L2 norm that gradients are scaled down to; 0 turns clipping off."""
+    """Global L2 norm that gradients are scaled down to, 0 turns clipping off; where adaptive methods start."""
+    clip_grad_method: Literal["norm", "adaptive", "adaptive-npu"] = "norm"
+    """norm: to --clip-grad; adaptive (-npu): to 3 deviations above a moving mean of norms (npu: drop extreme ones)."""
+    clip_grad_ema_decay: float = 0.99
+    """Decay of the adaptive methods' moving mean and variance."""
+    clip_grad_extreme_norm: float = 20.0
+    """Lowest norm that adaptive-npu can take for extreme; its gradient is dropped."""
+    clip_grad_rules: Literal["corrected", "reference", "reference-patch"] = "corrected"
+    """adaptive-npu without the reference's defects, or with them: NaN survives a drop; its patch file never scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeArguments:
     """Trading time for activation memory."""
 
-    recompute_granularity: Literal["full"] | None = None
-    """full: keep only the input of recomputed blocks."""
+    recompute_granularity: Literal["full", "skip_attention", "selective"] | None = None
+    """full: keep only the input of recomputed blocks; skip_attention: the input, and what self-attention takes and
+    gives, which is not computed again; selective: all but the outputs of norms, modulation and GELU."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """uniform: every block, in groups; block: the first blocks of each stage only."""
+    """Of full: uniform recomputes every block, in groups; block the first blocks of each stage only."""
     recompute_num_layers: int = 1
-    """uniform: blocks in a group; block: blocks of each stage that are recomputed."""
+    """Of full: uniform: blocks in a group; block: blocks of each stage that are recomputed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +188,32 @@ class CheckpointArguments:
     """Folder for checkpoints, config.yaml and metrics.jsonl."""
     load: Path | None = None
     """Folder to resume from; an empty or absent one starts anew."""
-    pretrained_checkpoint: Path | None = None
-    """Checkpoint whose weights a new run starts from: of a text-to-video model, or of the run's own paradigm."""
+    load_weights: str | None = None
+    """Weights that a new run starts from, as FORMAT:PATH with a format of `flashi2v convert`, such as
+    wan:Wan2.1-T2V-1.3B or megatron:runs/a: of a text-to-video or FlashI2V model, or of the run's own paradigm."""
+    load_weights_kind: Literal["model", "ema"] = "model"
+    """Which of the sets that --load-weights holds."""
     save_interval: int | None = None
     """Iterations between checkpoints; by default only at the end."""
     exit_interval: int | None = None
     """Save and leave when the iteration is a multiple of this (to split a run over several jobs)."""
+
+    @property
+    def load_weights_source(self) -> tuple[str, Path] | None:
+        """Format and path of ``load_weights``.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        if self.load_weights is None:
+            return None
+        name, colon, path = self.load_weights.partition(":")
+        if not colon or not path or name not in FORMATS:
+            raise ConfigError(
+                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMATS)}, such as "
+                f"megatron:{path or self.load_weights}"
+            )
+        return name, Path(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +223,8 @@ class RuntimeArguments:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """auto takes the first that is there."""
     attention_backend: str = "auto"
-    """Implementation of attention: auto, torch_sdpa or reference."""
+    """Implementation of attention: auto, torch_sdpa, flash_attn_3, flash_attn_2, transformer_engine,
+    npu_fusion_attention, reference ... (kernels/README.md)."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms."""
     log_interval: int = 1

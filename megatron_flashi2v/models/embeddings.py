@@ -18,12 +18,15 @@ class TextEmbedding(nn.Module):
         super().__init__()
         width = spec.config.hidden_size
         self.dtype = spec.dtype
-        self.linear_1 = column_parallel(spec.column_linear, spec.config.text_dim, width, spec.megatron, spec.groups)
+        self.activation = spec.kernels.bias_gelu_tanh
+        self.linear_1 = column_parallel(
+            spec.column_linear, spec.config.text_dim, width, spec.megatron, spec.groups, skip_bias_add=True
+        )
         self.linear_2 = row_parallel(spec.row_linear, width, width, spec.megatron, spec.groups)
 
     def forward(self, text_TBX: Tensor) -> Tensor:
         """Text rows [T, B, d] of this rank."""
-        return self.linear_2(F.gelu(self.linear_1(text_TBX.to(self.dtype))[0], approximate="tanh"))[0]
+        return self.linear_2(self.activation(*self.linear_1(text_TBX.to(self.dtype))))[0]
 
 
 class TimeEmbedding(nn.Module):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from megatron_flashi2v.models.norms import modulated_layer_norm
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.regions import mark_sequence_parallel
 
@@ -16,7 +17,7 @@ class Head(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         width = spec.config.hidden_size
-        self.eps = spec.config.norm_eps
+        self.norm = partial(spec.kernels.ada_layer_norm, eps=spec.config.norm_eps, dtype=torch.float32)
         self.modulation = nn.Parameter(torch.empty(2, width))
         self.linear = nn.Linear(width, spec.config.patch_dim, dtype=torch.float32)
         mark_sequence_parallel(self.modulation)
@@ -25,4 +26,4 @@ class Head(nn.Module):
     def forward(self, hidden_SBD: Tensor, time_BD: Tensor) -> Tensor:
         """Predicted velocity of this rank's tokens as patches [S, B, P], fp32, channel fastest."""
         shift, scale = (self.modulation.unsqueeze(1) + time_BD).unbind(0)
-        return self.linear(modulated_layer_norm(hidden_SBD, shift, scale, self.eps))
+        return self.linear(self.norm(hidden_SBD, shift, scale))

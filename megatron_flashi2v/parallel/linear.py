@@ -24,10 +24,15 @@ def column_parallel(
     groups: Groups,
     *,
     gather_output: bool = False,
+    skip_bias_add: bool = False,
 ) -> nn.Module:
-    """Y = X A^T + b with A's rows (the outputs) sharded; under sequence parallelism X's tokens are gathered."""
+    """Y = X A^T + b with A's rows (the outputs) sharded; under sequence parallelism X's tokens are gathered.
+
+    With ``skip_bias_add`` it returns (X A^T, b) instead of (Y, None), for a kernel that adds the bias itself.
+    """
     return _build(
-        linear_class, input_size, output_size, config, groups, {"weight": 0, "bias": 0}, gather_output=gather_output
+        linear_class, input_size, output_size, config, groups, {"weight": 0, "bias": 0}, gather_output=gather_output,
+        skip_bias_add=skip_bias_add,
     )
 
 
@@ -35,7 +40,10 @@ def row_parallel(
     linear_class: type[nn.Module], input_size: int, output_size: int, config: TransformerConfig, groups: Groups
 ) -> nn.Module:
     """Y = X A^T + b with A's columns (the inputs) sharded; the partial products are summed over the group."""
-    return _build(linear_class, input_size, output_size, config, groups, {"weight": 1}, input_is_parallel=True)
+    return _build(
+        linear_class, input_size, output_size, config, groups, {"weight": 1}, input_is_parallel=True,
+        skip_bias_add=False,
+    )
 
 
 def replicated_fp32(config: TransformerConfig) -> TransformerConfig:
@@ -61,7 +69,6 @@ def _build(
         config=config,
         init_method=_no_init,
         bias=True,
-        skip_bias_add=False,
         is_expert=False,
         tp_group=groups.tp,
         **kind,

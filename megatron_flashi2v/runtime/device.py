@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ import psutil
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.hccl import OTHERS
 
 DEVICE_NAMES = ("auto", "cuda", "npu", "cpu")
 _WITHOUT = "use --device cpu or --device auto to run without it"
@@ -33,7 +35,7 @@ class Device(abc.ABC):
 
     Attributes:
         name: "cuda", "npu" or "cpu".
-        backend: torch.distributed's backend for this device: "nccl", "hccl" or "gloo".
+        backend: torch.distributed's backend: the device's own, "nccl", "hccl" or "gloo", or gloo by choice.
         torch_device: where tensors go, with the index of an accelerator.
     """
 
@@ -86,6 +88,10 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def model_name(self) -> str:
         """The hardware's name, such as "NVIDIA H100 80GB HBM3"."""
+
+    def group_options(self, description: str | None) -> Any:
+        """The backend's options for a process group that megatron-core describes so; None for its defaults."""
+        return None
 
     def describe(self) -> str:
         """One line for the start-up report."""
@@ -201,24 +207,50 @@ class CudaDevice(_Accelerator):
 
 
 class NpuDevice(_Accelerator):
-    """One Ascend NPU, made the process's current one."""
+    """One Ascend NPU, made the process's current one.
+
+    Args:
+        index: number of the card.
+        hccl_buffer_sizes: MB by a group's description, as ``config.hccl.parse_buffer_sizes`` returns them.
+    """
 
     name = "npu"
     backend = "hccl"
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, hccl_buffer_sizes: Mapping[str, int] | None = None) -> None:
         super().__init__(_npu_api(), index)
+        self.hccl_buffer_sizes = dict(hccl_buffer_sizes or {})
+        # Private tensor formats copy and pad around Conv3d (phi, patches, the VAE).
+        self.api.config.allow_internal_format = False
+        # What is fp32 here (the VAE, phi, the high-pass) stays fp32: HF32 keeps 11 of the mantissa's 23 bits.
+        self.api.conv.allow_hf32 = False
+        self.api.matmul.allow_hf32 = False
 
     def compute_capability(self) -> tuple[int, int] | None:
         return None
 
+    def group_options(self, description: str | None) -> Any:
+        size = self.hccl_buffer_sizes.get(description or OTHERS, self.hccl_buffer_sizes.get(OTHERS))
+        if self.backend != "hccl" or size is None:
+            return None
+        options = sys.modules["torch_npu"]._C._distributed_c10d.ProcessGroupHCCL.Options()
+        options.hccl_config = {"hccl_buffer_size": size}
+        return options
 
-def resolve_device(name: str, local_rank: int = 0) -> Device:
+    def describe(self) -> str:
+        return f"{super().describe()}, torch_npu {sys.modules['torch_npu'].__version__}"
+
+
+def resolve_device(
+    name: str, local_rank: int = 0, *, backend: str = "auto", hccl_buffer_sizes: Mapping[str, int] | None = None
+) -> Device:
     """Choose the device by name and make it this process's current one.
 
     Args:
         name: "cuda", "npu", "cpu", or "auto" for the first of these that is there.
         local_rank: the process's number on its host; it picks the accelerator of the same number.
+        backend: "auto" for the device's own collectives, or "gloo".
+        hccl_buffer_sizes: for :class:`NpuDevice`.
 
     Raises:
         ConfigError: an unknown name, a device that is not there (the message says what is missing), or fewer
@@ -226,6 +258,13 @@ def resolve_device(name: str, local_rank: int = 0) -> Device:
     """
     if name not in DEVICE_NAMES:
         raise ConfigError(f"device is {name!r}; choose one of {', '.join(DEVICE_NAMES)}")
+    device = _find_device(name, local_rank, hccl_buffer_sizes)
+    if backend != "auto":
+        device.backend = backend
+    return device
+
+
+def _find_device(name: str, local_rank: int, hccl_buffer_sizes: Mapping[str, int] | None) -> Device:
     if name == "cpu":
         return CpuDevice()
     if name in ("auto", "cuda"):
@@ -236,7 +275,8 @@ def resolve_device(name: str, local_rank: int = 0) -> Device:
             raise ConfigError(f"device is 'cuda', but {missing}; {_WITHOUT}")
     missing = _missing_npu()
     if missing is None:
-        return NpuDevice(_card(_npu_api().device_count(), local_rank, "NPU", "ASCEND_RT_VISIBLE_DEVICES"))
+        card = _card(_npu_api().device_count(), local_rank, "NPU", "ASCEND_RT_VISIBLE_DEVICES")
+        return NpuDevice(card, hccl_buffer_sizes)
     if name == "npu":
         raise ConfigError(f"device is 'npu', but {missing}; {_WITHOUT}")
     if _has_torch_npu():

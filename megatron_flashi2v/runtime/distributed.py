@@ -8,6 +8,7 @@ import torch
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.host_collectives import stage_through_host
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 
 
@@ -16,7 +17,7 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
 
     Args:
         launch: this process's place, from :func:`~megatron_flashi2v.runtime.launch.detect_launch`.
-        device: decides the backend (nccl, hccl or gloo).
+        device: decides the backend (nccl, hccl or gloo). gloo serves an accelerator by way of the host's memory.
         timeout_minutes: how long the ranks wait for one another, when meeting and in every collective.
 
     Raises:
@@ -25,6 +26,8 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
     if timeout_minutes <= 0:
         raise ConfigError(f"the distributed timeout is {timeout_minutes} minutes; it must be more than 0")
     timeout = timedelta(minutes=timeout_minutes)
+    if device.backend == "gloo" and device.name != "cpu":
+        stage_through_host(device.name)
     if launch.launcher == "none":
         torch.distributed.init_process_group(
             device.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout

@@ -76,6 +76,7 @@ def _exchanges(device: Device) -> Iterator[tuple[Any, str, Any]]:
     yield torch.Tensor, "cuda", _redirect_cuda(device.torch_device)
     yield torch.nn.Module, "cuda", _redirect_module_cuda(device.torch_device)
     yield torch.Tensor, "type", _redirect_type(torch.Tensor.type, device)
+    yield torch.distributed, "new_group", _redirect_new_group(torch.distributed.new_group, device)
 
 
 def _cuda_functions(device: Device) -> dict[str, Any]:
@@ -220,6 +221,18 @@ def _redirect_module_cuda(target: torch.device) -> Callable[..., Any]:
         return self.to(target)
 
     return cuda
+
+
+def _redirect_new_group(new_group: Callable[..., Any], device: Device) -> Callable[..., Any]:
+    """megatron-core has options for NCCL's groups alone; here the device gives its own."""
+
+    @functools.wraps(new_group)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("backend") is None and kwargs.get("pg_options") is None:
+            kwargs["pg_options"] = device.group_options(kwargs.get("group_desc"))
+        return new_group(*args, **kwargs)
+
+    return redirected
 
 
 def _redirect_type(type_: Callable[..., Any], device: Device) -> Callable[..., Any]:

@@ -128,6 +128,11 @@ class MicrobatchSource:
         # has sent its activation, and the first stage may be waiting for this rank's part of the encoding.
         return self._taken(self._loaded(consumed_samples, num_microbatches), num_microbatches)
 
+    def shapes(self, consumed_samples: int, num_microbatches: int) -> Iterator[Microbatch]:
+        """The same microbatches without values, for a stage in the middle of the model."""
+        for _ in range(num_microbatches):
+            yield self.empty(consumed_samples)
+
     def close(self) -> None:
         """Stop reading ahead, at the same microbatch on all ranks of the replica."""
         if self._prefetcher is not None:

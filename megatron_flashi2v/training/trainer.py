@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v import __version__
@@ -21,24 +22,34 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     require_same_model,
     save_checkpoint,
 )
+from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
-from megatron_flashi2v.checkpoint.state import ShardGrid, load_base_model, load_model, model_pieces
+from megatron_flashi2v.checkpoint.state import (
+    load_model,
+    model_pieces,
+    shard_grid,
+)
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
-from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.rules import check_tokens, num_microbatches
+from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.initialization import initialize_weights
-from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.models.transformer import DiffusionTransformer, Recompute
-from megatron_flashi2v.parallel.groups import Groups, make_groups
+from megatron_flashi2v.models.recompute import Recompute
+from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.models.stages import stages_of_rank
+from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.groups import make_groups
+from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.runtime.provenance import source_commit
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import open_data, share_encoding
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
@@ -72,7 +83,7 @@ class Trainer:
         self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
         for shape in self.data.latent_shapes:
-            check_tokens(self.model_config, config.parallel, shape[1:])
+            check_tokens(self.model_config, shape[1:])
 
         self.groups = make_groups(config.parallel)
         share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
@@ -81,17 +92,21 @@ class Trainer:
             self.model_config, self.groups, device.torch_device, bf16=config.batch.bf16,
             fp32_residual_connection=config.batch.fp32_residual_connection,
             attention_backend=config.runtime.attention_backend,
+            virtual_stages=virtual_stages(config.parallel),
         )
-        with device.torch_device:
-            stage = DiffusionTransformer(self.spec, recompute_of(config.recompute, self.spec.config, self.groups))
+        self.chunks = build_chunks(self.spec, config, device)
         resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load)
         if resumed is None:
-            initialize_weights(stage, config.batch.seed)
-            if config.checkpoint.pretrained_checkpoint is not None:
-                start_from_pretrained(config.checkpoint.pretrained_checkpoint, self.model_config, stage, self.grid)
-        self.stage = stage
-        self.model = wrap_data_parallel(stage, config)
-        self.optimizer = make_optimizer(self.model, config, self.spec)
+            for chunk in self.chunks:
+                initialize_weights(chunk, config.batch.seed)
+            source = config.checkpoint.load_weights_source
+            if source is not None:
+                initial = open_initial_weights(source, self.model_config, config.checkpoint.load_weights_kind)
+                logger.info("%s", initial.summary)
+                load_initial_weights(initial, self.named_parameters(), self.grid)
+        self.models = wrap_data_parallel(self.chunks, config)
+        self.optimizer = make_optimizer(self.models, config, self.spec)
+        self.clipper = make_clipper(config.optimizer)
         self.iteration, self.consumed_samples = 0, 0
         if resumed is not None:
             self.resume(resumed)
@@ -101,9 +116,19 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, config.batch.train_iters, self.iteration)
         self.num_microbatches = num_microbatches(config, launch.world_size)
         self.step = TrainingStep(
-            self.spec, self.stage, self.model, self.optimizer, num_microbatches=self.num_microbatches,
-            micro_batch_size=config.batch.micro_batch_size,
+            self.spec, self.chunks, self.models, self.optimizer, self.clipper,
+            num_microbatches=self.num_microbatches, micro_batch_size=config.batch.micro_batch_size,
         )
+
+    @property
+    def reading_chunk(self) -> int | None:
+        """Which of this rank's stages needs samples: at most one embeds them or computes their loss."""
+        ends = (index for index, chunk in enumerate(self.chunks) if chunk.stage.is_first or chunk.stage.is_last)
+        return next(ends, None)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Global names and parameters of all of this rank's stages."""
+        return [named for chunk in self.chunks for named in chunk.named_parameters()]
 
     def train(self) -> None:
         """Run to ``train_iters``, or to the next multiple of ``exit_interval``; the last iteration is saved."""
@@ -115,7 +140,8 @@ class Trainer:
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
         self.bad_samples = self.make_bad_sample_ledger(source)
-        self.model.train()
+        for model in self.models:
+            model.train()
         try:
             self.run_iterations(source, log, progress)
         except BaseException:
@@ -141,7 +167,7 @@ class Trainer:
         return MicrobatchSource(
             self.data, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
             dp_size=self.groups.dp.size(), device=self.device.torch_device,
-            shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage),
+            shapes_only=self.reading_chunk is None,
             ahead=self.num_microbatches if self.data.encodes_together else MICROBATCHES_AHEAD,
             end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
         )
@@ -173,13 +199,19 @@ class Trainer:
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        batches = source.iteration(self.consumed_samples, self.num_microbatches)
+        reader = self.reading_chunk or 0
+        batches = [
+            source.iteration(self.consumed_samples, self.num_microbatches) if index == reader
+            else source.shapes(self.consumed_samples, self.num_microbatches)
+            for index in range(len(self.chunks))
+        ]
         latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
         loss, bad_samples = self.step.losses_and_gradients(batches, latent_shape, lambda: len(source.bad))
         self.bad_samples.settle(source.bad, bad_samples)
         self.require_finite("loss", loss)
         grad_norm = self.step.update()
-        self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint will hold them
+        if not self.clipper.drops_non_finite:
+            self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint holds them
         self.scheduler.step(increment=1)
         self.device.synchronize()
         self.iteration += 1
@@ -203,8 +235,9 @@ class Trainer:
         assert root is not None
         if self.config.parallel.overlap_param_gather:
             # The next forward pass would gather the updated shards; until then the weights here are a step old.
-            self.model.start_param_sync(force_sync=True)
-        parameters = list(self.stage.named_parameters())
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+        parameters = self.named_parameters()
         folder = save_checkpoint(
             root, self.iteration,
             pieces=[*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid)],
@@ -217,7 +250,10 @@ class Trainer:
                 "data": {"samples": len(self.data), "fingerprint": self.data.fingerprint,
                          "frames": self.data.info.frames, "height": self.data.info.height,
                          "width": self.data.info.width, "fps": self.data.info.fps},
+                "layout": layout_of(self.config, self.launch.world_size),
+                "commit": source_commit() if self.launch.rank == 0 else None,
                 "optimizer": optimizer_common_state(self.optimizer),
+                "clipper": self.clipper.state_dict(),
             },
             rank=self.launch.rank, world_size=self.launch.world_size,
         )
@@ -231,10 +267,11 @@ class Trainer:
         """
         require_same_model(load_model_config(folder), self.model_config, folder)
         state = load_training_state(folder)
-        parameters = list(self.stage.named_parameters())
+        parameters = self.named_parameters()
         load_model(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
+        self.resume_clipper(state.get("clipper"), folder)
         if self.iteration and state["seed"] != self.config.batch.seed:
             logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change",
                            self.config.batch.seed, folder, state["seed"])
@@ -242,16 +279,28 @@ class Trainer:
             logger.warning("%s was trained on other data than %s", folder, self.data.name)
         logger.info("resumed from %s at iteration %d", folder, self.iteration)
 
+    def resume_clipper(self, state: dict[str, Any] | None, folder: Path) -> None:
+        """Load the clipper's state; one of another method does not fit, and this run's starts anew."""
+        if state is None:
+            return
+        if state["method"] == self.clipper.method:
+            self.clipper.load_state_dict(state)
+        else:
+            logger.warning("--clip-grad-method is %s, but %s was trained with %s: clipping starts anew",
+                           self.clipper.method, folder, state["method"])
+
     def announce(self) -> None:
         """Write what this run is made of, to the log and as config.yaml."""
-        tokens = max(math.prod(self.stage.grid(shape[1:])) for shape in self.data.latent_shapes)
-        held = sum(parameter.numel() for parameter in self.stage.parameters())
+        tokens = max(math.prod(self.chunks[0].grid(shape[1:])) for shape in self.data.latent_shapes)
+        held = sum(parameter.numel() for _, parameter in self.named_parameters())
         logger.info("%s, launched by %s; %d processes", self.device.describe(), self.launch.launcher,
                     self.launch.world_size)
-        logger.info("data: %d samples of %d visual tokens from %s", len(self.data), tokens, self.data.name)
+        rows = rows_per_rank(tokens, self.groups)
+        padded = rows * self.groups.token_parts
+        logger.info("data: %d samples of %d visual tokens%s from %s", len(self.data), tokens,
+                    f", padded to {padded}," if padded > tokens else "", self.data.name)
         logger.info("rank 0 holds %s parameters and %d tokens; %d microbatches of %d samples each iteration",
-                    f"{held:,}", tokens // self.groups.token_shards, self.num_microbatches,
-                    self.config.batch.micro_batch_size)
+                    f"{held:,}", rows, self.num_microbatches, self.config.batch.micro_batch_size)
         for operator, implementation, why_not in describe(self.spec.kernels.chosen):
             logger.info("kernel %s: %s%s", operator, implementation, f" ({why_not})" if why_not else "")
         if self.launch.rank == 0 and self.config.checkpoint.save is not None:
@@ -286,23 +335,17 @@ def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
     return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
-def start_from_pretrained(source: Path, model: ModelConfig, stage: DiffusionTransformer, grid: ShardGrid) -> None:
-    """Fill a new run's initialised weights from a text-to-video checkpoint, or from one of its own paradigm.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it is of another paradigm or other widths.
-    """
-    folder = find_checkpoint(source)
-    if folder is None:
-        raise CheckpointError(f"--pretrained-checkpoint {source} holds no checkpoint")
-    base = load_model_config(folder)
-    conditioning = base.conditioning if base.conditioning == model.conditioning else BASE_PARADIGM
-    # What shapes no weight of the base model may differ.
-    free = FREE_OF_WEIGHTS if conditioning == model.conditioning else FREE_OF_WEIGHTS + PARADIGM_FIELDS
-    wanted = {name: getattr(base, name) for name in free}
-    require_same_model(base, dataclasses.replace(model, conditioning=conditioning, **wanted), folder)
-    load_base_model(folder, base, stage.named_parameters(), grid)
-    logger.info("starting from the weights of %s (%s)", folder, base.conditioning)
+def layout_of(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """How the model and the batch were divided, and in what precision, for the record."""
+    parallel = config.parallel
+    return {
+        "processes": world_size,
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "global_batch_size": config.batch.global_batch_size,
+        "precision": "bf16" if config.batch.bf16 else "fp32",
+    }
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:
@@ -321,21 +364,25 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def shard_grid(groups: Groups) -> ShardGrid:
-    """This rank's place as checkpoints see it."""
-    return ShardGrid(
-        tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), dp_rank=groups.dp_cp.rank(), dp_size=groups.dp_cp.size()
-    )
+def build_chunks(spec: ModelSpec, config: TrainConfig, device: Device) -> list[DiffusionTransformer]:
+    """This rank's stages of the model, on the device; their weights are not set yet."""
+    counts = stage_layer_counts(config.parallel, spec.config.num_layers)
+    pipeline = spec.groups.pp
+    with device.torch_device:
+        return [
+            DiffusionTransformer(spec, stage, recompute_of(config.recompute, len(stage.layers)))
+            for stage in stages_of_rank(counts, pipeline.size(), pipeline.rank())
+        ]
 
 
-def recompute_of(arguments: RecomputeArguments, model: ModelConfig, groups: Groups) -> Recompute:
-    """Which blocks of a stage are recomputed in backward."""
-    if arguments.recompute_granularity is None:
-        return Recompute()
-    per_stage = model.num_layers // groups.pp.size()
+def recompute_of(arguments: RecomputeArguments, blocks: int) -> Recompute:
+    """What a stage of that many blocks computes again in backward."""
+    granularity = arguments.recompute_granularity
+    if granularity != "full":
+        return Recompute(inside=granularity)
     if arguments.recompute_method == "block":
-        return Recompute(layers=min(arguments.recompute_num_layers, per_stage), group=1)
-    return Recompute(layers=per_stage, group=arguments.recompute_num_layers)
+        return Recompute(layers=min(arguments.recompute_num_layers, blocks), group=1)
+    return Recompute(layers=blocks, group=arguments.recompute_num_layers)
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# cuDNN's kernel is 1.6 times as fast as torch's flash kernel on an H100; the others where it does not fit.
+_CUDA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 
 
 def attention(
@@ -25,7 +31,11 @@ def attention(
     # [B, 1, 1, K] broadcasts over heads and queries; flash kernels need that there is no mask without padding
     mask = None if key_padding_mask_BK is None else key_padding_mask_BK[:, None, None, :]
     if not return_log_sum_exp:
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
+        if query.device.type != "cuda":
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
+        else:
+            with sdpa_kernel(_CUDA_ORDER, set_priority=True):
+                output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
         return output.transpose(1, 2)
     if query.device.type != "cpu":
         raise NotImplementedError("torch_sdpa returns the log-sum-exp on the CPU only")
@@ -36,3 +46,30 @@ def attention(
         query, key, value, attn_mask=mask, scale=softmax_scale
     )
     return output.transpose(1, 2), log_sum_exp.detach()
+
+
+def attention_backward(
+    grad_output_BQhD: Tensor,
+    query_BQhD: Tensor,
+    key_BKhD: Tensor,
+    value_BKhD: Tensor,
+    output_BQhD: Tensor,
+    log_sum_exp_BhQ: Tensor,
+    *,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`flashi2v_kernels.attention.reference.attention_backward`.
+
+    Raises:
+        NotImplementedError: on another device than the CPU.
+    """
+    if query_BQhD.device.type != "cpu":
+        raise NotImplementedError("torch_sdpa has a backward of one block on the CPU only")
+    heads_first = (
+        tensor.transpose(1, 2) for tensor in (grad_output_BQhD, query_BQhD, key_BKhD, value_BKhD, output_BQhD)
+    )
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *heads_first, log_sum_exp_BhQ, 0.0, False, scale=softmax_scale
+    )
+    grad_query, grad_key, grad_value = (gradient.transpose(1, 2) for gradient in gradients)
+    return grad_query, grad_key, grad_value

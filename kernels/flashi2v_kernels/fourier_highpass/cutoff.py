@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 EPSILON = 1e-12
 """Added under every square root of a squared magnitude (so that zeros come out as 1e-6)."""
@@ -36,10 +37,23 @@ def squared_cutoff(magnitude_BHW: Tensor, squared_radius_HW: Tensor, ratio_B: Te
         frequency alone holds the share: then everything passes. 1 leaves the outermost ring.
     """
     sorted_radius_N, order_N = squared_radius_HW.flatten().sort(stable=True)
-    summed_BN = magnitude_BHW.flatten(1)[:, order_N].cumsum(dim=1)
+    summed_BN = prefix_sums(magnitude_BHW.flatten(1)[:, order_N])
     share_B1 = ratio_B.to(summed_BN).clamp(0.0, 1.0)[:, None]
     index_B = (summed_BN < share_B1 * summed_BN[:, -1:]).sum(dim=1)  # the last sum is never below its share
     return sorted_radius_N[index_B]
+
+
+def prefix_sums(values_BN: Tensor) -> Tensor:
+    """Sums of the first 1, 2, ... N values of each row, the same bits on every run.
+
+    ``torch.cumsum`` has no deterministic implementation on CUDA. Here each of log2(N) rounds doubles how many
+    values every sum holds (Hillis and Steele, Data parallel algorithms, 1986).
+    """
+    reach = 1
+    while reach < values_BN.shape[1]:
+        values_BN = values_BN + F.pad(values_BN[:, :-reach], (reach, 0))
+        reach *= 2
+    return values_BN
 
 
 def require_images(images_BCHW: Tensor, ratio_B: Tensor) -> None:

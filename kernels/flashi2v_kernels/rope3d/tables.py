@@ -65,3 +65,17 @@ def rope_tables(
         angles.append(axis_angles(positions, size, theta).view(shape).expand(*grid_thw, size // 2))
     angles_SR = torch.cat(angles, dim=-1).flatten(0, 2)
     return angles_SR.cos().to(dtype), angles_SR.sin().to(dtype)
+
+
+def require_tables(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> None:
+    """Refuse tables that would broadcast where they must not.
+
+    Raises:
+        ValueError: the tables are not [tokens, head size / 2] of ``x_SBhD``.
+    """
+    expected = (x_SBhD.shape[0], x_SBhD.shape[-1] // 2)
+    if tuple(cos_SR.shape) != expected or tuple(sin_SR.shape) != expected:
+        raise ValueError(
+            f"tables {tuple(cos_SR.shape)} and {tuple(sin_SR.shape)} do not fit x {tuple(x_SBhD.shape)}; "
+            f"they must be {expected}"
+        )

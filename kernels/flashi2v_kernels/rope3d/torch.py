@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashi2v_kernels.rope3d.reference import apply_rope as _turn
+from flashi2v_kernels.rope3d.tables import require_tables
 
 
 def apply_rope(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
@@ -16,12 +17,7 @@ def apply_rope(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
     Raises:
         ValueError: the tables do not fit the tokens and the head size.
     """
-    expected = (x_SBhD.shape[0], x_SBhD.shape[-1] // 2)
-    if tuple(cos_SR.shape) != expected or tuple(sin_SR.shape) != expected:
-        raise ValueError(
-            f"tables {tuple(cos_SR.shape)} and {tuple(sin_SR.shape)} do not fit x {tuple(x_SBhD.shape)}; "
-            f"they must be {expected}"
-        )
+    require_tables(x_SBhD, cos_SR, sin_SR)
     return _Rotation.apply(x_SBhD, cos_SR, sin_SR)
 
 

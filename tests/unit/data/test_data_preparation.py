@@ -248,6 +248,30 @@ def test_nothing_kept_is_an_error(world: Path, tmp_path: Path) -> None:
     assert summary == returned and summary["kept"] == 0 and summary["dropped"]["unreadable"]["count"] == 1
 
 
+def test_rules_can_be_corrected_or_the_references(world: Path, tmp_path: Path) -> None:
+    """The size of the file is the floor; what is annotated is what either set of rules goes by."""
+    annotated = {"path": str(world / "one.mkv"), "cap": "a dog", "fps": 16,
+                 "resolution": {"height": 40, "width": 56}, "num_frames": 40}
+    other_aspect = {**annotated, "resolution": {"height": 56, "width": 84}}  # a sample's: the reference asks no more
+    entries = [
+        {"path": str(world / "one.mkv"), "cap": "a dog"},
+        annotated,
+        {**other_aspect, "motion": 1.5},
+        {**other_aspect, "cut": [0, 3]},
+    ]
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    found = {}
+    for rules in ("corrected", "reference"):
+        config = config_of(world, tmp_path / rules, annotations=tmp_path / "meta.json", filter_rules=rules,
+                           min_pixels=40 * 56)
+        summary = prepare(config, place=Place(), device=CPU)
+        assert summary is not None
+        found[rules] = {reason: group["count"] for reason, group in summary["dropped"].items()}
+        found[rules]["kept"] = summary["kept"]
+    assert found["corrected"] == {"too_fast": 1, "too_short": 1, "kept": 2}
+    assert found["reference"] == {"no_resolution": 1, "res_too_small": 1, "too_slow": 1, "kept": 1}
+
+
 def test_strict_stops_at_the_first_damage(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="entry 10: path is 5"):
         prepare(config_of(world, tmp_path / "out", strict=True), place=Place(), device=CPU)

@@ -1,29 +1,27 @@
-"""The tolerances of all kernel tests, in one place."""
+"""The kernel tests' comparison as a fixture; the tolerances are in tests/helpers/kernels.py."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
-import torch
-from torch import Tensor
+from helpers import kernels
 
-# Largest error allowed, over the largest magnitude of the fp64 reference's result for the same inputs.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2}
+from flashi2v_kernels import chunks
 
 
 @pytest.fixture(scope="session")
 def assert_near() -> Callable[..., None]:
-    """``assert_near(actual, reference, scale)``: within the tolerance of ``actual``'s dtype times the scale.
+    """See :func:`helpers.kernels.assert_near`."""
+    return kernels.assert_near
 
-    The scale is the reference's largest magnitude, unless the result is a small difference of larger numbers.
-    """
 
-    def check(actual: Tensor, reference: Tensor, scale: Tensor | None = None) -> None:
-        assert actual.shape == reference.shape
-        assert torch.isfinite(actual).all()
-        error = (actual.detach().double() - reference.detach().double()).abs().max().item()
-        limit = TOLERANCE[actual.dtype] * float(reference.detach().abs().max() if scale is None else scale)
-        assert error <= limit, f"{actual.dtype}: error {error:.3g} above {limit:.3g}"
-
-    return check
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pieces of CPUs and programs of Triton small enough for the tests' shapes to take several."""
+    monkeypatch.setattr(chunks, "NUMBERS_PER_CHUNK", 500)
+    if (launch := sys.modules.get("flashi2v_kernels.triton_launch")) is not None:
+        monkeypatch.setattr(launch, "PARTIAL_SUMS", 3)
+    if (gelu := sys.modules.get("flashi2v_kernels.bias_gelu_tanh.triton")) is not None:
+        monkeypatch.setattr(gelu, "COLUMNS", 64)

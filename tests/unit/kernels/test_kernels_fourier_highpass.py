@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashi2v_kernels.fourier_highpass import reference
-from flashi2v_kernels.fourier_highpass.cutoff import squared_cutoff, squared_radius_map
+from flashi2v_kernels.fourier_highpass.cutoff import prefix_sums, squared_cutoff, squared_radius_map
 from flashi2v_kernels.registry import load_entry_point, specs_of
 
 SPECS = [spec for spec in specs_of("fourier_highpass") if "cpu" in spec.devices]
@@ -149,3 +150,33 @@ def test_wrong_shapes_are_refused(name):
         IMPLEMENTATIONS[name](draw((2, 3, 4, 5)), torch.rand(3))
     with pytest.raises(ValueError, match=r"\[B, C, H, W\]"):
         IMPLEMENTATIONS[name](draw((1, 2, 3, 4, 5)), torch.rand(1))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "reference"])
+def test_no_operator_without_a_deterministic_implementation(name):
+    """These are refused on CUDA under torch.use_deterministic_algorithms(True)."""
+    images = draw((2, 3, 8, 12))
+    with Operators() as called:
+        IMPLEMENTATIONS[name](images, ratios(2), return_low=True)
+    assert called.names
+    assert not called.names & {"cumsum", "scatter_add", "scatter_add_", "index_add", "histc", "bincount", "put_"}
+
+
+@pytest.mark.parametrize("numbers", [1, 2, 3, 64, 6240])
+def test_prefix_sums(numbers):
+    values = draw((3, numbers, 1, 1), torch.float64).flatten(1).square()
+    torch.testing.assert_close(prefix_sums(values), values.cumsum(dim=1))
+    single = prefix_sums(values.float()).double()
+    assert ((single - values.float().double().cumsum(dim=1)).abs() <= 1e-6 * single).all()

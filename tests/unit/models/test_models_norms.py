@@ -1,4 +1,4 @@
-"""Norms and gates against their formulas, with inputs small enough for the epsilon to count."""
+"""Norms with weights against their formulas, with inputs small enough for the epsilon to count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.models.norms import AffineLayerNorm, FullWidthRMSNorm, gated_residual, modulated_layer_norm
+from megatron_flashi2v.models.norms import AffineLayerNorm, FullWidthRMSNorm
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import single_process
@@ -34,14 +34,6 @@ def layer_norm(rows: Tensor) -> Tensor:
     return (rows - rows.mean(dim=-1, keepdim=True)) / (variance + EPS).sqrt()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_modulated_layer_norm(dtype: torch.dtype) -> None:
-    rows, shift, scale = (0.05 * normal(6, 2, 16)).to(dtype), normal(2, 16, seed=1), normal(2, 16, seed=2)
-    found = modulated_layer_norm(rows, shift, scale, EPS)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, (layer_norm(rows) * (1 + scale) + shift).float())
-
-
 def test_affine_layer_norm(spec: ModelSpec) -> None:
     norm, rows = AffineLayerNorm(spec), 0.05 * normal(6, 2, 16)
     with torch.no_grad():
@@ -58,9 +50,3 @@ def test_rms_norm_is_over_all_heads(spec: ModelSpec) -> None:
     rows = heads.flatten(-2).double()
     expected = rows / (rows.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * norm.weight
     torch.testing.assert_close(norm(heads).flatten(-2), expected.float())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gated_residual_is_rounded_once(dtype: torch.dtype) -> None:
-    rows, update, gate = normal(6, 2, 16).to(dtype), normal(6, 2, 16, seed=1).to(dtype), normal(2, 16, seed=2)
-    assert torch.equal(gated_residual(rows, update, gate), (rows.float() + update.float() * gate).to(dtype))

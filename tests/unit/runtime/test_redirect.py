@@ -191,6 +191,7 @@ torch.npu = types.SimpleNamespace(
     Stream=Stream, Event=Stream, stream=None, current_stream=Stream, default_stream=Stream,
     memory_reserved=None, max_memory_reserved=None, memory_stats=None,
     default_generators=("generator 0", "generator 1"),
+    **{name: types.SimpleNamespace() for name in ("config", "conv", "matmul")},
 )
 npu = torch.device("npu", 1)
 device = NpuDevice(1)

@@ -7,10 +7,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from helpers.stand_in import torch_npu  # noqa: F401
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime import device as device_module
 from megatron_flashi2v.runtime.device import CpuDevice, resolve_device
+from megatron_flashi2v.runtime.redirect import _redirect_new_group
 
 
 @pytest.fixture
@@ -105,3 +107,49 @@ def test_npu_without_cards(no_accelerator: None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "npu", fake_cards(0), raising=False)
     with pytest.raises(ConfigError, match="no NPU can be used.*npu-smi"):
         resolve_device("npu")
+
+
+@pytest.fixture
+def npu_cards(
+    no_accelerator: None, torch_npu: ModuleType, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> SimpleNamespace:
+    """Two cards of the stand-in's package, whose settings are as torch_npu leaves them."""
+    monkeypatch.setattr(device_module, "_has_torch_npu", lambda: True)
+    cards = fake_cards(2)
+    cards.config = SimpleNamespace(allow_internal_format=True)
+    cards.conv, cards.matmul = SimpleNamespace(allow_hf32=True), SimpleNamespace(allow_hf32=True)
+    monkeypatch.setattr(torch, "npu", cards, raising=False)
+    monkeypatch.setattr(torch, "device", lambda name, index=None: f"{name}:{index}")  # "npu" names none here
+    return cards
+
+
+def test_npu_is_set_up_and_described(npu_cards: SimpleNamespace) -> None:
+    device = resolve_device("auto", local_rank=1)
+    assert (device.name, device.backend, device.torch_device) == ("npu", "hccl", "npu:1")
+    assert not npu_cards.config.allow_internal_format
+    assert not npu_cards.conv.allow_hf32 and not npu_cards.matmul.allow_hf32
+    assert device.describe() == f"npu:1: Card, 80 GiB, hccl, torch {torch.__version__}, torch_npu 2.13.0"
+
+
+def test_hccl_buffers_per_group(npu_cards: SimpleNamespace) -> None:
+    sizes = {"TENSOR_MODEL_PARALLEL_GROUP": 300, "default": 50}
+    device = resolve_device("npu", hccl_buffer_sizes=sizes)
+    assert device.group_options("TENSOR_MODEL_PARALLEL_GROUP").hccl_config == {"hccl_buffer_size": 300}
+    assert device.group_options("DATA_PARALLEL_GROUP").hccl_config == {"hccl_buffer_size": 50}
+    assert device.group_options(None).hccl_config == {"hccl_buffer_size": 50}
+    assert resolve_device("npu").group_options("TENSOR_MODEL_PARALLEL_GROUP") is None
+    assert resolve_device("npu", backend="gloo", hccl_buffer_sizes=sizes).group_options(None) is None
+    assert resolve_device("cpu", hccl_buffer_sizes=sizes).group_options(None) is None
+
+
+def test_megatrons_groups_get_the_devices_options(
+    npu_cards: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = resolve_device("npu", hccl_buffer_sizes={"TENSOR_MODEL_PARALLEL_GROUP": 300})
+    new_group = _redirect_new_group(lambda **kwargs: kwargs, device)
+    made = new_group(ranks=[0], group_desc="TENSOR_MODEL_PARALLEL_GROUP", pg_options=None, backend=None)
+    assert made["pg_options"].hccl_config == {"hccl_buffer_size": 300}
+    assert new_group(ranks=[0], group_desc="CONTEXT_PARALLEL_GROUP")["pg_options"] is None
+    own = object()
+    assert new_group(ranks=[0], group_desc="TENSOR_MODEL_PARALLEL_GROUP", pg_options=own)["pg_options"] is own
+    assert "pg_options" not in new_group(group_desc="TENSOR_MODEL_PARALLEL_GROUP", backend="gloo")

@@ -1,0 +1,54 @@
+"""FlashAttention 2 (package flash-attn)."""
+
+from __future__ import annotations
+
+import torch
+from flash_attn import flash_attn_func
+from flash_attn.flash_attn_interface import _flash_attn_backward
+from torch import Tensor
+
+
+def attention(
+    query_BQhD: Tensor,
+    key_BKhD: Tensor,
+    value_BKhD: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    key_padding_mask_BK: Tensor | None = None,
+    return_log_sum_exp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See :func:`flashi2v_kernels.attention.reference.attention`.
+
+    Raises:
+        NotImplementedError: keys are padded.
+    """
+    if key_padding_mask_BK is not None:
+        raise NotImplementedError("flash_attn_2 takes no padded keys; resolve attention with the feature key_padding")
+    output = flash_attn_func(
+        query_BQhD, key_BKhD, value_BKhD, softmax_scale=softmax_scale,
+        deterministic=torch.are_deterministic_algorithms_enabled(), return_attn_probs=return_log_sum_exp,
+    )
+    # without dropout the third result, for tests of theirs, is empty
+    return (output[0], output[1].detach()) if return_log_sum_exp else output
+
+
+@torch.no_grad()
+def attention_backward(
+    grad_output_BQhD: Tensor,
+    query_BQhD: Tensor,
+    key_BKhD: Tensor,
+    value_BKhD: Tensor,
+    output_BQhD: Tensor,
+    log_sum_exp_BhQ: Tensor,
+    *,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`flashi2v_kernels.attention.reference.attention_backward`."""
+    grads = [torch.empty_like(tensor) for tensor in (query_BQhD, key_BKhD, value_BKhD)]
+    _flash_attn_backward(
+        grad_output_BQhD, query_BQhD, key_BKhD, value_BKhD, output_BQhD, log_sum_exp_BhQ.float().contiguous(), *grads,
+        dropout_p=0.0, softmax_scale=query_BQhD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return grads[0], grads[1], grads[2]

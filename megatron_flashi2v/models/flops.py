@@ -1,0 +1,65 @@
+"""Floating-point operations that a model's definition asks for, whatever way they are computed in.
+
+The numerator of MFU: two for every multiplication with its addition, in matrix products, attention and convolutions.
+Left out are elementwise work, the Fourier high-pass (a few thousandths of a percent) and whatever a run does twice
+(recomputation, the scores of flash attention's backward).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from megatron_flashi2v.conditioning.build import input_channels
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.patches import token_grid
+
+BACKWARD = 2
+"""Backward's work over forward's: a product's gradients by each of its two factors."""
+
+
+def forward_flops(config: ModelConfig, latent_shape: tuple[int, int, int], batch: int = 1) -> Mapping[str, int]:
+    """One forward pass, by part of the model.
+
+    Args:
+        config: dimensions and paradigm.
+        latent_shape: latent frames, rows and columns.
+        batch: samples.
+    """
+    tokens = math.prod(token_grid(latent_shape, config.patch_size))
+    text, width, layers = config.text_length, config.hidden_size, config.num_layers
+    patch_volume = math.prod(config.patch_size)
+    # multiplications with an addition, of one sample
+    parts = {
+        "patch_embedding": tokens * input_channels(config) * patch_volume * width,
+        **_guidance(config, latent_shape, tokens),
+        "text_embedding": text * (config.text_dim * width + width**2),
+        "time_embedding": config.freq_dim * width + width**2 + 6 * width**2,
+        "self_attention_linears": layers * tokens * 4 * width**2,
+        "self_attention": layers * 2 * tokens**2 * width,
+        "cross_attention_linears": layers * (2 * tokens + 2 * text) * width**2,
+        "cross_attention": layers * 2 * tokens * text * width,
+        "feed_forward": layers * 2 * tokens * width * config.ffn_hidden_size,
+        "head": tokens * width * config.patch_dim,
+    }
+    return {name: 2 * batch * products for name, products in parts.items()}
+
+
+def training_flops(config: ModelConfig, latent_shape: tuple[int, int, int], batch: int = 1) -> int:
+    """Forward and backward; arguments as for :func:`forward_flops`."""
+    return (1 + BACKWARD) * sum(forward_flops(config, latent_shape, batch).values())
+
+
+def _guidance(config: ModelConfig, latent_shape: tuple[int, int, int], tokens: int) -> dict[str, int]:
+    """FlashI2V's latent shift and Fourier embedding."""
+    if config.conditioning != "flashi2v":
+        return {}
+    frames, height, width = latent_shape
+    if config.phi_order != "repeat_then_conv":
+        frames = 1
+    kernel = math.prod(config.phi_kernel_size)
+    convolution = frames * height * width * kernel * config.latent_channels * config.phi_hidden_channels
+    return {
+        "latent_shift": 2 * convolution,
+        "fourier_embedding": tokens * (config.patch_dim * config.hidden_size + config.hidden_size**2),
+    }

@@ -1,0 +1,159 @@
+"""Attention of libraries that need a GPU, through fakes of their signatures; and which one is chosen on which card."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+
+import pytest
+import torch
+from helpers.attention_libraries import modules_of
+
+from flashi2v_kernels.attention import BLOCK_BACKWARD, KEY_PADDING, LOG_SUM_EXP, reference
+from flashi2v_kernels.registry import KernelUnavailable, load_backward, resolve, specs_of
+
+LIBRARIES = ["flash_attn_3", "flash_attn_2", "transformer_engine"]
+WITH_LOG_SUM_EXP = ["flash_attn_3", "flash_attn_2"]
+SPECS = {spec.name: spec for spec in specs_of("attention")}
+SHAPES = [(1, 1, 1, 1, 8), (3, 7, 5, 2, 24), (2, 17, 17, 3, 16), (1, 1, 9, 2, 128)]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """An implementation's module, on a fake of its library."""
+
+    def load(name):
+        for module, fake in modules_of(name).items():
+            monkeypatch.setitem(sys.modules, module, fake)
+        module = SPECS[name].entry_point.partition(":")[0]
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        return importlib.import_module(module)
+
+    return load
+
+
+def draw(batch, queries, keys, heads, size):
+    generator = torch.Generator().manual_seed(batch + queries * 7 + keys * 31)
+    shapes = [(queries, batch, heads, size), (keys, batch, heads, size), (keys, batch, heads, size)]
+    # token-first tensors seen batch-first, as in the model
+    return [torch.randn(shape, generator=generator).bfloat16().transpose(0, 1) for shape in shapes]
+
+
+def gradients(function, inputs, weights, **options):
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = function(*inputs, **options)
+    return output, *torch.autograd.grad((output * weights.to(output.dtype)).sum(), inputs)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_output_and_gradients(load, name, shape, scale, assert_near):
+    inputs = draw(*shape)
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    actual = gradients(load(name).attention, inputs, weights, softmax_scale=scale)
+    expected = gradients(reference.attention, [t.double() for t in inputs], weights, softmax_scale=scale)
+    for i, (ours, wanted) in enumerate(zip(actual, expected, strict=True)):
+        # with one key the weights are constant: the gradients of query and key are rounding alone
+        assert_near(ours, wanted, expected[3].abs().max() if shape[2] == 1 and i in (1, 2) else None)
+
+
+@pytest.mark.parametrize("name", WITH_LOG_SUM_EXP)
+def test_log_sum_exp(load, name, assert_near):
+    inputs = [tensor.requires_grad_() for tensor in draw(2, 7, 5, 3, 24)]
+    output, lse = load(name).attention(*inputs, return_log_sum_exp=True)
+    expected, expected_lse = reference.attention(*(t.double() for t in inputs), return_log_sum_exp=True)
+    assert not lse.requires_grad and lse.dtype == torch.float32
+    assert_near(output, expected)
+    assert_near(lse, expected_lse)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("name", WITH_LOG_SUM_EXP)
+def test_backward_of_blocks_adds_up(load, name, blocks, scale, assert_near):
+    inputs, module, backward = draw(2, 7, 9, 3, 24), load(name), load_backward(SPECS[name])
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    output, lse = module.attention(*inputs, softmax_scale=scale, return_log_sum_exp=True)
+    expected = gradients(reference.attention, [t.double() for t in inputs], weights, softmax_scale=scale)
+    parts = [
+        backward(weights, inputs[0], key, value, output, lse, softmax_scale=scale)
+        for key, value in zip(inputs[1].chunk(blocks, dim=1), inputs[2].chunk(blocks, dim=1), strict=True)
+    ]
+    assert_near(sum(part[0].float() for part in parts).bfloat16(), expected[1])
+    for i in (1, 2):
+        assert_near(torch.cat([part[i] for part in parts], dim=1), expected[i + 1])
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_what_a_library_lacks_is_refused(load, name):
+    inputs, module = draw(2, 7, 5, 3, 24), load(name)
+    assert KEY_PADDING not in SPECS[name].features
+    with pytest.raises(NotImplementedError, match="padded keys"):
+        module.attention(*inputs, key_padding_mask_BK=torch.ones(2, 5, dtype=torch.bool))
+    for feature in (LOG_SUM_EXP, BLOCK_BACKWARD):
+        assert (feature in SPECS[name].features) == (name in WITH_LOG_SUM_EXP)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that these distributions, and no others that kernels ask for, are installed."""
+    versions = {"flash_attn_3": "3.0.0b1", "flash_attn": "2.8.3", "transformer_engine": "2.9.0+cu12"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for name in LIBRARIES:
+        for module, fake in modules_of(name).items():
+            monkeypatch.setitem(sys.modules, module, fake)
+    return versions
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "features", "expected"),
+    [
+        ((9, 0), torch.bfloat16, (), "flash_attn_3"),
+        ((9, 0), torch.bfloat16, (LOG_SUM_EXP,), "flash_attn_3"),
+        ((9, 0), torch.bfloat16, (KEY_PADDING,), "torch_sdpa"),
+        ((8, 0), torch.bfloat16, (LOG_SUM_EXP, BLOCK_BACKWARD), "torch_flash"),
+        ((9, 0), torch.float32, (), "torch_sdpa"),
+        ((8, 0), torch.bfloat16, (), "torch_sdpa"),
+        ((10, 0), torch.bfloat16, (), "torch_sdpa"),
+        ((7, 5), torch.float16, (), "torch_sdpa"),
+    ],
+)
+def test_automatic_choice_on_cards(installed, capability, dtype, features, expected):
+    kernel = resolve("attention", "cuda", dtype, head_dim=128, features=features, compute_capability=capability)
+    assert kernel.spec.name == expected
+
+
+def test_named_choices_on_cards(installed):
+    for name in LIBRARIES:
+        kernel = resolve("attention", "cuda", torch.bfloat16, name, head_dim=128, compute_capability=(9, 0))
+        assert kernel.spec.name == name
+    with pytest.raises(KernelUnavailable, match="compute capability 9.0 at most"):
+        resolve("attention", "cuda", torch.bfloat16, "flash_attn_3", compute_capability=(10, 0))
+    with pytest.raises(KernelUnavailable, match="head size 20 is not a multiple of 8"):
+        resolve("attention", "cuda", torch.bfloat16, "flash_attn_2", head_dim=20, compute_capability=(8, 0))
+    installed["flash_attn"] = "2.6.3"
+    with pytest.raises(KernelUnavailable, match=r"needs flash_attn >= 2.7, installed is 2.6.3"):
+        resolve("attention", "cuda", torch.bfloat16, "flash_attn_2", compute_capability=(8, 0))
+
+
+def test_torch_prefers_cudnn(monkeypatch):
+    """What torch is asked for on CUDA; which kernel then runs is torch's affair."""
+    from torch.nn.attention import SDPBackend
+
+    from flashi2v_kernels.attention import torch_sdpa
+
+    assert torch_sdpa._CUDA_ORDER[0] == SDPBackend.CUDNN_ATTENTION
+    assert set(torch_sdpa._CUDA_ORDER) == {
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    }
+    with torch_sdpa.sdpa_kernel(torch_sdpa._CUDA_ORDER, set_priority=True):
+        order = torch._C._get_sdp_priority_order()
+    assert order[0] == int(SDPBackend.CUDNN_ATTENTION) and len(order) >= 4
