@@ -205,6 +205,7 @@ class ShardWork:
             "caption": encoded.caption,
             "caption_raw": encoded.caption_raw,
             "source": entry.path,
+            "text_rows": len(encoded.text_rows_LD),
             "entry": entry.index,
             "frames": list(frames.indices),
             "fps": self._config.fps,

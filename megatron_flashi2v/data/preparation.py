@@ -28,8 +28,10 @@ from megatron_flashi2v.data.description import (
     write_description,
 )
 from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork
+from megatron_flashi2v.data.energon import has_energon_files, remove_energon_files, write_energon_files
 from megatron_flashi2v.data.fingerprint import data_settings, settings_hash
 from megatron_flashi2v.data.reasons import ERROR_REASONS, DroppedEntry
+from megatron_flashi2v.data.report import REPORT_FILE, write_report
 from megatron_flashi2v.data.selection import select
 from megatron_flashi2v.data.shards import (
     SHARD_FOLDER,
@@ -112,7 +114,7 @@ def prepare(
     encoders = Encoders(config, device)
     _write_shards(config, plan, place, encoders, console)
     place.barrier()
-    return _finish(output, plan, encoders) if place.rank == 0 else None
+    return _finish(output, plan, encoders, config) if place.rank == 0 else None
 
 
 def make_plan(config: PrepareConfig) -> Plan:
@@ -170,8 +172,9 @@ def _claim_folder(output: Path, plan: Plan, *, fresh: bool) -> None:
 def _remove_data_set(output: Path) -> None:
     """Delete what ``prepare`` writes and nothing else; the description first, so that no half is taken for whole."""
     with write_errors(output):
-        for name in (DATASET_FILE, SUMMARY_FILE, DROPPED_FILE, EMPTY_TEXT_FILE, SETTINGS_FILE):
+        for name in (DATASET_FILE, SUMMARY_FILE, DROPPED_FILE, EMPTY_TEXT_FILE, SETTINGS_FILE, REPORT_FILE):
             (output / name).unlink(missing_ok=True)
+        remove_energon_files(output)
         for pattern in ("shard-*.json", "shard-*.tar", ".shard-*"):
             for path in (output / SHARD_FOLDER).glob(pattern):
                 path.unlink(missing_ok=True)
@@ -226,7 +229,7 @@ def _finished(folder: Path, number: int, fingerprint: str) -> ShardIndex | None:
     return index if whole else None
 
 
-def _finish(output: Path, plan: Plan, encoders: Encoders) -> dict[str, Any]:
+def _finish(output: Path, plan: Plan, encoders: Encoders, config: PrepareConfig) -> dict[str, Any]:
     indices = []
     for number in range(len(plan.shards)):
         index = _finished(output / SHARD_FOLDER, number, plan.fingerprint)
@@ -235,7 +238,11 @@ def _finish(output: Path, plan: Plan, encoders: Encoders) -> dict[str, Any]:
         indices.append(index)
     if not _described(output, plan, indices):
         _describe(output, plan, indices, encoders)
-    return read_summary(output)
+        (output / REPORT_FILE).unlink(missing_ok=True)
+    summary = read_summary(output)
+    if not (output / REPORT_FILE).exists():
+        write_report(output, config, [entry for shard in plan.shards for entry in shard], summary)
+    return summary
 
 
 def _described(output: Path, plan: Plan, indices: list[ShardIndex]) -> bool:
@@ -247,7 +254,7 @@ def _described(output: Path, plan: Plan, indices: list[ShardIndex]) -> bool:
     except DataError:
         return False
     same = found.fingerprint == plan.fingerprint and found.shards == tuple(map(shard_entry, indices))
-    return same and (output / EMPTY_TEXT_FILE).exists()
+    return same and (output / EMPTY_TEXT_FILE).exists() and has_energon_files(output)
 
 
 def _describe(output: Path, plan: Plan, indices: list[ShardIndex], encoders: Encoders) -> None:
@@ -263,6 +270,7 @@ def _describe(output: Path, plan: Plan, indices: list[ShardIndex], encoders: Enc
     write_summary(output, summary, dropped)
     if not summary["kept"]:
         return
+    write_energon_files(output, indices)
     write_description(
         output,
         info=encoders.info,

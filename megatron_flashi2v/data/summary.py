@@ -99,5 +99,6 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
         examples = [f"e.g. {example['detail']}" for example in group["examples"][:1]]
         # Text, not markup: captions and paths may hold brackets.
         table.add_row(f"dropped: {reason}", f"{group['count']:,}", Text("\n".join([group["meaning"], *examples])))
+    table.add_row("report", "", Text(str(folder / "report.html")))
     table.add_row("seconds", f"{summary['seconds']:,.1f}", "over all processes")
     return table

@@ -15,7 +15,7 @@ from megatron_flashi2v.runtime.launch import detect_launch
 
 CLIPS, SEED = 6, "7"
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
-REPLICAS = {"single": 1, "dp2": 2, "tp2": 1, "pp2": 1, "pp4": 1, "tp2-pp2": 1, "tp2-dp2": 2}
+REPLICAS = {"single": 1, "dp2": 2, "tp2": 1, "pp2": 1, "pp4": 1, "tp2-dp2": 2}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         Layout("pp2", 2, (*online, PP, "2")),
         Layout("pp2-half", 2, (*online, PP, "2", "--exit-interval", "2")),
         Layout("pp4", 4, (*online, PP, "4")),
-        Layout("tp2-pp2", 4, (*online, TP, "2", PP, "2")),
         Layout("tp2-dp2", 4, (*online, TP, "2", "--encoding-cache", str(folder / "cache"))),
         Layout("again", 4, (*online, TP, "2", "--encoding-cache", str(folder / "cache"), "--encoding-cache-mib", "0")),
     ]

@@ -82,9 +82,12 @@ def test_what_a_run_before_met_counts(
 ) -> None:
     save, flags = tmp_path / "run", ("--data-path", spoilt, "--train-iters", 8)
     assert train(*flags, "--save", save, "--exit-interval", 2) == 0
-    assert len({row["key"] for row in rows_of(save)}) == 2
+    rows = rows_of(save)
+    assert len({row["key"] for row in rows}) == 2
     assert train(*flags, "--save", save, "--load", save, "--max-bad-samples", 1) == 1
-    assert "2 bad samples were met" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "2 bad samples were met" in error and f"at position {rows[0]['position']}: " in error
+    assert len(metrics(save)) == 2  # refused before it goes on
 
 
 def test_a_blend_trains(train: Train, synthetic_data: Path, tmp_path: Path) -> None:
