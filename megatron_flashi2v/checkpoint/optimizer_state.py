@@ -92,7 +92,7 @@ def optimizer_shards(
         CheckpointError: an optimizer whose state cannot be stored, or a parameter without a name.
     """
     names = {id(parameter): name for name, parameter in named_parameters}
-    for part in _unchained(optimizer):
+    for part in unchained(optimizer):
         sharded = isinstance(part, DistributedOptimizer)
         for parameter, weights in _weights(part):
             name = names.get(id(parameter))
@@ -119,10 +119,11 @@ def optimizer_shards(
             )
 
 
-def _unchained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+def unchained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    """The optimizers behind an optimizer of megatron-core that hold parameters."""
     if isinstance(optimizer, ChainedOptimizer):
         for part in optimizer.chained_optimizers:
-            yield from _unchained(part)
+            yield from unchained(part)
     elif not optimizer.is_stub_optimizer:  # a stage may have nothing to train
         yield optimizer
 
@@ -195,7 +196,7 @@ def optimizer_common_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
         CheckpointError: parameters have done different numbers of steps.
     """
     steps = set()
-    for part in _unchained(optimizer):
+    for part in unchained(optimizer):
         # torch keeps the step per parameter, the fused optimizers of apex and TE per group.
         for state in (*part.optimizer.state.values(), *part.optimizer.param_groups):
             if state.get("step") is not None:

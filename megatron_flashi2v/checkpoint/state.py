@@ -12,6 +12,7 @@ from megatron_flashi2v.checkpoint.index import Index, read_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.parallel.groups import Groups
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
@@ -40,6 +41,13 @@ class ShardGrid:
     def __post_init__(self) -> None:
         if not (0 <= self.tp_rank < self.tp_size and 0 <= self.dp_rank < self.dp_size):
             raise ValueError(f"no such place in a layout: {self}")
+
+
+def shard_grid(groups: Groups) -> ShardGrid:
+    """This rank's place as checkpoints see it."""
+    return ShardGrid(
+        tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), dp_rank=groups.dp_cp.rank(), dp_size=groups.dp_cp.size()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def run(config: PrepareConfig, launch: LaunchEnvironment) -> None:
         summary = prepare(config, place=place, device=device.torch_device, console=console)
     if summary is not None:
         # A log file needs no narrow columns.
-        Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(summary_table(summary, config.inputs().output))
+        Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(summary_table(summary, config.folder()))
         require_samples(summary)
 
 

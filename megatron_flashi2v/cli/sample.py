@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.flags import parse_flags
+from megatron_flashi2v.config.rules import check_layout, check_tokens, model_ranks
 from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 from megatron_flashi2v.runtime.logging import setup_logging
 
 if TYPE_CHECKING:
     from megatron_flashi2v.config.model import ModelConfig
+    from megatron_flashi2v.config.train import ParallelArguments
     from megatron_flashi2v.sampling.pipeline import SampledVideo
 
 DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
@@ -44,13 +48,17 @@ def main(argv: Sequence[str]) -> int:
         prog="flashi2v sample",
         description="Sample a video that starts from an image and follows a prompt.",
     )
-    setup_logging()
-    run(config)
+    launch = detect_launch(os.environ)
+    if launch.is_scheduler:
+        return 0
+    setup_logging(launch.rank)
+    with leaving_group(launch):
+        run(config, launch)
     return 0
 
 
-def run(config: SampleConfig) -> SampledVideo:
-    """Load everything, sample one video, write the mp4 and the strip of frames.
+def run(config: SampleConfig, launch: LaunchEnvironment) -> None:
+    """Load everything, sample one video, write the mp4 and the strip of frames (on rank 0).
 
     Raises:
         UserError: as for :func:`main`.
@@ -61,19 +69,21 @@ def run(config: SampleConfig) -> SampledVideo:
     from megatron_flashi2v.encoders.text import TextEncoder
     from megatron_flashi2v.encoders.video_vae import VideoVAE
     from megatron_flashi2v.runtime.device import resolve_device
-    from megatron_flashi2v.sampling.load import load_model, resolve_checkpoint, single_process, velocity_of
+    from megatron_flashi2v.sampling.load import load_stages, replica, resolve_checkpoint, velocity_of
     from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
     # Cheap checks first: nobody should wait for 14 billion weights to hear of a misspelt file.
-    for path in (config.output, strip_path(config)):
+    for path in filter(None, (config.output, strip_path(config), config.latents)):
         require_writable(path)
     folder = resolve_checkpoint(config.load)
     model_config = load_model_config(folder)
+    require_processes(config.parallel, model_config, launch)
     shape = video_shape(config, load_state(folder))
     images = condition_images(config, model_config)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, launch.local_rank)
     vae = VideoVAE.load(config.vae, device.torch_device)
-    latent_shape_of(vae, model_config, shape.num_frames, shape.height, shape.width)
+    latent_shape = latent_shape_of(vae, model_config, shape.num_frames, shape.height, shape.width)
+    check_tokens(model_config, latent_shape[1:])
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     text_encoder = TextEncoder.load(
         config.text_encoder, config.tokenizer, model_config.text_length, device.torch_device, dtype
@@ -86,21 +96,38 @@ def run(config: SampleConfig) -> SampledVideo:
         folder,
         device.describe(),
     )
-    with single_process(device) as groups:
-        model = load_model(
-            folder, groups, device, bf16=config.bf16, attention_backend=config.attention_backend
+    with replica(device, launch, config.parallel) as groups:
+        stages = load_stages(
+            folder, groups, device, config.parallel, bf16=config.bf16, attention_backend=config.attention_backend
         )
         pipeline = ImageToVideoPipeline(
-            velocity=velocity_of(model),
+            velocity=velocity_of(stages),
             vae=vae,
             text_encoder=text_encoder,
             model_config=model_config,
             device=device.torch_device,
             batched_guidance=config.batched_guidance,
         )
-        video = sample(pipeline, images, config, shape)
-    write(video, config, shape.fps)
-    return video
+        video = sample(pipeline, images, config, shape, launch.rank)
+    if launch.rank == 0:
+        write(video, config, shape.fps)
+
+
+def require_processes(parallel: ParallelArguments, model: ModelConfig, launch: LaunchEnvironment) -> None:
+    """One video is made by one replica of the model, which takes all processes.
+
+    Raises:
+        ConfigError: the layout does not fit the model, or another number of processes was started.
+    """
+    from megatron_flashi2v.config.errors import ConfigError
+
+    check_layout(parallel, model, launch.world_size)
+    if launch.world_size != model_ranks(parallel):
+        raise ConfigError(
+            f"{launch.world_size} processes were started, but the layout takes {model_ranks(parallel)}, and there is "
+            "one video to make; start that many, or raise --tensor-model-parallel-size, --context-parallel-size or "
+            "--pipeline-model-parallel-size"
+        )
 
 
 def strip_path(config: SampleConfig) -> Path:
@@ -161,11 +188,11 @@ def condition_images(config: SampleConfig, model_config: ModelConfig) -> Any:
     return None
 
 
-def sample(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape) -> SampledVideo:
-    """Run the pipeline with a progress bar over its steps."""
+def sample(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape, rank: int) -> SampledVideo:
+    """Run the pipeline with a progress bar over its steps; rank 0 alone makes frames."""
     from megatron_flashi2v.runtime.progress import progress
 
-    with progress("sampling", config.num_steps) as report:
+    with progress("sampling", config.num_steps, rank=rank) as report:
         return pipeline(
             images,
             config.prompt,
@@ -179,6 +206,7 @@ def sample(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape) 
             cutoff_ratio=config.cutoff_ratio,
             image_noise=config.image_noise,
             seed=config.seed,
+            decode=rank == 0,
             callback=lambda done, steps, state: report.advance(),
         )
 
@@ -186,9 +214,12 @@ def sample(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape) 
 def write(video: SampledVideo, config: SampleConfig, fps: float) -> tuple[Path, Path]:
     """Write the mp4 and, beside it, the condition image with frames of the sample; returns both paths."""
     import numpy as np
+    from safetensors.torch import save
 
+    from megatron_flashi2v.runtime.files import atomic_write_bytes
     from megatron_flashi2v.sampling.video import StripRow, write_comparison, write_mp4
 
+    assert video.frames_BTHWC is not None, "rank 0 decodes"
     strip = strip_path(config)
     frames_THWC = video.frames_BTHWC[0]
     write_mp4(config.output, frames_THWC, fps)
@@ -197,5 +228,7 @@ def write(video: SampledVideo, config: SampleConfig, fps: float) -> tuple[Path, 
         image_THWC = np.asarray(video.images_BHWC[:1])
         rows.insert(0, StripRow(frames_THWC=image_THWC, label="image", captions=["condition"]))
     write_comparison(strip, rows)
+    if config.latents is not None:
+        atomic_write_bytes(config.latents, save({"latents_BCTHW": video.latents_BCTHW.contiguous()}))
     logger.info("wrote %s and %s", config.output, strip)
     return config.output, strip

@@ -69,7 +69,6 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, launch: LaunchEnviro
 
     from megatron_flashi2v.checkpoint.key_table import parameter_shapes
     from megatron_flashi2v.config.rules import data_parallel_size, num_microbatches
-    from megatron_flashi2v.models.stages import stage_layers
 
     parallel = config.parallel
     world = max(launch.world_size, model_ranks(parallel))
@@ -97,10 +96,51 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, launch: LaunchEnviro
         f"data: {replicas}" + (" with distributed optimizer" if parallel.use_distributed_optimizer else ""),
         f"microbatches: {num_microbatches(config, world)} of {config.batch.micro_batch_size}",
     ]
-    for stage in range(parallel.pipeline_model_parallel_size):
-        layers = stage_layers(model.num_layers, parallel.pipeline_model_parallel_size, stage)
-        lines.append(f"stage_{stage}: blocks {layers.start} to {layers.stop - 1}")
+    lines += ["", *held_by_ranks(config, model, replicas)]
     return "\n".join(lines) + "\n"
+
+
+def held_by_ranks(config: TrainConfig, model: ModelConfig, replicas: int) -> list[str]:
+    """What each rank holds, one line for each place in the pipeline."""
+    from megatron_flashi2v.runtime.logging import setup_logging
+
+    setup_logging(0)
+    from megatron_flashi2v.training.holdings import holdings
+
+    parallel = config.parallel
+    shape, source = data_shape(config.data.data_path)
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    lines = [
+        "# held by each rank",
+        f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
+    ]
+    for rank, held in enumerate(holdings(config, model, shape)):
+        parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
+        if held.stages[0].is_first:
+            parts.insert(0, "embeddings")
+        if held.stages[-1].is_last:
+            parts.append("head")
+        lines += [
+            f"pipeline_{rank}:", f"  holds: {', '.join(parts)}", f"  parameters: {held.parameters:,}",
+            f"  visual_tokens: {held.tokens:,}  # {source}",
+        ]
+    return lines
+
+
+def data_shape(data_path: tuple[str, ...]) -> tuple[tuple[int, int, int], str]:
+    """Latent frames, rows and columns of a sample, and where that was read; of the released models, before there are
+    data."""
+    from megatron_flashi2v.config.blend import parse_blend
+    from megatron_flashi2v.config.errors import DataError
+    from megatron_flashi2v.data.prepared import PreparedDataset
+
+    if data_path:
+        folder = parse_blend(data_path)[0].folder
+        try:
+            return PreparedDataset(folder).info.latent_shape[1:], f"a sample of {folder}"
+        except DataError:
+            pass
+    return (13, 60, 104), "49 frames of 480 x 832 in Wan's VAE, as there are no prepared data yet"
 
 
 def parameter_count(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.train import ParallelArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,24 @@ class SampleConfig:
     """Run the transformer and the text encoder in bfloat16."""
     attention_backend: str = "auto"
     """Implementation of attention: auto, torch_sdpa or reference."""
+    tensor_model_parallel_size: int = 1
+    """Processes that share each layer's matrices (start all of them with torchrun)."""
+    sequence_parallel: bool = False
+    """Shard tokens over the tensor-parallel processes between the matrix products."""
+    pipeline_model_parallel_size: int = 1
+    """Stages of the model, for one that does not fit otherwise; only one works at a time."""
+    pipeline_layer_split: str | None = None
+    """Blocks of every stage, such as 7,8,8,7; by default as even as can be."""
+    context_parallel_size: int = 1
+    """Processes that share one video's tokens."""
+    context_parallel_algo: Literal["ulysses", "ring", "usp"] = "ulysses"
+    """How context-parallel processes exchange."""
+    ulysses_degree: int | None = None
+    """Ulysses processes inside `usp`."""
     strip: Path | None = None
     """PNG strip of frames to write; by default beside the output, with the suffix .png."""
+    latents: Path | None = None
+    """Also write the sampled latents, fp32 and normalised, to this .safetensors file."""
 
     def __post_init__(self) -> None:
         check_sampling_settings(
@@ -98,6 +116,14 @@ class SampleConfig:
             raise ConfigError(f"output is {self.output}; it must end in .mp4")
         if self.strip is not None and self.strip.suffix.lower() != ".png":
             raise ConfigError(f"strip is {self.strip}; it must end in .png")
+        if self.latents is not None and self.latents.suffix.lower() != ".safetensors":
+            raise ConfigError(f"latents is {self.latents}; it must end in .safetensors")
+
+    @property
+    def parallel(self) -> ParallelArguments:
+        """How the model is divided over the processes."""
+        names = {field.name for field in dataclasses.fields(ParallelArguments)}
+        return ParallelArguments(**{name: value for name, value in vars(self).items() if name in names})
 
     @property
     def image_settings(self) -> ImageSettings:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_flashi2v.config.prepare import ClipArguments
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
@@ -42,8 +44,16 @@ class ModelArguments:
 class DataArguments:
     """Where the samples come from and what the flow adds to them."""
 
-    data_path: Path | None = None
-    """Folder written by `flashi2v prepare`."""
+    data_path: tuple[str, ...] = ()
+    """Folder written by `flashi2v prepare`, or several, each after its weight: 0.7 FOLDER 0.3 FOLDER."""
+    max_bad_samples: int = 100
+    """Unreadable or malformed samples that a run may fill with others before it stops; each is recorded."""
+    online_encoding: bool = False
+    """Train from --annotations and video files, encoded when needed, instead of --data-path."""
+    encoding_cache: Path | None = None
+    """Folder that keeps what --online-encoding encoded, for later epochs and runs; may be shared."""
+    encoding_cache_mib: int = 1024
+    """Memory of each rank, in MiB, for samples that --online-encoding encoded."""
     text_drop_probability: float = 0.1
     """Share of samples whose text is replaced by the empty prompt, for classifier-free guidance."""
     cutoff_ratio_min: float = 0.05
@@ -73,13 +83,16 @@ class ParallelArguments:
     pipeline_model_parallel_size: int = 1
     """Stages of the pipeline."""
     num_virtual_stages_per_pipeline_rank: int | None = None
-    """Model chunks per stage (interleaved schedule); not available yet."""
+    """Model chunks per pipeline rank: the interleaved schedule, with a smaller bubble and more communication."""
+    pipeline_layer_split: str | None = None
+    """Blocks of every stage in the activation's order, such as 7,8,8,7; by default as even as can be, with fewer on
+    the first and the last stage, which hold the embeddings and the head."""
     context_parallel_size: int = 1
-    """Ranks that share one sample's tokens in attention; not available yet."""
+    """Ranks that share one sample's visual tokens."""
     context_parallel_algo: Literal["ulysses", "ring", "usp"] = "ulysses"
-    """How context-parallel ranks exchange; not available yet."""
+    """ulysses: trade tokens for heads around attention; ring: pass keys and values around; usp: ulysses inside ring."""
     ulysses_degree: int | None = None
-    """Ulysses ranks inside `usp`; not available yet."""
+    """usp: neighbouring ranks that trade tokens for heads; the ring is across them."""
     sequence_parallel: bool = False
     """Shard tokens over the tensor-parallel ranks between the matrix products."""
     use_distributed_optimizer: bool = False
@@ -141,19 +154,28 @@ class OptimizerArguments:
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up."""
     clip_grad: float = 1.0
-    """Global L2 norm that gradients are scaled down to; 0 turns clipping off."""
+    """Global L2 norm that gradients are scaled down to, 0 turns clipping off; where adaptive methods start."""
+    clip_grad_method: Literal["norm", "adaptive", "adaptive-npu"] = "norm"
+    """norm: to --clip-grad; adaptive (-npu): to 3 deviations above a moving mean of norms (npu: drop extreme ones)."""
+    clip_grad_ema_decay: float = 0.99
+    """Decay of the adaptive methods' moving mean and variance."""
+    clip_grad_extreme_norm: float = 20.0
+    """Lowest norm that adaptive-npu can take for extreme; its gradient is dropped."""
+    clip_grad_rules: Literal["corrected", "reference", "reference-patch"] = "corrected"
+    """adaptive-npu without the reference's defects, or with them: NaN survives a drop; its patch file never scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeArguments:
     """Trading time for activation memory."""
 
-    recompute_granularity: Literal["full"] | None = None
-    """full: keep only the input of recomputed blocks."""
+    recompute_granularity: Literal["full", "skip_attention", "selective"] | None = None
+    """full: keep only the input of recomputed blocks; skip_attention: the input, and what self-attention takes and
+    gives, which is not computed again; selective: all but the outputs of norms, modulation and GELU."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """uniform: every block, in groups; block: the first blocks of each stage only."""
+    """Of full: uniform recomputes every block, in groups; block the first blocks of each stage only."""
     recompute_num_layers: int = 1
-    """uniform: blocks in a group; block: blocks of each stage that are recomputed."""
+    """Of full: uniform: blocks in a group; block: blocks of each stage that are recomputed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +217,7 @@ class TrainConfig:
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)
+    encoding: ClipArguments = field(default_factory=ClipArguments)
     parallel: ParallelArguments = field(default_factory=ParallelArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)

@@ -30,31 +30,70 @@ class Clip:
     facts: VideoFacts
 
 
-def load_clip(entry: Entry, settings: FilterSettings, *, seed: int, interpolation: Interpolation) -> Clip | Drop:
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """The pixels of one sample as decoded and resized.
+
+    Attributes:
+        frames_TCHW: uint8 RGB of the sample's size.
+        indices: frames of the file that it shows.
+        facts: what the file says of itself.
+    """
+
+    frames_TCHW: torch.Tensor
+    indices: tuple[int, ...]
+    facts: VideoFacts
+
+    def clip(self) -> Clip:
+        """The same for the model."""
+        return Clip(video_CTHW=to_model_range(self.frames_TCHW), indices=self.indices, facts=self.facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """What decides a sample's pixels, besides its annotation and file.
+
+    Attributes:
+        wanted: what is wanted of a clip, and the size and rate of a sample.
+        seed: of the draws while preparing.
+        interpolation: how frames are resized.
+    """
+
+    wanted: FilterSettings
+    seed: int
+    interpolation: Interpolation
+
+
+def load_frames(entry: Entry, settings: ClipSettings) -> Frames | Drop:
     """Open the annotation's file, judge the clip by what the file says, and read one window of frames.
 
     The result depends on the arguments and the file alone; the window's place is keyed by (seed, the sample's key).
 
     Args:
         entry: the annotation.
-        settings: what is wanted of a clip, and the size and rate of a sample.
-        seed: of the draws while preparing.
-        interpolation: how frames are resized.
+        settings: the size, rate and place of the window.
 
     Returns:
-        The clip, or why it is dropped; nothing that is wrong with a file is raised.
+        The frames, or why the clip is dropped; nothing that is wrong with a file is raised.
     """
+    wanted = settings.wanted
     try:
         with Video(entry.file) as video:
-            indices = _window(entry, settings, video.facts, seed)
+            indices = _window(entry, wanted, video.facts, settings.seed)
             if isinstance(indices, Drop):
                 return indices
             frames_TCHW = video.read(indices, entry.crop)
             facts = video.facts
     except VideoError as error:
         return Drop(error.reason, str(error))
-    frames_TCHW = resize_and_crop(frames_TCHW, settings.height, settings.width, interpolation)
-    return Clip(video_CTHW=to_model_range(frames_TCHW), indices=tuple(indices), facts=facts)
+    frames_TCHW = resize_and_crop(frames_TCHW, wanted.height, wanted.width, settings.interpolation)
+    return Frames(frames_TCHW=frames_TCHW, indices=tuple(indices), facts=facts)
+
+
+def load_clip(entry: Entry, settings: FilterSettings, *, seed: int, interpolation: Interpolation) -> Clip | Drop:
+    """:func:`load_frames` in the model's range."""
+    found = load_frames(entry, ClipSettings(wanted=settings, seed=seed, interpolation=interpolation))
+    return found if isinstance(found, Drop) else found.clip()
 
 
 def choose_caption(entry: Entry, *, seed: int) -> str:

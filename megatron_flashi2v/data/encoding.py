@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_flashi2v.config.errors import DataError
-from megatron_flashi2v.config.prepare import PrepareConfig
+from megatron_flashi2v.config.prepare import EncodingConfig, PrepareConfig
 from megatron_flashi2v.data.annotations import Entry
-from megatron_flashi2v.data.clips import Clip, choose_caption, load_clip
+from megatron_flashi2v.data.clips import Frames, choose_caption
+from megatron_flashi2v.data.decoder import Decoder
 from megatron_flashi2v.data.description import DataInfo
-from megatron_flashi2v.data.filters import FilterSettings
 from megatron_flashi2v.data.reasons import Drop, DroppedEntry
+from megatron_flashi2v.data.selection import clip_settings
 from megatron_flashi2v.data.shards import ShardIndex, ShardWriter
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import clean_text
@@ -30,21 +33,9 @@ MAX_WARNINGS = 20
 logger = logging.getLogger(__name__)
 
 
-def filter_settings(config: PrepareConfig) -> FilterSettings:
-    """What the configuration wants of a clip."""
-    return FilterSettings(
-        num_frames=config.num_frames,
-        height=config.height,
-        width=config.width,
-        fps=config.fps,
-        min_aspect=config.min_aspect,
-        max_aspect=config.max_aspect,
-        min_pixels=config.pixel_floor,
-        too_long_factor=config.too_long_factor,
-        min_motion=config.min_motion,
-        max_motion=config.max_motion,
-        rules=config.filter_rules,
-    )
+def make_decoder(config: EncodingConfig) -> Decoder:
+    """What decodes this process's clips."""
+    return Decoder(clip_settings(config), workers=config.decode_workers, limit_s=config.decode_timeout_s)
 
 
 class Encoders:
@@ -55,9 +46,9 @@ class Encoders:
         device: where they run.
     """
 
-    def __init__(self, config: PrepareConfig, device: torch.device) -> None:
+    def __init__(self, config: EncodingConfig, device: torch.device) -> None:
         self._config = config
-        self._inputs = config.inputs()
+        self._inputs = config.sources()
         self._device = device
 
     @functools.cached_property
@@ -104,6 +95,34 @@ class Encoders:
         return self.text.encode([caption])[0].to(device="cpu", dtype=torch.bfloat16).contiguous()
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodedClip:
+    """One sample as the encoders made it.
+
+    Attributes:
+        latents_CTHW: fp32, normalised posterior means.
+        text_rows_LD: bf16, at their real length.
+        caption: cleaned, as it was tokenised.
+        caption_raw: as annotated.
+    """
+
+    latents_CTHW: torch.Tensor
+    text_rows_LD: torch.Tensor
+    caption: str
+    caption_raw: str
+
+
+def encode_clip(config: EncodingConfig, encoders: Encoders, entry: Entry, frames: Frames) -> EncodedClip | Drop:
+    """A clip's frames and one of its captions through the encoders."""
+    raw = choose_caption(entry, seed=config.seed)
+    caption = clean_text(raw, config.text_cleaning)
+    latents_CTHW, text_rows_LD = encoders.latents(frames.clip().video_CTHW), encoders.text_rows(caption)
+    for name, tensor in (("latents", latents_CTHW), ("text rows", text_rows_LD)):
+        if not torch.isfinite(tensor).all():
+            return Drop("not_finite", f"{entry.source}: {name} of {entry.file} are not finite")
+    return EncodedClip(latents_CTHW=latents_CTHW, text_rows_LD=text_rows_LD, caption=caption, caption_raw=raw)
+
+
 class ShardWork:
     """Turns annotations into shards.
 
@@ -119,7 +138,7 @@ class ShardWork:
         self, config: PrepareConfig, encoders: Encoders, folder: Path, fingerprint: str, report: ProgressReport
     ) -> None:
         self._config = config
-        self._filter = filter_settings(config)
+        self._decoder = make_decoder(config)
         self._encoders = encoders
         self._folder = folder
         self._fingerprint = fingerprint
@@ -141,11 +160,12 @@ class ShardWork:
         dropped: list[DroppedEntry] = []
         writer = ShardWriter(self._folder, number)
         try:
-            for entry in entries:
-                drop = self._add(writer, entry)
-                if drop is not None:
-                    dropped.append(entry.dropped(drop))
-                self._report.advance()
+            with contextlib.closing(self._decoder.decode(entries)) as clips:
+                for entry, found in zip(entries, clips, strict=True):
+                    drop = self._add(writer, entry, found)
+                    if drop is not None:
+                        dropped.append(entry.dropped(self._refused(drop)))
+                    self._report.advance()
             return writer.publish(
                 fingerprint=self._fingerprint,
                 dropped=[row.to_json() for row in dropped],
@@ -155,17 +175,18 @@ class ShardWork:
             writer.discard()
             raise
 
-    def _add(self, writer: ShardWriter, entry: Entry) -> Drop | None:
-        clip = load_clip(entry, self._filter, seed=self._config.seed, interpolation=self._config.interpolation)
-        if isinstance(clip, Drop):
-            return self._refused(clip)
-        raw = choose_caption(entry, seed=self._config.seed)
-        caption = clean_text(raw, self._config.text_cleaning)
-        tensors = {"latents": self._encoders.latents(clip.video_CTHW), "text": self._encoders.text_rows(caption)}
-        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            return self._refused(Drop("not_finite", f"{entry.source}: {broken[0]} of {entry.file} are not finite"))
-        writer.add(entry.key, tensors, self._record(entry, clip, raw, caption))
+    def close(self) -> None:
+        """End the decoder's processes."""
+        self._decoder.close()
+
+    def _add(self, writer: ShardWriter, entry: Entry, found: Frames | Drop) -> Drop | None:
+        if isinstance(found, Drop):
+            return found
+        encoded = encode_clip(self._config, self._encoders, entry, found)
+        if isinstance(encoded, Drop):
+            return encoded
+        tensors = {"latents": encoded.latents_CTHW, "text": encoded.text_rows_LD}
+        writer.add(entry.key, tensors, self._record(entry, found, encoded))
         return None
 
     def _refused(self, drop: Drop) -> Drop:
@@ -179,17 +200,18 @@ class ShardWork:
                 logger.warning("no more damaged files are warned of; the list at the end will name them")
         return drop
 
-    def _record(self, entry: Entry, clip: Clip, raw: str, caption: str) -> dict[str, Any]:
+    def _record(self, entry: Entry, frames: Frames, encoded: EncodedClip) -> dict[str, Any]:
         return {
-            "caption": caption,
-            "caption_raw": raw,
+            "caption": encoded.caption,
+            "caption_raw": encoded.caption_raw,
             "source": entry.path,
             "entry": entry.index,
-            "frames": list(clip.indices),
+            "frames": list(frames.indices),
             "fps": self._config.fps,
-            "source_fps": clip.facts.fps,
-            "source_height": clip.facts.height,
-            "source_width": clip.facts.width,
+            "source_fps": frames.facts.fps,
+            "source_frames": frames.facts.num_frames,
+            "source_height": frames.facts.height,
+            "source_width": frames.facts.width,
             "crop": None if entry.crop is None else list(entry.crop),
             "settings": self._fingerprint,
         }

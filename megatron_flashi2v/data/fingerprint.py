@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.prepare import PrepareConfig
+from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.reasons import DroppedEntry
 
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 """To be raised whenever the same inputs would give other samples."""
 
 WHOLE_FILE_BYTES = 16 * 2**20
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 2**18
 
-_UNRELATED = ("annotations", "output", "vae", "text_encoder", "tokenizer", "device", "strict", "fresh", "min_pixels")
+_UNRELATED = (
+    "annotations", "output", "vae", "text_encoder", "tokenizer", "device", "strict", "fresh", "min_pixels",
+    "decode_workers", "decode_timeout_s",
+)
 
 
 def data_settings(
-    config: PrepareConfig, entries: Sequence[Entry], malformed: Sequence[DroppedEntry]
+    config: EncodingConfig, entries: Sequence[Entry], malformed: Sequence[DroppedEntry]
 ) -> dict[str, Any]:
     """Everything that decides the samples, JSON-ready; where the files lie and what computes do not.
 
@@ -34,17 +37,24 @@ def data_settings(
         entries: the well-formed annotations.
         malformed: the others.
     """
-    inputs = config.inputs()
+    return {
+        **encoding_settings(config),
+        "entries": len(entries) + len(malformed),
+        "annotations": _annotations_hash(entries, malformed),
+    }
+
+
+def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
+    """What decides a sample besides its annotation, JSON-ready."""
+    sources = config.sources()
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in _UNRELATED}
     return {
         "pipeline_version": PIPELINE_VERSION,
         **values,
         "min_pixels": config.pixel_floor,
-        "entries": len(entries) + len(malformed),
-        "annotations": _annotations_hash(entries, malformed),
-        "vae": folder_hash(inputs.vae, "VAE"),
-        "text_encoder": folder_hash(inputs.text_encoder, "text encoder"),
-        "tokenizer": folder_hash(inputs.tokenizer, "tokenizer"),
+        "vae": folder_hash(sources.vae, "VAE"),
+        "text_encoder": folder_hash(sources.text_encoder, "text encoder"),
+        "tokenizer": folder_hash(sources.tokenizer, "tokenizer"),
     }
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
-from megatron_flashi2v.data.annotations import Entry, read_annotations
+from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.description import (
     DATASET_FILE,
     EMPTY_TEXT_FILE,
@@ -27,10 +27,10 @@ from megatron_flashi2v.data.description import (
     shard_entry,
     write_description,
 )
-from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork, filter_settings
-from megatron_flashi2v.data.filters import judge
+from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork
 from megatron_flashi2v.data.fingerprint import data_settings, settings_hash
 from megatron_flashi2v.data.reasons import ERROR_REASONS, DroppedEntry
+from megatron_flashi2v.data.selection import select
 from megatron_flashi2v.data.shards import (
     SHARD_FOLDER,
     ShardIndex,
@@ -103,16 +103,16 @@ def prepare(
         DataError: the annotations are malformed (under ``strict``: any of them, or a damaged file).
         UserError: the disk is full or failing.
     """
-    inputs = check_prepare(config)
-    plan = make_plan(config)
+    check_prepare(config)
+    output, plan = config.folder(), make_plan(config)
     if place.rank == 0:
         _warn_of_malformed(plan)
-        _claim_folder(inputs.output, plan, fresh=config.fresh)
+        _claim_folder(output, plan, fresh=config.fresh)
     place.barrier()
     encoders = Encoders(config, device)
     _write_shards(config, plan, place, encoders, console)
     place.barrier()
-    return _finish(inputs.output, plan, encoders) if place.rank == 0 else None
+    return _finish(output, plan, encoders) if place.rank == 0 else None
 
 
 def make_plan(config: PrepareConfig) -> Plan:
@@ -121,23 +121,15 @@ def make_plan(config: PrepareConfig) -> Plan:
     Raises:
         DataError: the annotations are malformed (under ``--strict``: any of them).
     """
-    entries, malformed = read_annotations(config.inputs().annotations)
-    if malformed and config.strict:
-        raise DataError(malformed[0].detail)
-    settings = filter_settings(config)
-    dropped, candidates = list(malformed), []
-    for entry in entries:
-        drop = judge(entry, settings)
-        if drop is None:
-            candidates.append(entry)
-        else:
-            dropped.append(entry.dropped(drop))
-    size = config.samples_per_shard
-    facts = data_settings(config, entries, malformed)
+    selection = select(config)
+    if selection.malformed and config.strict:
+        raise DataError(selection.malformed[0].detail)
+    candidates, size = selection.candidates, config.samples_per_shard
+    facts = data_settings(config, selection.entries, selection.malformed)
     return Plan(
-        total=len(entries) + len(malformed),
-        shards=tuple(tuple(candidates[first : first + size]) for first in range(0, len(candidates), size)),
-        dropped=tuple(dropped),
+        total=selection.total,
+        shards=tuple(candidates[first : first + size] for first in range(0, len(candidates), size)),
+        dropped=(*selection.malformed, *selection.filtered),
         settings=facts,
         fingerprint=settings_hash(facts),
     )
@@ -201,7 +193,7 @@ def _differences(found: Any, wanted: dict[str, Any]) -> str:
 def _write_shards(
     config: PrepareConfig, plan: Plan, place: Place, encoders: Encoders, console: Console | None
 ) -> None:
-    folder = config.inputs().output / SHARD_FOLDER
+    folder = config.folder() / SHARD_FOLDER
     mine = range(place.rank, len(plan.shards), place.world_size)
     open_shards = [number for number in mine if _finished(folder, number, plan.fingerprint) is None]
     if not open_shards:
@@ -213,8 +205,11 @@ def _write_shards(
     _ = encoders.info  # sizes that do not fit the encoders are found before the first clip is decoded
     with progress("prepare", total, initial=done, unit="clips", rank=place.rank, console=console) as report:
         work = ShardWork(config, encoders, folder, plan.fingerprint, report)
-        for number in open_shards:
-            work.run(number, plan.shards[number])
+        try:
+            for number in open_shards:
+                work.run(number, plan.shards[number])
+        finally:
+            work.close()
 
 
 def _finished(folder: Path, number: int, fingerprint: str) -> ShardIndex | None:

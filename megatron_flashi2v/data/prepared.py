@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -49,6 +50,40 @@ class PreparedSample:
     key: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """What stands for a sample that cannot be used.
+
+    Attributes:
+        key: the sample's name.
+        reason: names the file and what is wrong with it.
+        damaged: False where nothing is broken, and the clip is merely not wanted (too short, say).
+    """
+
+    key: str
+    reason: str
+    damaged: bool = True
+
+
+def check_sample(sample: PreparedSample, info: DataInfo, source: str) -> None:
+    """Refuse a sample that training could not use.
+
+    Raises:
+        DataError: a shape is another one than the data set's, or a value is not finite.
+    """
+    latents_CTHW, text_rows_LD = sample.latents_CTHW, sample.text_rows_LD
+    if latents_CTHW.dtype != torch.float32 or tuple(latents_CTHW.shape) != info.latent_shape:
+        found = f"{str(latents_CTHW.dtype).removeprefix('torch.')} {tuple(latents_CTHW.shape)}"
+        raise DataError(f"{source}: latents are {found}, {DATASET_FILE} says float32 {info.latent_shape}")
+    if text_rows_LD.shape[1:] != (info.text_dim,):
+        raise DataError(f"{source}: no text rows of width {info.text_dim}")
+    if not 1 <= len(text_rows_LD) <= info.text_length:
+        raise DataError(f"{source}: {len(text_rows_LD)} text rows, {DATASET_FILE} allows 1 to {info.text_length}")
+    for name, tensor in (("latents", latents_CTHW), ("text rows", text_rows_LD)):
+        if not torch.isfinite(tensor).all():
+            raise DataError(f"{source}: {name} are not finite")
+
+
 def pad_text_rows(text_rows_LD: torch.Tensor, text_length: int) -> torch.Tensor:
     """Append zero rows up to ``text_length``: what the DiT attends to, without a mask (as the reference does).
 
@@ -78,8 +113,11 @@ class PreparedDataset:
         DataError: the folder, its ``dataset.json``, a shard or a shard's index is missing, unfinished or truncated.
     """
 
+    is_collective = False
+
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        self.name = str(folder)
         description = read_description(self.folder)
         self.info: DataInfo = description.info
         self.settings = description.settings
@@ -100,31 +138,63 @@ class PreparedDataset:
 
         Raises:
             IndexError: ``index`` is not in [0, len).
-            DataError: its shard is missing, truncated or damaged; the message names the shard.
+            DataError: its shard is missing, truncated or damaged, or the sample is malformed or not finite; the
+                message names the shard.
         """
-        tar, sample = self._locate(index)
-        source = f"{tar} sample {sample.key}"
-        tensors = parse_tensors(self._reader.read(tar, sample.tensors), source=source)
-        record = json.loads(self._reader.read(tar, sample.record))
-        latents_CTHW, text_rows_LD = tensors.get("latents"), tensors.get("text")
-        if latents_CTHW is None or tuple(latents_CTHW.shape) != self.info.latent_shape:
-            found = "none" if latents_CTHW is None else tuple(latents_CTHW.shape)
-            raise DataError(f"{source}: latents are {found}, {DATASET_FILE} says {self.info.latent_shape}")
-        if text_rows_LD is None or text_rows_LD.shape[1:] != (self.info.text_dim,):
-            raise DataError(f"{source}: no text rows of width {self.info.text_dim}")
-        return PreparedSample(
-            latents_CTHW=latents_CTHW, text_rows_LD=text_rows_LD, caption=record["caption"], key=sample.key
+        tar, member = self._locate(index)
+        source = f"{tar} sample {member.key}"
+        tensors = parse_tensors(self._reader.read(tar, member.tensors), source=source)
+        missing = [name for name in ("latents", "text") if name not in tensors]
+        if missing:
+            raise DataError(f"{source}: holds no {' and no '.join(missing)}")
+        sample = PreparedSample(
+            latents_CTHW=tensors["latents"],
+            text_rows_LD=tensors["text"],
+            caption=str(self.record(index).get("caption", "")),
+            key=member.key,
         )
+        check_sample(sample, self.info, source)
+        return sample
+
+    def close(self) -> None:
+        """Close all files; reading again reopens them."""
+        self._reader.close()
+
+    def fetch(self, indices: Sequence[int]) -> list[PreparedSample | BadSample]:
+        """Read samples; one that is missing, damaged or malformed is told, not raised."""
+        return [self._fetch_one(index) for index in indices]
 
     def record(self, index: int) -> dict[str, Any]:
-        """The sample's facts: raw and cleaned caption, source file, frame indices and more."""
+        """The sample's facts: raw and cleaned caption, source file, frame indices and more.
+
+        Raises:
+            DataError: as for the sample itself.
+        """
         tar, sample = self._locate(index)
-        record: dict[str, Any] = json.loads(self._reader.read(tar, sample.record))
+        data = self._reader.read(tar, sample.record)
+        try:
+            record = json.loads(data)
+        except ValueError as error:
+            raise DataError(f"{tar} sample {sample.key}: its record is not valid JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{tar} sample {sample.key}: its record is no JSON object")
         return record
 
     def padded_text(self, index: int) -> torch.Tensor:
         """The sample's text rows with zero rows appended: bf16 [text_length, text_dim]."""
         return pad_text_rows(self[index].text_rows_LD, self.info.text_length)
+
+    def _fetch_one(self, index: int) -> PreparedSample | BadSample:
+        try:
+            return self[index]
+        except DataError as error:
+            return BadSample(key=self._key(index), reason=str(error))
+
+    def _key(self, index: int) -> str:
+        try:
+            return self._locate(index)[1].key
+        except DataError:  # the shard's index is damaged
+            return f"sample {index}"
 
     def _locate(self, index: int) -> tuple[Path, IndexedSample]:
         if not 0 <= index < len(self):

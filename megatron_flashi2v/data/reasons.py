@@ -32,6 +32,8 @@ ERROR_REASONS = {
     "undecodable": "frames cannot be decoded",
     "size_changed": "the picture size changes inside the clip",
     "bad_crop": "the annotated crop lies outside the picture",
+    "decoder_crash": "the decoder crashed on the file; its process was restarted",
+    "decoder_hang": "the decoder passed its time limit on the file; its process was restarted",
     "not_finite": "the encoders gave values that are not finite",
 }
 """Damage: of an annotation or a file."""

@@ -287,9 +287,20 @@ class TarReader:
     def read(self, path: Path, member: Member) -> bytes:
         """The member's bytes, checked against its CRC-32.
 
+        What fails is tried once more with the file opened afresh: network file systems drop open files and
+        connections now and then.
+
         Raises:
             DataError: the tar is missing, ends early, or holds other bytes than were written.
         """
+        try:
+            return self._read_once(path, member)
+        except DataError:
+            if path in self._open:
+                os.close(self._open.pop(path))
+            return self._read_once(path, member)
+
+    def _read_once(self, path: Path, member: Member) -> bytes:
         try:
             data = os.pread(self._descriptor(path), member.size, member.offset)
         except OSError as error:

@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from megatron_flashi2v.models.norms import FullWidthRMSNorm, norm_queries_and_keys
 from megatron_flashi2v.models.spec import ModelSpec
+from megatron_flashi2v.parallel.context import ContextAttention
 from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
 
-# S: visual tokens (of all ranks once a column-parallel linear has gathered them), T: text rows, B: batch,
-# h: heads of this rank, D: head size.
+# S: visual tokens of this context-parallel rank (of this rank alone under sequence parallelism, before a
+# column-parallel linear has gathered them), T: text rows, B: batch, h: heads of this rank, D: head size.
+
+
+class Rotary(NamedTuple):
+    """Where the visual tokens of a context-parallel rank stand.
+
+    Attributes:
+        cos_SR: cosines of the rotation of this rank's tokens, [S, D/2] fp32.
+        sin_SR: sines.
+        tokens: real tokens of the whole sample, over all ranks; the rest of S is padding.
+    """
+
+    cos_SR: Tensor
+    sin_SR: Tensor
+    tokens: int
 
 
 class SelfAttention(nn.Module):
-    """Full attention over visual tokens. Fused rows are ordered (head, {q, k, v}, D): any TP slice is whole heads."""
+    """Full attention over visual tokens, in three steps, of which a block may compute the outer two again in backward.
+
+    Fused rows are ordered (head, {q, k, v}, D): any TP slice is whole heads.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         width = spec.config.hidden_size
         self.head_dim = spec.config.head_dim
-        self.kernels = spec.kernels
+        self.attend = ContextAttention(
+            spec.kernels.attention, spec.kernels.attention_backward, ulysses=spec.groups.ulysses, ring=spec.groups.ring
+        )
         self.linear_qkv = column_parallel(spec.column_linear, width, 3 * width, spec.megatron, spec.groups)
         self.norm_q = FullWidthRMSNorm(spec)
         self.norm_k = FullWidthRMSNorm(spec)
         self.linear_proj = row_parallel(spec.row_linear, width, width, spec.megatron, spec.groups)
 
-    def forward(self, hidden_SBD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Update of the residual stream, [S, B, d] on this rank's tokens; ``rotary`` holds cos and sin [S, D/2]."""
+    def queries_keys_values(self, hidden_SBD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised and rotated queries and keys, and values, each [S, B, h, D]."""
         qkv, _ = self.linear_qkv(hidden_SBD)
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(dim=-2)
-        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key, rotary)
-        return self.linear_proj(_attend(self.kernels.attention, query, key, value))[0]
+        query, key = norm_queries_and_keys(
+            self.norm_q, self.norm_k, query, key, (rotary.cos_SR, rotary.sin_SR)
+        )
+        return query, key, value
+
+    def project(self, attended_SBhD: Tensor) -> Tensor:
+        """The heads' results as the update of the residual stream, [S, B, d] on this rank's tokens."""
+        return self.linear_proj(attended_SBhD.flatten(-2))[0]
 
 
 class CrossAttention(nn.Module):
@@ -42,7 +68,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         width = spec.config.hidden_size
         self.head_dim = spec.config.head_dim
-        self.kernels = spec.kernels
+        self.attention = spec.kernels.attention
         self.linear_q = column_parallel(spec.column_linear, width, width, spec.megatron, spec.groups)
         self.linear_kv = column_parallel(spec.column_linear, width, 2 * width, spec.megatron, spec.groups)
         self.norm_q = FullWidthRMSNorm(spec)
@@ -54,12 +80,6 @@ class CrossAttention(nn.Module):
         query = self.linear_q(hidden_SBD)[0].unflatten(-1, (-1, self.head_dim))
         key, value = self.linear_kv(text_TBD)[0].unflatten(-1, (-1, 2, self.head_dim)).unbind(dim=-2)
         query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
-        return self.linear_proj(_attend(self.kernels.attention, query, key, value))[0]
-
-
-def _attend(
-    attention: Callable[..., Tensor], query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor
-) -> Tensor:
-    """Attention with megatron-core's token-first layout outside and the kernels' batch-first layout inside."""
-    out_BShD = attention(query_SBhD.transpose(0, 1), key_SBhD.transpose(0, 1), value_SBhD.transpose(0, 1))
-    return out_BShD.transpose(0, 1).flatten(-2)
+        # Kernels are batch first, megatron-core's layers token first.
+        out_BShD = self.attention(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
+        return self.linear_proj(out_BShD.transpose(0, 1).flatten(-2))[0]

@@ -11,6 +11,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve
 from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 from megatron_flashi2v.config.errors import ConfigError
@@ -24,6 +25,7 @@ class KernelSet:
 
     chosen: tuple[Kernel, ...]
     attention: Callable[..., Any]
+    attention_backward: Callable[..., Any] | None
     ada_layer_norm: Callable[..., Tensor]
     gate_residual: Callable[..., Tensor]
     bias_gelu_tanh: Callable[..., Tensor]
@@ -38,6 +40,7 @@ def choose_kernels(
     config: ModelConfig,
     attention_backend: str = "auto",
     *,
+    ring: bool = False,
     tensor_parallel: bool = False,
 ) -> KernelSet:
     """Resolve every operator for the device.
@@ -47,16 +50,19 @@ def choose_kernels(
         dtype: dtype of matrix products and attention.
         config: the head size limits some implementations.
         attention_backend: an implementation's name, or auto.
+        ring: whether keys and values pass around a ring, for which an implementation needs more abilities.
         tensor_parallel: heads are divided over ranks, and the norms' sums with them.
 
     Raises:
         ConfigError: the named choice of attention cannot run here; the error lists those that can.
     """
+    features = (LOG_SUM_EXP, BLOCK_BACKWARD) if ring else ()
     try:
         attention = resolve("attention", device.type, dtype, attention_backend, head_dim=config.head_dim,
-                            needs_gradient=True)
+                            features=features, needs_gradient=True)
     except KernelUnavailable as error:
-        raise ConfigError(f"--attention-backend {attention_backend}: {error}") from error
+        needs = " (with ring attention)" if ring else ""
+        raise ConfigError(f"--attention-backend {attention_backend}{needs}: {error}") from error
     sums = (PARTIAL_SUMS,) if tensor_parallel else ()
     elementwise = {
         name: resolve(name, device.type, dtype, needs_gradient=True)
@@ -70,6 +76,7 @@ def choose_kernels(
     return KernelSet(
         chosen=(attention, *elementwise.values(), *norms.values(), highpass),
         attention=attention.function,
+        attention_backward=attention.backward,
         highpass=highpass.function,
         **{name: kernel.function for name, kernel in (elementwise | norms).items()},
     )
@@ -113,6 +120,7 @@ def make_spec(
     bf16: bool = False,
     fp32_residual_connection: bool = False,
     attention_backend: str = "auto",
+    virtual_stages: int = 1,
 ) -> ModelSpec:
     """Settle everything a model is built with.
 
@@ -123,10 +131,12 @@ def make_spec(
         bf16: matrix products in bfloat16.
         fp32_residual_connection: residual stream in fp32 although ``bf16``.
         attention_backend: implementation of attention, or auto.
+        virtual_stages: model chunks that each pipeline rank holds.
 
     Raises:
         ConfigError: the attention backend cannot run here.
     """
+    interleaved = virtual_stages > 1
     dtype = torch.bfloat16 if bf16 else torch.float32
     residual_dtype = torch.float32 if fp32_residual_connection else dtype
     provider = LocalSpecProvider()
@@ -137,6 +147,11 @@ def make_spec(
         num_attention_heads=config.num_attention_heads,
         tensor_model_parallel_size=groups.tp.size(),
         pipeline_model_parallel_size=groups.pp.size(),
+        virtual_pipeline_model_parallel_size=virtual_stages if interleaved else None,
+        # With its batched exchange the interleaved schedule of megatron-core 0.16 mixes up activations and gradients
+        # between two ranks, without an error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         context_parallel_size=groups.cp.size(),
         sequence_parallel=groups.sequence_parallel,
         params_dtype=dtype,
@@ -144,7 +159,8 @@ def make_spec(
         bf16=bf16,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # An accelerator's streams keep a sent tensor's memory until it is sent; gloo's threads would read freed memory.
+        deallocate_pipeline_outputs=device.type != "cpu",
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
@@ -152,7 +168,9 @@ def make_spec(
         config=config,
         megatron=megatron,
         groups=groups,
-        kernels=choose_kernels(device, dtype, config, attention_backend, tensor_parallel=groups.tp.size() > 1),
+        kernels=choose_kernels(
+            device, dtype, config, attention_backend, ring=groups.ring is not None, tensor_parallel=groups.tp.size() > 1
+        ),
         column_linear=provider.column_parallel_linear(),
         row_linear=provider.row_parallel_linear(),
         residual_dtype=residual_dtype,

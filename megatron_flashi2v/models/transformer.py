@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,19 +11,27 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flashi2v_kernels.rope3d.tables import rope_tables
 from megatron_flashi2v.conditioning.build import build_conditioning
 from megatron_flashi2v.conditioning.interface import Extras
+from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.block import TransformerBlock
 from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
 from megatron_flashi2v.models.head import Head
-from megatron_flashi2v.models.patches import Grid, patchify, token_grid, unpatchify
+from megatron_flashi2v.models.patches import Grid, patchify, token_grid
+from megatron_flashi2v.models.recompute import Recompute, recomputed
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.models.stages import stage_layers
+from megatron_flashi2v.models.stages import Stage, whole_model
 from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
-from megatron_flashi2v.parallel.regions import gather_tokens, mark_sequence_parallel, shard_tokens, sum_in_backward
+from megatron_flashi2v.parallel.regions import (
+    context_block,
+    mark_sequence_parallel,
+    rows_per_rank,
+    shard_rows,
+    shard_tokens,
+    sum_in_backward,
+)
 
 CONDITIONING_ROWS = 7
 """Rows that travel beside the tokens: the time embedding and its six projections."""
@@ -47,37 +56,30 @@ class DiTInputs:
     extras: Extras
 
 
-@dataclass(frozen=True)
-class Recompute:
-    """Which of a stage's blocks are recomputed in backward.
-
-    Attributes:
-        layers: how many of the stage's blocks, counted from its first.
-        group: blocks that share one kept input.
-    """
-
-    layers: int = 0
-    group: int = 1
-
-
 class DiffusionTransformer(MegatronModule):
     """Wan's DiT with an image-to-video paradigm, on megatron-core's parallel linears.
 
     Shapes: S tokens of this rank, B microbatch, d width. The output is the predicted velocity as patches [S, B, P] in
     fp32 on the last stage, and the packed hop on the others.
+
+    Args:
+        spec: what all stages are built with.
+        stage: which part of the model this is; by default all of it.
+        recompute: what is computed again in backward; by default nothing.
     """
 
-    def __init__(self, spec: ModelSpec, recompute: Recompute | None = None) -> None:
+    def __init__(self, spec: ModelSpec, stage: Stage | None = None, recompute: Recompute | None = None) -> None:
         super().__init__(config=spec.megatron)
         self.spec = spec
+        self.stage = stage or whole_model(spec.config.num_layers)
         self.recompute = recompute or Recompute()
         # What megatron-core's schedules and gradient finalisation ask of a model.
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = spec.groups.is_first_stage
-        self.post_process = spec.groups.is_last_stage
+        self.pre_process = self.stage.is_first
+        self.post_process = self.stage.is_last
         self.share_embeddings_and_output_weights = False
         self.input_tensor: Tensor | None = None
-        self._rotary: dict[tuple[Grid, torch.device], tuple[Tensor, Tensor]] = {}
+        self._rotary: dict[tuple[Grid, torch.device], Rotary] = {}
 
         if self.pre_process:
             self.conditioning = build_conditioning(spec.config, spec.kernels.highpass, spec.dtype)
@@ -91,8 +93,7 @@ class DiffusionTransformer(MegatronModule):
             self.text_embedding = TextEmbedding(spec)
             self.time_embedding = TimeEmbedding(spec)
         # Keys are global indices: a parameter's name is the same at every layout.
-        layers = stage_layers(spec.config.num_layers, spec.groups.pp.size(), spec.groups.pp.rank())
-        self.blocks = nn.ModuleDict({str(index): TransformerBlock(spec) for index in layers})
+        self.blocks = nn.ModuleDict({str(index): TransformerBlock(spec, self.recompute) for index in self.stage.layers})
         if self.post_process:
             self.head = Head(spec)
 
@@ -125,21 +126,20 @@ class DiffusionTransformer(MegatronModule):
         if conditioned.guidance_BCTHW is not None:
             guidance = shard_tokens(patchify(conditioned.guidance_BCTHW, patch_size), groups)
             hidden_SBD = hidden_SBD + self.conditioning.embed_guidance(guidance)
-        text_TBD = self.text_embedding(shard_tokens(inputs.text_BLX.transpose(0, 1), groups))
+        text_TBD = self.text_embedding(shard_rows(inputs.text_BLX.transpose(0, 1), groups))
         conditioning_7BD = sum_in_backward(self.time_embedding(inputs.timestep_B), groups)
         return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
 
     def run_blocks(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: tuple[Tensor, Tensor]
+        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary
     ) -> Tensor:
         """This stage's blocks in order, recomputed in backward as configured."""
         blocks = list(self.blocks.values())
-        recomputed = self.recompute.layers if self.training and torch.is_grad_enabled() else 0
-        for start in range(0, recomputed, self.recompute.group):
-            run = partial(_run, blocks[start : min(start + self.recompute.group, recomputed)])
-            hidden_SBD = checkpoint(run, hidden_SBD, text_TBD, modulation_6BD, rotary, use_reentrant=False,
-                                    preserve_rng_state=False)
-        return _run(blocks[recomputed:], hidden_SBD, text_TBD, modulation_6BD, rotary)
+        again = self.recompute.layers if self.training and torch.is_grad_enabled() else 0
+        for start in range(0, again, self.recompute.group):
+            run = partial(_run, blocks[start : min(start + self.recompute.group, again)])
+            hidden_SBD = recomputed(run, hidden_SBD, text_TBD, modulation_6BD, rotary)
+        return _run(blocks[again:], hidden_SBD, text_TBD, modulation_6BD, rotary)
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Tokens along time, height and width of latents (T, H, W)."""
@@ -148,39 +148,24 @@ class DiffusionTransformer(MegatronModule):
 
     def packed_shape(self, grid: Grid) -> PackedShape:
         """Rows of a pipeline hop on this rank."""
-        shards = self.spec.groups.token_shards
+        groups = self.spec.groups
         return PackedShape(
-            tokens=grid[0] * grid[1] * grid[2] // shards,
-            text=self.spec.config.text_length // shards,
+            tokens=rows_per_rank(math.prod(grid), groups),
+            text=self.spec.config.text_length // groups.token_shards,
             conditioning=CONDITIONING_ROWS,
             dtype=self.spec.residual_dtype,
         )
 
-    def rotary(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [S, head_dim / 2] of all tokens of the grid, kept for the next call."""
+    def rotary(self, grid: Grid, device: torch.device) -> Rotary:
+        """Where the tokens of this context-parallel rank stand in the grid, kept for the next call."""
         if (grid, device) not in self._rotary:
-            cos, sin = rope_tables(grid, self.spec.config.head_dim)
-            self._rotary = {(grid, device): (cos.to(device), sin.to(device))}
+            tables = rope_tables(grid, self.spec.config.head_dim)
+            cos_SR, sin_SR = (context_block(table_SR, self.spec.groups).to(device) for table_SR in tables)
+            self._rotary = {(grid, device): Rotary(cos_SR, sin_SR, math.prod(grid))}
         return self._rotary[grid, device]
 
 
-def _run(
-    blocks: Sequence[nn.Module], hidden: Tensor, text: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor]
-) -> Tensor:
+def _run(blocks: Sequence[nn.Module], hidden: Tensor, text: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
     for block in blocks:
         hidden = block(hidden, text, modulation, rotary)
     return hidden
-
-
-def predict_velocity(
-    model: DiffusionTransformer,
-    latents_BCTHW: Tensor,
-    timestep_B: Tensor,
-    text_BLX: Tensor,
-    image_latents_BC1HW: Tensor,
-    extras: Extras,
-) -> Tensor:
-    """Velocity [B, C, T, H, W] in fp32, for a model without pipeline stages; arguments as in :class:`DiTInputs`."""
-    inputs = DiTInputs(latents_BCTHW, timestep_B, text_BLX, image_latents_BC1HW, extras)
-    patches_SBP = gather_tokens(model(inputs), model.spec.groups)
-    return unpatchify(patches_SBP, model.grid(tuple(latents_BCTHW.shape[2:])), model.spec.config.patch_size)

@@ -9,6 +9,7 @@ import torch.distributed
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_flashi2v.config.rules import ring_degree, ulysses_degree
 from megatron_flashi2v.config.train import ParallelArguments
 
 
@@ -16,11 +17,17 @@ from megatron_flashi2v.config.train import ParallelArguments
 class Groups:
     """The groups of this rank, with its place in each.
 
-    ``collection`` is what megatron-core's schedules, DDP and optimizer take.
+    Attributes:
+        collection: what megatron-core's schedules, DDP and optimizer take.
+        sequence_parallel: whether tokens are sharded over tensor-parallel ranks between the matrix products.
+        ulysses: context-parallel ranks that trade tokens for heads, neighbours in ``cp``; None without any.
+        ring: context-parallel ranks that pass keys and values around, one of each Ulysses group; None without any.
     """
 
     collection: ProcessGroupCollection
     sequence_parallel: bool
+    ulysses: torch.distributed.ProcessGroup | None = None
+    ring: torch.distributed.ProcessGroup | None = None
 
     @property
     def tp(self) -> torch.distributed.ProcessGroup:
@@ -49,18 +56,13 @@ class Groups:
 
     @property
     def token_shards(self) -> int:
-        """Parts that a replica's tokens and text rows are in between the matrix products."""
+        """Parts that a context block's tokens, and the text rows, are in between the matrix products."""
         return self.tp.size() if self.sequence_parallel else 1
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank embeds the inputs."""
-        return self.pp.rank() == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
-        return self.pp.rank() == self.pp.size() - 1
+    def token_parts(self) -> int:
+        """Parts that a sample's visual tokens are in between the matrix products."""
+        return self.cp.size() * self.token_shards
 
 
 def make_groups(parallel: ParallelArguments) -> Groups:
@@ -69,16 +71,23 @@ def make_groups(parallel: ParallelArguments) -> Groups:
     Sequence parallelism is meaningless without tensor parallelism, and megatron-core refuses it: it is turned off
     for one tensor-parallel rank, so that a recipe with it also runs on one process.
     """
+    degrees = [ulysses_degree(parallel), ring_degree(parallel)]
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        # The first level's ranks are neighbours, so that Ulysses' exchanges, the larger ones, stay inside a node.
+        hierarchical_context_parallel_sizes=degrees if min(degrees) > 1 else None,
         distributed_timeout_minutes=math.ceil(parallel.distributed_timeout_minutes),
         create_gloo_process_groups=False,  # only megatron-core's own checkpoint formats use them
     )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    ulysses, ring = collection.hcp if min(degrees) > 1 else (collection.cp, collection.cp)
     return Groups(
-        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        collection=collection,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        ulysses=ulysses if degrees[0] > 1 else None,
+        ring=ring if degrees[1] > 1 else None,
     )
 
 

@@ -2,8 +2,10 @@
 
 The rules, in one place:
 
-* Tokens are sharded by :func:`shard_tokens`: backward gathers, so what comes before it (the latent shift phi) gets
-  the whole gradient on every rank.
+* Tokens are sharded by :func:`shard_tokens`. Over tensor-parallel ranks backward gathers, so what comes before it (the
+  latent shift phi) gets the whole gradient on each of them. Over context-parallel ranks it is a plain slice: each of
+  them has the gradient of its own block for everything, weights, text and conditioning rows included, and the
+  reduction over data x context parallel ranks, to which the schedule's factor CP on the loss belongs, adds them up.
 * Parameters that act on local tokens only (patch embedding, modulation tables, the affine norm, the head) carry
   ``sequence_parallel = True`` (:func:`mark_sequence_parallel`): megatron-core sums their gradients over the group.
 * Rows that every rank holds and that act on local tokens (time embedding and modulation) go through
@@ -28,6 +30,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.padding import zero_pad
 
 
 class _SumInBackward(torch.autograd.Function):
@@ -71,19 +74,42 @@ def sum_in_backward(tensor: Tensor, groups: Groups) -> Tensor:
     return _SumInBackward.apply(tensor, groups.tp) if groups.sequence_parallel else tensor
 
 
+def rows_per_rank(tokens: int, groups: Groups) -> int:
+    """Rows that each rank holds of a sample's visual tokens: the sequence is padded to a multiple of the ranks."""
+    return -(-tokens // groups.token_parts)
+
+
+def own_tokens(tokens: int, groups: Groups) -> range:
+    """Indices of the real tokens among this rank's rows; fewer than its rows, or none, where the padding lies."""
+    rows = rows_per_rank(tokens, groups)
+    index = groups.cp.rank() * groups.token_shards + (groups.tp.rank() if groups.sequence_parallel else 0)
+    return range(min(index * rows, tokens), min((index + 1) * rows, tokens))
+
+
+def context_block(rows_SX: Tensor, groups: Groups) -> Tensor:
+    """Rows [S', ...] of the tokens of this context-parallel rank, zero rows for padding; before any split over TP."""
+    length = rows_per_rank(len(rows_SX), groups) * groups.token_shards
+    return zero_pad(rows_SX[groups.cp.rank() * length :][:length], length)
+
+
 def shard_tokens(rows_SBX: Tensor, groups: Groups) -> Tensor:
-    """This rank's rows [S/TP, B, X] under sequence parallelism (backward gathers); all rows otherwise."""
-    return scatter_to_sequence_parallel_region(rows_SBX, group=groups.tp) if groups.sequence_parallel else rows_SBX
+    """This rank's rows of all visual tokens, zero rows for padding: [:func:`rows_per_rank`, B, X]."""
+    return shard_rows(context_block(rows_SBX, groups), groups)
 
 
-def gather_tokens(rows_SBX: Tensor, groups: Groups) -> Tensor:
-    """All rows from every rank's shard; the reverse of :func:`shard_tokens`, for inference and comparison.
+def shard_rows(rows_RBX: Tensor, groups: Groups) -> Tensor:
+    """This rank's rows [R/TP, B, X] under sequence parallelism (backward gathers); all rows otherwise."""
+    return scatter_to_sequence_parallel_region(rows_RBX, group=groups.tp) if groups.sequence_parallel else rows_RBX
+
+
+def gather_tokens(rows_SBX: Tensor, tokens: int, groups: Groups) -> Tensor:
+    """The rows of all ``tokens`` visual tokens from every rank's; the reverse of :func:`shard_tokens`, for inference.
 
     The backward splits the gradient: right for a consumer that every rank runs alike.
     """
-    if not groups.sequence_parallel:
-        return rows_SBX
-    return gather_from_sequence_parallel_region(rows_SBX, tensor_parallel_output_grad=False, group=groups.tp)
+    for group in (groups.tp, groups.cp) if groups.sequence_parallel else (groups.cp,):
+        rows_SBX = gather_from_sequence_parallel_region(rows_SBX, tensor_parallel_output_grad=False, group=group)
+    return rows_SBX[:tokens]
 
 
 def mark_sequence_parallel(module_or_parameter: nn.Module | nn.Parameter) -> None:

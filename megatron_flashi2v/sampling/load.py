@@ -1,43 +1,55 @@
-"""A checkpoint's transformer in one process, whatever layout it was trained at."""
+"""A checkpoint's transformer for sampling, whatever layout it was trained at."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_config
-from megatron_flashi2v.checkpoint.state import ShardGrid
 from megatron_flashi2v.checkpoint.state import load_model as load_parameters
+from megatron_flashi2v.checkpoint.state import shard_grid
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.rules import stage_layer_counts
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.models.stages import stages_of_rank
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups, destroy_groups, make_groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
-from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 from megatron_flashi2v.runtime.redirect import megatron_on
 from megatron_flashi2v.sampling.guidance import VelocityFunction
 
 
 @contextlib.contextmanager
-def single_process(device: Device) -> Iterator[Groups]:
-    """megatron-core's surroundings for a model that is not divided: redirection, process group, groups of one.
+def replica(device: Device, launch: LaunchEnvironment, parallel: ParallelArguments) -> Iterator[Groups]:
+    """megatron-core's surroundings for a model that is divided over all started processes.
 
-    The model can be built and called only inside. A launcher's variables are ignored: each process is on its own.
+    Redirection, process group and groups; the model can be built and called only inside.
     """
     with megatron_on(device):
-        init_distributed(detect_launch({}), device)
+        init_distributed(launch, device)
         try:
-            yield make_groups(ParallelArguments())
+            yield make_groups(parallel)
+        except BaseException:
+            shutdown(failed=True)  # without waiting for the others
+            raise
+        else:
+            shutdown()
         finally:
             destroy_groups()
-            shutdown()
+
+
+def single_process(device: Device) -> contextlib.AbstractContextManager[Groups]:
+    """The same for a model that is not divided. A launcher's variables are ignored: each process is on its own."""
+    return replica(device, detect_launch({}), ParallelArguments())
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -55,20 +67,22 @@ def resolve_checkpoint(path: Path) -> Path:
     return folder
 
 
-def build_model(
+def build_stages(
     config: ModelConfig,
     groups: Groups,
     device: Device,
+    parallel: ParallelArguments,
     *,
     bf16: bool = False,
     attention_backend: str = "auto",
-) -> DiffusionTransformer:
-    """The transformer in evaluation mode on the device; its weights are not set yet.
+) -> list[DiffusionTransformer]:
+    """This rank's stages of the transformer in evaluation mode on the device; their weights are not set yet.
 
     Args:
         config: dimensions and paradigm.
-        groups: from :func:`single_process`.
+        groups: from :func:`replica`.
         device: where the model lives.
+        parallel: the layout that the groups were made for.
         bf16: matrix products and the residual stream in bfloat16.
         attention_backend: implementation of attention, or auto.
 
@@ -76,18 +90,23 @@ def build_model(
         ConfigError: the attention backend cannot run here.
     """
     spec = make_spec(config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend)
-    return DiffusionTransformer(spec).to(device.torch_device).eval()
+    counts = stage_layer_counts(parallel, config.num_layers)
+    return [
+        DiffusionTransformer(spec, stage).to(device.torch_device).eval()
+        for stage in stages_of_rank(counts, groups.pp.size(), groups.pp.rank())
+    ]
 
 
-def load_model(
+def load_stages(
     folder: Path,
     groups: Groups,
     device: Device,
+    parallel: ParallelArguments,
     *,
     bf16: bool = False,
     attention_backend: str = "auto",
-) -> DiffusionTransformer:
-    """Build the model that a checkpoint is of, and fill it; arguments as for :func:`build_model`.
+) -> list[DiffusionTransformer]:
+    """Build this rank's part of the model that a checkpoint is of, and fill it; arguments as for :func:`build_stages`.
 
     Args:
         folder: one checkpoint (see :func:`resolve_checkpoint`), saved at any layout.
@@ -96,13 +115,36 @@ def load_model(
         CheckpointError: a file is missing or damaged.
         ConfigError: the attention backend cannot run here.
     """
-    model = build_model(
-        load_model_config(folder), groups, device, bf16=bf16, attention_backend=attention_backend
+    config = load_model_config(folder)
+    stages = build_stages(config, groups, device, parallel, bf16=bf16, attention_backend=attention_backend)
+    parameters = [named for stage in stages for named in stage.named_parameters()]
+    load_parameters(folder, parameters, shard_grid(groups))
+    return stages
+
+
+def build_model(
+    config: ModelConfig, groups: Groups, device: Device, *, bf16: bool = False, attention_backend: str = "auto"
+) -> DiffusionTransformer:
+    """The whole transformer, in :func:`single_process`; arguments as for :func:`build_stages`."""
+    (model,) = build_stages(
+        config, groups, device, ParallelArguments(), bf16=bf16, attention_backend=attention_backend
     )
-    load_parameters(folder, model.named_parameters(), ShardGrid())
     return model
 
 
-def velocity_of(model: DiffusionTransformer) -> VelocityFunction:
-    """The model as the function that the pipeline takes."""
+def load_model(
+    folder: Path, groups: Groups, device: Device, *, bf16: bool = False, attention_backend: str = "auto"
+) -> DiffusionTransformer:
+    """The whole transformer of a checkpoint, in :func:`single_process`; arguments as for :func:`load_stages`."""
+    (model,) = load_stages(
+        folder, groups, device, ParallelArguments(), bf16=bf16, attention_backend=attention_backend
+    )
+    return model
+
+
+def velocity_of(model: DiffusionTransformer | Sequence[DiffusionTransformer]) -> VelocityFunction:
+    """The model, or this rank's stages of it, as the function that the pipeline takes.
+
+    Every rank of a divided model must call it with the same arguments, and gets the same velocity.
+    """
     return torch.no_grad()(partial(predict_velocity, model))

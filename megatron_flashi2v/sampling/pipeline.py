@@ -48,12 +48,12 @@ class SampledVideo:
     """What one call of the pipeline made.
 
     Attributes:
-        frames_BTHWC: uint8 pixels of the videos.
+        frames_BTHWC: uint8 pixels of the videos; None where they were not to be decoded.
         latents_BCTHW: fp32, normalised, on the host; what the frames were decoded from.
         images_BHWC: uint8, the condition images as the model saw them (resized and cropped); None without any.
     """
 
-    frames_BTHWC: NDArray[np.uint8]
+    frames_BTHWC: NDArray[np.uint8] | None
     latents_BCTHW: torch.Tensor
     images_BHWC: NDArray[np.uint8] | None
 
@@ -124,6 +124,7 @@ class ImageToVideoPipeline:
         image_noise: float = 0.02,
         seed: int = 0,
         first_index: int = 0,
+        decode: bool = True,
         callback: StepCallback | None = None,
     ) -> SampledVideo:
         """Sample one video per (image, prompt) pair.
@@ -145,6 +146,7 @@ class ImageToVideoPipeline:
             image_noise: level of the noise on the image's latents, where the paradigm adds any.
             seed: sample ``i`` of this call starts from noise keyed by (seed, first_index + i).
             first_index: place of the first sample in the user's whole list.
+            decode: make frames of the latents; of the ranks that share a model, one is enough.
             callback: called after every step with (steps done, steps, state).
 
         Raises:
@@ -175,7 +177,7 @@ class ImageToVideoPipeline:
             callback=callback,
         )
         return SampledVideo(
-            frames_BTHWC=to_frames(self.vae.decode(latents_BCTHW)),
+            frames_BTHWC=to_frames(self.vae.decode(latents_BCTHW)) if decode else None,
             latents_BCTHW=latents_BCTHW.cpu(),
             images_BHWC=None if fitted_BCHW is None else fitted_BCHW.permute(0, 2, 3, 1).numpy(),
         )

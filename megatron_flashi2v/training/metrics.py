@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class IterationMetrics:
         iteration: counted from 1.
         consumed_samples: positions of the global order consumed after it.
         loss: mean over the global batch.
-        grad_norm: global L2 norm before clipping.
+        grad_norm: global L2 norm before clipping; null in the file where it is not finite and was dropped.
         lr: learning rate that the update used.
         step_time_s: seconds from reading the first microbatch to the updated weights.
     """
@@ -53,7 +54,10 @@ class MetricsLog:
     def append(self, metrics: IterationMetrics) -> None:
         """Write one row; floats keep full precision."""
         if self.path is not None:
-            append_jsonl(self.path, asdict(metrics))
+            row = asdict(metrics)
+            if not math.isfinite(metrics.grad_norm):
+                row["grad_norm"] = None  # JSON knows neither NaN nor infinity
+            append_jsonl(self.path, row)
 
 
 class ProgressLine:

@@ -11,29 +11,37 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_flashi2v.checkpoint.optimizer_state import unchained
 from megatron_flashi2v.config.train import OptimizerArguments, TrainConfig
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 
 
-def wrap_data_parallel(model: DiffusionTransformer, config: TrainConfig) -> DistributedDataParallel:
-    """The stage with fp32 gradient buffers that are reduced over replicas, and the schedule's hooks set."""
-    parallel, spec = config.parallel, model.spec
-    wrapped = DistributedDataParallel(
-        config=spec.megatron,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-        ),
-        module=model,
-        pg_collection=spec.groups.collection,
-    )
+def wrap_data_parallel(chunks: list[DiffusionTransformer], config: TrainConfig) -> list[DistributedDataParallel]:
+    """This rank's stages with fp32 gradient buffers that are reduced over replicas, and the schedule's hooks set."""
+    parallel, spec = config.parallel, chunks[0].spec
+    wrapped = [
+        DistributedDataParallel(
+            config=spec.megatron,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+            ),
+            module=chunk,
+            # Later chunks of an interleaved schedule are reduced while the first is still running: whole is soon
+            # enough.
+            disable_bucketing=index > 0,
+            pg_collection=spec.groups.collection,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    no_sync = [chunk.no_sync for chunk in wrapped]
     spec.megatron.finalize_model_grads_func = finalize_model_grads
-    spec.megatron.no_sync_func = wrapped.no_sync
+    spec.megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
@@ -42,8 +50,8 @@ def decays(parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-def make_optimizer(model: DistributedDataParallel, config: TrainConfig, spec: ModelSpec) -> MegatronOptimizer:
-    """AdamW or SGD behind megatron-core's interface, with fp32 master weights and global-norm clipping."""
+def make_optimizer(models: list[DistributedDataParallel], config: TrainConfig, spec: ModelSpec) -> MegatronOptimizer:
+    """AdamW or SGD behind megatron-core's interface, with fp32 master weights."""
     arguments = config.optimizer
     no_decay = ParamKey(predicate=ParamPredicate(name="no_decay", fn=lambda parameter: not decays(parameter)))
     return get_megatron_optimizer(
@@ -56,17 +64,23 @@ def make_optimizer(model: DistributedDataParallel, config: TrainConfig, spec: Mo
             adam_beta2=arguments.adam_beta2,
             adam_eps=arguments.adam_eps,
             sgd_momentum=arguments.sgd_momentum,
-            clip_grad=arguments.clip_grad,
+            clip_grad=0.0,  # TrainingStep.update clips
             bf16=config.batch.bf16,
             params_dtype=spec.dtype,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=config.parallel.overlap_param_gather,
         ),
-        [model],
+        models,
         config_overrides={no_decay: {"wd_mult": 0.0}},
         use_gloo_process_groups=False,  # megatron-core has none where the groups are arguments
         pg_collection=spec.groups.collection,
     )
+
+
+def ready_gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """The gradients, in fp32, that the optimizer's next ``step_with_ready_grads`` applies on this rank."""
+    parameters = (parameter for part in unchained(optimizer) for parameter in part.get_parameters())
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def make_scheduler(

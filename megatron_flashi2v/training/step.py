@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -19,8 +20,12 @@ from megatron_flashi2v.flow.sigmas import timesteps_of
 from megatron_flashi2v.models.patches import output_patches
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
-from megatron_flashi2v.parallel.regions import shard_tokens
+from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.training.batch import Microbatch
+from megatron_flashi2v.training.clipping import Clipper, scale_gradients
+from megatron_flashi2v.training.optimizer import ready_gradients
+
+logger = logging.getLogger(__name__)
 
 
 def forward_step(
@@ -41,11 +46,12 @@ def forward_step(
 def flow_matching_loss(spec: ModelSpec, batch: Microbatch, velocity_SBP: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's part of the mean squared error against noise - latents, and a copy of it to report.
 
-    The sum over this rank's tokens is divided by the element count of the whole microbatch, so that shards of any
-    size weigh right: the parts of a microbatch sum up to its mean.
+    The sum over this rank's real tokens is divided by the element count of the whole microbatch, so that shards of
+    any size weigh right: the parts of a microbatch sum up to its mean.
     """
     target_SBP = output_patches(velocity_target(batch.latents_BCTHW, batch.noise_BCTHW), spec.config.patch_size)
-    part = squared_error_sum(velocity_SBP, shard_tokens(target_SBP, spec.groups)) / target_SBP.numel()
+    own = own_tokens(len(target_SBP), spec.groups)
+    part = squared_error_sum(velocity_SBP[: len(own)], target_SBP[own.start : own.stop]) / target_SBP.numel()
     # The schedule scales the loss in place, so the report needs its own storage.
     return part, part.detach().clone()
 
@@ -55,9 +61,10 @@ class TrainingStep:
 
     Args:
         spec: what the model was built with.
-        stage: this rank's part of the model.
-        model: the same, wrapped in megatron-core's DistributedDataParallel.
-        optimizer: megatron-core's optimizer over it.
+        chunks: this rank's stages.
+        models: the same, each wrapped in megatron-core's DistributedDataParallel.
+        optimizer: megatron-core's optimizer over them.
+        clipper: what happens to the gradients before they are applied.
         num_microbatches: microbatches per replica and iteration.
         micro_batch_size: samples in one.
     """
@@ -65,34 +72,51 @@ class TrainingStep:
     def __init__(
         self,
         spec: ModelSpec,
-        stage: DiffusionTransformer,
-        model: DistributedDataParallel,
+        chunks: list[DiffusionTransformer],
+        models: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
+        clipper: Clipper,
         *,
         num_microbatches: int,
         micro_batch_size: int,
     ) -> None:
-        self.spec, self.stage, self.model, self.optimizer = spec, stage, model, optimizer
+        self.spec, self.chunks, self.models, self.optimizer = spec, chunks, models, optimizer
+        self.clipper = clipper
         self.num_microbatches, self.micro_batch_size = num_microbatches, micro_batch_size
         groups = spec.groups
-        self._schedule = get_forward_backward_func(pp_size=groups.pp.size(), vp_size=None)
+        interleaved = len(chunks) > 1
+        if interleaved:
+            spec.megatron.microbatch_group_size_per_vp_stage = microbatch_group(num_microbatches, groups.pp.size())
+        self._schedule = get_forward_backward_func(
+            pp_size=groups.pp.size(), vp_size=len(chunks) if interleaved else None
+        )
         self._communicator = P2PCommunicator(pp_group=groups.pp, config=spec.megatron)
 
-    def losses_and_gradients(self, batches: Iterator[Microbatch], latent_shape: tuple[int, int, int]) -> float:
-        """Accumulate the gradients of one iteration; the global batch's mean loss, the same on every rank.
+    def losses_and_gradients(
+        self,
+        batches: list[Iterator[Microbatch]],
+        latent_shape: tuple[int, int, int],
+        count: Callable[[], int] = lambda: 0,
+    ) -> tuple[float, int]:
+        """Accumulate the gradients of one iteration.
 
         Args:
-            batches: as many microbatches as the step was made for.
+            batches: for each of this rank's stages, as many microbatches as the step was made for.
             latent_shape: latent frames, rows and columns.
+            count: this rank's count of something, asked for when all microbatches have been taken.
+
+        Returns:
+            The global batch's mean loss, and the sum of all ranks' counts: the same on every rank.
         """
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        packed = self.stage.packed_shape(self.stage.grid(latent_shape))
+        packed = self.chunks[0].packed_shape(self.chunks[0].grid(latent_shape))
         groups = self.spec.groups
         parts = self._schedule(
             forward_step_func=partial(forward_step, self.spec),
-            data_iterator=batches,
-            model=[self.model],
+            data_iterator=batches if len(batches) > 1 else batches[0],
+            model=self.models,
             num_microbatches=self.num_microbatches,
             # The schedule divides by CP, and by TP under sequence parallelism, to get the rows of one hop.
             seq_length=packed.rows * groups.cp.size() * groups.token_shards,
@@ -100,24 +124,48 @@ class TrainingStep:
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        return global_mean_loss(parts, self.spec, self.num_microbatches)
+        return global_mean_loss(parts, self.spec, self.num_microbatches, count())
 
     def update(self) -> float:
-        """Apply the gradients; their global L2 norm before clipping."""
-        _, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm)
+        """Clip and apply the gradients; their global L2 norm before clipping, the same on every rank."""
+        self.optimizer.prepare_grads()
+        # Replicas sum it each for itself; rank 0's word keeps a rounding from telling their clippers apart.
+        norm = torch.tensor([self.optimizer.get_grad_norm()], device=self.spec.device)
+        torch.distributed.broadcast(norm, 0)
+        grad_norm = norm.item()
+        clip = self.clipper.clip(grad_norm)
+        scale_gradients(ready_gradients(self.optimizer), clip)
+        self.optimizer.step_with_ready_grads()
+        if clip.factor == 0.0:
+            logger.warning("a gradient of norm %g, where %g is usual, was dropped", grad_norm, clip.threshold)
+        return grad_norm
 
 
-def global_mean_loss(parts: list[Tensor], spec: ModelSpec, num_microbatches: int) -> float:
-    """Mean over the global batch of the parts that the last stages' ranks hold.
+def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
+    """Microbatches that a stage runs before the rank's next stage takes them, in the interleaved schedule.
+
+    The fewest, for memory, that megatron-core accepts: no fewer than pipeline ranks, nor may the last group be.
+    """
+    return next(
+        size for size in range(pipeline_size, num_microbatches + 1)
+        if num_microbatches % size == 0 or num_microbatches % size >= pipeline_size
+    )
+
+
+def global_mean_loss(
+    parts: list[Tensor], spec: ModelSpec, num_microbatches: int, count: int = 0
+) -> tuple[float, int]:
+    """Mean over the global batch of the parts that the last stages' ranks hold, and the sum of all ranks' counts.
 
     Under sequence and context parallelism the parts of one replica add up; plain tensor-parallel ranks all hold the
-    whole, and replicas average.
+    whole, and replicas average. The count travels with the loss, so that it costs no exchange of its own.
     """
     groups = spec.groups
     copies = 1 if groups.sequence_parallel else groups.tp.size()
-    total = torch.zeros(1, device=spec.device)
+    total = torch.zeros(2, device=spec.device)
     for part in parts:
-        total += part / (num_microbatches * groups.dp.size() * copies)
+        total[0] += (part / (num_microbatches * groups.dp.size() * copies)).squeeze()
+    total[1] = count
     torch.distributed.all_reduce(total)
-    return total.item()
+    loss, counted = total.tolist()
+    return loss, int(counted)

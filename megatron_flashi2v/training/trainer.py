@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v import __version__
@@ -22,25 +23,41 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
-from megatron_flashi2v.checkpoint.state import ShardGrid, load_base_model, load_model, model_pieces
+from megatron_flashi2v.checkpoint.state import (
+    NamedParameters,
+    ShardGrid,
+    load_base_model,
+    load_model,
+    model_pieces,
+    shard_grid,
+)
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
 from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.rules import check_tokens, num_microbatches
+from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
-from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.initialization import initialize_weights
-from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.models.transformer import DiffusionTransformer, Recompute
-from megatron_flashi2v.parallel.groups import Groups, make_groups
+from megatron_flashi2v.models.recompute import Recompute
+from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.models.stages import stages_of_rank
+from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.groups import make_groups
+from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.clipping import make_clipper
+from megatron_flashi2v.training.datasets import open_data, share_encoding
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.step import TrainingStep
+
+MICROBATCHES_AHEAD = 4
+"""Read while the present one is computed; a few even out slow reads, and more only cost memory."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,54 +81,100 @@ class Trainer:
         self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
-        self.dataset = open_dataset(config)
-        self.model_config = fit_model_to_data(model_config, self.dataset)
-        self.latent_shape = self.dataset.info.latent_shape[1:]
-        check_tokens(self.model_config, config.parallel, self.latent_shape)
+        self.data = open_data(config, model_config, device.torch_device)
+        self.model_config = fit_model_to_data(model_config, self.data)
+        for shape in self.data.latent_shapes:
+            check_tokens(self.model_config, shape[1:])
 
         self.groups = make_groups(config.parallel)
+        share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
         self.grid = shard_grid(self.groups)
         self.spec = make_spec(
             self.model_config, self.groups, device.torch_device, bf16=config.batch.bf16,
             fp32_residual_connection=config.batch.fp32_residual_connection,
             attention_backend=config.runtime.attention_backend,
+            virtual_stages=virtual_stages(config.parallel),
         )
-        with device.torch_device:
-            stage = DiffusionTransformer(self.spec, recompute_of(config.recompute, self.spec.config, self.groups))
+        self.chunks = build_chunks(self.spec, config, device)
         resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load)
         if resumed is None:
-            initialize_weights(stage, config.batch.seed)
+            for chunk in self.chunks:
+                initialize_weights(chunk, config.batch.seed)
             if config.checkpoint.pretrained_checkpoint is not None:
-                start_from_pretrained(config.checkpoint.pretrained_checkpoint, self.model_config, stage, self.grid)
-        self.stage = stage
-        self.model = wrap_data_parallel(stage, config)
-        self.optimizer = make_optimizer(self.model, config, self.spec)
+                start_from_pretrained(
+                    config.checkpoint.pretrained_checkpoint, self.model_config, self.named_parameters(), self.grid
+                )
+        self.models = wrap_data_parallel(self.chunks, config)
+        self.optimizer = make_optimizer(self.models, config, self.spec)
+        self.clipper = make_clipper(config.optimizer)
         self.iteration, self.consumed_samples = 0, 0
         if resumed is not None:
             self.resume(resumed)
         elif config.checkpoint.load is not None:
             logger.info("%s holds no checkpoint: starting anew", config.checkpoint.load)
+        self.data.require_whole_batches(self.consumed_samples)
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, config.batch.train_iters, self.iteration)
         self.num_microbatches = num_microbatches(config, launch.world_size)
         self.step = TrainingStep(
-            self.spec, self.stage, self.model, self.optimizer, num_microbatches=self.num_microbatches,
-            micro_batch_size=config.batch.micro_batch_size,
+            self.spec, self.chunks, self.models, self.optimizer, self.clipper,
+            num_microbatches=self.num_microbatches, micro_batch_size=config.batch.micro_batch_size,
         )
+
+    @property
+    def reading_chunk(self) -> int | None:
+        """Which of this rank's stages needs samples: at most one embeds them or computes their loss."""
+        ends = (index for index, chunk in enumerate(self.chunks) if chunk.stage.is_first or chunk.stage.is_last)
+        return next(ends, None)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Global names and parameters of all of this rank's stages."""
+        return [named for chunk in self.chunks for named in chunk.named_parameters()]
 
     def train(self) -> None:
         """Run to ``train_iters``, or to the next multiple of ``exit_interval``; the last iteration is saved."""
         config = self.config
         log = MetricsLog(config.checkpoint.save if self.launch.rank == 0 else None, self.iteration)
         progress = ProgressLine(config.batch.train_iters, config.runtime.log_interval)
-        source = MicrobatchSource(
-            self.dataset, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
-            dp_size=self.groups.dp.size(), device=self.device.torch_device,
-            shapes_only=not (self.groups.is_first_stage or self.groups.is_last_stage),
-        )
+        source = self.make_source()
         self.announce()
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
-        self.model.train()
+        self.bad_samples = self.make_bad_sample_ledger(source)
+        for model in self.models:
+            model.train()
+        try:
+            self.run_iterations(source, log, progress)
+        except BaseException:
+            source.abandon()
+            raise
+        source.close()
+        self.data.close()
+
+    def make_bad_sample_ledger(self, source: MicrobatchSource) -> BadSampleLedger:
+        """What the ranks agree on about samples that cannot be used."""
+        return BadSampleLedger(
+            self.config.checkpoint.save, self.config.data.max_bad_samples, consumed=self.consumed_samples,
+            replica=self.groups.dp.rank(), reads=not source.shapes_only, device=self.device.torch_device,
+        )
+
+    def make_source(self) -> MicrobatchSource:
+        """What reads this replica's share of each global batch."""
+        config = self.config
+        last = config.batch.train_iters
+        if config.checkpoint.exit_interval is not None:
+            interval = config.checkpoint.exit_interval
+            last = min(last, (self.iteration // interval + 1) * interval)
+        return MicrobatchSource(
+            self.data, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
+            dp_size=self.groups.dp.size(), device=self.device.torch_device,
+            shapes_only=self.reading_chunk is None,
+            ahead=self.num_microbatches if self.data.encodes_together else MICROBATCHES_AHEAD,
+            end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
+        )
+
+    def run_iterations(self, source: MicrobatchSource, log: MetricsLog, progress: ProgressLine) -> None:
+        """Train up to the run's last iteration, or to the next multiple of ``exit_interval``."""
+        config = self.config
         while self.iteration < config.batch.train_iters:
             metrics = self.run_iteration(source)
             log.append(metrics)
@@ -132,15 +195,23 @@ class Trainer:
         """One optimizer step.
 
         Raises:
-            UserError: the loss or the gradient is not finite; no rank goes on.
+            UserError: the loss or the gradient is not finite, or too many samples are bad; no rank goes on.
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        batches = source.iteration(self.consumed_samples, self.num_microbatches)
-        loss = self.step.losses_and_gradients(batches, self.latent_shape)
+        reader = self.reading_chunk or 0
+        batches = [
+            source.iteration(self.consumed_samples, self.num_microbatches) if index == reader
+            else source.shapes(self.consumed_samples, self.num_microbatches)
+            for index in range(len(self.chunks))
+        ]
+        latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
+        loss, bad_samples = self.step.losses_and_gradients(batches, latent_shape, lambda: len(source.bad))
+        self.bad_samples.settle(source.bad, bad_samples)
         self.require_finite("loss", loss)
         grad_norm = self.step.update()
-        self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint will hold them
+        if not self.clipper.drops_non_finite:
+            self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint holds them
         self.scheduler.step(increment=1)
         self.device.synchronize()
         self.iteration += 1
@@ -164,8 +235,9 @@ class Trainer:
         assert root is not None
         if self.config.parallel.overlap_param_gather:
             # The next forward pass would gather the updated shards; until then the weights here are a step old.
-            self.model.start_param_sync(force_sync=True)
-        parameters = list(self.stage.named_parameters())
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+        parameters = self.named_parameters()
         folder = save_checkpoint(
             root, self.iteration,
             pieces=[*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid)],
@@ -175,10 +247,11 @@ class Trainer:
                 "iteration": self.iteration,
                 "consumed_samples": self.consumed_samples,
                 "seed": self.config.batch.seed,
-                "data": {"samples": len(self.dataset), "fingerprint": self.dataset.fingerprint,
-                         "frames": self.dataset.info.frames, "height": self.dataset.info.height,
-                         "width": self.dataset.info.width, "fps": self.dataset.info.fps},
+                "data": {"samples": len(self.data), "fingerprint": self.data.fingerprint,
+                         "frames": self.data.info.frames, "height": self.data.info.height,
+                         "width": self.data.info.width, "fps": self.data.info.fps},
                 "optimizer": optimizer_common_state(self.optimizer),
+                "clipper": self.clipper.state_dict(),
             },
             rank=self.launch.rank, world_size=self.launch.world_size,
         )
@@ -192,27 +265,40 @@ class Trainer:
         """
         require_same_model(load_model_config(folder), self.model_config, folder)
         state = load_training_state(folder)
-        parameters = list(self.stage.named_parameters())
+        parameters = self.named_parameters()
         load_model(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
+        self.resume_clipper(state.get("clipper"), folder)
         if self.iteration and state["seed"] != self.config.batch.seed:
             logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change",
                            self.config.batch.seed, folder, state["seed"])
-        if self.iteration and state["data"]["fingerprint"] != self.dataset.fingerprint:
-            logger.warning("%s was trained on other data than %s", folder, self.dataset.folder)
+        if self.iteration and state["data"]["fingerprint"] != self.data.fingerprint:
+            logger.warning("%s was trained on other data than %s", folder, self.data.name)
         logger.info("resumed from %s at iteration %d", folder, self.iteration)
+
+    def resume_clipper(self, state: dict[str, Any] | None, folder: Path) -> None:
+        """Load the clipper's state; one of another method does not fit, and this run's starts anew."""
+        if state is None:
+            return
+        if state["method"] == self.clipper.method:
+            self.clipper.load_state_dict(state)
+        else:
+            logger.warning("--clip-grad-method is %s, but %s was trained with %s: clipping starts anew",
+                           self.clipper.method, folder, state["method"])
 
     def announce(self) -> None:
         """Write what this run is made of, to the log and as config.yaml."""
-        tokens = math.prod(self.stage.grid(self.latent_shape))
-        held = sum(parameter.numel() for parameter in self.stage.parameters())
+        tokens = max(math.prod(self.chunks[0].grid(shape[1:])) for shape in self.data.latent_shapes)
+        held = sum(parameter.numel() for _, parameter in self.named_parameters())
         logger.info("%s, launched by %s; %d processes", self.device.describe(), self.launch.launcher,
                     self.launch.world_size)
-        logger.info("data: %d samples of %d visual tokens from %s", len(self.dataset), tokens, self.dataset.folder)
+        rows = rows_per_rank(tokens, self.groups)
+        padded = rows * self.groups.token_parts
+        logger.info("data: %d samples of %d visual tokens%s from %s", len(self.data), tokens,
+                    f", padded to {padded}," if padded > tokens else "", self.data.name)
         logger.info("rank 0 holds %s parameters and %d tokens; %d microbatches of %d samples each iteration",
-                    f"{held:,}", tokens // self.groups.token_shards, self.num_microbatches,
-                    self.config.batch.micro_batch_size)
+                    f"{held:,}", rows, self.num_microbatches, self.config.batch.micro_batch_size)
         for operator, implementation, why_not in describe(self.spec.kernels.chosen):
             logger.info("kernel %s: %s%s", operator, implementation, f" ({why_not})" if why_not else "")
         if self.launch.rank == 0 and self.config.checkpoint.save is not None:
@@ -226,45 +312,30 @@ class Trainer:
                            "continue that run with --load %s, or choose another folder", save, save)
 
 
-def open_dataset(config: TrainConfig) -> PreparedDataset:
-    """The prepared data.
-
-    Raises:
-        ConfigError: no path was given.
-        DataError: it is missing, damaged or empty.
-    """
-    if config.data.data_path is None:
-        raise ConfigError("--data-path is not set; give the folder that `flashi2v prepare` wrote")
-    if config.data.data_path.is_file():
-        raise DataError(f"--data-path {config.data.data_path} is a file; give the folder that `flashi2v prepare` wrote")
-    dataset = PreparedDataset(config.data.data_path)
-    if not len(dataset):
-        raise DataError(f"--data-path {config.data.data_path} holds no samples; prepare it again")
-    return dataset
-
-
-def fit_model_to_data(model: ModelConfig, dataset: PreparedDataset) -> ModelConfig:
+def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
     """Record how captions were cleaned, and what the paradigm takes from the data; check that widths agree.
 
     Raises:
         ConfigError: latent channels, text width or text length differ.
     """
-    info = dataset.info
+    info = data.info
     for name, wanted, found in (("latent_channels", model.latent_channels, info.latent_shape[0]),
                                 ("text_dim", model.text_dim, info.text_dim)):
         if wanted != found:
-            raise ConfigError(f"{name} is {wanted} in the model, but {found} in {dataset.folder}; they must be equal")
-    if info.text_length > model.text_length:
+            raise ConfigError(f"{name} is {wanted} in the model, but {found} in {data.name}; they must be equal")
+    if data.text_length > model.text_length:
         raise ConfigError(
-            f"text_length is {model.text_length} in the model, but captions in {dataset.folder} have up to "
-            f"{info.text_length} rows; set --text-length {info.text_length}"
+            f"text_length is {model.text_length} in the model, but captions in {data.name} have up to "
+            f"{data.text_length} rows; set --text-length {data.text_length}"
         )
     model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
     stride = info.temporal_stride
     return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
-def start_from_pretrained(source: Path, model: ModelConfig, stage: DiffusionTransformer, grid: ShardGrid) -> None:
+def start_from_pretrained(
+    source: Path, model: ModelConfig, named_parameters: NamedParameters, grid: ShardGrid
+) -> None:
     """Fill a new run's initialised weights from a text-to-video checkpoint, or from one of its own paradigm.
 
     Raises:
@@ -279,7 +350,7 @@ def start_from_pretrained(source: Path, model: ModelConfig, stage: DiffusionTran
     free = FREE_OF_WEIGHTS if conditioning == model.conditioning else FREE_OF_WEIGHTS + PARADIGM_FIELDS
     wanted = {name: getattr(base, name) for name in free}
     require_same_model(base, dataclasses.replace(model, conditioning=conditioning, **wanted), folder)
-    load_base_model(folder, base, stage.named_parameters(), grid)
+    load_base_model(folder, base, named_parameters, grid)
     logger.info("starting from the weights of %s (%s)", folder, base.conditioning)
 
 
@@ -299,21 +370,25 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def shard_grid(groups: Groups) -> ShardGrid:
-    """This rank's place as checkpoints see it."""
-    return ShardGrid(
-        tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), dp_rank=groups.dp_cp.rank(), dp_size=groups.dp_cp.size()
-    )
+def build_chunks(spec: ModelSpec, config: TrainConfig, device: Device) -> list[DiffusionTransformer]:
+    """This rank's stages of the model, on the device; their weights are not set yet."""
+    counts = stage_layer_counts(config.parallel, spec.config.num_layers)
+    pipeline = spec.groups.pp
+    with device.torch_device:
+        return [
+            DiffusionTransformer(spec, stage, recompute_of(config.recompute, len(stage.layers)))
+            for stage in stages_of_rank(counts, pipeline.size(), pipeline.rank())
+        ]
 
 
-def recompute_of(arguments: RecomputeArguments, model: ModelConfig, groups: Groups) -> Recompute:
-    """Which blocks of a stage are recomputed in backward."""
-    if arguments.recompute_granularity is None:
-        return Recompute()
-    per_stage = model.num_layers // groups.pp.size()
+def recompute_of(arguments: RecomputeArguments, blocks: int) -> Recompute:
+    """What a stage of that many blocks computes again in backward."""
+    granularity = arguments.recompute_granularity
+    if granularity != "full":
+        return Recompute(inside=granularity)
     if arguments.recompute_method == "block":
-        return Recompute(layers=min(arguments.recompute_num_layers, per_stage), group=1)
-    return Recompute(layers=per_stage, group=arguments.recompute_num_layers)
+        return Recompute(layers=min(arguments.recompute_num_layers, blocks), group=1)
+    return Recompute(layers=blocks, group=arguments.recompute_num_layers)
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:

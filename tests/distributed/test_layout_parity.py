@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,59 +11,199 @@ from helpers.layouts import (
     Layout,
     assert_same_gradients,
     assert_same_metrics,
+    assert_same_velocity,
     assert_same_weights,
     metrics,
     run_layouts,
+    tensors,
     weights,
 )
 from helpers.synthetic_data import write_synthetic
 
+from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+
+pytestmark = pytest.mark.timeout(3600)  # the first test that needs a run makes all of its kind
+
 TP, PP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
+CP, ALGO = "--context-parallel-size", "--context-parallel-algo"
+VIRTUAL = ("--num-virtual-stages-per-pipeline-rank", "2")
 LAYOUTS = [
     Layout("tp2", 2, (TP, "2")),
     Layout("tp2-sp", 2, (TP, "2", SP)),
+    Layout("tp4", 4, (TP, "4")),
+    Layout("tp4-sp", 4, (TP, "4", SP)),
     Layout("pp2", 2, (PP, "2")),
-    Layout("dp2", 2),
+    Layout("pp4", 4, (PP, "4")),
+    Layout("pp2-virtual2", 2, (PP, "2", *VIRTUAL)),
+    Layout("pp3-uneven", 3, (PP, "3")),
+    Layout("cp2-ulysses", 2, (CP, "2")),
+    Layout("cp2-ring", 2, (CP, "2", ALGO, "ring")),
+    Layout("cp4-usp", 4, (CP, "4", ALGO, "usp", "--ulysses-degree", "2")),
+    Layout("cp3-padded", 3, (CP, "3", ALGO, "ring")),  # 40 tokens
+    Layout("dp2", 2, replicas=2),
+    Layout("dp2-overlap", 2, ("--overlap-grad-reduce",), replicas=2),
     Layout("tp2-pp2", 4, (TP, "2", PP, "2")),
-    Layout("tp2-sp-pp2", 4, (TP, "2", PP, "2", SP)),
-    Layout("pp4-recompute", 4, (PP, "4", "--recompute-granularity", "full")),
+    Layout("tp2-cp2", 4, (TP, "2", CP, "2")),
+    Layout("tp2-sp-cp2", 4, (TP, "2", SP, CP, "2", ALGO, "ring")),
+    Layout("pp2-cp2", 4, (PP, "2", CP, "2")),
+    Layout("tp2-pp2-cp2", 8, (TP, "2", SP, PP, "2", CP, "2")),
+    Layout("dp2-tp2-pp2", 8, (TP, "2", SP, PP, "2"), replicas=2),
 ]
+BF16_DEFAULT = ("tp2-sp", "pp2-virtual2", "cp2-ulysses", "cp2-ring", "tp2-pp2")
+# The layout on which a planted bug shows.
+SPOILED = {
+    "norm_weights": (TP, "2", SP),
+    "modulation": (TP, "2", SP),
+    "text_rows": (PP, "2"),
+    "noise_keys": (),
+    "ring_merge": (CP, "2", ALGO, "ring"),
+}
 OVERLAP = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+# The norms lie around 0.33: some are clipped, and some move the threshold.
+ADAPTIVE = ("--clip-grad-method", "adaptive-npu", "--clip-grad", "0.33", "--clip-grad-ema-decay", "0.5")
 SGD = ("--optimizer", "sgd", "--lr", "0.05")
+# Samples of one microbatch, and microbatches of an iteration; the first two in the default tier.
+BATCHES = [(2, 1), (1, 4), (1, 1), (2, 4)]
+ITERATIONS = 10
 
 
-def common_flags(data: Path) -> list[str]:
-    return ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", "5", "--seed", "7",
-            "--micro-batch-size", "2", "--global-batch-size", "4", "--lr-warmup-iters", "0"]
+def common_flags(data: Path, iterations: int = 5) -> list[str]:
+    return ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", str(iterations),
+            "--seed", "7", "--lr-warmup-iters", "0"]
+
+
+def batch_flags(micro: int, whole: int) -> tuple[str, ...]:
+    return "--micro-batch-size", str(micro), "--global-batch-size", str(whole)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_synthetic(tmp_path_factory.mktemp("data") / "set", 6, (16, 3, 8, 12), 64, 32, seed=3)
+    """Samples of 2 x 4 x 5 tokens, a number that 3 does not divide."""
+    return write_synthetic(tmp_path_factory.mktemp("data") / "set", 6, (16, 2, 8, 10), 64, 32, seed=3)
+
+
+def microbatches(layout: Layout, micro: int, count: int) -> int:
+    """As many as asked for; the interleaved schedule needs one for each pipeline rank."""
+    return max(count, 2) if "--num-virtual-stages-per-pipeline-rank" in layout.flags else count
+
+
+def case_name(layout: Layout, micro: int, count: int) -> str:
+    return f"{layout.name}-micro{micro}-x{microbatches(layout, micro, count)}"
+
+
+class SgdRuns:
+    """Runs of all layouts for one size of microbatch and one accumulation, with the single-process runs beside them."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+        self.saves: dict[str, Path] = {}
+
+    def compare(self, layout: Layout, micro: int, count: int) -> tuple[Path, Path]:
+        """The ``--save`` folders of a layout's run and of the single process with the same global batch."""
+        if case_name(layout, micro, count) not in self.saves:
+            self._run(micro, count)
+        return self.saves[case_name(layout, micro, count)], self.saves[f"single-{self._whole(layout, micro, count)}"]
+
+    def _whole(self, layout: Layout, micro: int, count: int) -> int:
+        return micro * microbatches(layout, micro, count) * layout.replicas
+
+    def _run(self, micro: int, count: int) -> None:
+        layouts = []
+        for whole in {self._whole(layout, micro, count) for layout in LAYOUTS}:
+            if f"single-{whole}" not in self.saves:
+                layouts.append(Layout(f"single-{whole}", 1, batch_flags(2 if whole % 2 == 0 else 1, whole)))
+        for layout in LAYOUTS:
+            flags = (*layout.flags, *batch_flags(micro, self._whole(layout, micro, count)))
+            layouts.append(Layout(case_name(layout, micro, count), layout.world, flags))
+        self.saves |= run_layouts(layouts, self.folder, [*common_flags(self.data, ITERATIONS), *SGD], timeout=1800)
 
 
 @pytest.fixture(scope="module")
-def sgd_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    layouts = [Layout("single", 1), *LAYOUTS]
-    return run_layouts(layouts, tmp_path_factory.mktemp("sgd"), [*common_flags(data), *SGD])
+def sgd_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SgdRuns:
+    return SgdRuns(tmp_path_factory.mktemp("sgd"), data)
 
 
-@pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS])
-def test_layout_trains_like_one_process(sgd_runs: dict[str, Path], name: str) -> None:
-    assert_same_metrics(sgd_runs[name], sgd_runs["single"])
-    assert_same_gradients(sgd_runs[name], sgd_runs["single"])
-    assert_same_weights(sgd_runs[name], sgd_runs["single"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("micro, count", [
+    batch if index < 2 else pytest.param(*batch, marks=pytest.mark.long) for index, batch in enumerate(BATCHES)
+])
+def test_layout_trains_like_one_process(sgd_runs: SgdRuns, layout: Layout, micro: int, count: int) -> None:
+    run, single = sgd_runs.compare(layout, micro, count)
+    assert len(metrics(run)) == ITERATIONS
+    assert_same_metrics(run, single)
+    assert_same_gradients(run, single)
+    assert_same_weights(run, single)
+    assert_same_velocity(run, single)
 
 
-def test_the_reference_run_learns(sgd_runs: dict[str, Path]) -> None:
-    losses = [row["loss"] for row in metrics(sgd_runs["single"])]
-    assert len(set(losses)) == 5
+class Bf16Runs:
+    """Runs in bf16 of the default tier's layouts, and of the others once one of them is asked for."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+        self.saves: dict[str, Path] = {}
+
+    def compare(self, layout: Layout) -> tuple[Path, Path]:
+        """The ``--save`` folders of a layout's run and of the single process with the same global batch."""
+        if layout.name not in self.saves:
+            self._run([other for other in LAYOUTS if (other.name in BF16_DEFAULT) == (layout.name in BF16_DEFAULT)])
+        return self.saves[layout.name], self.saves[f"single-{self._whole(layout)}"]
+
+    def _whole(self, layout: Layout) -> int:
+        return 2 * microbatches(layout, 2, 1) * layout.replicas
+
+    def _run(self, layouts: list[Layout]) -> None:
+        missing = {whole for whole in map(self._whole, layouts) if f"single-{whole}" not in self.saves}
+        runs = [Layout(f"single-{whole}", 1, batch_flags(2, whole)) for whole in missing]
+        runs += [replace(layout, flags=(*layout.flags, *batch_flags(2, self._whole(layout)))) for layout in layouts]
+        common = [*common_flags(self.data, ITERATIONS), *SGD, "--bf16"]
+        self.saves |= run_layouts(runs, self.folder, common, timeout=1800)
+
+
+@pytest.fixture(scope="module")
+def bf16_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bf16Runs:
+    return Bf16Runs(tmp_path_factory.mktemp("bf16"), data)
+
+
+@pytest.mark.parametrize("layout", [
+    layout if layout.name in BF16_DEFAULT else pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS
+], ids=lambda layout: layout.name)
+def test_layout_in_bf16_stays_near_one_process(bf16_runs: Bf16Runs, layout: Layout) -> None:
+    run, single = bf16_runs.compare(layout)
+    for row, want in zip(metrics(run), metrics(single), strict=True):
+        assert row["loss"] == pytest.approx(want["loss"], rel=2e-2)
+
+
+@pytest.fixture(scope="module")
+def spoiled_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two iterations of layouts with a bug planted in each, and without."""
+    layouts = [Layout("single", 1)]
+    for bug, flags in SPOILED.items():
+        layouts += [Layout(f"{bug}-sound", 2, flags), Layout(bug, 2, flags, bug=bug)]
+    return run_layouts(
+        layouts, tmp_path_factory.mktemp("spoiled"), [*common_flags(data, 2), *batch_flags(2, 4), *SGD], timeout=1800
+    )
+
+
+@pytest.mark.parametrize("bug", SPOILED)
+def test_the_harness_notices_a_planted_bug(spoiled_runs: dict[str, Path], bug: str) -> None:
+    assert_same_gradients(spoiled_runs[f"{bug}-sound"], spoiled_runs["single"])
+    with pytest.raises(AssertionError, match="is .* off"):
+        assert_same_gradients(spoiled_runs[bug], spoiled_runs["single"])
+    with pytest.raises(AssertionError, match="is .* off"):
+        assert_same_metrics(spoiled_runs[bug], spoiled_runs["single"])
+
+
+def test_the_reference_run_learns(sgd_runs: SgdRuns) -> None:
+    _, single = sgd_runs.compare(LAYOUTS[0], *BATCHES[0])
+    losses = [row["loss"] for row in metrics(single)]
+    assert len(set(losses)) == ITERATIONS
     assert losses[0] == pytest.approx(2.0, rel=0.2)  # a zero head predicts 0 for noise - latents of unit variance
 
 
 @pytest.fixture(scope="module")
 def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """AdamW in one process; with the distributed optimizer; and halves of runs that go on at another layout."""
+    """AdamW in one process; with the distributed optimizer; halves of runs that go on elsewhere; adaptive clipping."""
     folder = tmp_path_factory.mktemp("adam")
     first, second = ("--exit-interval", "2"), lambda name: ("--load", str(folder / name))
     layouts = [
@@ -70,7 +211,10 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         Layout("tp2-sp-half", 2, (TP, "2", SP, *first)),
         Layout("pp2-rest", 2, (PP, "2", *second("tp2-sp-half"))),
         Layout("distributed-optimizer", 2, ("--use-distributed-optimizer",)),
+        Layout("adaptive", 1, ADAPTIVE),
+        Layout("adaptive-distributed-optimizer", 2, (*OVERLAP, *ADAPTIVE)),
         Layout("distributed-optimizer-half", 2, ("--use-distributed-optimizer", *first)),
+        Layout("virtual-half", 2, (PP, "2", *VIRTUAL, *first)),
         Layout("tp2-rest", 2, (TP, "2", *second("distributed-optimizer-half"))),
         Layout("bf16", 1, ("--bf16",)),
         Layout("bf16-tp2-sp", 2, (TP, "2", SP, "--bf16")),
@@ -78,13 +222,25 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         Layout("overlap", 2, OVERLAP),
         Layout("overlap-half", 2, (*OVERLAP, *first)),
         Layout("overlap-rest", 2, (*OVERLAP, *second("overlap-half"))),
+        Layout("cp2-rest", 2, (CP, "2", *second("virtual-half"))),
+        Layout("sgd", 1, SGD),
+        Layout("sgd-adaptive", 1, (*SGD, *ADAPTIVE)),
+        Layout("sgd-adaptive-tp2", 2, (TP, "2", *SGD, *ADAPTIVE)),
+        Layout("sgd-adaptive-dp2", 2, (*SGD, *ADAPTIVE)),
+        # What a layout loads of another's checkpoint, saved again.
+        Layout("again-pp4", 4, (PP, "4", *second("tp2-sp-half")), saves_again=True),
+        Layout("again-cp2-tp2", 4, (CP, "2", TP, "2", OVERLAP[0], *second("distributed-optimizer-half")),
+               saves_again=True),
+        Layout("again-virtual", 4, (TP, "2", PP, "2", *VIRTUAL, *second("virtual-half")), saves_again=True),
     ]
-    return run_layouts(layouts, folder, [*common_flags(data), "--lr", "1e-3"])
+    return run_layouts(layouts, folder, [*common_flags(data), *batch_flags(2, 4), "--lr", "1e-3"])
 
 
-@pytest.mark.parametrize("name", ["distributed-optimizer", "overlap"])
-def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path], name: str) -> None:
-    assert_same_metrics(adam_runs[name], adam_runs["single"])
+@pytest.mark.parametrize("name, reference", [
+    ("distributed-optimizer", "single"), ("overlap", "single"), ("adaptive-distributed-optimizer", "adaptive"),
+])
+def test_distributed_optimizer_trains_like_one_process(adam_runs: dict[str, Path], name: str, reference: str) -> None:
+    assert_same_metrics(adam_runs[name], adam_runs[reference])
 
 
 @pytest.mark.parametrize("name, reference, relative", [
@@ -109,3 +265,22 @@ def test_resume_at_another_layout_continues_the_run(adam_runs: dict[str, Path], 
         assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
         assert row["lr"] == want["lr"]
+
+
+@pytest.mark.parametrize("half, again", [
+    ("tp2-sp-half", "again-pp4"), ("distributed-optimizer-half", "again-cp2-tp2"), ("virtual-half", "again-virtual"),
+])
+def test_a_checkpoint_goes_through_another_layout_bit_for_bit(
+    adam_runs: dict[str, Path], half: str, again: str
+) -> None:
+    stored, found = (tensors(find_checkpoint(adam_runs[name]), "") for name in (half, again))
+    assert stored.keys() == found.keys() and any(key.startswith("optimizer.exp_avg_sq.") for key in stored)
+    assert all(torch.equal(found[key], value) for key, value in stored.items())
+
+
+@pytest.mark.parametrize("name", ["sgd-adaptive-tp2", "sgd-adaptive-dp2"])
+def test_adaptive_clipping_is_the_same_on_all_ranks(adam_runs: dict[str, Path], name: str) -> None:
+    assert_same_metrics(adam_runs[name], adam_runs["sgd-adaptive"])
+    assert_same_weights(adam_runs[name], adam_runs["sgd-adaptive"])
+    with pytest.raises(AssertionError):
+        assert_same_weights(adam_runs[name], adam_runs["sgd"])  # another run than with the fixed norm

@@ -1,4 +1,4 @@
-"""Every paradigm trains over tensor and pipeline ranks as in one process."""
+"""Every paradigm trains over tensor, pipeline and context ranks as in one process."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from helpers.synthetic_data import write_synthetic
 from megatron_flashi2v.config.model import PARADIGMS
 
 DIVIDED = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel")
+CONTEXT = ("--context-parallel-size", "2")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three iterations of each paradigm in one process, and over TP 2 with SP x PP 2; two launches in all."""
+    """Three iterations of each paradigm in one process, over TP 2 with SP x PP 2, and over CP 2; three launches."""
     folder = tmp_path_factory.mktemp("paradigms")
     data = write_synthetic(folder / "data", 6, (16, 3, 8, 12), 64, 32, seed=3)
     layouts = []
@@ -29,6 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         layouts += [
             Layout(f"{name}-single", 1, ("--conditioning", name)),
             Layout(f"{name}-divided", 4, ("--conditioning", name, *DIVIDED)),
+            Layout(f"{name}-context", 2, ("--conditioning", name, *CONTEXT)),
         ]
     common = ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", "3", "--seed", "7",
               "--micro-batch-size", "2", "--global-batch-size", "4", "--optimizer", "sgd", "--lr", "0.05"]
@@ -38,9 +40,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return run_layouts(layouts, folder, common)
 
 
-@pytest.mark.parametrize("name", [*PARADIGMS, "started"])
-def test_paradigm_over_tensor_and_pipeline_ranks_trains_like_one_process(runs: dict[str, Path], name: str) -> None:
-    divided, single = runs[f"{name}-divided"], runs[f"{name}-single"]
+@pytest.mark.parametrize("name, layout", [
+    *((name, layout) for name in PARADIGMS for layout in ("divided", "context")), ("started", "divided"),
+])
+def test_divided_paradigm_trains_like_one_process(runs: dict[str, Path], name: str, layout: str) -> None:
+    divided, single = runs[f"{name}-{layout}"], runs[f"{name}-single"]
     assert_same_metrics(divided, single)
     assert_same_gradients(divided, single)
     assert_same_weights(divided, single)

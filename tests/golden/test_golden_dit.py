@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from megatron_flashi2v.conditioning.interface import ConditionedInput
 from megatron_flashi2v.flow.loss import mean_squared_error
 from megatron_flashi2v.models.patches import Grid
-from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import single_process
@@ -103,7 +104,7 @@ def record_activations(model: DiffusionTransformer, grid: Grid) -> dict[str, Ten
     )
     for index, block in model.blocks.items():
         hook(block, **{f"blocks.{index}": batch_first})
-        hook(block.self_attention, **{f"blocks.{index}.self_attn": batch_first})
+        hook(block.self_attention.linear_proj, **{f"blocks.{index}.self_attn": lambda output: batch_first(output[0])})
         hook(block.cross_attention, **{f"blocks.{index}.cross_attn": batch_first})
         hook(block.mlp, **{f"blocks.{index}.ffn": batch_first})
     hook(model.head, head=batch_first)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.interface import ConditionedInput
-from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import single_process

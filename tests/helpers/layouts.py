@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
 from megatron_flashi2v.checkpoint.storage import read_full, read_index
@@ -18,11 +20,23 @@ RUNNER = Path(__file__).parents[1] / "distributed" / "run_layouts.py"
 
 @dataclass(frozen=True)
 class Layout:
-    """A name, the processes it takes and the flags that make it."""
+    """One run.
+
+    Attributes:
+        name: of the ``--save`` folder.
+        world: processes.
+        flags: what makes the layout.
+        replicas: how many share a global batch.
+        bug: of ``planted_bugs.BUGS``, to be planted.
+        saves_again: only load (by the flags) and save.
+    """
 
     name: str
     world: int
     flags: tuple[str, ...] = ()
+    replicas: int = 1
+    bug: str | None = None
+    saves_again: bool = False
 
 
 def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout: int = 300) -> dict[str, Path]:
@@ -31,7 +45,7 @@ def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout:
     for world in sorted({layout.world for layout in layouts}):
         plan = folder / f"plan-{world}.json"
         plan.write_text(json.dumps([
-            {"name": layout.name, "flags": [*common, *layout.flags, "--save", str(saves[layout.name])]}
+            {**vars(layout), "flags": [*common, *layout.flags, "--save", str(saves[layout.name])]}
             for layout in layouts if layout.world == world
         ]))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
@@ -46,8 +60,9 @@ def metrics(save: Path) -> list[dict]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
+@functools.lru_cache(maxsize=64)
 def tensors(folder: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
-    """Whole tensors of a sharded folder by key."""
+    """Whole tensors of a sharded folder by key; references are read once for all that is compared with them."""
     return {key: read_full(folder, key) for key in read_index(folder).tensors if key.startswith(prefix)}
 
 
@@ -78,6 +93,12 @@ def assert_same_gradients(run: Path, reference: Path, relative: float = 1e-4) ->
         # Rounding of large gradients reaches small ones: a millionth of the largest is allowed on top.
         error = (found[name] - want).norm()
         assert error <= relative * want.norm() + 1e-7 * scale, f"{run.name}: gradient of {name} is {error:.1e} off"
+
+
+def assert_same_velocity(run: Path, reference: Path) -> None:
+    """The trained models predict the same velocity for the same noisy latents."""
+    found, expected = (load_file(folder / "velocity.safetensors")["velocity"] for folder in (run, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def assert_same_weights(run: Path, reference: Path) -> None:

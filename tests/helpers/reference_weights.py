@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.plain_flashi2v import PlainFlashI2V
 from megatron_flashi2v.checkpoint.key_table import mappings
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.transformer import DiffusionTransformer
@@ -63,6 +64,24 @@ def build_golden_model(
     model = build_model(config, groups, resolve_device("cpu"))
     fill(model, golden_weights(goldens, case), "wan")
     return model
+
+
+def random_weights(config: ModelConfig, external_format: str, generator: torch.Generator) -> dict[str, Tensor]:
+    """fp32 tensors under another format's names, none of them zero or one, that keep activations near unit variance."""
+    weights = {}
+    for row in mappings(config, external_format):
+        for name in row.external:
+            noise = torch.randn(row.external_shape, generator=generator)
+            matrix = noise.ndim > 1 and "modulation" not in name
+            scale = noise[0].numel() ** -0.5 if matrix else 0.2
+            weights[name] = scale * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return weights
+
+
+def plain_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> PlainFlashI2V:
+    """The plain reference in fp64, with leaves that take gradients."""
+    leaves = {name: tensor.double().requires_grad_() for name, tensor in weights.items()}
+    return PlainFlashI2V(leaves, config.num_attention_heads, repeat_first=config.phi_order == "repeat_then_conv")
 
 
 def fill(model: DiffusionTransformer, weights: Mapping[str, Tensor], external_format: str) -> None:

@@ -15,7 +15,7 @@ from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.state import ShardGrid, load_model
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.models.transformer import predict_velocity
+from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import build_model, single_process
 

@@ -6,9 +6,20 @@ import pytest
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.recipe import parse
-from megatron_flashi2v.config.rules import check_tokens, check_train, num_microbatches
+from megatron_flashi2v.config.rules import (
+    check_tokens,
+    check_train,
+    num_microbatches,
+    ring_degree,
+    stage_layer_counts,
+    ulysses_degree,
+)
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
+
+VIRTUAL = ["--num-virtual-stages-per-pipeline-rank", "2"]
+CP, ALGO, DEGREE = "--context-parallel-size", "--context-parallel-algo", "--ulysses-degree"
+USP = (ALGO, "usp")
 
 
 def check(*argv: str, world: int = 1) -> TrainConfig:
@@ -19,11 +30,28 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
 
 @pytest.mark.parametrize("argv, world, words", [
     (["--tensor-model-parallel-size", "3"], 3, ["--tensor-model-parallel-size 3", "num_attention_heads 8", "choose 2"]),
-    (["--pipeline-model-parallel-size", "3"], 3, ["--pipeline-model-parallel-size 3", "num_layers 4", "choose 2"]),
+    (["--pipeline-model-parallel-size", "5"], 5, ["5 stages of num_layers 4", "choose at most 4"]),
+    ([*VIRTUAL, "--pipeline-model-parallel-size", "3"], 3, ["6 stages of num_layers 4", "choose at most 2"]),
+    (VIRTUAL, 1, ["--pipeline-model-parallel-size is 1", "at least 2"]),
+    ([*VIRTUAL, "--pipeline-model-parallel-size", "2", "--global-batch-size", "2"], 4,
+     ["at least as many microbatches", "choose at least 4"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "1,1,2"], 2, ["names 3 stages", "has 2"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "1,2"], 2, ["adds up to 3", "the model has 4"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "4,0"], 2, ["needs at least 1"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "a,b"], 2, ["whole numbers", "7,8,8,7"]),
+    (["--recompute-granularity", "selective", "--recompute-num-layers", "2"], 1, ["belong to", "leave them out"]),
     (["--tensor-model-parallel-size", "2"], 3, ["3 processes", "multiple of 2"]),
     (["--global-batch-size", "3"], 2, ["--global-batch-size 3", "2 data-parallel", "choose 4"]),
     (["--global-batch-size", "4", "--micro-batch-size", "3"], 1, ["--global-batch-size 4", "choose 3"]),
-    (["--context-parallel-size", "2"], 2, ["--context-parallel-size", "not available yet"]),
+    (["--tensor-model-parallel-size", "8", "--sequence-parallel", "--text-length", "36"], 8,
+     ["text_length 36", "--tensor-model-parallel-size 8", "choose 4"]),
+    ([CP, "3"], 3, ["ulysses divides the 8 heads", f"{CP} 3", "choose 2", "ring", f"{DEGREE} 1"]),
+    ([CP, "6", "--tensor-model-parallel-size", "2"], 12, ["the 4 heads", f"{CP} 6", "choose 4", f"{DEGREE} 2"]),
+    ([CP, "4", *USP], 4, ["usp needs --ulysses-degree", "choose 4"]),
+    ([CP, "6", *USP, DEGREE, "3"], 6, [f"{DEGREE} 3", f"{CP} 6", "8 heads", "choose 2"]),
+    ([CP, "6", *USP, DEGREE, "4"], 6, [f"{DEGREE} 4", f"{CP} 6", "8 heads", "choose 2"]),
+    ([CP, "4", *USP, DEGREE, "0"], 4, [f"{DEGREE} 0", "choose 1"]),
+    ([CP, "4", ALGO, "ring", DEGREE, "2"], 4, [f"{DEGREE} 2 belongs to {ALGO} usp, not to ring"]),
     (["--train-iters", "0"], 1, ["--train-iters is 0", "at least 1"]),
     (["--cutoff-ratio-min", "0.9", "--cutoff-ratio-max", "0.1"], 1, ["--cutoff-ratio-min 0.9"]),
     (["--image-noise-log-mean", "nan"], 1, ["--image-noise-log-mean is nan"]),
@@ -33,6 +61,10 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
     (["--sigma-shift", "0"], 1, ["--sigma-shift is 0"]),
     (["--adam-beta1", "2"], 1, ["--adam-beta1 is 2"]),
     (["--clip-grad", "-1"], 1, ["--clip-grad is -1"]),
+    (["--clip-grad", "0", "--clip-grad-method", "adaptive"], 1, ["--clip-grad is 0", "method adaptive starts from it"]),
+    (["--clip-grad-rules", "reference"], 1, ["--clip-grad-rules reference", "adaptive-npu, not to norm"]),
+    (["--clip-grad-ema-decay", "1"], 1, ["--clip-grad-ema-decay is 1"]),
+    (["--clip-grad-extreme-norm", "0"], 1, ["--clip-grad-extreme-norm is 0"]),
     (["--lr", "-1"], 1, ["--lr is -1.0; it must be at least 0"]),
     (["--lr", "inf"], 1, ["--lr is inf; it must be a finite number"]),
     (["--sigma-shift", "nan"], 1, ["--sigma-shift is nan; it must be a finite number"]),
@@ -55,11 +87,34 @@ def test_accepted_layout_and_its_microbatches() -> None:
     assert num_microbatches(config, 8) == 6
 
 
-def test_tokens_must_divide_into_patches_and_over_sequence_parallel_ranks() -> None:
-    config = parse(TrainConfig, ["--tensor-model-parallel-size", "4", "--sequence-parallel"], prog="t", description="")
-    model = resolve_model(config.model)
-    check_tokens(model, config.parallel, (3, 8, 12))
+@pytest.mark.parametrize("argv, layers, counts", [
+    (["--pipeline-model-parallel-size", "2"], 40, (20, 20)),
+    (["--pipeline-model-parallel-size", "3"], 4, (1, 2, 1)),
+    (["--pipeline-model-parallel-size", "4"], 30, (7, 8, 8, 7)),
+    (["--pipeline-model-parallel-size", "4"], 31, (7, 8, 8, 8)),
+    (["--pipeline-model-parallel-size", "2"], 5, (2, 3)),
+    (["--pipeline-model-parallel-size", "2", *VIRTUAL], 6, (1, 2, 2, 1)),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "3,1"], 4, (3, 1)),
+])
+def test_blocks_of_every_stage(argv: list[str], layers: int, counts: tuple[int, ...]) -> None:
+    config = parse(TrainConfig, argv, prog="test", description="")
+    assert stage_layer_counts(config.parallel, layers) == counts
+
+
+@pytest.mark.parametrize("flags, ulysses, ring", [
+    ((), 1, 1),
+    ((CP, "4"), 4, 1),
+    ((CP, "3", ALGO, "ring"), 1, 3),
+    ((CP, "6", *USP, DEGREE, "2"), 2, 3),
+    ((CP, "8", *USP, DEGREE, "8"), 8, 1),
+])
+def test_degrees_of_context_parallelism(flags: tuple[str, ...], ulysses: int, ring: int) -> None:
+    parallel = check(*flags, world=ulysses * ring).parallel
+    assert (ulysses_degree(parallel), ring_degree(parallel)) == (ulysses, ring)
+
+
+def test_latents_must_divide_into_patches() -> None:
+    model = resolve_model(parse(TrainConfig, [], prog="t", description="").model)
+    check_tokens(model, (3, 6, 12))
     with pytest.raises(ConfigError, match="do not divide into patches"):
-        check_tokens(model, config.parallel, (3, 7, 12))
-    with pytest.raises(ConfigError, match="54 visual tokens .* choose 3"):
-        check_tokens(model, config.parallel, (3, 6, 12))
+        check_tokens(model, (3, 7, 12))

@@ -15,11 +15,12 @@ from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, mak
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig
-from megatron_flashi2v.data import encoding
+from megatron_flashi2v.data import decoder
 from megatron_flashi2v.data.annotations import read_annotations
 from megatron_flashi2v.data.clips import Clip, load_clip
 from megatron_flashi2v.data.preparation import Place, prepare
 from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.data.selection import filter_settings
 from megatron_flashi2v.data.summary import require_samples
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
@@ -64,6 +65,7 @@ def config_of(world: Path, output: Path, **changes: Any) -> PrepareConfig:
         samples_per_shard=3,
         too_long_factor=10.0,
         text_length=6,
+        decode_workers=0,
     )
     return dataclasses.replace(config, **changes)
 
@@ -94,7 +96,7 @@ def test_samples(world: Path, finished: Path) -> None:
     entries = {entry.key: entry for entry in read_annotations(world / "meta.json")[0]}
     kept = [key for key, entry in entries.items() if entry.index not in (3, 4, 9)]
     assert [data[index].key for index in range(len(data))] == kept
-    settings = encoding.filter_settings(config_of(world, finished))
+    settings = filter_settings(config_of(world, finished))
     for index in range(len(data)):
         sample, record = data[index], data.record(index)
         clip = load_clip(entries[sample.key], settings, seed=1234, interpolation="bicubic")
@@ -164,7 +166,7 @@ def test_a_killed_run_is_continued(
     world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, config = tmp_path / "killed", config_of(world, tmp_path / "killed")
-    whole = encoding.load_clip
+    whole = decoder.load_frames
     # Killed before the n-th clip, again and again, each time a little later.
     for kill_at in (1, 4, 5, 2):
         calls = 0
@@ -176,14 +178,14 @@ def test_a_killed_run_is_continued(
                 raise KeyboardInterrupt
             return whole(*args, **kwargs)
 
-        monkeypatch.setattr(encoding, "load_clip", dying)
+        monkeypatch.setattr(decoder, "load_frames", dying)
         with pytest.raises(KeyboardInterrupt):
             prepare(config, place=Place(), device=CPU)
         assert not (output / "dataset.json").exists()
         assert all(path.with_suffix(".tar").exists() for path in (output / "shards").glob("shard-*.json"))
         with pytest.raises(DataError, match="no finished data set"):
             PreparedDataset(output)
-    monkeypatch.setattr(encoding, "load_clip", whole)
+    monkeypatch.setattr(decoder, "load_frames", whole)
     (output / "shards" / ".shard-000002.999.tmp").write_bytes(b"left by a kill")
     (output / "shards" / "shard-000002.tar").write_bytes(b"a tar without an index")
     prepare(config, place=Place(), device=CPU)
@@ -244,6 +246,30 @@ def test_nothing_kept_is_an_error(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "dataset.json").exists()
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary == returned and summary["kept"] == 0 and summary["dropped"]["unreadable"]["count"] == 1
+
+
+def test_rules_can_be_corrected_or_the_references(world: Path, tmp_path: Path) -> None:
+    """The size of the file is the floor; what is annotated is what either set of rules goes by."""
+    annotated = {"path": str(world / "one.mkv"), "cap": "a dog", "fps": 16,
+                 "resolution": {"height": 40, "width": 56}, "num_frames": 40}
+    other_aspect = {**annotated, "resolution": {"height": 56, "width": 84}}  # a sample's: the reference asks no more
+    entries = [
+        {"path": str(world / "one.mkv"), "cap": "a dog"},
+        annotated,
+        {**other_aspect, "motion": 1.5},
+        {**other_aspect, "cut": [0, 3]},
+    ]
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    found = {}
+    for rules in ("corrected", "reference"):
+        config = config_of(world, tmp_path / rules, annotations=tmp_path / "meta.json", filter_rules=rules,
+                           min_pixels=40 * 56)
+        summary = prepare(config, place=Place(), device=CPU)
+        assert summary is not None
+        found[rules] = {reason: group["count"] for reason, group in summary["dropped"].items()}
+        found[rules]["kept"] = summary["kept"]
+    assert found["corrected"] == {"too_fast": 1, "too_short": 1, "kept": 2}
+    assert found["reference"] == {"no_resolution": 1, "res_too_small": 1, "too_slow": 1, "kept": 1}
 
 
 def test_strict_stops_at_the_first_damage(world: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from flashi2v_kernels.attention import reference
-from flashi2v_kernels.registry import load_entry_point, specs_of
+from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP, reference, torch_flash
+from flashi2v_kernels.registry import KernelUnavailable, load_backward, load_entry_point, resolve, specs_of
 
 SPECS = [spec for spec in specs_of("attention") if "cpu" in spec.devices]
 IMPLEMENTATIONS = {spec.name: load_entry_point(spec) for spec in SPECS}
+BACKWARDS = {spec.name: load_backward(spec) for spec in SPECS if "cpu" in spec.features.get(BLOCK_BACKWARD, ())}
 # batch, queries, keys, heads, head size
 SHAPES = [(1, 1, 1, 1, 2), (3, 7, 5, 2, 24), (2, 17, 17, 3, 16), (1, 1, 9, 2, 128), (1, 33, 19, 4, 6)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -113,3 +114,52 @@ def test_gradcheck(name):
     inputs = [tensor.requires_grad_() for tensor in draw(2, 3, 4, 2, 6)]
     function, mask = IMPLEMENTATIONS[name], padding(2, 4)
     assert torch.autograd.gradcheck(lambda *qkv: function(*qkv, key_padding_mask_BK=mask), inputs)
+
+
+# The backward of one block of the keys --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 7, 11, 3, 24), (1, 1, 2, 1, 2), (1, 33, 40, 2, 128)])
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_backward_of_blocks_adds_up_to_the_whole(name, shape, dtype, scale, assert_near):
+    """Each block is given the output and log-sum-exp over all keys, token first in memory as a ring has them."""
+    inputs = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in draw(*shape, dtype=dtype)]
+    wide = [tensor.double().requires_grad_() for tensor in inputs]
+    output, lse = reference.attention(*wide, softmax_scale=scale, return_log_sum_exp=True)
+    weights = draw(*shape, dtype=dtype)[0].flip(1)
+    expected = torch.autograd.grad((output * weights.double()).sum(), wide)
+    query, key, value = inputs
+    output, lse = output.detach().to(dtype), lse.to(torch.promote_types(dtype, torch.float32))
+    parts = [
+        BACKWARDS[name](weights, query, key[:, block], value[:, block], output, lse, softmax_scale=scale)
+        for block in (slice(0, 1), slice(1, None))
+    ]
+    found = [sum(part[0] for part in parts), *(torch.cat([part[i] for part in parts], dim=1) for i in (1, 2))]
+    # a gradient is a difference of larger numbers where a query attends to one key alone
+    scale_of_all = max(wanted.abs().max() for wanted in expected)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert gradient.dtype == dtype
+        assert_near(gradient, wanted, scale_of_all)
+
+
+def test_who_has_what_a_ring_needs():
+    needs = {"features": (LOG_SUM_EXP, BLOCK_BACKWARD), "head_dim": 128, "needs_gradient": True}
+    kernel = resolve("attention", "cpu", torch.bfloat16, **needs)
+    assert kernel.spec.name == "torch_sdpa" and kernel.backward is BACKWARDS["torch_sdpa"]
+    on_gpu = {**needs, "compute_capability": (9, 0)}
+    assert resolve("attention", "cuda", torch.bfloat16, **on_gpu).spec.name == "torch_flash"
+    assert resolve("attention", "cuda", torch.float32, **on_gpu).spec.name == "reference"
+    with pytest.raises(KernelUnavailable, match="has no block_backward on cuda; .* torch_flash, reference"):
+        resolve("attention", "cuda", torch.bfloat16, "torch_sdpa", **on_gpu)
+
+
+def test_shapes_of_the_flash_kernel_on_cuda():
+    """torch's shape functions, as there is no GPU: arguments are in the schemas' order, layouts as the reference's."""
+    query, key, value = (tensor.to("meta") for tensor in draw(2, 7, 11, 3, 24, dtype=torch.bfloat16))
+    output, lse = torch_flash.attention(query, key, value, return_log_sum_exp=True)
+    assert output.shape == query.shape and output.dtype == torch.bfloat16
+    assert lse.shape == (2, 3, 7) and lse.dtype == torch.float32
+    gradients = torch_flash.attention_backward(output, query, key, value, output, lse, softmax_scale=0.3)
+    assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, value.shape]

@@ -37,6 +37,8 @@ def test_tables_are_whole(operator):
         assert entry.operator == operator
         if entry.package is None:
             assert callable(registry.load_entry_point(entry))
+            backward = registry.load_backward(entry)
+            assert backward is None if entry.backward_entry_point is None else callable(backward)
         else:  # its module needs the package; the tests of that implementation load it with a stand-in
             module, _, function = entry.entry_point.partition(":")
             source = importlib.util.find_spec(module)

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
 from megatron_flashi2v.models.flops import forward_flops, training_flops
+from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.presets import PRESETS
-from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import build_model, single_process
@@ -78,9 +79,17 @@ def test_parts_are_what_torch_counts_in_their_modules(groups: Groups) -> None:
                          ("fourier_embedding", "conditioning.fourier_embedding"), ("head", "head"),
                          ("text_embedding", "text_embedding"), ("time_embedding", "time_embedding")):
         assert parts[part] == counted[module] > 0, part
-    for part, module in (("self_attention", "self_attention"), ("cross_attention", "cross_attention")):
-        assert parts[part] + parts[f"{part}_linears"] == sum(counted[f"blocks.{i}.{module}"] for i in range(2)), part
-    assert parts["feed_forward"] == sum(counted[f"blocks.{i}.mlp"] for i in range(2))
+
+    def in_blocks(*modules: str) -> int:
+        return sum(counted[".".join(("blocks", str(index), *filter(None, [module])))]
+                   for index in range(2) for module in modules)
+
+    assert parts["self_attention_linears"] == in_blocks("self_attention.linear_qkv", "self_attention.linear_proj")
+    assert parts["cross_attention"] + parts["cross_attention_linears"] == in_blocks("cross_attention")
+    assert parts["feed_forward"] == in_blocks("mlp")
+    # The attention itself is no module of its own: it is what a block does besides.
+    rest = parts["self_attention_linears"] + in_blocks("cross_attention", "mlp")
+    assert parts["self_attention"] == in_blocks("") - rest
 
 
 def test_training_is_what_torch_counts(groups: Groups) -> None:

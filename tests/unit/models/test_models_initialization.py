@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
 from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
 from megatron_flashi2v.models.initialization import full_shape, initialize_weights, local_slice
-from megatron_flashi2v.models.transformer import DiffusionTransformer, predict_velocity
+from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import build_model, single_process

@@ -1,19 +1,28 @@
-"""Every block lies on exactly one stage, in order."""
+"""Every block lies on exactly one stage, in order, and ranks take the stages in turn."""
 
 from __future__ import annotations
 
 import pytest
 
-from megatron_flashi2v.models.stages import stage_layers
+from megatron_flashi2v.models.stages import Stage, stages_of_rank, whole_model
 
 
-@pytest.mark.parametrize("layers, stages", [(4, 1), (4, 2), (40, 8), (30, 5), (3, 3)])
-def test_stages_hold_all_blocks_in_order(layers: int, stages: int) -> None:
-    held = [stage_layers(layers, stages, stage) for stage in range(stages)]
-    assert [index for part in held for index in part] == list(range(layers))
-    assert {len(part) for part in held} == {layers // stages}
+@pytest.mark.parametrize("counts, pipeline", [((4,), 1), ((2, 2), 2), ((1, 2, 1), 3), ((3, 1, 2, 2), 2), ((1,) * 6, 3)])
+def test_stages_hold_all_blocks_in_order(counts: tuple[int, ...], pipeline: int) -> None:
+    by_index = {
+        stage.index: stage for rank in range(pipeline) for stage in stages_of_rank(counts, pipeline, rank)
+    }
+    assert sorted(by_index) == list(range(len(counts)))
+    assert tuple(len(by_index[index].layers) for index in range(len(counts))) == counts
+    assert [layer for index in range(len(counts)) for layer in by_index[index].layers] == list(range(sum(counts)))
+    assert [index for index, stage in by_index.items() if stage.is_first] == [0]
+    assert [index for index, stage in by_index.items() if stage.is_last] == [len(counts) - 1]
 
 
-def test_uneven_stages_are_refused() -> None:
-    with pytest.raises(ValueError, match="30 blocks do not divide over 4"):
-        stage_layers(30, 4, 0)
+def test_interleaved_ranks_take_stages_in_turn() -> None:
+    assert stages_of_rank((1, 1, 1, 1), 2, 1) == [Stage(1, 4, range(1, 2)), Stage(3, 4, range(3, 4))]
+
+
+def test_an_undivided_model_is_first_and_last() -> None:
+    stage = whole_model(5)
+    assert stage.is_first and stage.is_last and list(stage.layers) == [0, 1, 2, 3, 4]

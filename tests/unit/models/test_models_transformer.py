@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.flow.loss import mean_squared_error
+from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.models.transformer import DiffusionTransformer, Recompute, predict_velocity
+from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import single_process
@@ -39,7 +41,7 @@ def make(groups: Groups) -> Callable[..., DiffusionTransformer]:
         config: ModelConfig = CONFIG, recompute: Recompute | None = None, **precision: bool
     ) -> DiffusionTransformer:
         spec = make_spec(config, groups, torch.device("cpu"), **precision)
-        model = DiffusionTransformer(spec, recompute)
+        model = DiffusionTransformer(spec, recompute=recompute)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -87,6 +89,8 @@ def gradients(model: DiffusionTransformer, inputs: dict[str, Any]) -> dict[str, 
     (Recompute(layers=3, group=1), [2, 2, 2]),  # uniform
     (Recompute(layers=3, group=2), [2, 2, 2]),  # uniform, a last group that is not full
     (Recompute(layers=2, group=1), [2, 2, 1]),  # block
+    (Recompute(inside="skip_attention"), [1, 1, 1]),
+    (Recompute(inside="selective"), [1, 1, 1]),
 ])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recomputation_changes_no_bit(
@@ -104,6 +108,38 @@ def test_recomputation_changes_no_bit(
     assert counted == calls
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
+
+
+@pytest.mark.parametrize("inside, saved", [("selective", 0.8), ("skip_attention", 0.5)])
+def test_recomputation_keeps_less(make: Callable[..., DiffusionTransformer], inside: str, saved: float) -> None:
+    """Bytes that live between forward and backward, storages that were emptied not counted."""
+
+    def kept(recompute: Recompute) -> int:
+        model, storages = make(recompute=recompute).train(), {}
+
+        def remember(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            velocity = predict_velocity(model, **make_inputs())
+        parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        total = sum(storage.nbytes() for key, storage in storages.items() if key not in parameters)
+        velocity.sum().backward()
+        return total
+
+    assert kept(Recompute(inside=inside)) < saved * kept(Recompute())
+
+
+def test_attention_is_not_computed_again_where_it_is_skipped(make: Callable[..., DiffusionTransformer]) -> None:
+    model, calls = make(recompute=Recompute(inside="skip_attention")), []
+    for block in model.blocks.values():
+        attend, norm = block.self_attention.attend, block.norm_cross
+        block.self_attention.attend = lambda *rows, attend=attend: calls.append("attend") or attend(*rows)
+        norm.register_forward_pre_hook(lambda *_: calls.append("norm"))
+    gradients(model, make_inputs())
+    assert (calls.count("attend"), calls.count("norm")) == (3, 6)
 
 
 def test_nothing_is_recomputed_in_evaluation(make: Callable[..., DiffusionTransformer]) -> None:
@@ -192,7 +228,9 @@ def test_what_is_computed_in_which_precision(make: Callable[..., DiffusionTransf
         hidden, text, modulation = seen[block][0]
         assert (hidden, text, modulation) == (residual, BF16, FP32) and seen[block][1] == residual
         assert seen[f"{block}.norm_cross"] == ([residual], BF16)  # computed in fp32 inside the kernel
-        for name in ("self_attention", "cross_attention", "mlp"):
+        assert seen[f"{block}.self_attention.linear_qkv"] == ([BF16], BF16)
+        assert seen[f"{block}.self_attention.linear_proj"] == ([BF16], BF16)
+        for name in ("cross_attention", "mlp"):
             assert seen[f"{block}.{name}"][0][0] == BF16 and seen[f"{block}.{name}"][1] == BF16
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.layouts import metrics, tensors, weights
+from helpers.synthetic_data import write_synthetic
+from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
 
@@ -112,6 +114,16 @@ def test_a_checkpoint_describes_its_model(train: Train, tmp_path: Path) -> None:
     assert (model["hidden_size"], model["num_attention_heads"], model["num_layers"]) == (32, 2, 2)
     assert (model["phi_order"], model["conditioning"]) == ("repeat_then_conv", "flashi2v")
     assert (model["text_length"], model["text_cleaning"]) == (6, "full")  # the data set's cleaning
+
+
+def test_a_checkpoint_records_how_its_captions_were_cleaned(train: Train, tmp_path: Path) -> None:
+    """Sampling cleans its prompts by what the checkpoint says."""
+    data = write_synthetic(
+        tmp_path / "data", 4, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, seed=3, text_cleaning="light"
+    )
+    assert train("--data-path", data, "--save", tmp_path / "run", "--train-iters", 1) == 0
+    model = json.loads((tmp_path / "run" / "iter_0000001" / "model_config.json").read_text())
+    assert model["text_cleaning"] == "light"
 
 
 def test_grad_norm_is_that_before_clipping(train: Train, tmp_path: Path) -> None:

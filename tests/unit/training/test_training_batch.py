@@ -10,6 +10,7 @@ from helpers.synthetic_data import write_synthetic
 
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BatchArguments, DataArguments
+from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.data.loader import GlobalOrder
 from megatron_flashi2v.data.prepared import PreparedDataset, pad_text_rows
 from megatron_flashi2v.flow.sigmas import dynamic_shift, shift_sigmas
@@ -35,8 +36,9 @@ def make_source(
     dataset: PreparedDataset, *, size: int = 1, dp_rank: int = 0, dp_size: int = 1, seed: int = 7,
     shapes_only: bool = False, **data: object,
 ) -> MicrobatchSource:
+    blend = Blend([dataset], [1.0], batch=8, seed=seed)
     return MicrobatchSource(
-        dataset, MODEL, DataArguments(**data), BatchArguments(micro_batch_size=size, seed=seed), dp_rank=dp_rank,
+        blend, MODEL, DataArguments(**data), BatchArguments(micro_batch_size=size, seed=seed), dp_rank=dp_rank,
         dp_size=dp_size, device=torch.device("cpu"), shapes_only=shapes_only,
     )
 
@@ -68,13 +70,13 @@ def test_every_division_sees_the_same_numbers(dataset: PreparedDataset, dp_size:
         for rank in range(dp_size)
     ]
     found = joined([batches[index] for index in range(count) for batches in by_rank])
-    expected = joined([make_source(dataset).read([position]) for position in range(8, 16)])
+    expected = joined([make_source(dataset).load([position]).batch for position in range(8, 16)])
     for name in FIELDS:
         assert torch.equal(found[name], expected[name]), name
 
 
 def test_shapes_and_dtypes(dataset: PreparedDataset) -> None:
-    batch = make_source(dataset, size=3).read([0, 1, 2])
+    batch = make_source(dataset, size=3).load([0, 1, 2]).batch
     shapes = {
         "latents_BCTHW": (3, *SHAPE), "noise_BCTHW": (3, *SHAPE), "sigma_B": (3,), "cutoff_ratio": (3,),
         "text_BLX": (3, MODEL.text_length, TEXT_DIM),
@@ -91,7 +93,7 @@ def test_shapes_and_dtypes(dataset: PreparedDataset) -> None:
 def test_samples_come_in_the_global_order_with_new_draws_in_every_epoch(dataset: PreparedDataset) -> None:
     source, order = make_source(dataset, text_drop_probability=0.0), GlobalOrder(SAMPLES, 7)
     positions = range(3 * SAMPLES)
-    batch = source.read(positions)
+    batch = source.load(positions).batch
     for position in positions:
         sample = dataset[order.sample_index(position)]
         assert torch.equal(batch.latents_BCTHW[position], sample.latents_CTHW)
@@ -102,7 +104,7 @@ def test_samples_come_in_the_global_order_with_new_draws_in_every_epoch(dataset:
 
 
 def test_another_seed_changes_every_draw(dataset: PreparedDataset) -> None:
-    first, second = (make_source(dataset, seed=seed).read(range(20)) for seed in (7, 8))
+    first, second = (make_source(dataset, seed=seed).load(range(20)).batch for seed in (7, 8))
     for name in FIELDS:
         assert not torch.equal(value(first, name), value(second, name)), name
     for name in ("noise_BCTHW", "sigma_B", "cutoff_ratio"):
@@ -113,7 +115,7 @@ def test_draws_have_the_distributions_that_the_flags_name(dataset: PreparedDatas
     source = make_source(
         dataset, sigma_shift=1.0, sigma_logit_mean=0.5, sigma_logit_std=0.7, cutoff_ratio_min=0.2, cutoff_ratio_max=0.6
     )
-    batch = source.read(MANY)
+    batch = source.load(MANY).batch
     assert batch.noise_BCTHW.mean().item() == pytest.approx(0.0, abs=0.03)
     assert batch.noise_BCTHW.std().item() == pytest.approx(1.0, abs=0.03)
     logits = torch.logit(batch.sigma_B)
@@ -128,7 +130,7 @@ def test_uniform_sigmas_and_independent_purposes(dataset: PreparedDataset) -> No
     source = make_source(
         dataset, sigma_distribution="uniform", sigma_shift=1.0, cutoff_ratio_min=0.0, cutoff_ratio_max=1.0
     )
-    batch = source.read(MANY)
+    batch = source.load(MANY).batch
     assert batch.sigma_B.mean().item() == pytest.approx(0.5, abs=0.05)
     assert batch.sigma_B.std().item() == pytest.approx(12**-0.5, abs=0.03)
     # Sigma and ratio are uniform draws of one position: with one key for both they would be equal.
@@ -137,25 +139,25 @@ def test_uniform_sigmas_and_independent_purposes(dataset: PreparedDataset) -> No
 
 
 def test_shift_follows_the_resolution_unless_it_is_given(dataset: PreparedDataset) -> None:
-    unshifted = make_source(dataset, sigma_shift=1.0).read(range(20)).sigma_B
-    by_resolution = make_source(dataset).read(range(20)).sigma_B
-    fixed = make_source(dataset, sigma_shift=3.0).read(range(20)).sigma_B
+    unshifted = make_source(dataset, sigma_shift=1.0).load(range(20)).batch.sigma_B
+    by_resolution = make_source(dataset).load(range(20)).batch.sigma_B
+    fixed = make_source(dataset, sigma_shift=3.0).load(range(20)).batch.sigma_B
     assert torch.equal(by_resolution, shift_sigmas(unshifted, dynamic_shift(*SHAPE[2:])))
     assert torch.equal(fixed, shift_sigmas(unshifted, 3.0)) and not torch.equal(fixed, unshifted)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_share_of_dropped_texts(dataset: PreparedDataset, probability: float) -> None:
-    batch = make_source(dataset, text_drop_probability=probability).read(MANY)
+    batch = make_source(dataset, text_drop_probability=probability).load(MANY).batch
     empty = pad_text_rows(dataset.empty_text_rows_LD, MODEL.text_length)
     dropped = (batch.text_BLX == empty).flatten(1).all(dim=1)
     assert dropped.float().mean().item() == pytest.approx(probability, abs=0.06 if 0 < probability < 1 else 0)
-    kept = make_source(dataset, text_drop_probability=0.0).read(MANY)
+    kept = make_source(dataset, text_drop_probability=0.0).load(MANY).batch
     assert torch.equal(batch.text_BLX[~dropped], kept.text_BLX[~dropped])
     for name in set(FIELDS) - {"text_BLX"}:  # dropping a text moves no other draw
         assert torch.equal(value(batch, name), value(kept, name)), name
 
 
 def test_moving_to_a_device_moves_everything(dataset: PreparedDataset) -> None:
-    moved = make_source(dataset).read([0]).to(torch.device("meta"))
+    moved = make_source(dataset).load([0]).batch.to(torch.device("meta"))
     assert all(value(moved, name).is_meta for name in FIELDS)

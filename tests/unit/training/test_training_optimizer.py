@@ -37,8 +37,8 @@ def update_without_gradients(groups: Groups, config: TrainConfig) -> dict[str, t
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
-    wrapped = wrap_data_parallel(model, config)
-    optimizer = make_optimizer(wrapped, config, spec)
+    (wrapped,) = wrap_data_parallel([model], config)
+    optimizer = make_optimizer([wrapped], config, spec)
     make_scheduler(optimizer, config.optimizer, 10, 0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     wrapped.zero_grad_buffer()

@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.checkpoint.state import shard_grid
 from megatron_flashi2v.config.train import RecomputeArguments
-from megatron_flashi2v.models.transformer import Recompute
-from megatron_flashi2v.training.trainer import recompute_of, shard_grid
-
-MODEL = ModelConfig(num_layers=8, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2)
+from megatron_flashi2v.models.recompute import Recompute
+from megatron_flashi2v.training.trainer import recompute_of
 
 
 def group(size: int, rank: int = 0) -> SimpleNamespace:
@@ -25,14 +23,16 @@ def group(size: int, rank: int = 0) -> SimpleNamespace:
     ("full", "uniform", 3, Recompute(layers=4, group=3)),
     ("full", "block", 3, Recompute(layers=3, group=1)),
     ("full", "block", 9, Recompute(layers=4, group=1)),
+    ("selective", "uniform", 1, Recompute(inside="selective")),
+    ("skip_attention", "uniform", 1, Recompute(inside="skip_attention")),
 ])
-def test_recomputed_blocks_of_one_of_two_stages(
+def test_recomputed_blocks_of_a_stage_of_four(
     granularity: str | None, method: str, count: int, expected: Recompute
 ) -> None:
     arguments = RecomputeArguments(
         recompute_granularity=granularity, recompute_method=method, recompute_num_layers=count
     )
-    assert recompute_of(arguments, MODEL, SimpleNamespace(pp=group(2))) == expected
+    assert recompute_of(arguments, 4) == expected
 
 
 def test_a_ranks_place_as_checkpoints_see_it() -> None:

@@ -1,0 +1,12 @@
+"""Zero rows at the end of a sequence that does not divide over its ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def zero_pad(rows: Tensor, count: int) -> Tensor:
+    """``rows`` with zero rows after them along the first dimension, ``count`` in all."""
+    missing = count - len(rows)
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows

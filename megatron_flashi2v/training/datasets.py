@@ -1,0 +1,94 @@
+"""The data that a run's flags name, opened and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from functools import partial
+
+import torch
+
+from megatron_flashi2v.config.blend import parse_blend
+from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.prepare import ClipArguments, EncodingConfig
+from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.data.blend import Blend, SampleSource
+from megatron_flashi2v.data.online import OnlineDataset, Replica
+from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.runtime.distributed import gather_bytes
+
+
+def open_data(config: TrainConfig, model: ModelConfig, device: torch.device) -> Blend:
+    """Open the prepared data sets of ``--data-path``, or the annotations of ``--online-encoding``.
+
+    Args:
+        config: flags and recipe, checked.
+        model: its text length is that of online encoding.
+        device: where online encoding's encoders run.
+
+    Raises:
+        ConfigError: no path was given, or the data sets do not belong together.
+        DataError: one is missing, damaged or empty.
+    """
+    datasets: list[SampleSource]
+    if config.data.online_encoding:
+        datasets, weights = [_open_online(config, model, device)], [1.0]
+    else:
+        parts = parse_blend(config.data.data_path)
+        datasets, weights = [], [part.weight for part in parts]
+        for part in parts:
+            if part.folder.is_file():
+                raise DataError(f"--data-path {part.folder} is a file; give the folder that `flashi2v prepare` wrote")
+            dataset = PreparedDataset(part.folder)
+            if not len(dataset):
+                raise DataError(f"--data-path {part.folder} holds no samples; prepare it again")
+            datasets.append(dataset)
+    return Blend(datasets, weights, batch=config.batch.global_batch_size, seed=config.batch.seed)
+
+
+def share_encoding(data: Blend, groups: Groups, device: torch.device, timeout_minutes: float) -> None:
+    """Let the ranks of each replica (tensor, context and pipeline parallel) share online encoding; all ranks call it.
+
+    The group is of its own, over gloo and host memory: the thread that reads ahead exchanges samples there while the
+    other groups train.
+
+    Args:
+        data: what is read.
+        groups: this rank's.
+        device: where the default group's backend wants tensors.
+        timeout_minutes: how long a rank waits for the others' part.
+    """
+    online = [dataset for dataset in data.datasets if isinstance(dataset, OnlineDataset)]
+    world = torch.distributed.get_world_size()
+    if not online or world == groups.dp.size():
+        return
+    replicas = [int(data) for data in gather_bytes(str(groups.dp.rank()).encode(), device=device)]
+    mine = None
+    for replica in sorted(set(replicas)):
+        ranks = [rank for rank, of in enumerate(replicas) if of == replica]
+        group = torch.distributed.new_group(ranks, timeout=timedelta(minutes=timeout_minutes), backend="gloo")
+        if replica == groups.dp.rank():
+            mine = group
+    for dataset in online:
+        dataset.replica = Replica(
+            rank=torch.distributed.get_rank(mine),
+            size=torch.distributed.get_world_size(mine),
+            gather=partial(gather_bytes, group=mine),
+        )
+
+
+def _open_online(config: TrainConfig, model: ModelConfig, device: torch.device) -> OnlineDataset:
+    names = [field.name for field in dataclasses.fields(ClipArguments)]
+    encoding = EncodingConfig(
+        **{name: getattr(config.encoding, name) for name in names},
+        text_length=model.text_length,
+        seed=config.batch.seed,
+    )
+    return OnlineDataset(
+        encoding,
+        device,
+        memory_bytes=config.data.encoding_cache_mib * 2**20,
+        cache=config.data.encoding_cache,
+    )

@@ -1,0 +1,65 @@
+"""Wrong gradient rules, one at a time, for a test that the parity harness notices each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_flashi2v.models import block, norms
+from megatron_flashi2v.parallel import packing, ring
+from megatron_flashi2v.training.batch import MicrobatchSource
+
+
+def norm_weights() -> Any:
+    """Each rank keeps the gradient of its own tokens alone for the affine norm's weight and bias."""
+    return mock.patch.object(norms, "mark_sequence_parallel", lambda module: None)
+
+
+def modulation() -> Any:
+    """The same for the blocks' modulation tables."""
+    return mock.patch.object(block, "mark_sequence_parallel", lambda parameter: None)
+
+
+def text_rows() -> Any:
+    """The gradient of the text rows is lost between two pipeline stages."""
+    whole = packing._Unpack.backward
+
+    def backward(ctx: Any, grad_tokens: Any, grad_text: Any, grad_rows: Any) -> Any:
+        return whole(ctx, grad_tokens, torch.zeros_like(grad_text), grad_rows)
+
+    return mock.patch.object(packing._Unpack, "backward", staticmethod(backward))
+
+
+def noise_keys() -> Any:
+    """Every replica draws the noise of the first one."""
+    keyed = MicrobatchSource._generator
+
+    def generator(self: MicrobatchSource, purpose: str, position: int) -> torch.Generator:
+        return keyed(self, purpose, position - self.dp_rank * self.batch.micro_batch_size)
+
+    return mock.patch.object(MicrobatchSource, "_generator", generator)
+
+
+def ring_merge() -> Any:
+    """Blocks of a ring are averaged as if each held as much of the softmax."""
+
+    def merge(merged: Any, output: torch.Tensor, log_sum_exp: torch.Tensor) -> Any:
+        if merged is None:
+            return output, log_sum_exp
+        return (merged[0] + output) / 2, torch.logaddexp(merged[1], log_sum_exp)
+
+    return mock.patch.object(ring, "_merge", merge)
+
+
+BUGS: dict[str, Callable[[], Any]] = {
+    function.__name__: function for function in (norm_weights, modulation, text_rows, noise_keys, ring_merge)
+}
+
+
+def planted(name: str | None) -> contextlib.AbstractContextManager[Any]:
+    """With one bug of :data:`BUGS`, or with none."""
+    return contextlib.nullcontext() if name is None else BUGS[name]()

@@ -1,0 +1,77 @@
+"""Online encoding: the run is that of prepared data, in every layout, and a replica encodes each clip once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.layouts import Layout, assert_same_metrics, run_layouts
+from helpers.tiny_corpus import make_corpus
+
+from megatron_flashi2v.cli.prepare import run as run_prepare
+from megatron_flashi2v.config.prepare import PrepareConfig
+from megatron_flashi2v.config.recipe import parse
+from megatron_flashi2v.runtime.launch import detect_launch
+
+CLIPS, SEED = 6, "7"
+TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+REPLICAS = {"single": 1, "dp2": 2, "tp2": 1, "pp2": 1, "pp4": 1, "tp2-pp2": 1, "tp2-dp2": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three epochs of six clips, in iterations of four with two microbatches or more."""
+    folder = tmp_path_factory.mktemp("online")
+    shared = make_corpus(folder / "corpus", CLIPS)
+    prepared = [*shared, "--seed", SEED, "--output", str(folder / "data"), "--samples-per-shard", "4"]
+    run_prepare(parse(PrepareConfig, prepared, prog="prepare", description=""), detect_launch({}))
+    online = ("--online-encoding", *shared)
+    layouts = [
+        Layout("prepared", 1, ("--data-path", str(folder / "data"), "--text-length", "32")),
+        Layout("single", 1, online),
+        Layout("dp2", 2, online),
+        Layout("tp2", 2, (*online, TP, "2", "--sequence-parallel")),
+        Layout("pp2", 2, (*online, PP, "2")),
+        Layout("pp2-half", 2, (*online, PP, "2", "--exit-interval", "2")),
+        Layout("pp4", 4, (*online, PP, "4")),
+        Layout("tp2-pp2", 4, (*online, TP, "2", PP, "2")),
+        Layout("tp2-dp2", 4, (*online, TP, "2", "--encoding-cache", str(folder / "cache"))),
+        Layout("again", 4, (*online, TP, "2", "--encoding-cache", str(folder / "cache"), "--encoding-cache-mib", "0")),
+    ]
+    common = ["--model", "tiny", "--device", "cpu", "--train-iters", "5", "--seed", SEED, "--micro-batch-size", "1",
+              "--global-batch-size", "4", "--optimizer", "sgd", "--lr", "0.05"]
+    return run_layouts(layouts, folder, common, timeout=600)
+
+
+def encodings(save: Path) -> list[int]:
+    return [int(path.read_text()) for path in sorted(save.glob("encodings-*.txt"))]
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_every_layout_trains_as_on_prepared_data(runs: dict[str, Path], name: str) -> None:
+    assert_same_metrics(runs[name], runs["prepared"])
+
+
+def test_one_process_is_bit_equal_to_prepared_data(runs: dict[str, Path]) -> None:
+    assert_same_metrics(runs["single"], runs["prepared"], relative=0.0)
+
+
+@pytest.mark.parametrize("name", [name for name, replicas in REPLICAS.items() if replicas == 1])
+def test_a_replica_encodes_each_clip_once_and_shares_the_work(runs: dict[str, Path], name: str) -> None:
+    counts = encodings(runs[name])
+    assert sum(counts) == CLIPS
+    assert min(counts) >= 1  # middle stages too
+
+
+def test_replicas_encode_for_themselves_and_no_more(runs: dict[str, Path]) -> None:
+    for name in ("dp2", "tp2-dp2"):
+        assert CLIPS <= sum(encodings(runs[name])) <= 2 * CLIPS
+
+
+def test_a_cache_on_disk_saves_the_next_run_from_encoding(runs: dict[str, Path]) -> None:
+    assert sum(encodings(runs["again"])) == 0
+    assert_same_metrics(runs["again"], runs["prepared"])
+
+
+def test_a_run_that_leaves_early_ends_in_order(runs: dict[str, Path]) -> None:
+    assert (runs["pp2-half"] / "metrics.jsonl").read_text().count("\n") == 2

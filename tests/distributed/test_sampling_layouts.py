@@ -1,0 +1,95 @@
+"""``flashi2v sample`` on a divided model makes the video that one process makes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae
+from PIL import Image
+from safetensors.torch import load_file
+
+from megatron_flashi2v.checkpoint.checkpoint import save_checkpoint
+from megatron_flashi2v.checkpoint.state import ShardGrid, model_pieces
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.load import build_model, single_process
+
+CONFIG = ModelConfig(
+    num_layers=3, hidden_size=48, ffn_hidden_size=96, num_attention_heads=4, latent_channels=4, freq_dim=16,
+    text_dim=16, text_length=8,
+)
+LAYOUTS = {
+    "tp2-sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "2,1"]),
+    "cp3-ring": (3, ["--context-parallel-size", "3", "--context-parallel-algo", "ring"]),
+    "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose weights are nowhere zero, encoders and an image."""
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny_vae(folder / "vae")
+    make_tiny_text_encoder(folder / "text_encoder")
+    make_tiny_tokenizer(folder / "tokenizer")
+    device = resolve_device("cpu")
+    with single_process(device) as groups:
+        model = build_model(CONFIG, groups, device)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        save_checkpoint(
+            folder / "checkpoints", 1, pieces=model_pieces(model.named_parameters(), ShardGrid()), model_config=CONFIG,
+            state={"iteration": 1, "data": {"frames": 5, "height": 16, "width": 24, "fps": 8.0}},
+        )
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "image.png")
+    return folder
+
+
+def sample(models: Path, output: Path, processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
+        "-m", "megatron_flashi2v", "sample", "--load", models / "checkpoints", "--vae", models / "vae",
+        "--text-encoder", models / "text_encoder", "--tokenizer", models / "tokenizer", "--image", models / "image.png",
+        "--prompt", "a dog runs", "--num-steps", 3, "--device", "cpu", "--output", output,
+        "--latents", output.with_suffix(".safetensors"), *flags,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=600, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    output = tmp_path_factory.mktemp("one") / "a.mp4"
+    done = sample(models, output, 1)
+    assert done.returncode == 0, done.stderr
+    return load_file(output.with_suffix(".safetensors"))["latents_BCTHW"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_divided_model_samples_the_same_video(
+    models: Path, expected: torch.Tensor, tmp_path: Path, name: str
+) -> None:
+    processes, flags = LAYOUTS[name]
+    done = sample(models, tmp_path / "a.mp4", processes, *flags)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "a.safetensors")["latents_BCTHW"]
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.png", "a.safetensors"]
+
+
+def test_more_processes_than_the_layout_takes_are_refused(models: Path, tmp_path: Path) -> None:
+    done = sample(models, tmp_path / "a.mp4", 2)
+    assert done.returncode != 0
+    assert "2 processes were started, but the layout takes 1" in done.stderr and not list(tmp_path.iterdir())

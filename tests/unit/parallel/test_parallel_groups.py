@@ -1,0 +1,51 @@
+"""Which ranks form the groups of context parallelism, by a fake process group of the whole cluster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.parallel.groups import destroy_groups, make_groups
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.runtime.redirect import megatron_on
+
+
+def members(rank: int, world: int, **parallel: object) -> dict[str, list[int]]:
+    """Global ranks of the groups that ``rank`` is in; [] where it has none."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        with megatron_on(resolve_device("cpu")):
+            groups = make_groups(ParallelArguments(**parallel))  # type: ignore[arg-type]
+            found = {"cp": groups.cp, "ulysses": groups.ulysses, "ring": groups.ring}
+            return {
+                name: [] if group is None else torch.distributed.get_process_group_ranks(group)
+                for name, group in found.items()
+            }
+    finally:
+        destroy_groups()
+        torch.distributed.destroy_process_group()
+
+
+USP = {"context_parallel_algo": "usp", "ulysses_degree": 2}
+
+
+@pytest.mark.parametrize("rank, world, parallel, expected", [
+    (0, 1, {}, ([0], [], [])),
+    (1, 4, {"context_parallel_size": 2}, ([0, 1], [0, 1], [])),
+    (1, 4, {"context_parallel_size": 2, "context_parallel_algo": "ring"}, ([0, 1], [], [0, 1])),
+    (1, 4, {"context_parallel_size": 4, **USP}, ([0, 1, 2, 3], [0, 1], [1, 3])),
+    (9, 12, {"context_parallel_size": 6, **USP}, ([6, 7, 8, 9, 10, 11], [8, 9], [7, 9, 11])),
+    # Tensor-parallel ranks are the closest neighbours, then Ulysses', then the ring's.
+    (12, 16, {"tensor_model_parallel_size": 2, "context_parallel_size": 4, **USP},
+     ([8, 10, 12, 14], [12, 14], [8, 12])),
+    (2, 8, {"context_parallel_size": 4, "context_parallel_algo": "usp", "ulysses_degree": 4},
+     ([0, 1, 2, 3], [0, 1, 2, 3], [])),
+    (2, 8, {"context_parallel_size": 4, "context_parallel_algo": "usp", "ulysses_degree": 1},
+     ([0, 1, 2, 3], [], [0, 1, 2, 3])),
+])
+def test_ulysses_ranks_are_neighbours_and_the_ring_is_across(
+    rank: int, world: int, parallel: dict[str, object], expected: tuple[list[int], list[int], list[int]]
+) -> None:
+    assert members(rank, world, **parallel) == dict(zip(("cp", "ulysses", "ring"), expected, strict=True))

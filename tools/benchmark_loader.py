@@ -1,0 +1,106 @@
+"""Training from shards against training from one sample held in memory: what loading costs.
+
+    python tools/benchmark_loader.py --data-path runs/quickstart/data [any flags of `flashi2v train`]
+
+One process trains in turns from the one and from the other, so that whatever else the machine does falls on both, and
+prints the throughputs' ratio as JSON. On a busy machine the ratio of CPU times (of all threads, so that reading ahead
+counts) says more than that of wall-clock times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+from megatron_flashi2v.config.recipe import parse
+from megatron_flashi2v.config.rules import check_train
+from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.data.blend import Blend, SampleSource
+from megatron_flashi2v.data.prepared import BadSample, PreparedSample
+from megatron_flashi2v.models.presets import resolve_model
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
+from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.runtime.redirect import megatron_on
+
+ROUNDS = 12
+ITERATIONS = 10
+"""Of one round from one source; the first ones, which find the read-ahead full, are not counted."""
+UNCOUNTED = 5
+
+
+class HeldSample:
+    """A data set that gives the same sample, from memory, for every index."""
+
+    is_collective = False
+
+    def __init__(self, dataset: SampleSource) -> None:
+        self.info, self.fingerprint, self.name = dataset.info, dataset.fingerprint, dataset.name
+        self.empty_text_rows_LD = dataset.empty_text_rows_LD
+        self._count, self._sample = len(dataset), dataset.fetch([0])[0]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fetch(self, indices: Sequence[int]) -> list[PreparedSample | BadSample]:
+        """The held sample, once for each index."""
+        return [self._sample] * len(indices)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print."""
+    config = parse(TrainConfig, argv, prog="benchmark_loader", description="What loading from shards costs.")
+    model = resolve_model(config.model)
+    launch = detect_launch(os.environ)
+    check_train(config, model, launch.world_size)
+    device = resolve_device(config.runtime.device, launch.local_rank)
+    init_distributed(launch, device)
+    from megatron_flashi2v.training.trainer import Trainer
+
+    with megatron_on(device):
+        trainer = Trainer(config, model, launch, device)
+        trainer.model.train()
+        held = Blend([HeldSample(trainer.data.datasets[0])], [1.0], batch=trainer.data.batch, seed=config.batch.seed)
+        sources = {"shards": trainer.make_source(), "held": trainer.make_source()}
+        sources["held"].data = held
+        position = dict.fromkeys(sources, 0)
+        for source in sources.values():
+            source.end = None
+        seconds: dict[str, list[float]] = {name: [] for name in sources}
+        cpu_seconds = dict.fromkeys(sources, 0.0)
+        trainer.bad_samples = trainer.make_bad_sample_ledger(sources["shards"])
+        for _ in range(ROUNDS):
+            for name, source in sources.items():
+                for iteration in range(ITERATIONS + UNCOUNTED):
+                    began = time.process_time()
+                    trainer.consumed_samples = position[name]
+                    metrics = trainer.run_iteration(source)
+                    position[name] = trainer.consumed_samples
+                    if iteration >= UNCOUNTED:
+                        seconds[name].append(metrics.step_time_s)
+                        cpu_seconds[name] += time.process_time() - began
+        for source in sources.values():
+            source.close()
+    shutdown()
+    totals = {name: sum(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    report = {
+        "throughput_ratio": totals["held"] / totals["shards"],
+        "throughput_ratio_of_medians": medians["held"] / medians["shards"],
+        "cpu_time_ratio": cpu_seconds["held"] / cpu_seconds["shards"],
+        "samples_per_s": {name: config.batch.global_batch_size / median for name, median in medians.items()},
+        "iterations": ROUNDS * ITERATIONS,
+    }
+    if launch.rank == 0:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
