@@ -74,7 +74,8 @@ def test_no_device_is_named_outside_runtime_kernels_and_the_choice_of_flags() ->
 @pytest.mark.parametrize(
     ("check", "source"),
     [
-        (imported, "import torch_npu"), (imported, "from mindspeed.core import x"), (imported, "import os, torch_npu.x"),
+        (imported, "import torch_npu"), (imported, "from mindspeed.core import x"),
+        (imported, "import os, torch_npu.x"),
         (imported, "importlib.import_module('mindspeed.megatron_adaptor')"),
         (namespaces, "torch.cuda.synchronize()"), (namespaces, "import torch.cuda as c"), (namespaces, "x = y.npu()"),
         (namespaces, "from torch.cuda import Stream"),
