@@ -1,4 +1,4 @@
-"""Time every implementation of every operator: ``python tools/bench_kernels.py --models 1.3b 14b --json kernels.json``."""
+"""Time every implementation of every operator: ``python tools/bench_kernels.py --models 14b --json kernels.json``."""
 
 import sys
 
