@@ -288,7 +288,10 @@ def _set_step(shards: list[OptimizerShard], common_state: Mapping[str, Any]) -> 
         if step is None:
             raise CheckpointError("the checkpoint holds Adam's moments, but not its number of steps")
         if isinstance(shard.inner, (torch.optim.Adam, torch.optim.AdamW)):
-            shard.state["step"] = torch.tensor(float(step), dtype=torch.float32)
+            # the fused step counts on the weights' device, the others on the host
+            fused = any(group.get("fused") for group in shard.inner.param_groups)
+            device = shard.weights.device if fused else torch.device("cpu")
+            shard.state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
         else:
             for group in shard.inner.param_groups:
                 group["step"] = int(step)

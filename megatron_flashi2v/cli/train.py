@@ -96,8 +96,35 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, launch: LaunchEnviro
         f"data: {replicas}" + (" with distributed optimizer" if parallel.use_distributed_optimizer else ""),
         f"microbatches: {num_microbatches(config, world)} of {config.batch.micro_batch_size}",
     ]
-    lines += ["", *held_by_ranks(config, model, replicas)]
+    lines += ["", *held_by_ranks(config, model, replicas), "", *chosen_kernels(config, model)]
     return "\n".join(lines) + "\n"
+
+
+def chosen_kernels(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """Which implementation of every operator this machine would run, and why not a preferred one.
+
+    A dry run may happen where the training's devices are not: then it says so.
+    """
+    import torch
+
+    from flashi2v_kernels.registry import describe
+    from megatron_flashi2v.config.errors import ConfigError
+    from megatron_flashi2v.config.rules import ring_degree
+    from megatron_flashi2v.models.spec import choose_kernels
+    from megatron_flashi2v.runtime.device import resolve_device
+
+    try:
+        device = resolve_device(config.runtime.device)
+        kernels = choose_kernels(
+            device.torch_device, torch.bfloat16 if config.batch.bf16 else torch.float32, model,
+            config.runtime.attention_backend, ring=ring_degree(config.parallel) > 1,
+            tensor_parallel=config.parallel.tensor_model_parallel_size > 1,
+        )
+    except ConfigError as error:
+        return [f"# kernels: not those of the training, for on this machine: {error}"]
+    rows = describe(kernels.chosen)
+    return [f"# kernels on this machine's {device.name}",
+            *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "") for operator, name, why_not in rows)]
 
 
 def held_by_ranks(config: TrainConfig, model: ModelConfig, replicas: int) -> list[str]:

@@ -27,6 +27,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
     _check_recompute(config.recompute)
+    _check_fp8(config)
     _check_numbers(config)
     _check_online_encoding(config)
     parse_buffer_sizes(config.parallel.hccl_buffer_sizes)
@@ -242,6 +243,22 @@ def _check_recompute(recompute: RecomputeArguments) -> None:
         raise ConfigError(
             f"--recompute-method and --recompute-num-layers belong to --recompute-granularity full; {granularity} "
             "covers every block: leave them out"
+        )
+
+
+def _check_fp8(config: TrainConfig) -> None:
+    runtime, granularity = config.runtime, config.recompute.recompute_granularity
+    if runtime.fp8_format is None:
+        return
+    if runtime.transformer_impl != "transformer_engine" or not config.batch.bf16:
+        raise ConfigError(
+            f"--fp8-format {runtime.fp8_format} needs --transformer-impl transformer_engine and --bf16; add them, or "
+            "leave it out"
+        )
+    if granularity is not None:
+        raise ConfigError(
+            f"--fp8-format {runtime.fp8_format} cannot be combined with --recompute-granularity {granularity}: the "
+            "scales of a recomputed product would be found twice; leave one of them out"
         )
 
 

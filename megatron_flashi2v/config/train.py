@@ -225,6 +225,12 @@ class RuntimeArguments:
     attention_backend: str = "auto"
     """Implementation of attention: auto, torch_sdpa, flash_attn_3, flash_attn_2, transformer_engine,
     npu_fusion_attention, reference ... (kernels/README.md)."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Whose linears the blocks are made of: megatron-core's own, or Transformer Engine's (CUDA)."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Run the blocks' matrix products in FP8 (Transformer Engine); hybrid: e4m3 forward, e5m2 backward."""
+    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "tensorwise"
+    """How FP8 scales are found; delayed keeps a history, which checkpoints do not hold."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms."""
     log_interval: int = 1

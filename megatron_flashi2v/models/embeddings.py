@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,8 +39,9 @@ class TimeEmbedding(nn.Module):
         self.freq_dim = spec.config.freq_dim
         self.linear_1 = nn.Linear(self.freq_dim, width, dtype=torch.float32)
         self.linear_2 = nn.Linear(width, width, dtype=torch.float32)
+        # Transformer Engine's linears do not gather their outputs.
         self.projection = column_parallel(
-            spec.column_linear, width, 6 * width, replicated_fp32(spec.megatron), spec.groups, gather_output=True
+            ColumnParallelLinear, width, 6 * width, replicated_fp32(spec.megatron), spec.groups, gather_output=True
         )
 
     def forward(self, timestep_B: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve
 from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.parallel.groups import Groups
 
 
@@ -91,7 +91,7 @@ class ModelSpec:
         megatron: megatron-core's configuration, read by its linears and schedules.
         groups: process groups.
         kernels: chosen operator implementations.
-        column_linear: class of linears with sharded outputs.
+        column_linear: class of linears with sharded outputs, which stay sharded.
         row_linear: class of linears with sharded inputs.
         residual_dtype: dtype of the residual stream, and so of a pipeline hop.
         device: where the model lives.
@@ -121,6 +121,7 @@ def make_spec(
     fp32_residual_connection: bool = False,
     attention_backend: str = "auto",
     virtual_stages: int = 1,
+    backend: Backend | None = None,
 ) -> ModelSpec:
     """Settle everything a model is built with.
 
@@ -132,14 +133,16 @@ def make_spec(
         fp32_residual_connection: residual stream in fp32 although ``bf16``.
         attention_backend: implementation of attention, or auto.
         virtual_stages: model chunks that each pipeline rank holds.
+        backend: whose linears, and their precision; megatron-core's own by default.
 
     Raises:
-        ConfigError: the attention backend cannot run here.
+        ConfigError: the attention backend cannot run here, or Transformer Engine is missing.
     """
     interleaved = virtual_stages > 1
     dtype = torch.bfloat16 if bf16 else torch.float32
     residual_dtype = torch.float32 if fp32_residual_connection else dtype
-    provider = LocalSpecProvider()
+    backend = backend or Backend()
+    provider = backend.provider()
     megatron = TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -163,6 +166,7 @@ def make_spec(
         deallocate_pipeline_outputs=device.type != "cpu",
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        **backend.megatron_fields(),
     )
     return ModelSpec(
         config=config,

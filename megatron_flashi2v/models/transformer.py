@@ -16,6 +16,7 @@ from flashi2v_kernels.rope3d.tables import rope_tables
 from megatron_flashi2v.conditioning.build import build_conditioning
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.models.attention import Rotary
+from megatron_flashi2v.models.backend import block_precision
 from megatron_flashi2v.models.block import TransformerBlock
 from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
 from megatron_flashi2v.models.head import Head
@@ -136,10 +137,11 @@ class DiffusionTransformer(MegatronModule):
         """This stage's blocks in order, recomputed in backward as configured."""
         blocks = list(self.blocks.values())
         again = self.recompute.layers if self.training and torch.is_grad_enabled() else 0
-        for start in range(0, again, self.recompute.group):
-            run = partial(_run, blocks[start : min(start + self.recompute.group, again)])
-            hidden_SBD = recomputed(run, hidden_SBD, text_TBD, modulation_6BD, rotary)
-        return _run(blocks[again:], hidden_SBD, text_TBD, modulation_6BD, rotary)
+        with block_precision(self.spec.megatron):
+            for start in range(0, again, self.recompute.group):
+                run = partial(_run, blocks[start : min(start + self.recompute.group, again)])
+                hidden_SBD = recomputed(run, hidden_SBD, text_TBD, modulation_6BD, rotary)
+            return _run(blocks[again:], hidden_SBD, text_TBD, modulation_6BD, rotary)
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Tokens along time, height and width of latents (T, H, W)."""

@@ -215,7 +215,7 @@ class MicrobatchSource:
             spans = [microbatch_positions(start, index, self.dp_rank, self.dp_size, size) for index in range(count)]
             together = self.data.encodes_together
             for loaded in self.load_together(spans) if together else map(self.load, spans):
-                if self.device.type == "cuda":
+                if self.device.type != "cpu":
                     loaded = LoadedMicrobatch(loaded.batch.pinned(), loaded.bad)
                 yield loaded
 

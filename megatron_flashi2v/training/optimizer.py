@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
+    USING_PYTORCH_OPTIMIZER,
     MegatronOptimizer,
     OptimizerConfig,
     ParamKey,
@@ -54,6 +55,10 @@ def make_optimizer(models: list[DistributedDataParallel], config: TrainConfig, s
     """AdamW or SGD behind megatron-core's interface, with fp32 master weights."""
     arguments = config.optimizer
     no_decay = ParamKey(predicate=ParamPredicate(name="no_decay", fn=lambda parameter: not decays(parameter)))
+    overrides = {no_decay: {"wd_mult": 0.0}}
+    if arguments.optimizer == "adam" and USING_PYTORCH_OPTIMIZER:
+        # torch's AdamW in one kernel, as those of Transformer Engine and apex are, which megatron-core prefers.
+        overrides[ParamKey(predicate=ParamPredicate(name="all", fn=lambda _: True))] = {"fused": True}
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=arguments.optimizer,
@@ -71,7 +76,7 @@ def make_optimizer(models: list[DistributedDataParallel], config: TrainConfig, s
             overlap_param_gather=config.parallel.overlap_param_gather,
         ),
         models,
-        config_overrides={no_decay: {"wd_mult": 0.0}},
+        config_overrides=overrides,
         use_gloo_process_groups=False,  # megatron-core has none where the groups are arguments
         pg_collection=spec.groups.collection,
     )

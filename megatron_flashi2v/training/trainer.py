@@ -36,6 +36,7 @@ from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
@@ -93,6 +94,10 @@ class Trainer:
             fp32_residual_connection=config.batch.fp32_residual_connection,
             attention_backend=config.runtime.attention_backend,
             virtual_stages=virtual_stages(config.parallel),
+            backend=Backend(
+                transformer_impl=config.runtime.transformer_impl, fp8_format=config.runtime.fp8_format,
+                fp8_recipe=config.runtime.fp8_recipe,
+            ),
         )
         self.chunks = build_chunks(self.spec, config, device)
         resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashi2v_kernels.ada_layer_norm.reference import require_rows
-from flashi2v_kernels.chunks import row_chunks, wide_dtype
+from flashi2v_kernels.chunks import wide_dtype
 
 
 def ada_layer_norm(
@@ -27,45 +27,43 @@ class _AdaLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
     ) -> Tensor:
-        wide, width = wide_dtype(hidden), hidden.shape[-1]
+        wide, width = wide_dtype(hidden), hidden.shape[-1:]
         factor, shift_wide = 1.0 + scale.to(wide), shift.to(wide)
-        output = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-        # sample first: torch reads them as if they were contiguous
-        mean, rstd = torch.empty((2, hidden.shape[1], hidden.shape[0], 1), dtype=wide, device=hidden.device)
-        for rows in row_chunks(hidden):
-            for b in range(hidden.shape[1]):
-                output[rows, b], mean[b, rows], rstd[b, rows] = torch.native_layer_norm(
-                    hidden[rows, b].to(wide), (width,), factor[b], shift_wide[b], eps
-                )
-        ctx.save_for_backward(hidden, scale, mean, rstd)
+        # on CPUs the kernel takes 16-bit rows with wide weights, and computes in fp32
+        rows = hidden if hidden.device.type == "cpu" and hidden.dtype == dtype else hidden.to(wide)
+        samples = [
+            torch.native_layer_norm(rows[:, b], width, factor[b], shift_wide[b], eps)
+            for b in range(hidden.shape[1])
+        ]
+        # kept by sample: torch's backward takes the statistics for contiguous
+        ctx.save_for_backward(hidden, scale, *(part for _, *statistics in samples for part in statistics))
         ctx.shift_dtype = shift.dtype
-        return output
+        return _stacked([output for output, _, _ in samples]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        hidden, scale, mean, rstd = ctx.saved_tensors
-        wide, width = wide_dtype(hidden), hidden.shape[-1]
+        hidden, scale, *statistics = ctx.saved_tensors
+        wide, width = wide_dtype(hidden), hidden.shape[-1:]
+        # wide rows here: from 16-bit ones torch's kernel sums the gradients of scale and shift in 16 bits
+        factor, rows, gradient = 1.0 + scale.to(wide), hidden.to(wide), gradients[0].to(wide)
         needs_hidden, needs_shift, needs_scale = ctx.needs_input_grad[:3]
-        factor = 1.0 + scale.to(wide)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_shift, grad_scale = torch.zeros((2, *scale.shape), dtype=wide, device=hidden.device)
-        for rows in row_chunks(hidden):
-            for b in range(hidden.shape[1]):
-                part, part_scale, part_shift = torch.ops.aten.native_layer_norm_backward(
-                    gradients[0][rows, b].to(wide), hidden[rows, b].to(wide), (width,), mean[b, rows],
-                    rstd[b, rows], factor[b], factor[b],  # the bias' value plays no part
-                    (needs_hidden, needs_scale, needs_shift),
-                )
-                if grad_hidden is not None:
-                    grad_hidden[rows, b] = part
-                if needs_scale:
-                    grad_scale[b] += part_scale
-                if needs_shift:
-                    grad_shift[b] += part_shift
+        samples = [
+            torch.ops.aten.native_layer_norm_backward(
+                gradient[:, b], rows[:, b], width, mean, rstd, factor[b],
+                factor[b],  # in the bias' place, whose value plays no part
+                (needs_hidden, needs_scale, needs_shift),
+            )
+            for b, (mean, rstd) in enumerate(zip(statistics[::2], statistics[1::2], strict=True))
+        ]
         return (
-            grad_hidden,
-            grad_shift.to(ctx.shift_dtype) if needs_shift else None,
-            grad_scale.to(scale.dtype) if needs_scale else None,
+            _stacked([part for part, _, _ in samples]).to(hidden.dtype) if needs_hidden else None,
+            torch.stack([part for _, _, part in samples]).to(ctx.shift_dtype) if needs_shift else None,
+            torch.stack([part for _, part, _ in samples]).to(scale.dtype) if needs_scale else None,
             None,
             None,
         )
+
+
+def _stacked(samples: list[Tensor]) -> Tensor:
+    """[S, B, D] of B times [S, D], without a copy for one sample."""
+    return samples[0].unsqueeze(1) if len(samples) == 1 else torch.stack(samples, dim=1)

@@ -30,7 +30,11 @@ class _BiasGelu(torch.autograd.Function):
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
         flat, flat_output = x.reshape(-1, x.shape[-1]), output.view(-1, x.shape[-1])
         for rows in row_chunks(flat):
-            flat_output[rows] = F.gelu(_value(flat[rows], bias), approximate="tanh")
+            value = _value(flat[rows], bias)
+            if value.dtype == x.dtype:
+                torch.ops.aten.gelu.out(value, approximate="tanh", out=flat_output[rows])
+            else:
+                flat_output[rows] = F.gelu(value, approximate="tanh")
         return output
 
     @staticmethod
@@ -42,10 +46,13 @@ class _BiasGelu(torch.autograd.Function):
         flat_x, flat_gradient, flat_grad_x = (t.reshape(-1, width) for t in (x, gradients[0], grad_x))
         grad_bias = torch.zeros(width, dtype=wide, device=x.device) if needs_bias else None
         for rows in row_chunks(flat_x):
-            part = torch.ops.aten.gelu_backward(
-                flat_gradient[rows].to(wide), _value(flat_x[rows], bias), approximate="tanh"
-            )
-            flat_grad_x[rows] = part
+            operands = (flat_gradient[rows].to(wide), _value(flat_x[rows], bias))
+            if wide == x.dtype:
+                part = flat_grad_x[rows]
+                torch.ops.aten.gelu_backward.grad_input(*operands, approximate="tanh", grad_input=part)
+            else:
+                part = torch.ops.aten.gelu_backward(*operands, approximate="tanh")
+                flat_grad_x[rows] = part
             if grad_bias is not None:
                 grad_bias += part.sum(dim=0)
         return grad_x if needs_x else None, None if grad_bias is None else grad_bias.to(bias.dtype)

@@ -40,3 +40,12 @@ def test_dry_run_shows_configuration_parameters_and_layout(
     report = capsys.readouterr().out
     assert f"model: {model}" in report and "# layout" in report
     assert total is None or f"total: {total}" in report
+    assert "# kernels on this machine's cpu" in report and "\nattention: torch_sdpa" in report
+    assert "\nada_layer_norm: torch  # triton: runs on cuda, not on cpu" in report
+
+
+def test_dry_run_where_the_devices_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model", "tiny", "--device", "npu", "--dry-run"]) == 0
+    report = capsys.readouterr().out
+    assert "# layout" in report and "torch_npu" in report
+    assert "# kernels: not those of the training, for on this machine: " in report

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BatchArguments, OptimizerArguments, ParallelArguments, TrainConfig
@@ -65,6 +66,27 @@ def test_matrices_and_modulation_decay_biases_and_norms_do_not(
         expected = before if kept else before * (1 - 0.1 * 0.5)
         torch.testing.assert_close(after, expected.to(after.dtype), atol=1e-6, rtol=0, msg=name)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_adam_is_torchs_fused_one(groups: Groups, distributed: bool) -> None:
+    """One kernel for the whole update."""
+    config = TrainConfig(parallel=ParallelArguments(use_distributed_optimizer=distributed))
+    spec = make_spec(CONFIG, groups, torch.device("cpu"))
+    (wrapped,) = wrap_data_parallel([DiffusionTransformer(spec)], config)
+    optimizer = make_optimizer([wrapped], config, spec)
+    make_scheduler(optimizer, config.optimizer, 10, 0)
+    kernels: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kernels.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        optimizer.step()
+    assert "_fused_adamw_" in kernels and not {"addcdiv_", "_foreach_addcdiv_"} & set(kernels)
+    assert {group["wd_mult"] for group in optimizer.param_groups} == {0.0, 1.0}
 
 
 def rates(arguments: OptimizerArguments, train_iters: int, count: int, done: int = 0) -> list[float]:

@@ -1,0 +1,187 @@
+"""Every implementation of every operator that runs here, at the shapes of the models that we train."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashi2v_kernels.registry import OPERATORS, KernelUnavailable, resolve, specs_of
+from flashi2v_kernels.rope3d.tables import rope_tables
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.evaluation.benchmark import (
+    copy_ceiling,
+    interleaved_seconds,
+    machine,
+    matmul_ceiling,
+    median_ratio,
+    table,
+    write_json,
+)
+from megatron_flashi2v.models.patches import token_grid
+from megatron_flashi2v.models.presets import PRESETS
+from megatron_flashi2v.runtime.device import Device, resolve_device
+
+COLUMNS = ("model", "operator", "implementation", "dtype", "direction", "ms", "rate", "unit", "of_ceiling",
+           "of_eager", "why_not")
+EAGER = {"attention": "torch_sdpa", "fourier_highpass": "torch_fft"}
+"""What counts as eager torch; elsewhere the reference, which is a line or two of it."""
+SLOW_DEFINITIONS = ("attention", "fourier_highpass")
+"""Operators whose reference is not for use: a whole score matrix, and a loop over bins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelBenchmark:
+    """What to measure.
+
+    Attributes:
+        models: presets whose widths are taken.
+        latent_shape: latent frames, rows and columns; 13 60 104 is 49 frames of 480x832 pixels.
+        operators: names, or all.
+        dtypes: dtypes of the activations.
+        device: auto, cuda, npu or cpu.
+        rounds: measurements of each, interleaved; the table has medians.
+        json: file for the report.
+    """
+
+    models: tuple[str, ...] = ("1.3b", "14b")
+    latent_shape: tuple[int, int, int] = (13, 60, 104)
+    operators: tuple[str, ...] = OPERATORS
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    device: str = "auto"
+    rounds: int = 5
+    json: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operator's inputs and what they cost.
+
+    Attributes:
+        call: an implementation on the inputs.
+        leaves: what to differentiate by; empty for operators without gradient.
+        work: bytes that must be moved, or FLOPs that are defined, in forward and in backward.
+        unit: GB/s or TFLOP/s.
+    """
+
+    call: Callable[[Callable[..., Any]], Tensor]
+    leaves: tuple[Tensor, ...]
+    work: tuple[int, int]
+    unit: str = "GB/s"
+
+
+def run(options: KernelBenchmark) -> str:
+    """Measure, write the report if asked for, and return the table.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    device = resolve_device(options.device)
+    rows: list[dict[str, Any]] = []
+    ceilings: dict[str, float] = {"GB/s": copy_ceiling(device, options.rounds) / 1e9}
+    for dtype_name in options.dtypes:
+        dtype = getattr(torch, dtype_name)
+        ceilings["TFLOP/s"] = ceilings[dtype_name] = matmul_ceiling(device, dtype, options.rounds) / 1e12
+        for model in options.models:
+            for operator in options.operators:
+                case = make_case(operator, PRESETS[model], options.latent_shape, dtype, device)
+                for row in measure(operator, PRESETS[model], case, dtype, device, options.rounds, ceilings[case.unit]):
+                    rows.append({"model": model, "operator": operator, "dtype": dtype_name, **row})
+                del case
+                device.empty_cache()
+    report = {"machine": machine(device), "latent_shape": options.latent_shape, "ceilings": ceilings, "rows": rows}
+    if options.json is not None:
+        write_json(options.json, report)
+    reached = ", ".join(f"{value:.4g} {name}" for name, value in ceilings.items() if name != "TFLOP/s")
+    return f"{report['machine']}\nceilings (copy in GB/s, matrix product in TFLOP/s): {reached}\n{table(rows, COLUMNS)}"
+
+
+def measure(
+    operator: str, config: ModelConfig, case: Case, dtype: torch.dtype, device: Device, rounds: int, ceiling: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of one operator: forward and backward of what runs here, and the reason for what does not."""
+    functions: dict[str, Callable[..., Any]] = {}
+    for name in [spec.name for spec in specs_of(operator)]:
+        if name == "reference" and operator in SLOW_DEFINITIONS:
+            continue
+        try:
+            functions[name] = resolve(
+                operator, device.name, torch.float32 if operator == "fourier_highpass" else dtype, name,
+                head_dim=config.head_dim, needs_gradient=bool(case.leaves),
+            ).function
+        except KernelUnavailable as error:
+            reason = str(error).partition("cannot run here: ")[2].partition("; available")[0]
+            yield {"implementation": name, "why_not": reason}
+    directions: dict[str, dict[str, Callable[[], object]]] = {
+        "forward": {name: _forward(case, function) for name, function in functions.items()}
+    }
+    if case.leaves:
+        directions["backward"] = {name: _backward(case, function) for name, function in functions.items()}
+    for (direction, timed), work in zip(directions.items(), case.work, strict=False):
+        seconds = interleaved_seconds(timed, device, rounds)
+        eager = seconds[EAGER.get(operator, "reference")]
+        for name, values in seconds.items():
+            rate = work / statistics.median(values) / (1e12 if case.unit == "TFLOP/s" else 1e9)
+            yield {"implementation": name, "direction": direction, "ms": 1e3 * statistics.median(values),
+                   "rate": rate, "unit": case.unit, "of_ceiling": rate / ceiling,
+                   "of_eager": median_ratio(values, eager), "seconds": values}
+
+
+def _forward(case: Case, function: Callable[..., Any]) -> Callable[[], object]:
+    return lambda: case.call(function)
+
+
+def _backward(case: Case, function: Callable[..., Any]) -> Callable[[], object]:
+    output = case.call(function)
+    gradient = torch.randn(output.shape, device=output.device).to(output.dtype)
+    return lambda: torch.autograd.grad(output, case.leaves, gradient, retain_graph=True)
+
+
+def make_case(
+    operator: str, config: ModelConfig, latent_shape: Sequence[int], dtype: torch.dtype, device: Device
+) -> Case:
+    """Inputs of one sample at a model's width, and the least that must be moved or computed."""
+    frames, height, width = latent_shape
+    grid = token_grid((frames, height, width), config.patch_size)
+    tokens, d, heads = grid[0] * grid[1] * grid[2], config.hidden_size, config.num_attention_heads
+
+    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device.torch_device).to(to).requires_grad_()
+
+    moved = tokens * d * dtype.itemsize
+    if operator == "attention":
+        qkv = tuple(draw(1, tokens, heads, config.head_dim) for _ in range(3))
+        flops = 4 * tokens**2 * d
+        return Case(call=lambda f: f(*qkv), leaves=qkv, work=(flops, 2 * flops), unit="TFLOP/s")
+    if operator == "fourier_highpass":
+        images = draw(1, config.latent_channels, height, width, to=torch.float32).detach()
+        ratio = torch.full((1,), 0.1, device=device.torch_device)
+        return Case(call=lambda f: f(images, ratio), leaves=(), work=(2 * images.numel() * 4, 0))
+    if operator == "bias_gelu_tanh":
+        inner = (draw(tokens, 1, config.ffn_hidden_size), draw(config.ffn_hidden_size))
+        moved = inner[0].numel() * dtype.itemsize
+        return Case(call=lambda f: f(*inner), leaves=inner, work=(2 * moved, 3 * moved))
+    if operator in ("ada_layer_norm", "gate_residual"):
+        hidden, rows = draw(tokens, 1, d), tuple(draw(1, d, to=torch.float32) for _ in range(2))
+        if operator == "ada_layer_norm":
+            return Case(call=lambda f: f(hidden, *rows, config.norm_eps, dtype=dtype), leaves=(hidden, *rows),
+                        work=(2 * moved, 3 * moved))
+        update = draw(tokens, 1, d)
+        return Case(call=lambda f: f(hidden, update, rows[0]), leaves=(hidden, update, rows[0]),
+                    work=(3 * moved, 3 * moved))
+    query = draw(tokens, 1, heads, 3, config.head_dim).detach()[:, :, :, 0].requires_grad_()
+    weight = draw(d, to=torch.float32)
+    cos, sin = (part.to(device.torch_device) for part in rope_tables(grid, config.head_dim))
+    if operator == "rope3d":
+        return Case(call=lambda f: f(query, cos, sin), leaves=(query,), work=(2 * moved, 2 * moved))
+    if operator == "rms_norm":
+        return Case(call=lambda f: f(query, weight, config.norm_eps), leaves=(query, weight),
+                    work=(2 * moved, 3 * moved))
+    assert operator == "qk_norm_rope", f"no benchmark for {operator}"
+    return Case(call=lambda f: f(query, weight, cos, sin, config.norm_eps), leaves=(query, weight),
+                work=(2 * moved, 3 * moved))

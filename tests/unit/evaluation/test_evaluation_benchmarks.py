@@ -1,0 +1,104 @@
+"""The benchmarks' arithmetic and reports, at sizes where nothing takes long."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashi2v_kernels.registry import OPERATORS, load_entry_point, specs_of
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.evaluation import bench_block, bench_kernels, bench_step, benchmark
+from megatron_flashi2v.models.presets import PRESETS
+from megatron_flashi2v.runtime.device import resolve_device
+
+SHAPE = (2, 4, 6)
+
+
+def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "SHORTEST_S", 0.0)
+    called: list[str] = []
+    functions = {name: (lambda name=name: called.append(name)) for name in ("a", "b")}
+    seconds = benchmark.interleaved_seconds(functions, resolve_device("cpu"), rounds=3)
+    assert called == ["a", "a", "b", "b", *["a", "b"] * 3]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratio_is_the_median_of_each_rounds() -> None:
+    assert benchmark.median_ratio([1.0, 2.0, 9.0], [2.0, 2.0, 3.0]) == 1.0
+
+
+def test_ceilings_are_plausible() -> None:
+    device = resolve_device("cpu")
+    assert 1e9 < benchmark.matmul_ceiling(device, torch.float32, rounds=1) < 1e13
+    assert 1e8 < benchmark.copy_ceiling(device, rounds=1) < 1e12
+
+
+def test_table() -> None:
+    rows = [{"a": 1.23456, "b": "x"}, {"a": None}]
+    assert benchmark.table(rows, ("a", "b")) == "a      b\n--------\n1.235  x\n-      -\n"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernel_cases_fit_every_operator(operator: str) -> None:
+    """The definition takes each case's inputs; every leaf gets a gradient."""
+    case = bench_kernels.make_case(operator, PRESETS["tiny"], SHAPE, torch.float32, resolve_device("cpu"))
+    reference = load_entry_point(next(spec for spec in specs_of(operator) if spec.name == "reference"))
+    output = case.call(reference)
+    gradients = torch.autograd.grad(output.sum(), case.leaves) if case.leaves else ()
+    assert all(gradient.shape == leaf.shape for gradient, leaf in zip(gradients, case.leaves, strict=True))
+    assert case.work[0] > 0
+
+
+def test_kernel_report(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    options = bench_kernels.KernelBenchmark(
+        models=("tiny",), latent_shape=SHAPE, operators=("gate_residual", "attention"), dtypes=("float32",),
+        device="cpu", rounds=1, json=path,
+    )
+    told = bench_kernels.run(options)
+    report = json.loads(path.read_text())
+    measured = {(row["operator"], row["implementation"], row["direction"]): row
+                for row in report["rows"] if row.get("seconds")}
+    eager = measured["gate_residual", "reference", "forward"]
+    assert eager["of_eager"] == 1.0
+    moved = 3 * 12 * 192 * 4  # two rows of 12 tokens in, one out
+    assert eager["rate"] == pytest.approx(moved / (eager["ms"] * 1e-3) / 1e9)
+    assert ("attention", "torch_sdpa", "backward") in measured and ("attention", "reference", "forward") not in measured
+    assert "triton" in told and "runs on cuda, not on cpu" in told
+
+
+def test_step_report(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    options = bench_step.StepBenchmark(
+        model="tiny", num_layers=1, latent_shape=SHAPE, bf16=False, device="cpu", rounds=1, peer="diffusers", json=path
+    )
+    told = bench_step.run(options)
+    report = json.loads(path.read_text())
+    ours, theirs = report["rows"]
+    assert ours["tflops"] == pytest.approx(3 * sum(report["forward_flops"].values()) / ours["seconds"] / 1e12)
+    assert theirs["flops"] < ours["flops"]  # it has no image conditioning
+    assert report["ratio_to_peer"] == pytest.approx(ours["seconds"] / theirs["seconds"])
+    assert report["tokens"] == 12 and sum(report["kinds"].values()) == pytest.approx(1.0)
+    assert "diffusers" in told and "ada_layer_norm" in told
+    with pytest.raises(ConfigError, match="--model 2b: choose one of"):
+        bench_step.run(bench_step.StepBenchmark(model="2b"))
+
+
+def test_kinds_of_operators() -> None:
+    assert bench_step.kind_of("aten::addmm") == "matrix products"
+    assert bench_step.kind_of("void flash_fwd_kernel<cutlass>") == "attention"
+    assert bench_step.kind_of("norm_backward") == "elementwise, norms and the rest"
+
+
+def test_block_report(tmp_path: Path) -> None:
+    path = tmp_path / "block.json"
+    options = bench_block.BlockBenchmark(model="tiny", latent_shape=SHAPE, device="cpu", rounds=1, json=path)
+    told = bench_block.run(options)
+    report = json.loads(path.read_text())
+    assert [row["dtype"] for row in report["rows"]] == ["float32", "bfloat16"]
+    for row in report["rows"]:
+        assert row["ratio"] == pytest.approx(row["rounds"][0] / row["diffusers_rounds"][0])
+    assert "ratio" in told
