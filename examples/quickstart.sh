@@ -62,7 +62,8 @@ train "$STEPS" --pipeline-model-parallel-size 2 --micro-batch-size 2
 
 step "5/6 export to the diffusers format"
 if [ ! -e "$RUN/export/model_index.json" ]; then
-    flashi2v convert --from megatron "$RUN/checkpoints" --to diffusers "$RUN/export"
+    flashi2v convert --from megatron "$RUN/checkpoints" --to diffusers "$RUN/export" --verify \
+        --vae $MODELS/vae --text-encoder $MODELS/text_encoder --tokenizer $MODELS/tokenizer
 fi
 ls "$RUN/export"
 
@@ -86,7 +87,7 @@ Where to look:
   $RUN/sample.mp4       a sampled video, beside its source in $RUN/source.mp4
   $RUN/sample.png       sources and samples, frame by frame
   $RUN/checkpoints/     the checkpoint, config.yaml and metrics.jsonl
-  $RUN/export/          the exported folder; transformer/ loads in diffusers' WanTransformer3DModel
+  $RUN/export/          a release: transformer/ loads in diffusers' WanTransformer3DModel, the whole in FlashI2VPipeline
   $RUN/summary.json     the figures above
 
 What next:

@@ -13,71 +13,28 @@ h channels inside phi, text and freq input widths, pt ph pw the patch, kt kh kw 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from megatron_flashi2v.checkpoint.arrangements import (
+    Box,
+    FusedHeads,
+    ReadBox,
+    Reshape,
+    Same,
+    Shape,
+    Size,
+    Sizes,
+    Transform,
+)
 from megatron_flashi2v.conditioning.build import input_channels
 from megatron_flashi2v.config.model import ModelConfig
 
 FORMATS = ("wan", "diffusers", "flashi2v_npu")
 
-Size = int | str | tuple[int, str]  # a number, a symbol, or a multiple of a symbol
-Sizes = tuple[Size, ...]
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Same:
-    """One external tensor with our shape."""
-
-    def to_external(self, tensor: torch.Tensor, shape: Shape, heads: int) -> tuple[torch.Tensor, ...]:
-        """The external tensors, each of ``shape``."""
-        return (tensor,)
-
-    def to_ours(self, tensors: Sequence[torch.Tensor], shape: Shape, heads: int) -> torch.Tensor:
-        """Our tensor, of ``shape``."""
-        return tensors[0]
-
-
-@dataclass(frozen=True)
-class Reshape:
-    """One external tensor with the same values in the same order, in another shape."""
-
-    external: Sizes
-
-    def to_external(self, tensor: torch.Tensor, shape: Shape, heads: int) -> tuple[torch.Tensor, ...]:
-        """The external tensors, each of ``shape``."""
-        return (tensor.reshape(shape),)
-
-    def to_ours(self, tensors: Sequence[torch.Tensor], shape: Shape, heads: int) -> torch.Tensor:
-        """Our tensor, of ``shape``."""
-        return tensors[0].reshape(shape)
-
-
-@dataclass(frozen=True)
-class FusedHeads:
-    """Several external projections that are one tensor of ours, fused head by head.
-
-    Our rows are ordered (head, part, channel), so that a contiguous slice of rows is a set of heads with all
-    their parts; every external tensor has rows (head, channel).
-    """
-
-    parts: tuple[str, ...]
-
-    def to_external(self, tensor: torch.Tensor, shape: Shape, heads: int) -> tuple[torch.Tensor, ...]:
-        """The external tensors, each of ``shape``."""
-        by_head = tensor.reshape(heads, len(self.parts), -1, *shape[1:])
-        return tuple(part.reshape(shape) for part in by_head.unbind(1))
-
-    def to_ours(self, tensors: Sequence[torch.Tensor], shape: Shape, heads: int) -> torch.Tensor:
-        """Our tensor, of ``shape``."""
-        by_head = [part.reshape(heads, -1, *shape[1:]) for part in tensors]
-        return torch.stack(by_head, dim=1).reshape(shape)
-
-
-Transform = Same | Reshape | FusedHeads
 _SAME = Same()
 
 
@@ -318,6 +275,10 @@ class Mapped:
         """Our tensor from the external ones, in the order of ``external``."""
         return self.transform.to_ours(tensors, self.shape, self.heads)
 
+    def read(self, read: ReadBox, box: Box) -> torch.Tensor:
+        """``box`` of our tensor by way of ``read``, which gives boxes of the external ones."""
+        return self.transform.read_box(read, self.external, box, self.shape, self.external_shape, self.heads)
+
 
 def mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
     """Every tensor of a model that an external format holds, in the model's order.
@@ -359,6 +320,21 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
         for module, block in _instances(config)
         for key, tensor in module.tensors.items()
     }
+
+
+def external_name(ours: str, external_format: str) -> str:
+    """What an external format calls one of our tensors that fuses nothing.
+
+    Raises:
+        KeyError: the table has no such tensor.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", ours)
+    template, block = (f"blocks.{{i}}.{match[2]}", int(match[1])) if match else (ours, 0)
+    for module in (*BACKBONE, *(row for rows in CONDITIONING.values() for row in rows)):
+        for key in module.tensors:
+            if template == (f"{module.ours}.{key}" if key else module.ours):
+                return _name(getattr(module, external_format), key, block)
+    raise KeyError(ours)
 
 
 def parameter_count(config: ModelConfig) -> int:

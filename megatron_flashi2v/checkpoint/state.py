@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from megatron_flashi2v.checkpoint.index import Index, read_index
-from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
-from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.parallel.groups import Groups
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 MODEL_PREFIX = "model."
+EMA_PREFIX = "ema."
 MASTER_PREFIX = "optimizer.master."
 
 
@@ -132,35 +131,6 @@ def load_model(folder: Path, named_parameters: NamedParameters, grid: ShardGrid)
         for name, parameter in named_parameters
     ]
     read_pieces(folder, pieces, allow_cast=True, index=index)
-
-
-def load_base_model(folder: Path, base: ModelConfig, named_parameters: NamedParameters, grid: ShardGrid) -> None:
-    """Fill what this rank's model has in common with a text-to-video model, from a checkpoint of that.
-
-    The patch embedding's columns for channels that a paradigm adds, and the paradigm's own modules, stay as they are.
-
-    Args:
-        folder: the checkpoint, of any layout.
-        base: the model that it is of; apart from the paradigm, of the same dimensions.
-        named_parameters: global names and this rank's parameters.
-        grid: this rank's place.
-
-    Raises:
-        CheckpointError: as :func:`load_model`.
-    """
-    shapes = parameter_shapes(base)
-    targets, widened = [], []
-    for name, parameter in named_parameters:
-        if name == "patch_embedding.weight" and parameter.shape != shapes[name]:
-            columns = torch.nn.Parameter(torch.empty(shapes[name], dtype=parameter.dtype, device=parameter.device))
-            widened.append((parameter, columns))
-            targets.append((name, columns))
-        elif name in shapes:
-            targets.append((name, parameter))
-    load_model(folder, targets, grid)
-    with torch.no_grad():
-        for parameter, columns in widened:
-            parameter[:, : columns.shape[1]] = columns
 
 
 def most_exact_key(index: Index, name: str, dtype: torch.dtype) -> str:

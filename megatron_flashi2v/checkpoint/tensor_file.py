@@ -68,12 +68,13 @@ def write_tensor_file(
     tensors: Iterable[torch.Tensor],
     *,
     on_bytes: Callable[[int], None] | None = None,
+    hashed: bool = True,
 ) -> FileRecord:
     """Write ``tensors`` (in the order of ``specs``, on any device) to ``path`` and flush it to the disk.
 
     Only one tensor is in host memory at a time, so ``tensors`` may be a generator. ``on_bytes`` hears of
-    every tensor's bytes, for a progress bar. The file appears under ``path`` at once: publish it by renaming
-    its folder.
+    every tensor's bytes, for a progress bar. Without ``hashed`` the record's hash is empty. The file appears
+    under ``path`` at once: publish it by renaming its folder.
 
     Raises:
         UserError: the disk is full.
@@ -99,13 +100,14 @@ def write_tensor_file(
             # single value may count as contiguous under any stride.
             content = values.as_strided((values.numel(),), (1,)).view(torch.uint8).numpy().data
             file.write(content)
-            digest.update(content)
+            if hashed:
+                digest.update(content)
             size += content.nbytes
             if on_bytes is not None:
                 on_bytes(content.nbytes)
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(bytes=size, sha256=digest.hexdigest())
+    return FileRecord(bytes=size, sha256=digest.hexdigest() if hashed else "")
 
 
 def _header(path: Path, specs: Sequence[TensorSpec]) -> bytes:

@@ -30,6 +30,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_numbers(config)
     _check_online_encoding(config)
     parse_buffer_sizes(config.parallel.hccl_buffer_sizes)
+    _ = config.checkpoint.load_weights_source
 
 
 def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:

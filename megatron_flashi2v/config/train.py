@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_flashi2v.config.convert import FORMATS
+from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import ClipArguments
 
 
@@ -186,12 +188,32 @@ class CheckpointArguments:
     """Folder for checkpoints, config.yaml and metrics.jsonl."""
     load: Path | None = None
     """Folder to resume from; an empty or absent one starts anew."""
-    pretrained_checkpoint: Path | None = None
-    """Checkpoint whose weights a new run starts from: of a text-to-video model, or of the run's own paradigm."""
+    load_weights: str | None = None
+    """Weights that a new run starts from, as FORMAT:PATH with a format of `flashi2v convert`, such as
+    wan:Wan2.1-T2V-1.3B or megatron:runs/a: of a text-to-video or FlashI2V model, or of the run's own paradigm."""
+    load_weights_kind: Literal["model", "ema"] = "model"
+    """Which of the sets that --load-weights holds."""
     save_interval: int | None = None
     """Iterations between checkpoints; by default only at the end."""
     exit_interval: int | None = None
     """Save and leave when the iteration is a multiple of this (to split a run over several jobs)."""
+
+    @property
+    def load_weights_source(self) -> tuple[str, Path] | None:
+        """Format and path of ``load_weights``.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        if self.load_weights is None:
+            return None
+        name, colon, path = self.load_weights.partition(":")
+        if not colon or not path or name not in FORMATS:
+            raise ConfigError(
+                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMATS)}, such as "
+                f"megatron:{path or self.load_weights}"
+            )
+        return name, Path(path)
 
 
 @dataclass(frozen=True, kw_only=True)

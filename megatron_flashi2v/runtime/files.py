@@ -42,6 +42,26 @@ def full_disk_named(path: Path | str) -> Iterator[None]:
         ) from error
 
 
+def require_space(path: Path | str, needed: int, what: str) -> None:
+    """Refuse to begin what would fill the disk.
+
+    Args:
+        path: what will be written.
+        needed: bytes.
+        what: what needs them, for the message.
+
+    Raises:
+        UserError: fewer bytes are free where ``path`` will stand.
+    """
+    free = _free_mib(Path(path))
+    wanted = -(-needed // _MIB)
+    if wanted > free:
+        raise UserError(
+            f"{path}: {what} needs {wanted:,} MiB of disk, of which {free:,} MiB are free; free some space or choose "
+            "another path"
+        )
+
+
 @contextlib.contextmanager
 def write_errors(path: Path | str) -> Iterator[None]:
     """As :func:`full_disk_named`, and any error of the operating system: a missing permission and the like.

@@ -22,18 +22,16 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     require_same_model,
     save_checkpoint,
 )
+from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.state import (
-    NamedParameters,
-    ShardGrid,
-    load_base_model,
     load_model,
     model_pieces,
     shard_grid,
 )
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
-from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
@@ -48,6 +46,7 @@ from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.runtime.provenance import source_commit
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
@@ -100,10 +99,11 @@ class Trainer:
         if resumed is None:
             for chunk in self.chunks:
                 initialize_weights(chunk, config.batch.seed)
-            if config.checkpoint.pretrained_checkpoint is not None:
-                start_from_pretrained(
-                    config.checkpoint.pretrained_checkpoint, self.model_config, self.named_parameters(), self.grid
-                )
+            source = config.checkpoint.load_weights_source
+            if source is not None:
+                initial = open_initial_weights(source, self.model_config, config.checkpoint.load_weights_kind)
+                logger.info("%s", initial.summary)
+                load_initial_weights(initial, self.named_parameters(), self.grid)
         self.models = wrap_data_parallel(self.chunks, config)
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
@@ -250,6 +250,8 @@ class Trainer:
                 "data": {"samples": len(self.data), "fingerprint": self.data.fingerprint,
                          "frames": self.data.info.frames, "height": self.data.info.height,
                          "width": self.data.info.width, "fps": self.data.info.fps},
+                "layout": layout_of(self.config, self.launch.world_size),
+                "commit": source_commit() if self.launch.rank == 0 else None,
                 "optimizer": optimizer_common_state(self.optimizer),
                 "clipper": self.clipper.state_dict(),
             },
@@ -333,25 +335,17 @@ def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
     return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
-def start_from_pretrained(
-    source: Path, model: ModelConfig, named_parameters: NamedParameters, grid: ShardGrid
-) -> None:
-    """Fill a new run's initialised weights from a text-to-video checkpoint, or from one of its own paradigm.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it is of another paradigm or other widths.
-    """
-    folder = find_checkpoint(source)
-    if folder is None:
-        raise CheckpointError(f"--pretrained-checkpoint {source} holds no checkpoint")
-    base = load_model_config(folder)
-    conditioning = base.conditioning if base.conditioning == model.conditioning else BASE_PARADIGM
-    # What shapes no weight of the base model may differ.
-    free = FREE_OF_WEIGHTS if conditioning == model.conditioning else FREE_OF_WEIGHTS + PARADIGM_FIELDS
-    wanted = {name: getattr(base, name) for name in free}
-    require_same_model(base, dataclasses.replace(model, conditioning=conditioning, **wanted), folder)
-    load_base_model(folder, base, named_parameters, grid)
-    logger.info("starting from the weights of %s (%s)", folder, base.conditioning)
+def layout_of(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """How the model and the batch were divided, and in what precision, for the record."""
+    parallel = config.parallel
+    return {
+        "processes": world_size,
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "global_batch_size": config.batch.global_batch_size,
+        "precision": "bf16" if config.batch.bf16 else "fp32",
+    }
 
 
 def load_training_state(folder: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     common = ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", "3", "--seed", "7",
               "--micro-batch-size", "2", "--global-batch-size", "4", "--optimizer", "sgd", "--lr", "0.05"]
     # And one that starts from text-to-video weights, which a launch before has trained.
-    start = ("--conditioning", "inpainting", "--pretrained-checkpoint", str(folder / "text_to_video-single"))
+    start = ("--conditioning", "inpainting", "--load-weights", f"megatron:{folder / 'text_to_video-single'}")
     layouts += [Layout("started-single", 1, start), Layout("started-divided", 4, (*start, *DIVIDED))]
     return run_layouts(layouts, folder, common)
 

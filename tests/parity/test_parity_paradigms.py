@@ -96,7 +96,7 @@ def test_every_paradigm_starts_from_text_to_video_weights(train: Train, text_to_
     losses = {}
     for name in PARADIGMS:
         save = tmp_path / name
-        assert train("--conditioning", name, "--pretrained-checkpoint", text_to_video, "--train-iters", 3,
+        assert train("--conditioning", name, "--load-weights", f"megatron:{text_to_video}", "--train-iters", 3,
                      "--seed", 9, "--save", save) == 0
         losses[name] = [row["loss"] for row in metrics(save)]
     for name, values in losses.items():
@@ -107,10 +107,10 @@ def test_every_paradigm_starts_from_text_to_video_weights(train: Train, text_to_
     assert abs(metrics(tmp_path / "new")[0]["loss"] - losses["text_to_video"][0]) > 1e-3
 
 
-def test_a_resumed_run_does_not_start_from_the_pretrained_weights_again(
+def test_a_resumed_run_does_not_start_from_the_given_weights_again(
     train: Train, text_to_video: Path, tmp_path: Path
 ) -> None:
-    flags = ("--conditioning", "inpainting", "--pretrained-checkpoint", text_to_video)
+    flags = ("--conditioning", "inpainting", "--load-weights", f"megatron:{text_to_video}")
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     assert train(*flags, "--save", straight) == 0
     assert train(*flags, "--save", halves, "--exit-interval", 2) == 0
@@ -118,22 +118,23 @@ def test_a_resumed_run_does_not_start_from_the_pretrained_weights_again(
     assert [row["loss"] for row in metrics(halves)] == [row["loss"] for row in metrics(straight)]
 
 
-def test_pretrained_weights_of_another_model_are_refused(
+def test_weights_of_another_model_are_refused(
     train: Train, text_to_video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrained = ("--pretrained-checkpoint", text_to_video)
-    assert train(*pretrained, "--hidden-size", 64, "--ffn-hidden-size", 96) != 0
+    start = ("--load-weights", f"megatron:{text_to_video}")
+    assert train(*start, "--hidden-size", 64, "--ffn-hidden-size", 96) != 0
     error = capsys.readouterr().err
     for words in ("hidden_size is 32 in the checkpoint, 64", "ffn_hidden_size is 48 in the checkpoint, 96"):
         assert words in error
-    assert train("--pretrained-checkpoint", tmp_path / "none") != 0
-    assert "--pretrained-checkpoint" in capsys.readouterr().err
+    assert train("--load-weights", f"megatron:{tmp_path / 'none'}") != 0
+    assert "none holds no checkpoint" in capsys.readouterr().err
     assert train("--conditioning", "inpainting", "--train-iters", 1, "--save", tmp_path / "run") == 0
     capsys.readouterr()
-    assert train("--conditioning", "flashi2v", "--pretrained-checkpoint", tmp_path / "run") != 0
+    assert train("--conditioning", "flashi2v", "--load-weights", f"megatron:{tmp_path / 'run'}") != 0
     assert "conditioning is inpainting in the checkpoint, text_to_video was asked for" in capsys.readouterr().err
     # Its own paradigm serves as a start as well.
-    assert train("--conditioning", "inpainting", "--pretrained-checkpoint", tmp_path / "run", "--train-iters", 1) == 0
+    own = ("--conditioning", "inpainting", "--load-weights", f"megatron:{tmp_path / 'run'}")
+    assert train(*own, "--train-iters", 1) == 0
 
 
 @pytest.mark.parametrize("stored, wanted", [

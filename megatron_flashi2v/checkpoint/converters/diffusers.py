@@ -6,23 +6,19 @@ in the sibling ``image_conditioning/``, under the names of FlashI2V's main branc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_flashi2v.checkpoint.key_table import Mapped, mappings
-from megatron_flashi2v.checkpoint.tensor_file import DTYPES, TensorSpec, open_tensor_file, read_tensor
+from megatron_flashi2v.checkpoint.key_table import Mapped, external_name, mappings
+from megatron_flashi2v.checkpoint.sources import open_safetensors_folder
 from megatron_flashi2v.checkpoint.weights import (
+    ExternalWeights,
     OnBytes,
-    TensorGroup,
+    ReadOptions,
     Weights,
-    cast,
-    require_tensors,
+    external_groups,
     write_hub_folder,
 )
 from megatron_flashi2v.conditioning.build import input_channels
@@ -30,10 +26,13 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json
 
-TRANSFORMER, CONDITIONING = "transformer", "image_conditioning"
+TRANSFORMER, CONDITIONING, SCHEDULER = "transformer", "image_conditioning", "scheduler"
 PIPELINE_NAME = "model_index.json"
-TRANSFORMER_STEM, CONDITIONING_STEM = "diffusion_pytorch_model", "model"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "README.md")
+"""What a release adds to the folder."""
 TRANSFORMER_CLASS, CONDITIONING_CLASS = "WanTransformer3DModel", "FlashI2VImageConditioning"
+SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 
 # What our model is, among the things that diffusers' class can be.
 _FIXED: Mapping[str, Any] = {
@@ -68,134 +67,51 @@ def transformer_config(config: ModelConfig) -> dict[str, Any]:
 def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
     """Write the folder's files."""
     config = weights.config
-    inside = list(mappings(config, "diffusers"))
-    held = {entry.ours for entry in inside}
-    beside = [entry for entry in mappings(config, "wan") if entry.ours not in held]
+    inside, beside = table(config)
     for name in (TRANSFORMER, CONDITIONING):
         (folder / name).mkdir()
-    write_hub_folder(folder / TRANSFORMER, TRANSFORMER_STEM, _groups(weights, inside), max_bytes, on_bytes)
+    write_hub_folder(folder / TRANSFORMER, WEIGHTS_STEM, external_groups(weights, inside), max_bytes, on_bytes)
     atomic_write_json(folder / TRANSFORMER / "config.json", transformer_config(config))
     if beside:
         write_hub_folder(
-            folder / CONDITIONING, CONDITIONING_STEM, _groups(weights, beside), max_bytes, on_bytes
+            folder / CONDITIONING, WEIGHTS_STEM, external_groups(weights, beside), max_bytes, on_bytes
         )
     atomic_write_json(
         folder / CONDITIONING / "config.json", {"_class_name": CONDITIONING_CLASS, **config.to_json()}
+    )
+    version = metadata.version("diffusers")
+    (folder / SCHEDULER).mkdir()
+    atomic_write_json(
+        folder / SCHEDULER / "scheduler_config.json",
+        {"_class_name": SCHEDULER_CLASS, "_diffusers_version": version, "num_train_timesteps": 1000, "shift": 7.0},
     )
     atomic_write_json(
         folder / PIPELINE_NAME,
         {
             "_class_name": "FlashI2VPipeline",
-            "_diffusers_version": metadata.version("diffusers"),
+            "_diffusers_version": version,
             TRANSFORMER: ["diffusers", TRANSFORMER_CLASS],
-            CONDITIONING: ["megatron_flashi2v", CONDITIONING_CLASS],
+            # The module's own path, as diffusers itself writes it for classes of other libraries.
+            CONDITIONING: ["megatron_flashi2v.release.image_conditioning", CONDITIONING_CLASS],
+            SCHEDULER: ["diffusers", SCHEDULER_CLASS],
         },
     )
 
 
-def _groups(weights: Weights, entries: Sequence[Mapped]) -> list[TensorGroup]:
-    return [
-        TensorGroup(
-            specs=tuple(
-                TensorSpec(name=name, dtype=weights.dtype(entry.ours), shape=entry.external_shape)
-                for name in entry.external
-            ),
-            load=partial(_split, weights, entry),
-        )
+def table(config: ModelConfig) -> tuple[list[Mapped], list[Mapped]]:
+    """What lies in the transformer, and what beside it: all that diffusers has no place for."""
+    inside = list(mappings(config, "diffusers"))
+    held = {entry.ours for entry in inside}
+    return inside, [entry for entry in mappings(config, "wan") if entry.ours not in held]
+
+
+def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """What each of our tensors is called, after its folder's name."""
+    return {
+        entry.ours: tuple(f"{folder}/{name}" for name in entry.external)
+        for folder, entries in zip((TRANSFORMER, CONDITIONING), table(config), strict=True)
         for entry in entries
-    ]
-
-
-def _split(weights: Weights, entry: Mapped) -> tuple[torch.Tensor, ...]:
-    return entry.to_external(weights.read(entry.ours))
-
-
-class DiffusersWeights(Weights):
-    """The tensors of an exported folder, or of a plain Wan text-to-video ``transformer/``."""
-
-    def __init__(self, path: Path, dtype: torch.dtype | None) -> None:
-        transformer = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
-        conditioning = path / CONDITIONING if transformer != path else path.parent / CONDITIONING
-        self.config = read_config(transformer, conditioning)
-        self._wanted = dtype
-        inside = list(mappings(self.config, "diffusers"))
-        held = {entry.ours for entry in inside}
-        beside = [entry for entry in mappings(self.config, "wan") if entry.ours not in held]
-        self._entries = {entry.ours: entry for entry in inside + beside}
-        self._tensors = _stored_tensors(transformer, TRANSFORMER_STEM)
-        self._require(transformer, inside, self._tensors)
-        if beside:
-            tensors = _stored_tensors(conditioning, CONDITIONING_STEM)
-            self._require(conditioning, beside, tensors)
-            self._tensors.update(tensors)
-
-    def _require(self, folder: Path, entries: Sequence[Mapped], tensors: Mapping[str, _StoredTensor]) -> None:
-        if "head.head.weight" in tensors:
-            raise CheckpointError(
-                f"{folder} holds tensors under the original Wan names, which is the format wan"
-            )
-        expected = {name: entry.external_shape for entry in entries for name in entry.external}
-        require_tensors(folder, expected, {name: tensor.shape for name, tensor in tensors.items()})
-        for entry in entries:
-            dtypes = sorted({str(tensors[name].dtype) for name in entry.external})
-            if len(dtypes) > 1 and self._wanted is None:
-                raise CheckpointError(
-                    f"{folder}: the tensors {', '.join(entry.external)} are fused and must have one dtype, "
-                    f"not {', '.join(dtypes)}; give --dtype"
-                )
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._wanted or self._tensors[self._entries[name].external[0]].dtype
-
-    def read(self, name: str) -> torch.Tensor:
-        entry, dtype = self._entries[name], self.dtype(name)
-        return entry.to_ours([cast(part, self._tensors[part].read(), dtype) for part in entry.external])
-
-
-@dataclass(frozen=True)
-class _StoredTensor:
-    """One tensor of a safetensors file.
-
-    The file is opened for each one anew: the memory that a lasting map of it takes would grow to the file's
-    size.
-    """
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self) -> torch.Tensor:
-        with open_tensor_file(self.path) as handle:
-            return read_tensor(self.path, handle, self.name)
-
-
-def _stored_tensors(folder: Path, stem: str) -> dict[str, _StoredTensor]:
-    """All tensors of a component, from its one file or the shards that its index names."""
-    index = folder / f"{stem}.safetensors.index.json"
-    names = [f"{stem}.safetensors"]
-    if index.exists():
-        document = read_json(index, error=CheckpointError)
-        weight_map = document.get("weight_map") if isinstance(document, dict) else None
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            # An index may come from anyone: it must not lead the reader out of its folder.
-            if Path(name).name != name:
-                raise CheckpointError(f"{index} names the file {name!r}, which is not a plain name")
-    tensors: dict[str, _StoredTensor] = {}
-    for name in names:
-        path = folder / name
-        with open_tensor_file(path) as handle:
-            for key in list(handle.keys()):
-                part = handle.get_slice(key)
-                if part.get_dtype() not in DTYPES:
-                    raise CheckpointError(
-                        f"{path}: tensor {key} has dtype {part.get_dtype()}, which is not supported"
-                    )
-                tensors[key] = _StoredTensor(path, key, tuple(part.get_shape()), DTYPES[part.get_dtype()])
-    return tensors
+    }
 
 
 def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
@@ -263,15 +179,29 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_weights(path: Path, dtype: torch.dtype | None) -> Weights:
+def open_weights(path: Path, options: ReadOptions) -> Weights:
     """The weights of an exported folder, or of a ``WanTransformer3DModel`` folder.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or of another model.
+        CheckpointError: a file is missing, damaged, or of another model; or EMA weights are asked for.
     """
-    return DiffusersWeights(path, dtype)
+    if options.weights == "ema":
+        raise CheckpointError(f"{path}: the format diffusers holds one set of weights; leave out --weights ema")
+    transformer = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
+    conditioning = path / CONDITIONING if transformer != path else path.parent / CONDITIONING
+    config = read_config(transformer, conditioning)
+    options.require_agreement(config, transformer / "config.json")
+    inside, beside = table(config)
+    tensors = open_safetensors_folder(transformer, WEIGHTS_STEM)
+    if external_name("head.linear.weight", "wan") in tensors:
+        raise CheckpointError(f"{transformer} holds tensors under the original Wan names, which is the format wan")
+    if beside:
+        tensors |= open_safetensors_folder(conditioning, WEIGHTS_STEM)
+    return ExternalWeights(path, config, inside + beside, tensors, options.dtype)
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds what :func:`write_weights` wrote and nothing else."""
-    return {path.name for path in folder.iterdir()} == {TRANSFORMER, CONDITIONING, PIPELINE_NAME}
+    """Whether a folder holds what :func:`write_weights` wrote, perhaps with a release's parts, and nothing else."""
+    found = {path.name for path in folder.iterdir()}
+    required = {TRANSFORMER, CONDITIONING, SCHEDULER, PIPELINE_NAME}
+    return required <= found <= required | set(RELEASE_PARTS)

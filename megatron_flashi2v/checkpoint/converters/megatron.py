@@ -7,21 +7,26 @@ from pathlib import Path
 
 import torch
 
+from megatron_flashi2v.checkpoint.arrangements import Box
 from megatron_flashi2v.checkpoint.checkpoint import (
+    MODEL_CONFIG_NAME,
     TRACKER_NAME,
     find_checkpoint,
     finish_folder,
     iteration_folder,
     load_model_config,
+    load_state,
     write_tracker,
 )
 from megatron_flashi2v.checkpoint.index import Index, StoredPiece, StoredTensor, read_index, write_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.state import MODEL_PREFIX, most_exact_key
-from megatron_flashi2v.checkpoint.storage import read_full, tensor_file_name
+from megatron_flashi2v.checkpoint.sources import box_shape, whole_box
+from megatron_flashi2v.checkpoint.state import EMA_PREFIX, MODEL_PREFIX, most_exact_key
+from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces, tensor_file_name
 from megatron_flashi2v.checkpoint.tensor_file import FileRecord, TensorSpec
 from megatron_flashi2v.checkpoint.weights import (
     OnBytes,
+    ReadOptions,
     TensorGroup,
     Weights,
     cast,
@@ -30,42 +35,69 @@ from megatron_flashi2v.checkpoint.weights import (
     write_shard,
 )
 from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.model import ModelConfig
 
 
 class MegatronWeights(Weights):
-    """The model's tensors of one ``iter_*`` folder; fp32 master copies where fp32 is asked for."""
+    """The tensors of one ``iter_*`` folder; of the model, fp32 master copies where fp32 is asked for."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None) -> None:
+    def __init__(self, folder: Path, options: ReadOptions) -> None:
+        self.source = folder
         self.config = load_model_config(folder)
-        self._folder = folder
+        options.require_agreement(self.config, folder / MODEL_CONFIG_NAME)
+        self.facts = load_state(folder)
         self._index = read_index(folder)
-        self._wanted = dtype
+        self._wanted = options.dtype
+        self._prefix = EMA_PREFIX if options.weights == "ema" else MODEL_PREFIX
         found = {
-            key.removeprefix(MODEL_PREFIX): tensor.shape
+            key.removeprefix(self._prefix): tensor.shape
             for key, tensor in self._index.tensors.items()
-            if key.startswith(MODEL_PREFIX)
+            if key.startswith(self._prefix)
         }
+        if options.weights == "ema" and not found:
+            raise CheckpointError(
+                f"{folder} holds no EMA weights (tensors {EMA_PREFIX}*); it was trained without EMA, so leave out "
+                "--weights ema"
+            )
         require_tensors(folder, parameter_shapes(self.config), found)
+        self.names = {name: (self._prefix + name,) for name in found}
+        self.left_out = tuple(key for key in self._index.tensors if not key.startswith(self._prefix))
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        return (self._index.tensors[self._prefix + name].dtype,)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._wanted or self._index.tensors[MODEL_PREFIX + name].dtype
+        return self._wanted or self.stored_dtypes(name)[0]
 
-    def read(self, name: str) -> torch.Tensor:
-        dtype = self.dtype(name)
-        key = most_exact_key(self._index, name, dtype)
-        return cast(name, read_full(self._folder, key, index=self._index), dtype)
+    def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or self.dtype(name)
+        key = self._prefix + name if self._prefix == EMA_PREFIX else most_exact_key(self._index, name, dtype)
+        stored = self._index.tensors[key]
+        box = whole_box(stored.shape) if box is None else box
+        values = torch.empty(box_shape(box), dtype=stored.dtype)
+        piece = TensorPiece(
+            key=key, global_shape=stored.shape, offset=tuple(side.start for side in box), shape=box_shape(box),
+            data=values,
+        )
+        read_pieces(self.source, [piece], index=self._index)
+        return cast(name, values, dtype)
 
 
-def open_weights(path: Path, dtype: torch.dtype | None) -> Weights:
+def open_weights(path: Path, options: ReadOptions) -> Weights:
     """The weights of a ``--save`` folder's latest checkpoint, or of an ``iter_*`` folder.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
+        CheckpointError: there is no checkpoint, it is damaged, or it holds no EMA weights though they are asked for.
     """
     folder = find_checkpoint(path)
     if folder is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a folder written by `flashi2v train --save`")
-    return MegatronWeights(folder, dtype)
+    return MegatronWeights(folder, options)
+
+
+def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """What each of our tensors is called in a checkpoint."""
+    return {name: (MODEL_PREFIX + name,) for name in parameter_shapes(config)}
 
 
 def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:

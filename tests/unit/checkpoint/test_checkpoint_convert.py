@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, tensors_of
 from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.checkpoint import tensor_file
@@ -25,80 +26,12 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.convert import FORMATS, convert
-from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count, parameter_shapes
-from megatron_flashi2v.checkpoint.storage import TensorPiece, keys, read_full, verify
+from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count
+from megatron_flashi2v.checkpoint.storage import TensorPiece, verify
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.convert import FORMATS as ANNOUNCED
 from megatron_flashi2v.config.convert import ConvertConfig
 from megatron_flashi2v.config.errors import UserError
-from megatron_flashi2v.config.model import ModelConfig
-
-# Three heads, a width that is no power of two, and settings that no shape can tell.
-ODD = ModelConfig(
-    num_layers=2,
-    hidden_size=30,
-    ffn_hidden_size=22,
-    num_attention_heads=3,
-    latent_channels=4,
-    freq_dim=16,
-    text_dim=14,
-    text_length=6,
-    phi_hidden_channels=5,
-    phi_kernel_size=(3, 3, 3),
-    phi_order="repeat_then_conv",
-    text_cleaning="light",
-    norm_eps=1e-5,
-)
-
-
-def tensors_of(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Random weights; under a bf16 run matrices are bf16 and the rest fp32."""
-    generator = torch.Generator().manual_seed(3)
-    return {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(config).items()}
-
-
-def checkpoint(root: Path, config: ModelConfig = ODD, bf16: bool = False) -> dict[str, torch.Tensor]:
-    """A checkpoint of random weights, some of them in two slices; the model's tensors as stored."""
-    tensors = tensors_of(config)
-    pieces = []
-    for name, exact in tensors.items():
-        low = bf16 and exact.dim() > 1
-        stored = exact.to(torch.bfloat16) if low else exact
-        if low:
-            pieces.append(TensorPiece.whole(f"optimizer.master.{name}", exact))
-        if exact.dim() == 2 and exact.shape[1] % 2 == 0:
-            half = exact.shape[1] // 2
-            pieces += [
-                TensorPiece(
-                    key=f"model.{name}",
-                    global_shape=tuple(exact.shape),
-                    offset=(0, start),
-                    shape=(exact.shape[0], half),
-                    data=stored[:, start : start + half],
-                )
-                for start in (0, half)
-            ]
-        else:
-            pieces.append(TensorPiece.whole(f"model.{name}", stored))
-        tensors[name] = stored
-    save_checkpoint(root, 40, pieces=pieces, model_config=config, state={"iteration": 40})
-    return tensors
-
-
-def model_tensors(root: Path) -> dict[str, torch.Tensor]:
-    folder = find_checkpoint(root)
-    assert folder is not None
-    return {key.removeprefix("model."): read_full(folder, key) for key in keys(folder)}
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-def names(root: Path) -> set[str]:
-    return {path.name for path in root.iterdir()}
 
 
 @pytest.fixture
@@ -160,7 +93,7 @@ def test_diffusers_loads_the_transformer(tmp_path: Path, run: Path, max_shard_by
 def test_image_conditioning_lies_beside_it(tmp_path: Path, run: Path) -> None:
     convert(("megatron", run), ("diffusers", tmp_path / "export"))
     folder = tmp_path / "export" / "image_conditioning"
-    held = load_file(folder / "model.safetensors")
+    held = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert sorted(held) == sorted(
         f"{module}.{kind}"
         for kind in ("weight", "bias")
@@ -302,8 +235,8 @@ Q = "blocks.1.attn1.to_q.weight"
             "the format wan",
         ),
         (
-            lambda f: (f / "image_conditioning" / "model.safetensors").unlink(),
-            "image_conditioning/model.safetensors",
+            lambda f: (f / "image_conditioning" / "diffusion_pytorch_model.safetensors").unlink(),
+            "image_conditioning/diffusion_pytorch_model.safetensors",
         ),
         (lambda f: edit_json(f / TRANSFORMER_CONFIG, num_layers=1), "num_layers is 1, but .* makes it 2"),
         (
@@ -338,10 +271,10 @@ def test_a_damaged_folder_is_named_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("weight_map", "words"),
     [
-        ({"a": "../../etc/passwd"}, "not a plain name"),
+        ({"a": "../../etc/passwd"}, "tensor a is said to be in .*, which is not a plain file name"),
         (
             {"a": "diffusion_pytorch_model-00009-of-00009.safetensors"},
-            "00009-of-00009.safetensors cannot be read",
+            "tensor a is said to be in .*00009-of-00009.safetensors, but there is no such file",
         ),
         (None, "no weight_map"),
     ],
@@ -398,12 +331,19 @@ def test_a_full_disk_leaves_the_earlier_output(
 
 
 def test_bytes_are_reported(tmp_path: Path, run: Path) -> None:
-    totals: list[int] = []
-    written: list[int] = []
+    totals: dict[str, int] = {}
+    done: dict[str, int] = {}
+
+    def start(what: str, total: int) -> None:
+        totals[what], done[what] = total, 0
+
+    def advance(count: int) -> None:
+        done[list(done)[-1]] += count
+
     convert(
-        ("megatron", run), ("diffusers", tmp_path / "export"), on_start=totals.append, on_bytes=written.append
+        ("megatron", run), ("diffusers", tmp_path / "export"), verify=True, on_start=start, on_bytes=advance
     )
-    assert totals == [sum(written)] and len(written) > 20
+    assert list(totals) == ["convert", "verify"] and done == totals
 
 
 def test_command_line(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,8 +354,8 @@ def test_command_line(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(arguments) == 1
     assert f"{export} exists" in capsys.readouterr().err
-    assert main(["convert", "--from", "wan", "x", "--to", "diffusers", "y"]) == 2
-    assert "--from wan: no such format; available are megatron and diffusers" in capsys.readouterr().err
+    assert main(["convert", "--from", "pth", "x", "--to", "diffusers", "y"]) == 2
+    assert "--from pth: no such format; available are megatron, diffusers, wan" in capsys.readouterr().err
     assert main(["convert", "--from", "megatron", str(tmp_path / "none"), "--to", "diffusers", "y"]) == 1
     assert "holds no checkpoint" in capsys.readouterr().err
 

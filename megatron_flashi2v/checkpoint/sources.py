@@ -1,0 +1,141 @@
+"""Tensors in files that others wrote: read one at a time, or a box of one, whatever holds them."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_flashi2v.checkpoint.arrangements import Box
+from megatron_flashi2v.checkpoint.tensor_file import DTYPES, open_tensor_file, read_tensor
+from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.runtime.files import read_json
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTensor(ABC):
+    """One tensor of a file.
+
+    Attributes:
+        path: the file, for errors.
+        name: its name there.
+        shape: whole shape.
+        dtype: as stored.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self, box: Box | None = None) -> torch.Tensor:
+        """The values, or those in ``box``, on the host; only their bytes are brought into memory.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetensorsTensor(SourceTensor):
+    """A tensor of a safetensors file.
+
+    The file is mapped for each one anew: the resident part of a lasting map would grow to the file's size.
+    """
+
+    def read(self, box: Box | None = None) -> torch.Tensor:
+        with open_tensor_file(self.path) as handle:
+            return read_tensor(self.path, handle, self.name, box)
+
+
+def open_safetensors(path: Path) -> dict[str, SourceTensor]:
+    """All tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: it is missing, cut short, or holds an unknown dtype.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    try:
+        with open_tensor_file(path) as handle:
+            for name in list(handle.keys()):
+                part = handle.get_slice(name)
+                kind = part.get_dtype()
+                if kind not in DTYPES:
+                    raise CheckpointError(f"{path}: tensor {name} has dtype {kind}, which is not supported")
+                tensors[name] = SafetensorsTensor(
+                    path=path, name=name, shape=tuple(part.get_shape()), dtype=DTYPES[kind]
+                )
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_first_cut_tensor(path)}") from error
+    return tensors
+
+
+def _first_cut_tensor(path: Path) -> str:
+    """Which tensor of a file that cannot be opened is cut short, if that is what is wrong."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 100_000_000:
+                return ""
+            header = json.loads(file.read(length))
+        begin, size = 8 + length, path.stat().st_size
+        ends = {name: begin + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        cut = [name for name, end in ends.items() if end > size]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return ""
+    if not cut:
+        return ""
+    first = min(cut, key=ends.__getitem__)
+    return f"; tensor {first} ends at byte {ends[first]:,}, the file at {size:,}: use another copy"
+
+
+def open_sharded(index: Path) -> dict[str, SourceTensor]:
+    """All tensors of the shards that a Hugging Face index names.
+
+    Raises:
+        CheckpointError: the index is malformed, leads out of its folder, names a missing shard, or contradicts one.
+    """
+    document = read_json(index, error=CheckpointError)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    shards: dict[str, dict[str, SourceTensor]] = {}
+    for tensor, name in weight_map.items():
+        if name in shards:
+            continue
+        # An index may come from anyone: it must not lead the reader out of its folder.
+        if Path(name).name != name or name.startswith("."):
+            raise CheckpointError(f"{index}: tensor {tensor} is said to be in {name!r}, which is not a plain file name")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: tensor {tensor} is said to be in {name}, but there is no such file")
+        shards[name] = open_safetensors(index.parent / name)
+    for tensor, name in weight_map.items():
+        if tensor not in shards[name]:
+            raise CheckpointError(f"{index}: tensor {tensor} is said to be in {name}, which does not hold it")
+    return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
+
+
+def open_safetensors_folder(folder: Path, stem: str) -> dict[str, SourceTensor]:
+    """All tensors of a component: of its one file, or of the shards that its index names.
+
+    Raises:
+        CheckpointError: as for :func:`open_safetensors` and :func:`open_sharded`.
+    """
+    index = folder / f"{stem}{INDEX_SUFFIX}"
+    return open_sharded(index) if index.exists() else open_safetensors(folder / f"{stem}.safetensors")
+
+
+def whole_box(shape: tuple[int, ...]) -> Box:
+    """The box that is all of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def box_shape(box: Box) -> tuple[int, ...]:
+    """Extent of a box."""
+    return tuple(side.stop - side.start for side in box)

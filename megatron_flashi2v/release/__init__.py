@@ -1,0 +1,1 @@
+"""Models in the Hugging Face world: a diffusers pipeline, and the folder that it loads."""

@@ -1,0 +1,153 @@
+"""The frozen parts of a release, VAE, text encoder and tokenizer: copied into its folder, or named there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.encoders.folders import read_model_config, require_files
+from megatron_flashi2v.runtime.files import read_json
+
+REFERENCES = "_component_sources"
+"""Key of ``model_index.json`` with what is loaded from elsewhere; diffusers ignores keys that begin with ``_``."""
+
+_FOLDER_ENDINGS = (".json", ".safetensors", ".model", ".txt")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One part of a release.
+
+    Attributes:
+        name: ``vae``, ``text_encoder`` or ``tokenizer``.
+        library: that its class is of.
+        class_name: its class.
+        folder: where it lies; None for a Hub repository.
+        reference: the folder's absolute path or the repository, as ``OWNER/NAME:SUBFOLDER``.
+    """
+
+    name: str
+    library: str
+    class_name: str
+    folder: Path | None
+    reference: str
+
+    def files(self) -> list[Path]:
+        """What is copied: configurations, vocabularies and safetensors, never a pickle."""
+        assert self.folder is not None
+        return sorted(path for path in self.folder.iterdir() if path.is_file() and path.suffix in _FOLDER_ENDINGS)
+
+    def nbytes(self) -> int:
+        """Bytes of the files that are copied."""
+        return sum(path.stat().st_size for path in self.files())
+
+    def copy(self, target: Path) -> None:
+        """Copy into a new folder."""
+        target.mkdir()
+        for path in self.files():
+            shutil.copyfile(path, target / path.name)
+
+
+def find_component(name: str, place: str) -> Component:
+    """Look at what was given for one part.
+
+    Args:
+        name: ``vae``, ``text_encoder`` or ``tokenizer``.
+        place: a folder, or a Hub repository as ``OWNER/NAME:SUBFOLDER``.
+
+    Raises:
+        ConfigError: it is neither, or the folder holds something else.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        if not _REPOSITORY.fullmatch(place):
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} {place}: no such folder, and no repository of the form OWNER/NAME:SUBFOLDER")
+        library, class_name = {
+            "vae": ("diffusers", "AutoencoderKLWan"),
+            "text_encoder": ("transformers", "UMT5EncoderModel"),
+            "tokenizer": ("transformers", "AutoTokenizer"),
+        }[name]
+        return Component(name=name, library=library, class_name=class_name, folder=None, reference=place)
+    library, class_name = _LOOK[name](folder)
+    return Component(
+        name=name, library=library, class_name=class_name, folder=folder, reference=str(folder.resolve())
+    )
+
+
+def _look_at_vae(folder: Path) -> tuple[str, str]:
+    name = read_model_config(folder, "VAE").get("_class_name")
+    if name != "AutoencoderKLWan":
+        raise ConfigError(f"VAE folder {folder}: config.json names the class {name!r}; it must be AutoencoderKLWan")
+    require_files(folder, "VAE", "*.safetensors")
+    return "diffusers", "AutoencoderKLWan"
+
+
+def _look_at_text_encoder(folder: Path) -> tuple[str, str]:
+    kind = read_model_config(folder, "text encoder").get("model_type")
+    if kind != "umt5":
+        raise ConfigError(f"text encoder folder {folder}: config.json's model_type is {kind!r}; it must be umt5")
+    require_files(folder, "text encoder", "*.safetensors")
+    return "transformers", "UMT5EncoderModel"
+
+
+def _look_at_tokenizer(folder: Path) -> tuple[str, str]:
+    require_files(folder, "tokenizer", "tokenizer*")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"tokenizer folder {folder}: cannot be loaded ({error})") from error
+    return "transformers", type(tokenizer).__name__
+
+
+_LOOK = {"vae": _look_at_vae, "text_encoder": _look_at_text_encoder, "tokenizer": _look_at_tokenizer}
+
+
+def load_references(
+    pipeline: Any, path: str | os.PathLike[str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``options`` with the components that a release names elsewhere, loaded; one that is given already is kept.
+
+    Args:
+        pipeline: the class, whose ``load_config`` finds ``model_index.json``.
+        path: folder or repository of the release.
+        options: of ``from_pretrained``.
+    """
+    index = Path(path) / "model_index.json"
+    if index.is_file():
+        config = read_json(index, error=ConfigError)
+    else:
+        places = ("revision", "cache_dir", "local_files_only", "token", "force_download", "proxies")
+        config = pipeline.load_config(path, **{key: options[key] for key in places if key in options})
+    loaded = dict(options)
+    for name, reference in config.get(REFERENCES, {}).items():
+        if name in _LOOK and name not in loaded:
+            loaded[name] = _load(name, reference, options)
+    return loaded
+
+
+def _load(name: str, reference: str, options: Mapping[str, Any]) -> Any:
+    from diffusers import AutoencoderKLWan
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    logger.info("loading %s from %s", name, reference)
+    place, _, subfolder = (reference, "", "") if Path(reference).is_absolute() else reference.partition(":")
+    where: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if name == "tokenizer":
+        return AutoTokenizer.from_pretrained(place, **where)
+    if name == "vae":
+        return AutoencoderKLWan.from_pretrained(place, use_safetensors=True, torch_dtype=dtype, **where)
+    return UMT5EncoderModel.from_pretrained(place, use_safetensors=True, dtype=dtype, **where)

@@ -1,0 +1,51 @@
+"""A converted folder made a release: its frozen parts, the pipeline's defaults, and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_flashi2v.checkpoint.converters.diffusers import PIPELINE_NAME
+from megatron_flashi2v.checkpoint.weights import Weights
+from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.release.components import REFERENCES, Component
+from megatron_flashi2v.release.model_card import CARD_NAME, model_card
+from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json
+
+# Keys of the training data's description in a checkpoint, by the pipeline's argument.
+_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
+
+
+def finish_release(
+    folder: Path,
+    weights: Weights,
+    components: Sequence[Component],
+    *,
+    copied: bool,
+    source_format: str,
+) -> None:
+    """Add to a folder of the format diffusers what makes it a release.
+
+    Args:
+        folder: just written, not published yet.
+        weights: what was written into it.
+        components: its frozen parts; may be none, and are given to ``from_pretrained`` then.
+        copied: copy the parts that lie in folders; the others, and all without it, are named in ``model_index.json``.
+        source_format: format that the weights come from.
+    """
+    index: dict[str, Any] = read_json(folder / PIPELINE_NAME, error=CheckpointError)
+    references: dict[str, str] = {}
+    for component in components:
+        if copied and component.folder is not None:
+            component.copy(folder / component.name)
+            index[component.name] = [component.library, component.class_name]
+        else:
+            references[component.name] = component.reference
+    if references:
+        index[REFERENCES] = references
+    data = weights.facts.get("data")
+    if isinstance(data, Mapping):
+        index |= {name: data[key] for name, key in _DEFAULTS.items() if key in data}
+    atomic_write_json(folder / PIPELINE_NAME, index)
+    atomic_write_text(folder / CARD_NAME, model_card(weights, source_format, references))

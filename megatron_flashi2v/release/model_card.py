@@ -1,0 +1,100 @@
+"""The model card: what a release is and how it was trained, as far as its checkpoint tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_flashi2v.checkpoint.key_table import parameter_count
+from megatron_flashi2v.checkpoint.weights import Weights
+
+CARD_NAME = "README.md"
+
+_HEAD = """---
+library_name: diffusers
+pipeline_tag: {tag}
+tags:
+- megatron_flashi2v
+- {conditioning}
+---
+
+# {title}
+
+A {kind} diffusion transformer, trained with megatron_flashi2v and exported from the format {source_format}.
+
+    from megatron_flashi2v.release.pipeline import FlashI2VPipeline
+
+    pipeline = FlashI2VPipeline.from_pretrained(FOLDER)
+    frames = pipeline({call}).frames[0]
+
+`transformer/` is a plain `WanTransformer3DModel`, and loads by `WanTransformer3DModel.from_pretrained`.
+"""
+
+
+def model_card(weights: Weights, source_format: str, references: Mapping[str, str]) -> str:
+    """The text of ``README.md``; facts that the checkpoint does not hold are left out, never guessed.
+
+    Args:
+        weights: their configuration and facts.
+        source_format: format that they come from.
+        references: components that lie elsewhere, by name.
+    """
+    config, facts = weights.config, weights.facts
+    image = config.conditioning != "text_to_video"
+    text = _HEAD.format(
+        tag="image-to-video" if image else "text-to-video",
+        conditioning=config.conditioning,
+        title=f"{'Image' if image else 'Text'}-to-video model ({config.conditioning})",
+        kind="image-to-video" if image else "text-to-video",
+        source_format=source_format,
+        call='image=image, prompt="..."' if image else 'prompt="..."',
+    )
+    model = {
+        "parameters": f"{parameter_count(config):,}",
+        "blocks, width, feed-forward width, heads": f"{config.num_layers}, {config.hidden_size}, "
+        f"{config.ffn_hidden_size}, {config.num_attention_heads}",
+        "paradigm": config.conditioning,
+        "precision of the weights": ", ".join(sorted({_dtype(weights, name) for name in weights.names})),
+        "text": f"{config.text_length} rows of {config.text_dim}; cleaning `{config.text_cleaning}`",
+    }
+    if config.conditioning == "flashi2v":
+        kernel = "x".join(str(side) for side in config.phi_kernel_size)
+        model["phi"] = f"kernel {kernel}, order {config.phi_order}"
+    if config.conditioning == "inpainting":
+        model["mask channels"] = str(config.mask_channels)
+    sections = [text, _table("Model", model)]
+    training = _training(facts)
+    if training:
+        sections.append(_table("Training", training))
+    if references:
+        sections.append(_table("Components from elsewhere", dict(references)))
+    return "\n".join(sections)
+
+
+def _dtype(weights: Weights, name: str) -> str:
+    return str(weights.dtype(name)).removeprefix("torch.")
+
+
+def _training(facts: Mapping[str, Any]) -> dict[str, str]:
+    if not facts.get("iteration"):  # converted weights know no run
+        return {}
+    rows = {"steps": f"{facts['iteration']:,}"}
+    if "consumed_samples" in facts:
+        rows["samples seen"] = f"{facts['consumed_samples']:,}"
+    data, layout = facts.get("data"), facts.get("layout")
+    if isinstance(data, Mapping):
+        size = [data.get(key) for key in ("frames", "height", "width", "fps")]
+        clips = f"{data.get('samples', '?')} clips of {size[0]} frames"
+        rows["data"] = f"{clips} of {size[1]} x {size[2]} pixels at {size[3]} per second"
+        rows["fingerprint of the data"] = f"`{data.get('fingerprint')}`"
+    if isinstance(layout, Mapping):
+        rows["layout"] = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in layout.items())
+    for key, title in (("seed", "seed"), ("version", "megatron_flashi2v"), ("commit", "commit")):
+        if facts.get(key) is not None:
+            rows[title] = str(facts[key])
+    return rows
+
+
+def _table(title: str, rows: Mapping[str, str]) -> str:
+    lines = [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+    return "\n".join(lines)

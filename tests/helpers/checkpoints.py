@@ -1,0 +1,81 @@
+"""Checkpoints of random weights, written without a training run, and what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, save_checkpoint
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.storage import TensorPiece, keys, read_full
+from megatron_flashi2v.config.model import ModelConfig
+
+# Three heads, a width that is no power of two, and settings that no shape can tell.
+ODD = ModelConfig(
+    num_layers=2,
+    hidden_size=30,
+    ffn_hidden_size=22,
+    num_attention_heads=3,
+    latent_channels=4,
+    freq_dim=16,
+    text_dim=14,
+    text_length=6,
+    phi_hidden_channels=5,
+    phi_kernel_size=(3, 3, 3),
+    phi_order="repeat_then_conv",
+    text_cleaning="light",
+    norm_eps=1e-5,
+)
+
+
+def tensors_of(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Random weights; under a bf16 run matrices are bf16 and the rest fp32."""
+    generator = torch.Generator().manual_seed(3)
+    return {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(config).items()}
+
+
+def checkpoint(root: Path, config: ModelConfig = ODD, bf16: bool = False) -> dict[str, torch.Tensor]:
+    """A checkpoint of random weights, some of them in two slices; the model's tensors as stored."""
+    tensors = tensors_of(config)
+    pieces = []
+    for name, exact in tensors.items():
+        low = bf16 and exact.dim() > 1
+        stored = exact.to(torch.bfloat16) if low else exact
+        if low:
+            pieces.append(TensorPiece.whole(f"optimizer.master.{name}", exact))
+        if exact.dim() == 2 and exact.shape[1] % 2 == 0:
+            half = exact.shape[1] // 2
+            pieces += [
+                TensorPiece(
+                    key=f"model.{name}",
+                    global_shape=tuple(exact.shape),
+                    offset=(0, start),
+                    shape=(exact.shape[0], half),
+                    data=stored[:, start : start + half],
+                )
+                for start in (0, half)
+            ]
+        else:
+            pieces.append(TensorPiece.whole(f"model.{name}", stored))
+        tensors[name] = stored
+    save_checkpoint(root, 40, pieces=pieces, model_config=config, state={"iteration": 40})
+    return tensors
+
+
+def model_tensors(root: Path) -> dict[str, torch.Tensor]:
+    folder = find_checkpoint(root)
+    assert folder is not None
+    return {
+        key.removeprefix("model."): read_full(folder, key) for key in keys(folder) if key.startswith("model.")
+    }
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
