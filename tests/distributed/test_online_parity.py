@@ -15,7 +15,7 @@ from megatron_flashi2v.runtime.launch import detect_launch
 
 CLIPS, SEED = 6, "7"
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
-REPLICAS = {"single": 1, "dp2": 2, "tp2": 1, "pp2": 1, "pp4": 1, "tp2-dp2": 2}
+REPLICAS = {"single": 1, "dp2": 2, "tp2": 1, "pp2": 1, "pp2-virtual2": 1, "cp2": 1, "pp4": 1, "tp2-dp2": 2}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         Layout("dp2", 2, online),
         Layout("tp2", 2, (*online, TP, "2", "--sequence-parallel")),
         Layout("pp2", 2, (*online, PP, "2")),
+        Layout("pp2-virtual2", 2, (*online, PP, "2", "--num-virtual-stages-per-pipeline-rank", "2")),
+        Layout("cp2", 2, (*online, "--context-parallel-size", "2", "--context-parallel-algo", "ring")),
         Layout("pp2-half", 2, (*online, PP, "2", "--exit-interval", "2")),
         Layout("pp4", 4, (*online, PP, "4")),
         Layout("tp2-dp2", 4, (*online, TP, "2", "--encoding-cache", str(folder / "cache"))),
