@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# FlashI2V 14B on several Ascend nodes with torchrun; run on every node:
-#   NNODES=4 HEAD=10.0.0.1 bash examples/ascend/pretrain_14b.sh [flags of flashi2v train]
+# FlashI2V 14B on Ascend NPUs with torchrun. One node: bash examples/ascend/pretrain_14b.sh [flags of flashi2v train]
+# Several, on each: NNODES=4 HEAD=10.0.0.1 bash examples/ascend/pretrain_14b.sh [flags of flashi2v train]
+#
+# The recipe's layout: tensor 8 with sequence parallelism, inside a node. An NPU holds 14.3 G / 8 = 1.84 G parameters x
+# 18 bytes = 33 GB on one node, x (6 + 12/4) = 17 GB on four, with 5 GB of activations: inside 64 GB.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. examples/ascend/environment.sh
 
-export HCCL_CONNECT_TIMEOUT=3600          # seconds; many nodes take long to meet
-export HCCL_EXEC_TIMEOUT=1800             # seconds; a checkpoint may keep one rank busy
-export TASK_QUEUE_ENABLE=2                # operators are queued ahead of the device
-export PYTORCH_NPU_ALLOC_CONF=expandable_segments:True    # less fragmentation with long sequences
-
-exec torchrun --nnodes "${NNODES:?number of nodes}" --nproc-per-node "${NPUS:-8}" \
+NNODES="${NNODES:-1}"
+[ "$NNODES" = 1 ] && HEAD="${HEAD:-localhost}"
+# Each group takes twice HCCL's buffer, 2 x 200 MB by default: only the tensor and the gradients' group need that.
+exec torchrun --nnodes "$NNODES" --nproc-per-node "${NPUS:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:?address of the first node}:29500" \
-    examples/pretrain_flashi2v.py --config examples/recipes/14b.yaml --device npu "$@"
+    examples/pretrain_flashi2v.py --config examples/recipes/14b.yaml --device npu \
+    --hccl-buffer-sizes tp:200,dp_cp:200,default:50 "$@"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUMBERS_PER_CHUNK = 1 << 21
-"""8 MiB in fp32: within the last cache. Smaller pieces spend their time in starting threads."""
+BYTES_PER_CHUNK = 1 << 24
+"""Of fp32 rows; half as many numbers of 16-bit rows, which need wide copies: a piece stays in the last cache.
+Smaller pieces spend their time in starting threads, above all on a busy machine."""
 
 
 def row_chunks(x: Tensor) -> tuple[slice, ...]:
@@ -18,7 +19,8 @@ def row_chunks(x: Tensor) -> tuple[slice, ...]:
     rows = x.shape[0]
     if x.device.type != "cpu" or rows == 0:
         return (slice(0, rows),)
-    step = max(1, NUMBERS_PER_CHUNK * rows // max(1, x.numel()))
+    numbers = BYTES_PER_CHUNK * x.element_size() // 16
+    step = max(1, numbers * rows // max(1, x.numel()))
     return tuple(slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -86,3 +86,59 @@ def test_two_tensor_parallel_ranks(data: Path, on_cpu: Path, tmp_path: Path) -> 
                  "npu_rms_norm: has no partial_sums on npu", "kernel qk_norm_rope: npu_rms_norm_rotary_mul"):
         assert line in report
     assert_same_metrics(save, on_cpu)
+
+
+COLLECTIVES = """
+import torch, torch_npu, torch.distributed as dist
+from megatron_flashi2v.runtime.host_collectives import stage_through_host
+assert stage_through_host("npu") is stage_through_host("npu")
+dist.init_process_group("gloo")
+rank, npu = dist.get_rank(), torch.device("npu", 0)
+mine = torch.tensor([1.0, 2.0], device=npu) * (rank + 1)
+
+def check(tensor, *expected):
+    assert tensor.device == npu and tensor.flatten().tolist() == list(expected), (rank, tensor)
+
+summed = mine.clone()
+work = dist.all_reduce(summed, async_op=True)
+work.wait()
+check(summed, 3, 6)
+highest = mine.bfloat16()
+dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+check(highest, 2, 4)
+gathered = torch.zeros(4, device=npu)
+dist.all_gather_into_tensor(gathered, mine)
+check(gathered, 1, 2, 2, 4)
+parts = [torch.zeros(2, device=npu) for _ in range(2)]
+dist.all_gather(parts, mine)
+check(torch.cat(parts), 1, 2, 2, 4)
+part = torch.zeros(1, device=npu)
+dist.reduce_scatter_tensor(part, mine)
+check(part, 3 * (rank + 1))
+traded = torch.zeros(2, device=npu)
+dist.all_to_all_single(traded, mine)
+check(traded, rank + 1, 2 * (rank + 1))
+sent = mine.clone()
+dist.broadcast(sent, src=1)
+check(sent, 2, 4)
+received = torch.zeros(2, device=npu)
+exchange = [dist.P2POp(dist.isend, mine, 1 - rank), dist.P2POp(dist.irecv, received, 1 - rank)]
+for request in dist.batch_isend_irecv(exchange):
+    request.wait()
+check(received, 2 - rank, 2 * (2 - rank))
+check(mine, rank + 1, 2 * (rank + 1))  # inputs stay as they are
+on_host = torch.ones(1)
+dist.all_reduce(on_host)
+assert on_host.item() == 2
+objects = [None, None]
+dist.all_gather_object(objects, rank)
+assert objects == [0, 1]
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_collectives_go_through_the_host(tmp_path: Path) -> None:
+    script = tmp_path / "collectives.py"
+    script.write_text(COLLECTIVES)
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script], emulated_npus(1))

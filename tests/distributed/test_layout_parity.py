@@ -188,10 +188,9 @@ def spoiled_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.mark.parametrize("bug", SPOILED)
 def test_the_harness_notices_a_planted_bug(spoiled_runs: dict[str, Path], bug: str) -> None:
     assert_same_gradients(spoiled_runs[f"{bug}-sound"], spoiled_runs["single"])
-    with pytest.raises(AssertionError, match="is .* off"):
+    # Early gradients of blocks are too small to show in a gradient norm: each tensor is compared for that.
+    with pytest.raises(AssertionError, match="gradient of .* is .* off"):
         assert_same_gradients(spoiled_runs[bug], spoiled_runs["single"])
-    with pytest.raises(AssertionError, match="is .* off"):
-        assert_same_metrics(spoiled_runs[bug], spoiled_runs["single"])
 
 
 def test_the_reference_run_learns(sgd_runs: SgdRuns) -> None:

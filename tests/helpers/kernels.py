@@ -37,7 +37,11 @@ def draw(shape: Sequence[int], dtype: torch.dtype = torch.float64, seed: int = 0
 
 
 def outputs_and_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dtype: torch.dtype | None = None
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype | None = None,
+    *,
+    rounded_to: torch.dtype = torch.bfloat16,
 ) -> list[Tensor]:
     """The result and the gradients of a random projection of it, in order of the inputs.
 
@@ -45,10 +49,11 @@ def outputs_and_gradients(
         function: of as many tensors.
         inputs: what to differentiate by; None is handed on.
         dtype: of the computation; every input's own when None.
+        rounded_to: precision of the gradient that comes from above, so that all dtypes get the same.
     """
     leaves = [None if x is None else x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in inputs]
     output = function(*leaves)
-    weights = draw(output.shape, torch.bfloat16, seed=99).to(output.dtype)
+    weights = draw(output.shape, rounded_to, seed=99).to(output.dtype)
     gradients = torch.autograd.grad(output, [leaf for leaf in leaves if leaf is not None], weights)
     return [output.detach(), *gradients]
 

@@ -95,7 +95,7 @@ class _NormAndTurn(torch.autograd.Function):
             torch.rsqrt(sum_of_squares.to(wide).view_as(inverse_rms) / width + eps, out=inverse_rms)
         output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for rows in row_chunks(x):
-            piece = x[rows].to(wide)
+            piece = x[rows].to(wide).contiguous()  # a reduction of a strided view takes several times as long
             if sum_of_squares is None:
                 norm = torch.linalg.vector_norm(piece, dim=tail, keepdim=True)
                 inverse_rms[rows] = torch.rsqrt(norm.square() / width + eps)

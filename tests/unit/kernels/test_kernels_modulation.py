@@ -59,8 +59,10 @@ def test_gated_residual_is_its_formula():
 @pytest.mark.parametrize("name", NORMS)
 def test_ada_layer_norm(name, shape, dtype, other):
     inputs = [rows(shape, dtype), draw(shape[1:], FP32, seed=1), draw(shape[1:], FP32, seed=2)]
-    actual = outputs_and_gradients(lambda *x: NORMS[name](*x, EPS, dtype=other), inputs)
-    expected = outputs_and_gradients(lambda *x: ada_layer_norm(*x, EPS, dtype=torch.float64), inputs, torch.float64)
+    actual = outputs_and_gradients(lambda *x: NORMS[name](*x, EPS, dtype=other), inputs, rounded_to=other)
+    expected = outputs_and_gradients(
+        lambda *x: ada_layer_norm(*x, EPS, dtype=torch.float64), inputs, torch.float64, rounded_to=other
+    )
     assert [tensor.dtype for tensor in actual] == [other, dtype, FP32, FP32]
     # the gradient of a normalised row is a difference of numbers of this size
     deviation = inputs[0].double().std(dim=-1, correction=0).min()
@@ -75,8 +77,8 @@ def test_ada_layer_norm(name, shape, dtype, other):
 @pytest.mark.parametrize("name", GATES)
 def test_gate_residual(name, shape, dtype, other):
     inputs = [draw(shape, dtype), draw(shape, other, seed=1), draw(shape[1:], FP32, seed=2)]
-    actual = outputs_and_gradients(GATES[name], inputs)
-    expected = outputs_and_gradients(gate_residual, inputs, torch.float64)
+    actual = outputs_and_gradients(GATES[name], inputs, rounded_to=dtype)
+    expected = outputs_and_gradients(gate_residual, inputs, torch.float64, rounded_to=dtype)
     assert [tensor.dtype for tensor in actual] == [dtype, dtype, other, FP32]
     for ours, wanted in zip(actual, expected, strict=True):
         assert_near(ours, wanted)
@@ -89,8 +91,8 @@ def test_gate_residual(name, shape, dtype, other):
 def test_bias_gelu_tanh(name, shape, bias_dtype, dtype):
     bias = None if bias_dtype is None else draw(shape[-1:], bias_dtype, seed=1)
     inputs = [3 * draw(shape, dtype), bias]
-    actual = outputs_and_gradients(GELUS[name], inputs)
-    expected = outputs_and_gradients(bias_gelu_tanh, inputs, torch.float64)
+    actual = outputs_and_gradients(GELUS[name], inputs, rounded_to=dtype)
+    expected = outputs_and_gradients(bias_gelu_tanh, inputs, torch.float64, rounded_to=dtype)
     assert [tensor.dtype for tensor in actual] == [dtype, dtype] + [bias_dtype] * (bias is not None)
     for ours, wanted in zip(actual, expected, strict=True):
         assert_near(ours, wanted)

@@ -184,6 +184,8 @@ def test_norm_and_rope(grid, batch, heads, head_dim, dtype, shards, assert_near)
 
     actual = run(sharded, [x, weight], weights)
     expected = run(lambda x, w: qk_reference.qk_norm_rope(x, w, *tables, 1e-6), [x.double(), weight.double()], weights)
+    if dtype == torch.bfloat16:  # rounded once: almost everywhere the bf16 number next to the true one
+        assert (actual[0] == expected[0].bfloat16()).double().mean() > 0.97
     assert [tensor.dtype for tensor in actual] == [dtype, dtype, torch.float32]
     for ours, wanted in zip(actual, expected, strict=True):
         assert_near(ours, wanted)

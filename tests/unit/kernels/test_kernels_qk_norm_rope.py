@@ -62,9 +62,9 @@ def test_output_and_gradients(name, case, dtype):
     grid, batch, heads, size = case
     cos, sin = tables(grid, size)
     inputs = [2 * draw((len(cos), batch, heads, size), dtype), draw((heads * size,), FP32, seed=1, mean=1.0)]
-    actual = outputs_and_gradients(lambda x, w: FUSED[name](x, w, cos, sin, EPS), inputs)
+    actual = outputs_and_gradients(lambda x, w: FUSED[name](x, w, cos, sin, EPS), inputs, rounded_to=dtype)
     expected = outputs_and_gradients(
-        lambda x, w: qk_norm_rope(x, w, cos.double(), sin.double(), EPS), inputs, torch.float64
+        lambda x, w: qk_norm_rope(x, w, cos.double(), sin.double(), EPS), inputs, torch.float64, rounded_to=dtype
     )
     assert [tensor.dtype for tensor in actual] == [dtype, dtype, FP32]
     # two numbers of one row: the norm takes their size away, and nearly all of the gradient
@@ -114,8 +114,10 @@ def test_strided_views(name):
 def test_norm_alone(name, shape, dtype):
     tail = shape[2:] if len(shape) == 4 else shape[-1:]
     inputs = [draw(shape, dtype, mean=0.3), draw(tail, FP32, seed=1)]
-    actual = outputs_and_gradients(lambda x, w: NORMS[name](x, w, EPS), inputs)
-    expected = outputs_and_gradients(lambda x, w: rms_norm_reference.rms_norm(x, w, EPS), inputs, torch.float64)
+    actual = outputs_and_gradients(lambda x, w: NORMS[name](x, w, EPS), inputs, rounded_to=dtype)
+    expected = outputs_and_gradients(
+        lambda x, w: rms_norm_reference.rms_norm(x, w, EPS), inputs, torch.float64, rounded_to=dtype
+    )
     for ours, wanted in zip(actual, expected, strict=True):
         assert_near(ours, wanted)
 
