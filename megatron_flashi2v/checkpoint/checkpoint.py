@@ -1,13 +1,15 @@
 """Folders under ``--save``: published whole or not at all, found again on resume.
 
-``iter_0000010/`` holds the sharded tensors with their index, ``model_config.json`` and ``state.json``. It is
-written as ``.iter_0000010.partial`` and renamed when everything is on the disk; only then does
+``iter_0000010/`` holds the sharded tensors with their index, ``model_config.json``, ``state.json`` and a
+manifest of all these, by which they are verified before they are loaded. It is written as
+``.iter_0000010.partial`` and renamed when everything is on the disk; only then does
 ``latest_checkpointed_iteration.txt`` name it, so that a run killed at any moment leaves a checkpoint that is
 whole.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -17,9 +19,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_flashi2v.checkpoint.index import INDEX_NAME, read_index
+from megatron_flashi2v.checkpoint.index import read_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.manifest import MANIFEST_NAME, verify, write_manifest
 from megatron_flashi2v.checkpoint.peers import Peers
+from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention, delete_checkpoint
 from megatron_flashi2v.checkpoint.state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.storage import TensorPiece, write_pieces
 from megatron_flashi2v.config.errors import CheckpointError, UserError
@@ -29,6 +33,8 @@ from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG_NAME = "model_config.json"
 STATE_NAME = "state.json"
+
+logger = logging.getLogger(__name__)
 
 _ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 
@@ -45,6 +51,7 @@ def save_checkpoint(
     pieces: Iterable[TensorPiece],
     model_config: ModelConfig,
     state: Mapping[str, Any],
+    retention: Retention = KEEP_ALL,
     rank: int = 0,
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
@@ -58,6 +65,7 @@ def save_checkpoint(
         model_config: written as ``model_config.json``.
         state: JSON-ready values that are the same on all ranks, such as the iteration, the samples consumed,
             the schedule's and the optimizer's scalars; rank 0's are written.
+        retention: which older checkpoints of ``root`` stay, once this one is published.
         rank: this rank's place in ``group``.
         world_size: ranks in ``group``.
         group: process group that can exchange objects; None is the default group.
@@ -66,8 +74,9 @@ def save_checkpoint(
         The published folder.
 
     Raises:
-        CheckpointError: the same on all ranks, if any of them failed. Nothing is left under the final name,
-            and the checkpoint before is as it was.
+        StorageError: the same on all ranks: a disk is full or refuses.
+        CheckpointError: the same on all ranks, if any of them failed otherwise. In either case nothing is left
+            under the final name, and the checkpoint before is as it was.
     """
     peers = Peers(rank, world_size, group)
     final = root / iteration_folder(iteration)
@@ -82,6 +91,9 @@ def save_checkpoint(
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    if rank == 0:
+        for surplus in retention.surplus(_published_iterations(root), iteration):
+            delete_checkpoint(root / iteration_folder(surplus))
     return final
 
 
@@ -132,9 +144,10 @@ def _finish(
 
 
 def finish_folder(folder: Path, model_config: ModelConfig, state: Mapping[str, Any]) -> None:
-    """Write what belongs to a checkpoint besides its tensors."""
+    """Write what belongs to a checkpoint besides its tensors and their index; the manifest last."""
     atomic_write_json(folder / MODEL_CONFIG_NAME, model_config.to_json())
     atomic_write_json(folder / STATE_NAME, dict(state))
+    write_manifest(folder, (MODEL_CONFIG_NAME, STATE_NAME))
 
 
 def write_tracker(root: Path, iteration: int) -> None:
@@ -177,64 +190,130 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def find_checkpoint(root: Path, iteration: int | None = None) -> Path | None:
-    """The folder to load: the latest under a ``--save`` folder, or ``root`` itself if it is a checkpoint.
+def find_checkpoint(
+    root: Path,
+    iteration: int | None = None,
+    *,
+    peers: Peers | None = None,
+    needs: Callable[[str], bool] = lambda key: True,
+) -> Path | None:
+    """The verified folder to load: the newest good one under a ``--save`` folder, or ``root`` if it is one.
+
+    Under a ``--save`` folder a damaged checkpoint is passed over, with a warning, for the one before it. What was
+    asked for by name or number is verified too, but nothing takes its place.
 
     Args:
         root: a ``--save`` folder, or one of its ``iter_*`` folders.
         iteration: this iteration instead of the latest.
+        peers: ranks that load together: each reads its part of the files to verify them, and all get the same folder.
+            By default this process verifies alone.
+        needs: whether a tensor, by its key, will be read; files without such tensors are not verified.
 
     Returns:
         The folder, or None if ``root`` is absent or holds no checkpoint yet.
 
     Raises:
-        CheckpointError: the tracker is malformed or names a missing folder, the iteration asked for is
-            missing, or ``root`` is something else, such as an exported model.
+        CheckpointError: the same on all peers: no checkpoint is whole, the one asked for is damaged or missing, or
+            ``root`` is something else, such as an exported model.
     """
-    if not root.exists():
+    peers = peers or Peers(0, 1)
+    candidates: list[Path] = []
+    error: Exception | None = None
+    if peers.rank == 0:
+        try:
+            candidates = _candidates(root, iteration)
+        except (CheckpointError, OSError) as caught:
+            error = caught
+    peers.agree(error, f"looking for a checkpoint in {root}")
+    candidates = peers.share(candidates)
+    faults: list[str] = []
+    for folder in candidates:
+        fault = _fault(folder, peers, needs)
+        if fault is None:
+            return folder
+        faults.append(fault)
+        if folder != root and iteration is None and peers.rank == 0:
+            logger.warning("%s is passed over for the checkpoint before it: %s", folder, fault)
+    if not faults:
         return None
+    if candidates == [root]:
+        raise CheckpointError(
+            f"{faults[0]}; load another checkpoint, or the folder above, of which the newest good one is taken"
+        )
+    raise CheckpointError(f"{root} holds no checkpoint that is whole: {'; '.join(faults)}")
+
+
+def _fault(folder: Path, peers: Peers, needs: Callable[[str], bool]) -> str | None:
+    """What is wrong with a checkpoint, agreed by all peers."""
+    error: Exception | None = None
+    try:
+        verify(folder, part=peers.rank, parts=peers.world_size, needs=needs)
+    except CheckpointError as caught:
+        error = caught
+    failure = peers.first_failure(error)
+    return None if failure is None else failure.message
+
+
+def has_checkpoint(root: Path) -> bool:
+    """Whether a ``--save`` folder holds published checkpoints, whole or damaged."""
+    return root.is_dir() and bool(_published_iterations(root))
+
+
+def _candidates(root: Path, iteration: int | None) -> list[Path]:
+    """Folders to try, in this order."""
+    if not root.exists():
+        return []
     if not root.is_dir():
         raise CheckpointError(f"{root} is a file; give a folder written by --save")
-    if (root / INDEX_NAME).is_file() and iteration is None:
-        return root
+    if iteration is None and ((root / MANIFEST_NAME).is_file() or _ITERATION_FOLDER.fullmatch(root.name)):
+        return [root]
     if (root / "model_index.json").exists() or (root / "config.json").exists():
         raise CheckpointError(
             f"{root} is not a training checkpoint but an exported model; "
             "convert it first: flashi2v convert --from diffusers PATH --to megatron PATH"
         )
-    if iteration is None:
-        iteration = _latest_iteration(root)
-    if iteration is None:
-        if _ITERATION_FOLDER.fullmatch(root.name):
-            raise CheckpointError(f"{root / INDEX_NAME} does not exist; the checkpoint is not whole")
-        return None
-    folder = root / iteration_folder(iteration)
-    for candidate in (folder, _set_aside(folder)):
-        if (candidate / INDEX_NAME).is_file():
-            return candidate
-    published = ", ".join(str(number) for number in _published_iterations(root)) or "none"
-    raise CheckpointError(
-        f"{folder} is missing or not whole, though iteration {iteration} is wanted "
-        f"({root / TRACKER_NAME}, or asked for); whole checkpoints in {root}: {published}"
-    )
+    published = _published_iterations(root)
+    wanted = _wanted_iterations(root, published) if iteration is None else [iteration]
+    folders = [root / iteration_folder(number) for number in wanted]
+    # A run that was killed while it replaced a checkpoint left the old one aside.
+    candidates = [path for folder in folders for path in (folder, _set_aside(folder)) if path.is_dir()]
+    if wanted and not candidates:
+        listed = ", ".join(map(str, published)) or "none"
+        raise CheckpointError(
+            f"{folders[0]} is missing, though iteration {wanted[0]} is wanted ({root / TRACKER_NAME}, or asked for); "
+            f"checkpoints in {root}: {listed}"
+        )
+    return candidates
 
 
-def _latest_iteration(root: Path) -> int | None:
+def _wanted_iterations(root: Path, published: list[int]) -> list[int]:
+    """The iteration that the tracker names and those before it, or all where it names none; newest first."""
     tracker = root / TRACKER_NAME
-    if not tracker.exists():
-        # A folder is renamed to its name only when it is whole, so this is a run killed before it wrote the
-        # tracker.
-        return max(_published_iterations(root), default=None)
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdecimal():
-        raise CheckpointError(f"{tracker} holds {text!r}; it must hold an iteration's number")
-    return int(text)
+    # A folder is renamed to its name only when it is whole: without a tracker, the run was killed before it wrote one.
+    newest = max(published, default=None)
+    if tracker.exists():
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if text.isdecimal():
+            newest = int(text)
+        elif newest is None:
+            raise CheckpointError(f"{tracker} holds {text!r}; it must hold an iteration's number")
+        else:
+            logger.warning("%s holds %r, which is no iteration's number; the newest folder is taken", tracker, text)
+    if newest is None:
+        return []
+    older = [number for number in published if number < newest]
+    if tracker.exists() and older and not _is_there(root, newest):
+        logger.warning("%s names iteration %d, which is missing; one before it is taken", tracker, newest)
+    return [newest, *reversed(older)]
+
+
+def _is_there(root: Path, iteration: int) -> bool:
+    folder = root / iteration_folder(iteration)
+    return folder.is_dir() or _set_aside(folder).is_dir()
 
 
 def _published_iterations(root: Path) -> list[int]:
-    matches = (
-        _ITERATION_FOLDER.fullmatch(path.name) for path in root.iterdir() if (path / INDEX_NAME).is_file()
-    )
+    matches = (_ITERATION_FOLDER.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
     return sorted(int(match[1]) for match in matches if match)
 
 

@@ -98,7 +98,7 @@ def read_index(folder: Path) -> Index:
         raise CheckpointError(f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}")
     try:
         files = {
-            _file_name(name): FileRecord(bytes=int(record["bytes"]), sha256=str(record["sha256"]))
+            plain_file_name(name): FileRecord(bytes=int(record["bytes"]), sha256=str(record["sha256"]))
             for name, record in document["files"].items()
         }
         tensors = {key: _stored_tensor(value, files) for key, value in document["tensors"].items()}
@@ -107,8 +107,12 @@ def read_index(folder: Path) -> Index:
     return Index(tensors=tensors, files=files)
 
 
-def _file_name(name: str) -> str:
-    # An index may come from anyone: it must not lead the reader out of its folder.
+def plain_file_name(name: str) -> str:
+    """``name``, if it names a file of the same folder: an index may come from anyone.
+
+    Raises:
+        ValueError: it leads out of the folder, or is hidden.
+    """
     if Path(name).name != name or name.startswith("."):
         raise ValueError(f"file name {name!r} is not a plain name")
     return name

@@ -41,7 +41,6 @@ from megatron_flashi2v.checkpoint.tensor_file import (
     TensorSpec,
     open_tensor_file,
     read_tensor,
-    sha256_of,
     write_tensor_file,
 )
 from megatron_flashi2v.config.errors import CheckpointError
@@ -346,17 +345,3 @@ def read_full(folder: Path, key: str, *, index: Index | None = None) -> torch.Te
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     read_pieces(folder, [TensorPiece.whole(key, tensor)], index=index)
     return tensor
-
-
-def verify(folder: Path) -> None:
-    """Read every file again and compare its length and SHA-256 with the index.
-
-    Raises:
-        CheckpointError: the first file that is missing or differs.
-    """
-    for name, record in read_index(folder).files.items():
-        path = folder / name
-        with open_tensor_file(path, record.bytes):
-            pass
-        if sha256_of(path) != record.sha256:
-            raise CheckpointError(f"{path}: its SHA-256 differs from {INDEX_NAME}'s; the file is damaged")

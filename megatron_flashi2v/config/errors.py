@@ -25,5 +25,13 @@ class CheckpointError(UserError):
     """A checkpoint or an export is missing, damaged, or made for another model."""
 
 
+class StorageError(CheckpointError):
+    """A checkpoint could not be written because the disk is full or refuses; the one before is as it was."""
+
+
+class WriteError(UserError):
+    """A file cannot be written: the disk is full, a permission is missing."""
+
+
 class PeerError(UserError):
     """This process stops only because another process of the job failed, whose own message says why."""

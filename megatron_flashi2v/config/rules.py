@@ -180,12 +180,22 @@ def _check_positive(config: TrainConfig) -> None:
         "log_interval": config.runtime.log_interval,
         "save_interval": config.checkpoint.save_interval,
         "exit_interval": config.checkpoint.exit_interval,
+        "keep_last": config.checkpoint.keep_last,
+        "keep_every": config.checkpoint.keep_every,
         "recompute_num_layers": config.recompute.recompute_num_layers,
         "lr_decay_iters": config.optimizer.lr_decay_iters,
     }
     for name, value in values.items():
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        raise ConfigError(
+            f"--keep-every is {checkpoint.keep_every}, but without --keep-last everything is kept; give --keep-last too"
+        )
+    minutes = checkpoint.exit_duration_minutes
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"--exit-duration-minutes is {minutes}; it must be more than 0")
 
 
 def _check_context(parallel: ParallelArguments, model: ModelConfig) -> None:

@@ -195,8 +195,14 @@ class CheckpointArguments:
     """Which of the sets that --load-weights holds."""
     save_interval: int | None = None
     """Iterations between checkpoints; by default only at the end."""
+    keep_last: int | None = None
+    """Checkpoints to keep, the newest so many; by default all. Older ones go when a new one is published."""
+    keep_every: int | None = None
+    """Besides --keep-last, keep those of iterations that are multiples of this."""
     exit_interval: int | None = None
     """Save and leave when the iteration is a multiple of this (to split a run over several jobs)."""
+    exit_duration_minutes: float | None = None
+    """Save and leave, with exit code 0, after so many minutes; SIGTERM and SIGUSR1 do the same at any time."""
 
     @property
     def load_weights_source(self) -> tuple[str, Path] | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.config.errors import UserError, WriteError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MIB = 1024**2
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def full_disk_named(path: Path | str) -> Iterator[None]:
-    """Turn the error of a full disk into a :class:`UserError` that names ``path`` and the free space.
+    """Turn the error of a full disk into a :class:`WriteError` that names ``path`` and the free space.
 
     Errors of libraries that wrap the operating system's (safetensors, torch's checkpoint writer) are looked
     through. Other errors pass.
@@ -36,7 +36,7 @@ def full_disk_named(path: Path | str) -> Iterator[None]:
     except Exception as error:
         if not _is_disk_full(error):
             raise
-        raise UserError(
+        raise WriteError(
             f"{path}: the disk is full ({_free_mib(path)} MiB free); free some space or choose another path, "
             "then start again"
         ) from error
@@ -74,7 +74,7 @@ def write_errors(path: Path | str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise UserError(f"{path}: cannot be written: {os.strerror(error.errno)}") from error
+        raise WriteError(f"{path}: cannot be written: {os.strerror(error.errno)}") from error
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:

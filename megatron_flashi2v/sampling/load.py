@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_config
+from megatron_flashi2v.checkpoint.state import MASTER_PREFIX, MODEL_PREFIX, shard_grid
 from megatron_flashi2v.checkpoint.state import load_model as load_parameters
-from megatron_flashi2v.checkpoint.state import shard_grid
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import stage_layer_counts
@@ -53,12 +53,15 @@ def single_process(device: Device) -> contextlib.AbstractContextManager[Groups]:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that a path stands for: an ``iter_*`` folder, or the latest under a ``--save`` folder.
+    """The checkpoint folder that a path stands for: an ``iter_*`` folder, or the newest good one under ``--save``.
+
+    The files that hold the model's weights are verified. Every process does so by itself: this is asked before there
+    are groups, and the processes of a node share what is read.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or the ``iter_*`` folder is damaged.
     """
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(path, needs=lambda key: key.startswith((MODEL_PREFIX, MASTER_PREFIX)))
     if folder is None:
         found = "holds no checkpoint yet" if path.exists() else "does not exist"
         raise CheckpointError(

@@ -8,7 +8,9 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_flashi2v.config.errors import WriteError
 from megatron_flashi2v.runtime.files import append_jsonl, atomic_write_text, read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -47,17 +49,29 @@ class MetricsLog:
 
     def __init__(self, folder: Path | None, resumed_iteration: int) -> None:
         self.path = None if folder is None else folder / METRICS_FILE
+        self._waiting: list[dict[str, Any]] = []
         if self.path is not None and self.path.exists():
             rows = [row for row in read_jsonl(self.path) if row["iteration"] <= resumed_iteration]
             atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, metrics: IterationMetrics) -> None:
-        """Write one row; floats keep full precision."""
-        if self.path is not None:
-            row = asdict(metrics)
-            if not math.isfinite(metrics.grad_norm):
-                row["grad_norm"] = None  # JSON knows neither NaN nor infinity
-            append_jsonl(self.path, row)
+        """Write one row; floats keep full precision.
+
+        Where the disk is full the row waits for the next one, so that a run outlives it.
+        """
+        if self.path is None:
+            return
+        row = asdict(metrics)
+        if not math.isfinite(metrics.grad_norm):
+            row["grad_norm"] = None  # JSON knows neither NaN nor infinity
+        self._waiting.append(row)
+        try:
+            while self._waiting:
+                append_jsonl(self.path, self._waiting[0])
+                self._waiting.pop(0)
+        except WriteError as error:
+            if len(self._waiting) == 1:
+                logger.warning("%s; its rows are kept in memory meanwhile", error)
 
 
 class ProgressLine:

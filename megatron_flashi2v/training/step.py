@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -96,17 +96,17 @@ class TrainingStep:
         self,
         batches: list[Iterator[Microbatch]],
         latent_shape: tuple[int, int, int],
-        count: Callable[[], int] = lambda: 0,
-    ) -> tuple[float, int]:
+        counts: Callable[[], Sequence[int]] = tuple,
+    ) -> tuple[float, list[int]]:
         """Accumulate the gradients of one iteration.
 
         Args:
             batches: for each of this rank's stages, as many microbatches as the step was made for.
             latent_shape: latent frames, rows and columns.
-            count: this rank's count of something, asked for when all microbatches have been taken.
+            counts: this rank's counts of things, asked for when all microbatches have been taken.
 
         Returns:
-            The global batch's mean loss, and the sum of all ranks' counts: the same on every rank.
+            The global batch's mean loss, and the sums of all ranks' counts: the same on every rank.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -124,7 +124,7 @@ class TrainingStep:
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        return global_mean_loss(parts, self.spec, self.num_microbatches, count())
+        return global_mean_loss(parts, self.spec, self.num_microbatches, counts())
 
     def update(self) -> float:
         """Clip and apply the gradients; their global L2 norm before clipping, the same on every rank."""
@@ -153,19 +153,18 @@ def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
 
 
 def global_mean_loss(
-    parts: list[Tensor], spec: ModelSpec, num_microbatches: int, count: int = 0
-) -> tuple[float, int]:
-    """Mean over the global batch of the parts that the last stages' ranks hold, and the sum of all ranks' counts.
+    parts: list[Tensor], spec: ModelSpec, num_microbatches: int, counts: Sequence[int] = ()
+) -> tuple[float, list[int]]:
+    """Mean over the global batch of the parts that the last stages' ranks hold, and the sums of all ranks' counts.
 
     Under sequence and context parallelism the parts of one replica add up; plain tensor-parallel ranks all hold the
-    whole, and replicas average. The count travels with the loss, so that it costs no exchange of its own.
+    whole, and replicas average. The counts travel with the loss, so that they cost no exchange of their own.
     """
     groups = spec.groups
     copies = 1 if groups.sequence_parallel else groups.tp.size()
-    total = torch.zeros(2, device=spec.device)
+    total = torch.tensor([0.0, *counts], device=spec.device)
     for part in parts:
         total[0] += (part / (num_microbatches * groups.dp.size() * copies)).squeeze()
-    total[1] = count
     torch.distributed.all_reduce(total)
-    loss, counted = total.tolist()
-    return loss, int(counted)
+    loss, *counted = total.tolist()
+    return loss, [int(number) for number in counted]

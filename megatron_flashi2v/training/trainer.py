@@ -13,24 +13,20 @@ import yaml
 from torch import nn
 
 from flashi2v_kernels.registry import describe
-from megatron_flashi2v import __version__
 from megatron_flashi2v.checkpoint.checkpoint import (
-    STATE_NAME,
     find_checkpoint,
+    has_checkpoint,
     load_model_config,
-    load_state,
     require_same_model,
     save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
-from megatron_flashi2v.checkpoint.state import (
-    load_model,
-    model_pieces,
-    shard_grid,
-)
+from megatron_flashi2v.checkpoint.peers import Peers
+from megatron_flashi2v.checkpoint.retention import Retention
+from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
+from megatron_flashi2v.config.errors import ConfigError, StorageError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
@@ -47,13 +43,14 @@ from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.runtime.provenance import source_commit
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import open_data, share_encoding
+from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
+from megatron_flashi2v.training.run_state import load_training_state, provenance
 from megatron_flashi2v.training.step import TrainingStep
 
 MICROBATCHES_AHEAD = 4
@@ -81,6 +78,7 @@ class Trainer:
         self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
+        self.interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
         self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
         for shape in self.data.latent_shapes:
@@ -100,7 +98,8 @@ class Trainer:
             ),
         )
         self.chunks = build_chunks(self.spec, config, device)
-        resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load)
+        peers = Peers(launch.rank, launch.world_size)
+        resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load, peers=peers)
         if resumed is None:
             for chunk in self.chunks:
                 initialize_weights(chunk, config.batch.seed)
@@ -113,6 +112,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
         self.iteration, self.consumed_samples = 0, 0
+        self.stop_reason: str | None = None
         if resumed is not None:
             self.resume(resumed)
         elif config.checkpoint.load is not None:
@@ -148,7 +148,8 @@ class Trainer:
         for model in self.models:
             model.train()
         try:
-            self.run_iterations(source, log, progress)
+            with self.interrupts:
+                self.run_iterations(source, log, progress)
         except BaseException:
             source.abandon()
             raise
@@ -178,18 +179,29 @@ class Trainer:
         )
 
     def run_iterations(self, source: MicrobatchSource, log: MetricsLog, progress: ProgressLine) -> None:
-        """Train up to the run's last iteration, or to the next multiple of ``exit_interval``."""
+        """Train up to the run's last iteration, or until it is time to leave; the last one is always saved.
+
+        Raises:
+            StorageError: the last checkpoint cannot be written; one in between is done without.
+        """
         config = self.config
         while self.iteration < config.batch.train_iters:
             metrics = self.run_iteration(source)
             log.append(metrics)
             progress.update(metrics, config.batch.global_batch_size)
-            exits = self.is_due(config.checkpoint.exit_interval)
-            done = exits or self.iteration == config.batch.train_iters
+            stop = self.stop_reason
+            if stop is None and self.is_due(config.checkpoint.exit_interval):
+                stop = "--exit-interval asks for it"
+            done = stop is not None or self.iteration == config.batch.train_iters
             if config.checkpoint.save is not None and (done or self.is_due(config.checkpoint.save_interval)):
-                self.save()
-            if exits:
-                logger.info("leaving at iteration %d, as --exit-interval asks", self.iteration)
+                try:
+                    self.save()
+                except StorageError as error:
+                    if done:
+                        raise
+                    logger.warning("%s; the run goes on, and what is saved stays as it was", error)
+            if stop is not None:
+                logger.info("leaving at iteration %d: %s", self.iteration, stop)
                 break
 
     def is_due(self, interval: int | None) -> bool:
@@ -197,7 +209,7 @@ class Trainer:
         return interval is not None and self.iteration % interval == 0
 
     def run_iteration(self, source: MicrobatchSource) -> IterationMetrics:
-        """One optimizer step.
+        """One optimizer step; ``stop_reason`` then says why all ranks leave after it, if they do.
 
         Raises:
             UserError: the loss or the gradient is not finite, or too many samples are bad; no rank goes on.
@@ -211,7 +223,9 @@ class Trainer:
             for index in range(len(self.chunks))
         ]
         latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
-        loss, bad_samples = self.step.losses_and_gradients(batches, latent_shape, lambda: len(source.bad))
+        loss, (bad_samples, *stops) = self.step.losses_and_gradients(
+            batches, latent_shape, lambda: (len(source.bad), *self.interrupts.counts())
+        )
         self.bad_samples.settle(source.bad, bad_samples)
         self.require_finite("loss", loss)
         grad_norm = self.step.update()
@@ -221,6 +235,7 @@ class Trainer:
         self.device.synchronize()
         self.iteration += 1
         self.consumed_samples += self.config.batch.global_batch_size
+        self.stop_reason = self.interrupts.reason(stops)
         return IterationMetrics(
             iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
             step_time_s=time.perf_counter() - start,
@@ -235,7 +250,11 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write a checkpoint of the present iteration and, on rank 0, the resolved configuration."""
+        """Write a checkpoint of the present iteration.
+
+        Raises:
+            StorageError: on all ranks: a disk is full or refuses; the checkpoint before is as it was.
+        """
         root = self.config.checkpoint.save
         assert root is not None
         if self.config.parallel.overlap_param_gather:
@@ -248,18 +267,13 @@ class Trainer:
             pieces=[*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid)],
             model_config=self.model_config,
             state={
-                "version": __version__,
                 "iteration": self.iteration,
                 "consumed_samples": self.consumed_samples,
-                "seed": self.config.batch.seed,
-                "data": {"samples": len(self.data), "fingerprint": self.data.fingerprint,
-                         "frames": self.data.info.frames, "height": self.data.info.height,
-                         "width": self.data.info.width, "fps": self.data.info.fps},
-                "layout": layout_of(self.config, self.launch.world_size),
-                "commit": source_commit() if self.launch.rank == 0 else None,
+                **provenance(self.config, self.data, self.launch),
                 "optimizer": optimizer_common_state(self.optimizer),
                 "clipper": self.clipper.state_dict(),
             },
+            retention=Retention(last=self.config.checkpoint.keep_last, every=self.config.checkpoint.keep_every),
             rank=self.launch.rank, world_size=self.launch.world_size,
         )
         logger.info("saved %s", folder)
@@ -314,7 +328,7 @@ class Trainer:
 
     def warn_of_another_run(self, save: Path) -> None:
         """Say so if this run, which starts anew, will write beside another run's checkpoints."""
-        if self.iteration == 0 and find_checkpoint(save) is not None:
+        if self.iteration == 0 and has_checkpoint(save):
             logger.warning("--save %s holds checkpoints of an earlier run, and this one starts anew beside them; "
                            "continue that run with --load %s, or choose another folder", save, save)
 
@@ -338,35 +352,6 @@ def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
     model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
     stride = info.temporal_stride
     return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
-
-
-def layout_of(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """How the model and the batch were divided, and in what precision, for the record."""
-    parallel = config.parallel
-    return {
-        "processes": world_size,
-        "tensor": parallel.tensor_model_parallel_size,
-        "pipeline": parallel.pipeline_model_parallel_size,
-        "context": parallel.context_parallel_size,
-        "global_batch_size": config.batch.global_batch_size,
-        "precision": "bf16" if config.batch.bf16 else "fp32",
-    }
-
-
-def load_training_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's ``state.json``; one of converted weights, at iteration 0, knows no run.
-
-    Raises:
-        CheckpointError: it is missing, malformed or lacks an entry.
-    """
-    state = load_state(folder)
-    names = ["iteration", "consumed_samples", *(("seed", "data", "optimizer") if state.get("iteration") else ())]
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise CheckpointError(
-            f"{folder / STATE_NAME} has no {', '.join(missing)}; the checkpoint is damaged, load another one"
-        )
-    return state
 
 
 def build_chunks(spec: ModelSpec, config: TrainConfig, device: Device) -> list[DiffusionTransformer]:

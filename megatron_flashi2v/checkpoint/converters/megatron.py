@@ -21,7 +21,7 @@ from megatron_flashi2v.checkpoint.checkpoint import (
 from megatron_flashi2v.checkpoint.index import Index, StoredPiece, StoredTensor, read_index, write_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.sources import box_shape, whole_box
-from megatron_flashi2v.checkpoint.state import EMA_PREFIX, MODEL_PREFIX, most_exact_key
+from megatron_flashi2v.checkpoint.state import EMA_PREFIX, MASTER_PREFIX, MODEL_PREFIX, most_exact_key
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces, tensor_file_name
 from megatron_flashi2v.checkpoint.tensor_file import FileRecord, TensorSpec
 from megatron_flashi2v.checkpoint.weights import (
@@ -84,12 +84,15 @@ class MegatronWeights(Weights):
 
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:
-    """The weights of a ``--save`` folder's latest checkpoint, or of an ``iter_*`` folder.
+    """The weights of a ``--save`` folder's newest good checkpoint, or of an ``iter_*`` folder.
+
+    The files that hold them are verified first.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it holds no EMA weights though they are asked for.
     """
-    folder = find_checkpoint(path)
+    prefixes = (EMA_PREFIX,) if options.weights == "ema" else (MODEL_PREFIX, MASTER_PREFIX)
+    folder = find_checkpoint(path, needs=lambda key: key.startswith(prefixes))
     if folder is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a folder written by `flashi2v train --save`")
     return MegatronWeights(folder, options)

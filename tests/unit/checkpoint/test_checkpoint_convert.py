@@ -27,7 +27,8 @@ from megatron_flashi2v.checkpoint.checkpoint import (
 )
 from megatron_flashi2v.checkpoint.convert import FORMATS, convert
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count
-from megatron_flashi2v.checkpoint.storage import TensorPiece, verify
+from megatron_flashi2v.checkpoint.manifest import verify
+from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.convert import FORMATS as ANNOUNCED
 from megatron_flashi2v.config.convert import ConvertConfig

@@ -1,0 +1,57 @@
+"""Reasons to save and leave before the last iteration: signals, and a limit on the run's time."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What clusters send before they take a machine away: SIGTERM on preemption, SIGUSR1 by ``sbatch --signal``."""
+
+
+class Interrupts:
+    """What asks this rank to stop; within the context signals do not end the process, but are remembered.
+
+    One rank's reason is enough: ranks exchange :meth:`counts` with the loss of each iteration, and decide by the sum.
+
+    Args:
+        minutes: how long the run may last, from now; None is without limit.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._received: set[int] = set()
+        self._before: dict[int, Any] = {}
+        self._reasons = (
+            *(f"{number.name} was received" for number in SIGNALS),
+            f"the {minutes} minutes of --exit-duration-minutes are over",
+        )
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received.add(number)
+
+    def counts(self) -> tuple[int, ...]:
+        """For each possible reason, whether this rank has it: 0 or 1."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return (*(int(number in self._received) for number in SIGNALS), int(late))
+
+    def reason(self, totals: Sequence[int]) -> str | None:
+        """Why all ranks stop, from the sums of their counts; None if they go on."""
+        return next((reason for reason, total in zip(self._reasons, totals, strict=True) if total), None)

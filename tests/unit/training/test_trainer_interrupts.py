@@ -1,0 +1,126 @@
+"""Runs that are asked to stop, or whose disk is full, keep what they have done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.layouts import metrics
+
+from megatron_flashi2v.checkpoint import tensor_file
+from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.config.errors import WriteError
+from megatron_flashi2v.training import interrupts as interrupts_module
+from megatron_flashi2v.training import metrics as metrics_module
+from megatron_flashi2v.training.interrupts import Interrupts
+from megatron_flashi2v.training.step import TrainingStep
+
+Train = Callable[..., int]
+
+
+def saved(save: Path) -> list[str]:
+    return sorted(path.name for path in save.glob("iter_*"))
+
+
+def in_iteration(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    """Do something in the middle of an iteration, counted from 1."""
+    original, calls = TrainingStep.losses_and_gradients, []
+
+    def wrapped(self: TrainingStep, *arguments: object) -> object:
+        calls.append(0)
+        if len(calls) == number:
+            action()
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingStep, "losses_and_gradients", wrapped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    assert train("--save", straight) == 0
+    in_iteration(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+    assert train("--save", halves) == 0
+    assert saved(halves) == ["iter_0000002"] and len(metrics(halves)) == 2
+    assert signal.getsignal(number) is before
+    assert train("--save", halves, "--load", halves) == 0
+    assert [row["loss"] for row in metrics(halves)] == [row["loss"] for row in metrics(straight)]
+
+
+def test_a_run_leaves_when_its_time_is_over(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Clock:
+        def monotonic(self) -> float:
+            return now[0]
+
+    monkeypatch.setattr(interrupts_module, "time", Clock())
+    in_iteration(monkeypatch, 3, lambda: now.append(now.pop() + 30.5))
+    assert train("--save", tmp_path, "--exit-duration-minutes", 0.5) == 0
+    assert saved(tmp_path) == ["iter_0000003"]
+
+
+def test_one_rank_is_enough() -> None:
+    interrupts = Interrupts(None)
+    assert interrupts.counts() == (0, 0, 0) and interrupts.reason((0, 0, 0)) is None
+    assert interrupts.reason((0, 1, 0)) == "SIGUSR1 was received"
+    late = Interrupts(1e-9)
+    time.sleep(0.001)
+    assert late.counts() == (0, 0, 1) and "exit-duration-minutes" in (late.reason((0, 0, 3)) or "")
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
+    """Let the writing of tensors fail with a full disk, the first time, the second time ..."""
+    original, calls = tensor_file.os.fsync, []
+
+    class Os:
+        def fsync(self, descriptor: int) -> None:
+            calls.append(0)
+            if fails(len(calls)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            original(descriptor)
+
+    monkeypatch.setattr(tensor_file, "os", Os())
+
+
+def test_a_run_outlives_a_full_disk(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill_disk(monkeypatch, lambda call: call in (2, 3))
+    assert train("--save", tmp_path, "--save-interval", 1, "--keep-last", 1) == 0
+    assert saved(tmp_path) == ["iter_0000004"] and find_checkpoint(tmp_path) == tmp_path / "iter_0000004"
+    assert caplog.text.count("the run goes on") == 2 and "disk is full" in caplog.text
+    assert len(metrics(tmp_path)) == 4
+
+
+def test_a_run_that_cannot_save_its_end_fails(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_disk(monkeypatch, lambda call: call == 2)
+    assert train("--save", tmp_path, "--save-interval", 2) == 1
+    assert "disk is full" in capsys.readouterr().err
+    assert find_checkpoint(tmp_path) == tmp_path / "iter_0000002"
+
+
+def test_metrics_wait_for_a_full_disk(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = metrics_module.append_jsonl, []
+
+    def append(path: Path, row: dict) -> None:
+        calls.append(row)
+        if len(calls) in (2, 3):
+            raise WriteError(f"{path}: the disk is full")
+        original(path, row)
+
+    monkeypatch.setattr(metrics_module, "append_jsonl", append)
+    assert train("--save", tmp_path) == 0
+    assert [row["iteration"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
