@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.sampling.load import single_process
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockBenchmark:
@@ -32,6 +36,7 @@ class BlockBenchmark:
         attention_backend: implementation, or auto.
         device: auto, cuda, npu or cpu.
         rounds: measurements of each block, in turn.
+        clock: wall, or cpu for this process's own time: with OMP_NUM_THREADS=1, on a CPU that others use as well.
         json: file for the report.
     """
 
@@ -41,6 +46,7 @@ class BlockBenchmark:
     attention_backend: str = "auto"
     device: str = "auto"
     rounds: int = 5
+    clock: Literal["wall", "cpu"] = "wall"
     json: Path | None = None
 
 
@@ -57,13 +63,14 @@ def run(options: BlockBenchmark) -> str:
     with single_process(device) as groups:
         for name in options.dtypes:
             blocks = make_blocks(options, getattr(torch, name), groups, device)
-            seconds = interleaved_seconds(blocks, device, options.rounds)
+            seconds = interleaved_seconds(blocks, device, options.rounds, CLOCKS[options.clock])
             ours, theirs = seconds["megatron_flashi2v"], seconds["diffusers"]
             rows.append({
                 "dtype": name, "seconds": statistics.median(ours), "diffusers_s": statistics.median(theirs),
                 "ratio": median_ratio(ours, theirs), "rounds": ours, "diffusers_rounds": theirs,
             })
-    report = {"machine": machine(device), "model": options.model, "latent_shape": options.latent_shape, "rows": rows}
+    report = {"machine": machine(device), "model": options.model, "latent_shape": options.latent_shape,
+              "clock": options.clock, "rows": rows}
     if options.json is not None:
         write_json(options.json, report)
     return f"{report['machine']}\n" + table(rows, ("dtype", "seconds", "diffusers_s", "ratio"))

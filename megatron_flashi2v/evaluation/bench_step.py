@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile, supported_activities
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v.config.errors import ConfigError
@@ -305,15 +305,15 @@ def peak_tflops(device: Device, dtype: torch.dtype) -> float | None:
 
 def profile_kinds(step: Callable[[], object], device: Device) -> dict[str, float]:
     """Share of one step's time by kind of operator, each operator counted without what it calls."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.name == "cuda" else [])
+    activities = list(supported_activities())  # the CPU, and an accelerator if there is one
     with profile(activities=activities) as recorded:
         step()
         device.synchronize()
     shares: dict[str, float] = {}
     for event in recorded.key_averages():
         # On an accelerator only kernels count: operators repeat the time of the kernels that they launch.
-        on_device = str(event.device_type).endswith("CUDA")
-        if (device.name == "cuda") != on_device:
+        on_device = not str(event.device_type).endswith("CPU")
+        if (device.name != "cpu") != on_device:
             continue
         time = event.self_device_time_total if on_device else event.self_cpu_time_total
         kind = kind_of(event.key)

@@ -22,7 +22,10 @@ SHORTEST_S = 5e-3
 
 
 def interleaved_seconds(
-    functions: Mapping[str, Callable[[], object]], device: Device, rounds: int = 5
+    functions: Mapping[str, Callable[[], object]],
+    device: Device,
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of one call, by name and round; every round runs all of them once.
 
@@ -33,25 +36,26 @@ def interleaved_seconds(
         functions: what to time, on the device's queue.
         device: waited for before and after each measurement.
         rounds: measurements of each.
+        clock: seconds; ``time.process_time`` leaves out what other processes take, for one thread on a busy CPU.
     """
     calls: dict[str, int] = {}
     for name, function in functions.items():
         function()
-        calls[name] = min(max(math.ceil(SHORTEST_S / _seconds(function, device, 1)), 1), 200)
+        calls[name] = min(max(math.ceil(SHORTEST_S / _seconds(function, device, 1, clock)), 1), 200)
     rows: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            rows[name].append(_seconds(function, device, calls[name]))
+            rows[name].append(_seconds(function, device, calls[name], clock))
     return rows
 
 
-def _seconds(function: Callable[[], object], device: Device, calls: int) -> float:
+def _seconds(function: Callable[[], object], device: Device, calls: int, clock: Callable[[], float]) -> float:
     device.synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         function()
     device.synchronize()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
