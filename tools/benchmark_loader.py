@@ -62,11 +62,13 @@ def main(argv: Sequence[str]) -> None:
     check_train(config, model, launch.world_size)
     device = resolve_device(config.runtime.device, launch.local_rank)
     init_distributed(launch, device)
+    from megatron_flashi2v.parallel.groups import destroy_groups
     from megatron_flashi2v.training.trainer import Trainer
 
     with megatron_on(device):
         trainer = Trainer(config, model, launch, device)
-        trainer.model.train()
+        for model in trainer.models:
+            model.train()
         held = Blend([HeldSample(trainer.data.datasets[0])], [1.0], batch=trainer.data.batch, seed=config.batch.seed)
         sources = {"shards": trainer.make_source(), "held": trainer.make_source()}
         sources["held"].data = held
@@ -88,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
                         cpu_seconds[name] += time.process_time() - began
         for source in sources.values():
             source.close()
+        destroy_groups()
     shutdown()
     totals = {name: sum(values) for name, values in seconds.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
