@@ -225,6 +225,8 @@ class RuntimeArguments:
     attention_backend: str = "auto"
     """Implementation of attention: auto, torch_sdpa, flash_attn_3, flash_attn_2, transformer_engine,
     npu_fusion_attention, reference ... (kernels/README.md)."""
+    use_mindspeed: bool = False
+    """On NPUs: let MindSpeed, of the branch that matches megatron-core, replace parts of megatron-core."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms."""
     log_interval: int = 1

@@ -1,4 +1,4 @@
-"""Two real msrun workers on the CPU against torchrun; mindspore is needed, which tests/accelerator/msrun.sh installs."""
+"""Two real msrun workers on the CPU against torchrun; tests/accelerator/msrun.sh installs the mindspore it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every launch script, job and recipe in examples/ starts what exists: its command is caught in place of the launcher."""
+"""Every launch script, job and recipe in examples/ starts what exists: its command is caught, not run."""
 
 from __future__ import annotations
 
