@@ -233,8 +233,10 @@ def _package_obstacle(spec: KernelSpec) -> str | None:
     if spec.package is None:
         return None
     wanted = spec.package + (f" >= {spec.min_version}" if spec.min_version else "")
-    try:  # the metadata, not the module: importing a broken accelerator package can take the process down
-        installed = importlib.metadata.version(spec.package)
+    # The metadata, not the module: importing a broken accelerator package can take the process down. And the
+    # distribution, not importlib.metadata.version: MindSpeed makes that answer for what is not installed.
+    try:
+        installed = importlib.metadata.distribution(spec.package).version
     except importlib.metadata.PackageNotFoundError:
         return f"needs {wanted}, which is not installed"
     if spec.min_version and _release(installed) < _release(spec.min_version):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from megatron_flashi2v import __version__
 from megatron_flashi2v.cli.errors import tell_error, tell_interrupt
 from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.runtime.launch import detect_launch
 
 COMMANDS = {
     "prepare": "annotations and video files to filtered, encoded shards",
@@ -54,8 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: str, argv: Sequence[str]) -> int:
-    """Run one command's ``main`` and turn a user's error, or Ctrl-C, into a line and an exit code."""
+    """Run one command's ``main`` and turn a user's error, or Ctrl-C, into a line and an exit code.
+
+    msrun starts the script once more as its scheduler; that process leaves here, before its flags are read.
+    """
+    # torch would import torch_npu by itself, and fail with a traceback where CANN is missing; runtime/device.py imports
+    # it when an NPU is asked for, and says what is missing.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     try:
+        if "MS_ROLE" in os.environ and detect_launch(os.environ).is_scheduler:
+            return 0
         return importlib.import_module(f"megatron_flashi2v.cli.{command}").main(list(argv))
     except UserError as error:
         return tell_error(command, error)

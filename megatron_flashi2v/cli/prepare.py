@@ -25,8 +25,6 @@ def main(argv: Sequence[str]) -> int:
     )
     check_prepare(config)
     launch = detect_launch(os.environ)
-    if launch.is_scheduler:  # msrun starts the script once more, as a scheduler that has nothing to do
-        return 0
     run(config, launch)
     return 0
 

@@ -49,8 +49,6 @@ def main(argv: Sequence[str]) -> int:
         description="Sample a video that starts from an image and follows a prompt.",
     )
     launch = detect_launch(os.environ)
-    if launch.is_scheduler:
-        return 0
     setup_logging(launch.rank)
     with leaving_group(launch):
         run(config, launch)

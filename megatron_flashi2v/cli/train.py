@@ -22,8 +22,6 @@ def main(argv: Sequence[str]) -> int:
     """Train, or with ``--dry-run`` print what would be trained."""
     config = parse(TrainConfig, argv, prog="flashi2v train", description="Pretrain a FlashI2V diffusion transformer.")
     launch = detect_launch(os.environ)
-    if launch.is_scheduler:  # msrun starts the script once more, as a scheduler that has nothing to do
-        return 0
     model = resolve_model(config.model)
     if config.runtime.dry_run:
         check_train(config, model, max(launch.world_size, model_ranks(config.parallel)))
@@ -49,6 +47,10 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
         config.runtime.device, launch.local_rank, backend=config.parallel.distributed_backend,
         hccl_buffer_sizes=parse_buffer_sizes(config.parallel.hccl_buffer_sizes),
     )
+    if config.runtime.use_mindspeed:
+        from megatron_flashi2v.runtime.mindspeed import load_mindspeed
+
+        load_mindspeed(config)
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
     with leaving_group(launch):

@@ -30,6 +30,11 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_fp8(config)
     _check_numbers(config)
     _check_online_encoding(config)
+    if config.runtime.use_mindspeed and config.runtime.device != "npu":
+        raise ConfigError(
+            f"--use-mindspeed adapts megatron-core to NPUs, but --device is {config.runtime.device}; add --device npu, "
+            "or leave it out"
+        )
     parse_buffer_sizes(config.parallel.hccl_buffer_sizes)
     _ = config.checkpoint.load_weights_source
 

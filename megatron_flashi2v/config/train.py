@@ -237,6 +237,8 @@ class RuntimeArguments:
     """Run the blocks' matrix products in FP8 (Transformer Engine); hybrid: e4m3 forward, e5m2 backward."""
     fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "tensorwise"
     """How FP8 scales are found; delayed keeps a history, which checkpoints do not hold."""
+    use_mindspeed: bool = False
+    """On NPUs: let MindSpeed, of the branch that matches megatron-core, replace parts of megatron-core."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms."""
     log_interval: int = 1

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from megatron_flashi2v.config.errors import ConfigError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_MSRUN_WORKER = ("MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "RANK_ID", "DEVICE_ID")
+_MSRUN_WORKER = ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "RANK_ID", "DEVICE_ID")
+# RANK_ID and DEVICE_ID alone are common on Ascend, and no sign of msrun.
+_MSRUN_ALONE = ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT")
 
 # Slurm numbers its own steps (batch script, interactive shell, external processes) from the top of 32 bits.
 _FIRST_SPECIAL_SLURM_STEP = 0xFFFFFFF0
@@ -78,7 +80,7 @@ def detect_launch(environ: Mapping[str, str]) -> LaunchEnvironment:
     """
     if _is_torchrun(environ):
         return _torchrun(environ)
-    if "MS_ROLE" in environ:
+    if any(name in environ for name in _MSRUN_ALONE) and ("MS_ROLE" in environ or not _is_slurm_step(environ)):
         return _msrun(environ)
     if _is_slurm_step(environ):
         return _slurm(environ)
@@ -112,12 +114,13 @@ def _torchrun(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _msrun(environ: Mapping[str, str]) -> LaunchEnvironment:
-    role = environ["MS_ROLE"]
+    role = environ.get("MS_ROLE", "")
     if role == "MS_SCHED":
         return LaunchEnvironment(launcher="msrun", is_scheduler=True)
-    if role != "MS_WORKER":
+    if role not in ("MS_WORKER", ""):
         raise ConfigError(f"MS_ROLE is {role!r}; msrun sets it to MS_WORKER or MS_SCHED")
-    _require(environ, _MSRUN_WORKER, "msrun", "start with msrun, or unset MS_ROLE to run as one process")
+    cure = f"start with msrun, or unset {', '.join(_MSRUN_ALONE)} to run as one process"
+    _require(environ, _MSRUN_WORKER, "msrun", cure)
     world_size = _integer(environ, "MS_WORKER_NUM")
     if world_size > 1 and "MS_NODE_ID" not in environ:
         raise ConfigError(

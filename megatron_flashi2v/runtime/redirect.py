@@ -244,7 +244,8 @@ def _redirect_type(type_: Callable[..., Any], device: Device) -> Callable[..., A
     def redirected(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
             name = type_(self)
-            return cuda + name[len(own) :] if self.device.type == device.name else name
+            # MindSpeed's replacement says "torch.cuda." of itself
+            return cuda + name[len(own) :] if self.device.type == device.name and not name.startswith(cuda) else name
         if isinstance(dtype, str) and dtype.startswith(cuda):
             dtype = own + dtype[len(cuda) :]
         return type_(self, dtype, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,52 @@ PROBE = "import sys; from megatron_flashi2v.cli.main import main\ntry: main({arg
 def test_help_and_bad_flags_answer_without_torch(argv: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE.format(argv=argv)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_msruns_scheduler_leaves_before_it_reads_its_flags() -> None:
+    code = (
+        "import os, sys; os.environ['MS_ROLE'] = 'MS_SCHED'\n"
+        "from megatron_flashi2v.cli.main import run_command\n"
+        "assert run_command('train', ['--no-such-flag']) == 0\n"
+        "assert not {'torch', 'tyro', 'yaml'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stdout + done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2"}, "MS_SCHED_HOST"),
+        ({"MS_WORKER_NUM": "2", "MS_SCHED_HOST": "10.0.0.1", "MS_SCHED_PORT": "8118"}, "MS_ROLE"),
+        ({"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "MS_SCHED_HOST": "10.0.0.1", "MS_SCHED_PORT": "8118",
+          "RANK_ID": "0", "DEVICE_ID": "0"}, "--node_rank"),
+    ],
+)  # fmt: skip
+def test_half_an_msrun_environment_is_one_message(
+    given: dict[str, str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--model", "tiny"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flashi2v train: error: ") and word in error and error.count("\n") == 1
+
+
+def test_torch_npu_without_cann_is_one_message(tmp_path: Path) -> None:
+    """torch imports torch_npu by itself, through its entry point, and would fail before our message."""
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu" / "__init__.py").write_text("raise ImportError('libhccl.so: cannot open shared object')")
+    metadata = tmp_path / "torch_npu-2.13.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.13.0\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**{k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-m", "megatron_flashi2v", "train", "--device", "npu"], env=environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "libhccl.so" in done.stderr and "source CANN's set_env.sh" in done.stderr
 
 
 def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,7 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
     (["--distributed-timeout-minutes", "0"], 1, ["--distributed-timeout-minutes is 0"]),
     (["--overlap-param-gather"], 1, ["--use-distributed-optimizer"]),
     (["--lr-warmup-iters", "200"], 1, ["--lr-warmup-iters is 200"]),
+    (["--use-mindspeed"], 1, ["--use-mindspeed", "--device is auto", "add --device npu"]),
     (["--model", "2b"], 1, ["--model 2b", "tiny, 130m", "1.3b, 3b, 7b, 14b"]),
     (["--hidden-size", "100"], 1, ["hidden_size 100", "num_attention_heads 8"]),
 ])

@@ -55,6 +55,12 @@ def test_backward_code_is_redirected(redirected: None) -> None:
     assert x.grad is not None and x.grad.tolist() == [4.0, 4.0, 4.0]
 
 
+def test_type_names_that_mindspeed_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "type", lambda self, *_: "torch.cuda.FloatTensor")
+    with megatron_on(CpuDevice()):
+        assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+
+
 def test_type_names(redirected: None) -> None:
     assert torch.ones(1).type() == "torch.cuda.FloatTensor"
     assert torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16)).type() == "torch.cuda.BFloat16Tensor"

@@ -111,10 +111,15 @@ def test_half_a_torchrun_names_what_is_missing(missing: str) -> None:
         detect_launch(without(TORCHRUN, missing))
 
 
-@pytest.mark.parametrize("missing", sorted(set(MSRUN) - {"MS_ROLE", "MS_NODE_ID", "RANK_SIZE"}))
+@pytest.mark.parametrize("missing", sorted(set(MSRUN) - {"MS_NODE_ID", "RANK_SIZE"}))
 def test_half_an_msrun_names_what_is_missing(missing: str) -> None:
     with pytest.raises(ConfigError, match=f"^{missing} is not set"):
         detect_launch(without(MSRUN, missing))
+
+
+def test_ascends_rank_table_variables_are_no_msrun() -> None:
+    assert detect_launch({"RANK_ID": "0", "RANK_SIZE": "1", "DEVICE_ID": "3"}) == LaunchEnvironment()
+    assert detect_launch({**SLURM, "MS_SCHED_PORT": "8118"}).launcher == "slurm"
 
 
 @pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"])

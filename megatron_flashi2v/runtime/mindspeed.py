@@ -1,0 +1,157 @@
+"""MindSpeed, Ascend's adapter of megatron-core, as a library: told what to replace, and asked what it replaced.
+
+Its adaptor reads the command line when it is imported, and merges what it found there into megatron-core's
+configurations; so it sees an empty command line here, and settings that are given one by one. It puts empty modules
+in the place of ``transformer_engine`` and ``apex`` and changes ``importlib.metadata.version``, so that whether these
+are installed can only be told by ``importlib.metadata.distribution``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.train import TrainConfig
+
+_PACKAGE = "mindspeed"
+_LOOKED_AT = ("torch", "megatron", "importlib")
+_CURE = "install MindSpeed's branch core_r{minor}.0, or leave --use-mindspeed out: plain torch_npu works too"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What MindSpeed changed.
+
+    Attributes:
+        functions: full names of functions, classes and methods of other packages that are now MindSpeed's.
+        dummies: packages that are not installed, but have a module now.
+    """
+
+    functions: tuple[str, ...]
+    dummies: tuple[str, ...]
+
+
+def load_mindspeed(config: TrainConfig) -> Replaced:
+    """Import MindSpeed's adaptor, hand it our settings, and log what it replaced.
+
+    It must run before anything imports megatron-core, and after the device was resolved, whose errors are plainer.
+
+    Raises:
+        ConfigError: MindSpeed is not installed, is made for another minor version of megatron-core, or cannot be
+            loaded.
+        RuntimeError: megatron-core was imported before.
+    """
+    version = check_version()
+    loaded = [name for name in sys.modules if name.startswith("megatron.core")]
+    if loaded:
+        raise RuntimeError(f"MindSpeed must come before megatron-core, but {loaded[0]} is imported already")
+    before = set(sys.modules)
+    try:
+        with _clean_command_line():
+            adaptor = importlib.import_module("mindspeed.megatron_adaptor")
+            adaptor.repatch(settings(config))
+    except (Exception, SystemExit) as error:  # it replaces by name, and leaves the process at a flag it dislikes
+        raise ConfigError(
+            f"--use-mindspeed: MindSpeed {version} cannot be loaded ({type(error).__name__}: {error}); "
+            + _CURE.format(minor=_minor(importlib.metadata.version("megatron-core")))
+        ) from error
+    replaced = find_replaced(before)
+    logger.info("MindSpeed %s replaced %d functions: %s", version, len(replaced.functions),
+                ", ".join(replaced.functions) or "none")
+    logger.info("MindSpeed put empty modules in place of: %s", ", ".join(replaced.dummies) or "none")
+    return replaced
+
+
+def check_version() -> str:
+    """MindSpeed's version, whose minor is megatron-core's.
+
+    Raises:
+        ConfigError: it is not installed, or made for another one.
+    """
+    core = importlib.metadata.version("megatron-core")
+    cure = _CURE.format(minor=_minor(core))
+    try:
+        version = importlib.metadata.version(_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"--use-mindspeed: MindSpeed is not installed; {cure}") from None
+    if _minor(version) != _minor(core):
+        raise ConfigError(
+            f"--use-mindspeed: MindSpeed {version} is made for megatron-core {_minor(version)}, but {core} is "
+            f"installed; {cure}"
+        )
+    return version
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """MindSpeed's settings, by the names of Megatron's arguments; it merges them into megatron-core's configurations.
+
+    Only what its replacements must know, and what they must leave alone: attention and context parallelism are ours,
+    so it is told that there is no context parallelism.
+    """
+    parallel = config.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        "use_distributed_optimizer": parallel.use_distributed_optimizer,
+        "context_parallel_size": 1,
+        "transformer_impl": "local",
+        "use_flash_attn": False,
+        "gradient_accumulation_fusion": False,
+        "bf16": config.batch.bf16,
+    }
+
+
+def find_replaced(before: set[str]) -> Replaced:
+    """Look through torch and megatron-core for code that is MindSpeed's.
+
+    Args:
+        before: names of the modules that there were before it was imported.
+    """
+    functions = set()
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in _LOOKED_AT or not isinstance(module, ModuleType):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if _is_mindspeeds(value):
+                functions.add(f"{name}.{attribute}")
+            elif issubclass(type(value), type) and value.__module__ == name:
+                functions |= {f"{name}.{attribute}.{method}" for method, code in list(vars(value).items())
+                              if _is_mindspeeds(code)}  # fmt: skip
+    new = {name.partition(".")[0] for name in set(sys.modules) - before}
+    dummies = {name for name in new if getattr(sys.modules.get(name), "__spec__", None) is None}
+    return Replaced(tuple(sorted(functions)), tuple(sorted(dummies & set(sys.modules))))
+
+
+def _is_mindspeeds(value: Any) -> bool:
+    kind = type(value)  # isinstance would ask the object, and some of torch's warn, or start CUDA, when asked
+    if issubclass(kind, type):
+        return value.__module__.partition(".")[0] == _PACKAGE
+    if kind in (staticmethod, classmethod):
+        value, kind = value.__func__, type(value.__func__)
+    # Its wrappers carry the names of what they wrap; where they were written is told by their globals.
+    return kind is FunctionType and str(value.__globals__.get("__name__")).partition(".")[0] == _PACKAGE
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+@contextlib.contextmanager
+def _clean_command_line() -> Iterator[None]:
+    saved = sys.argv
+    sys.argv = saved[:1]
+    try:
+        yield
+    finally:
+        sys.argv = saved

@@ -1,0 +1,1 @@
+"""A stand-in for Ascend's MindSpeed that has its habits, and none of its operators. For tests only."""
