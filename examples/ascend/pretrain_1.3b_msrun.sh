@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# FlashI2V 1.3B on Ascend NPUs with msrun. One node: bash examples/ascend/pretrain_1.3b_msrun.sh [flags of flashi2v train]
+# FlashI2V 1.3B on Ascend NPUs with msrun.
+# One node: bash examples/ascend/pretrain_1.3b_msrun.sh [flags of flashi2v train]
 # Several, on each: NNODES=4 NODE_RANK=0 HEAD=10.0.0.1 bash examples/ascend/pretrain_1.3b_msrun.sh [flags of ...]
 #
 # Layout and sizes as in pretrain_1.3b.sh.

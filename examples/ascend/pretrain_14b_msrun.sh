@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# FlashI2V 14B on Ascend NPUs with msrun. One node: bash examples/ascend/pretrain_14b_msrun.sh [flags of flashi2v train]
+# FlashI2V 14B on Ascend NPUs with msrun.
+# One node: bash examples/ascend/pretrain_14b_msrun.sh [flags of flashi2v train]
 # Several, on each: NNODES=8 NODE_RANK=0 HEAD=10.0.0.1 bash examples/ascend/pretrain_14b_msrun.sh [flags of ...]
 #
-# Tensor 4 with half the traffic of tensor 8, and two pipeline ranks, since 64 GB are too little for tensor 4 alone on one
-# node. Four chunks of 5 blocks on each rank make the pipeline's bubble a quarter of its plain size: with 8 nodes, 8
-# microbatches of a replica pass through, and it is 1 part in 4 x 8. An NPU holds at most 1.86 G parameters: x 18 bytes =
-# 34 GB on one node, x (6 + 12/8) = 14 GB on eight; nine chunks are on their way at once, with 12 GB of activations.
+# Tensor 4 with half the traffic of tensor 8, and two pipeline ranks, since 64 GB are too little for tensor 4 alone on
+# one node. Four chunks of 5 blocks on each rank make the pipeline's bubble a quarter of its plain size: with 8 nodes,
+# 8 microbatches of a replica pass through, and it is 1 part in 4 x 8. An NPU holds at most 1.86 G parameters: x 18
+# bytes = 34 GB on one node, x (6 + 12/8) = 14 GB on eight; nine chunks are on their way at once, with 12 GB of
+# activations.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . examples/ascend/environment.sh

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_flashi2v.checkpoint.index import Index, read_index
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
-from megatron_flashi2v.parallel.groups import Groups
+
+if TYPE_CHECKING:  # it imports megatron-core, for which converting a checkpoint need not wait
+    from megatron_flashi2v.parallel.groups import Groups
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
