@@ -129,8 +129,9 @@ def find_replaced(before: set[str]) -> Replaced:
                 functions |= {f"{name}.{attribute}.{method}" for method, code in list(vars(value).items())
                               if _is_mindspeeds(code)}  # fmt: skip
     new = {name.partition(".")[0] for name in set(sys.modules) - before}
-    dummies = {name for name in new if getattr(sys.modules.get(name), "__spec__", None) is None}
-    return Replaced(tuple(sorted(functions)), tuple(sorted(dummies & set(sys.modules))))
+    dummies = {name for name in new if name in sys.modules and getattr(sys.modules[name], "__spec__", None) is None}
+    dummies.discard("__mp_main__")  # multiprocessing's second name for the main module
+    return Replaced(tuple(sorted(functions)), tuple(sorted(dummies)))
 
 
 def _is_mindspeeds(value: Any) -> bool:
