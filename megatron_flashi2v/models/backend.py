@@ -37,8 +37,8 @@ class Backend:
         """
         if self.transformer_impl == "local":
             return LocalSpecProvider()
-        try:  # the metadata: MindSpeed puts an empty module in the package's place
-            version = importlib.metadata.version("transformer_engine")
+        try:  # MindSpeed puts an empty module in its place, and makes importlib.metadata.version answer for it
+            version = importlib.metadata.distribution("transformer_engine").version
         except importlib.metadata.PackageNotFoundError:
             raise ConfigError(
                 "--transformer-impl is transformer_engine, which is not installed; install "

@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
              "megatron.core.extensions.transformer_engine_spec_provider": provider}
     import_module = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", lambda name: found.get(name) or import_module(name))
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.0")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(version="2.9.0"))
 
 
 def test_without_transformer_engine(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_without_transformer_engine(groups: Groups, monkeypatch: pytest.MonkeyPa
 
 
 def test_transformer_engine_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.0")
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(version="2.9.0"))
     with pytest.raises(ConfigError, match=r"version 2.9.0 cannot be loaded \(ModuleNotFoundError.*transformer_engine"):
         TRANSFORMER_ENGINE.provider()
 
