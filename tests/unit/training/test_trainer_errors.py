@@ -13,6 +13,8 @@ import pytest
 from helpers.layouts import metrics
 from helpers.synthetic_data import write_synthetic
 
+from megatron_flashi2v.checkpoint.manifest import write_manifest
+
 Train = Callable[..., int]
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -69,9 +71,18 @@ def test_checkpoint_whose_state_lacks_an_entry(
     state = json.loads(path.read_text())
     del state[gone]
     path.write_text(json.dumps(state))
+    write_manifest(path.parent, ["model_config.json", "state.json"])  # whole as far as hashes tell
     capsys.readouterr()
     assert train("--load", saved) == 1
     assert_refused(capsys, f"{path} has no {gone}")
+
+
+def test_checkpoint_that_was_altered(train: Train, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved / "iter_0000002" / "state.json"
+    path.write_text(path.read_text() + " ")
+    capsys.readouterr()
+    assert train("--load", saved) == 1
+    assert_refused(capsys, f"{path} is damaged", "manifest.json")
 
 
 def test_save_that_cannot_be_written(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
