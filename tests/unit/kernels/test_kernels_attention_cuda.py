@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,12 +102,12 @@ def installed(monkeypatch):
     """Pretend that these distributions, and no others that kernels ask for, are installed."""
     versions = {"flash_attn_3": "3.0.0b1", "flash_attn": "2.8.3", "transformer_engine": "2.9.0+cu12"}
 
-    def version(name):
+    def distribution(name):
         if name not in versions:
             raise importlib.metadata.PackageNotFoundError(name)
-        return versions[name]
+        return SimpleNamespace(version=versions[name])
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     for name in LIBRARIES:
         for module, fake in modules_of(name).items():
             monkeypatch.setitem(sys.modules, module, fake)
