@@ -7,8 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
+
+from megatron_flashi2v.config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,16 @@ class Interrupts:
                 self._before[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, Exception) and not isinstance(error, UserError) and signal.SIGTERM in self._received:
+            # Most often another rank died and the launcher stops the rest, which wait for it in a collective: there
+            # is nothing to save with, and the launcher waits.
+            logger.warning("stopped by SIGTERM, and could not save before: %s", (str(error).splitlines() or [""])[0])
+            raise SystemExit(128 + signal.SIGTERM) from error
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received.add(number)

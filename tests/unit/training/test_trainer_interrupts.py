@@ -14,7 +14,7 @@ from helpers.layouts import metrics
 
 from megatron_flashi2v.checkpoint import tensor_file
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
-from megatron_flashi2v.config.errors import WriteError
+from megatron_flashi2v.config.errors import UserError, WriteError
 from megatron_flashi2v.training import interrupts as interrupts_module
 from megatron_flashi2v.training import metrics as metrics_module
 from megatron_flashi2v.training.interrupts import Interrupts
@@ -75,6 +75,21 @@ def test_one_rank_is_enough() -> None:
     late = Interrupts(1e-9)
     time.sleep(0.001)
     assert late.counts() == (0, 0, 1) and "exit-duration-minutes" in (late.reason((0, 0, 3)) or "")
+
+
+@pytest.mark.parametrize(("signalled", "raised", "expected"), [
+    (True, RuntimeError("connection closed by peer"), SystemExit),
+    (True, UserError("the disk is full"), UserError),
+    (False, RuntimeError("connection closed by peer"), RuntimeError),
+])
+def test_a_rank_that_cannot_go_on_obeys_the_launcher(
+    signalled: bool, raised: Exception, expected: type[BaseException]
+) -> None:
+    """It must not wait for another SIGTERM; but its own error is told."""
+    with pytest.raises(expected), Interrupts(None):
+        if signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise raised
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> None:
