@@ -24,6 +24,7 @@ from megatron_flashi2v.checkpoint.storage import write_pieces
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.presets import resolve_model
@@ -89,7 +90,7 @@ def train(flags: list[str], launch, device) -> None:
         return loss
 
     step.losses_and_gradients = keep_gradients
-    with counted_encodings() as calls:
+    with counted_encodings() as calls, noted_samples(config.checkpoint.save / f"samples-{launch.rank}.jsonl"):
         trainer.train()
     write_velocity(trainer, config.checkpoint.save)
     if config.data.online_encoding:
@@ -111,6 +112,24 @@ def counted_encodings():
         yield calls
     finally:
         VideoVAE.encode = encode
+
+
+@contextlib.contextmanager
+def noted_samples(path: Path):
+    """Each sample that this process reads, with its position, is a line of the file."""
+    read = Blend.read
+
+    def noted(blend, positions):
+        samples, bad = read(blend, positions)
+        with open(path, "a") as file:
+            file.writelines(json.dumps([p, sample.key]) + "\n" for p, sample in zip(positions, samples, strict=True))
+        return samples, bad
+
+    Blend.read = noted
+    try:
+        yield
+    finally:
+        Blend.read = read
 
 
 def main() -> None:
