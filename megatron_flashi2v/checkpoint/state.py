@@ -11,6 +11,7 @@ import torch
 
 from megatron_flashi2v.checkpoint.index import Index, read_index
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
+from megatron_flashi2v.config.errors import CheckpointError
 
 if TYPE_CHECKING:  # it imports megatron-core, for which converting a checkpoint need not wait
     from megatron_flashi2v.parallel.groups import Groups
@@ -116,11 +117,32 @@ def _model_piece(key: str, name: str, parameter: torch.Tensor, grid: ShardGrid) 
     )
 
 
-def load_model(folder: Path, named_parameters: NamedParameters, grid: ShardGrid) -> None:
+def holds_weights(weights: str, key: str) -> bool:
+    """Whether the tensor ``key`` is read for the weights ``model`` or ``ema``."""
+    return key.startswith((EMA_PREFIX,) if weights == "ema" else (MODEL_PREFIX, MASTER_PREFIX))
+
+
+def require_ema(folder: Path, index: Index) -> None:
+    """Refuse a checkpoint without averaged weights where they are asked for.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    if not any(key.startswith(EMA_PREFIX) for key in index.tensors):
+        raise CheckpointError(
+            f"{folder} holds no EMA weights (tensors {EMA_PREFIX}*); it was trained without --ema-decay, so leave out "
+            "--weights ema"
+        )
+
+
+def load_model(
+    folder: Path, named_parameters: NamedParameters, grid: ShardGrid, *, weights: str = "model"
+) -> None:
     """Fill this rank's parameters in place from a checkpoint of any layout.
 
     Where the parameter and the stored tensor differ in precision the value is converted; an fp32 parameter
-    takes the stored fp32 master copy of a bf16 tensor, if there is one.
+    takes the stored fp32 master copy of a bf16 tensor, if there is one. ``weights`` is ``model``, or ``ema`` for the
+    averaged ones.
 
     A mixed-precision optimizer that exists already must then be told, by
     :func:`~megatron_flashi2v.checkpoint.optimizer_state.load_optimizer` or mcore's ``reload_model_params``.
@@ -129,8 +151,13 @@ def load_model(folder: Path, named_parameters: NamedParameters, grid: ShardGrid)
         CheckpointError: a tensor is missing or of another shape, or a file is damaged.
     """
     index = read_index(folder)
+    averaged = weights == "ema"
+    if averaged:
+        require_ema(folder, index)
     pieces = [
-        _model_piece(most_exact_key(index, name, parameter.dtype), name, parameter, grid)
+        _model_piece(
+            EMA_PREFIX + name if averaged else most_exact_key(index, name, parameter.dtype), name, parameter, grid
+        )
         for name, parameter in named_parameters
     ]
     read_pieces(folder, pieces, allow_cast=True, index=index)

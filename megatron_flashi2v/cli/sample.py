@@ -73,7 +73,7 @@ def run(config: SampleConfig, launch: LaunchEnvironment) -> None:
     # Cheap checks first: nobody should wait for 14 billion weights to hear of a misspelt file.
     for path in filter(None, (config.output, strip_path(config), config.latents)):
         require_writable(path)
-    folder = resolve_checkpoint(config.load)
+    folder = resolve_checkpoint(config.load, config.weights)
     model_config = load_model_config(folder)
     require_processes(config.parallel, model_config, launch)
     shape = video_shape(config, load_state(folder))
@@ -96,7 +96,8 @@ def run(config: SampleConfig, launch: LaunchEnvironment) -> None:
     )
     with replica(device, launch, config.parallel) as groups:
         stages = load_stages(
-            folder, groups, device, config.parallel, bf16=config.bf16, attention_backend=config.attention_backend
+            folder, groups, device, config.parallel, bf16=config.bf16, attention_backend=config.attention_backend,
+            weights=config.weights,
         )
         pipeline = ImageToVideoPipeline(
             velocity=velocity_of(stages),

@@ -24,6 +24,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
         ConfigError: a rule is broken; the message names the flag, its value and the nearest valid choice.
     """
     _check_positive(config)
+    _check_saving(config)
     check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
     _check_recompute(config.recompute)
@@ -193,11 +194,17 @@ def _check_positive(config: TrainConfig) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def _check_saving(config: TrainConfig) -> None:
     checkpoint = config.checkpoint
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
         raise ConfigError(
             f"--keep-every is {checkpoint.keep_every}, but without --keep-last everything is kept; give --keep-last too"
         )
+    decay = config.optimizer.ema_decay
+    if decay is not None and not 0 <= decay < 1:
+        raise ConfigError(f"--ema-decay is {decay}; it must be at least 0 and less than 1, such as 0.9999")
     minutes = checkpoint.exit_duration_minutes
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"--exit-duration-minutes is {minutes}; it must be more than 0")

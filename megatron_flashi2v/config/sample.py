@@ -76,6 +76,8 @@ class SampleConfig:
     """Level of the noise on the image's latents, for the paradigms that add it (repeat_concat, zero_pad_concat)."""
     seed: int = 0
     """Keys all noise."""
+    weights: Literal["model", "ema"] = "model"
+    """ema: the moving average of the weights that `train --ema-decay` keeps."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """auto takes the first that is there."""
     bf16: bool = False

@@ -165,6 +165,10 @@ class OptimizerArguments:
     """Lowest norm that adaptive-npu can take for extreme; its gradient is dropped."""
     clip_grad_rules: Literal["corrected", "reference", "reference-patch"] = "corrected"
     """adaptive-npu without the reference's defects, or with them: NaN survives a drop; its patch file never scales."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights, such as 0.9999; by default none is kept."""
+    ema_warmup: Literal["reference", "none"] = "reference"
+    """reference: update n decays by (1 + n) / (10 + n) until --ema-decay is reached; none: by --ema-decay always."""
 
 
 @dataclass(frozen=True, kw_only=True)

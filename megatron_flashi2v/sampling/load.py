@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_config
-from megatron_flashi2v.checkpoint.state import MASTER_PREFIX, MODEL_PREFIX, shard_grid
+from megatron_flashi2v.checkpoint.state import holds_weights, shard_grid
 from megatron_flashi2v.checkpoint.state import load_model as load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
@@ -52,16 +52,16 @@ def single_process(device: Device) -> contextlib.AbstractContextManager[Groups]:
     return replica(device, detect_launch({}), ParallelArguments())
 
 
-def resolve_checkpoint(path: Path) -> Path:
+def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
     """The checkpoint folder that a path stands for: an ``iter_*`` folder, or the newest good one under ``--save``.
 
-    The files that hold the model's weights are verified. Every process does so by itself: this is asked before there
-    are groups, and the processes of a node share what is read.
+    The files that hold the weights, ``model`` or ``ema``, are verified. Every process does so by itself: this is
+    asked before there are groups, and the processes of a node share what is read.
 
     Raises:
         CheckpointError: there is none, or the ``iter_*`` folder is damaged.
     """
-    folder = find_checkpoint(path, needs=lambda key: key.startswith((MODEL_PREFIX, MASTER_PREFIX)))
+    folder = find_checkpoint(path, needs=partial(holds_weights, weights))
     if folder is None:
         found = "holds no checkpoint yet" if path.exists() else "does not exist"
         raise CheckpointError(
@@ -108,20 +108,22 @@ def load_stages(
     *,
     bf16: bool = False,
     attention_backend: str = "auto",
+    weights: str = "model",
 ) -> list[DiffusionTransformer]:
     """Build this rank's part of the model that a checkpoint is of, and fill it; arguments as for :func:`build_stages`.
 
     Args:
         folder: one checkpoint (see :func:`resolve_checkpoint`), saved at any layout.
+        weights: ``model``, or ``ema`` for the averaged ones.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or holds no averaged weights though they are asked for.
         ConfigError: the attention backend cannot run here.
     """
     config = load_model_config(folder)
     stages = build_stages(config, groups, device, parallel, bf16=bf16, attention_backend=attention_backend)
     parameters = [named for stage in stages for named in stage.named_parameters()]
-    load_parameters(folder, parameters, shard_grid(groups))
+    load_parameters(folder, parameters, shard_grid(groups), weights=weights)
     return stages
 
 

@@ -47,6 +47,7 @@ from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import open_data, share_encoding
+from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
@@ -111,6 +112,10 @@ class Trainer:
         self.models = wrap_data_parallel(self.chunks, config)
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
+        self.average = (
+            None if config.optimizer.ema_decay is None
+            else WeightAverage(config.optimizer, self.optimizer, self.named_parameters(), self.grid)
+        )
         self.iteration, self.consumed_samples = 0, 0
         self.stop_reason: str | None = None
         if resumed is not None:
@@ -229,6 +234,8 @@ class Trainer:
         self.bad_samples.settle(source.bad, bad_samples)
         self.require_finite("loss", loss)
         grad_norm = self.step.update()
+        if self.average is not None:
+            self.average.update()
         if not self.clipper.drops_non_finite:
             self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint holds them
         self.scheduler.step(increment=1)
@@ -264,7 +271,8 @@ class Trainer:
         parameters = self.named_parameters()
         folder = save_checkpoint(
             root, self.iteration,
-            pieces=[*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid)],
+            pieces=[*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid),
+                    *(self.average.pieces() if self.average else ())],
             model_config=self.model_config,
             state={
                 "iteration": self.iteration,
@@ -272,6 +280,7 @@ class Trainer:
                 **provenance(self.config, self.data, self.launch),
                 "optimizer": optimizer_common_state(self.optimizer),
                 "clipper": self.clipper.state_dict(),
+                "ema": self.average.state_dict() if self.average else None,
             },
             retention=Retention(last=self.config.checkpoint.keep_last, every=self.config.checkpoint.keep_every),
             rank=self.launch.rank, world_size=self.launch.world_size,
@@ -291,6 +300,10 @@ class Trainer:
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
         self.resume_clipper(state.get("clipper"), folder)
+        if self.average is not None:
+            self.average.resume(folder, state.get("ema"))
+        elif state.get("ema") is not None:
+            logger.warning("%s holds a moving average of the weights, which ends here: there is no --ema-decay", folder)
         if self.iteration and state["seed"] != self.config.batch.seed:
             logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change",
                            self.config.batch.seed, folder, state["seed"])

@@ -21,7 +21,7 @@ from megatron_flashi2v.checkpoint.checkpoint import (
 from megatron_flashi2v.checkpoint.index import Index, StoredPiece, StoredTensor, read_index, write_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.sources import box_shape, whole_box
-from megatron_flashi2v.checkpoint.state import EMA_PREFIX, MASTER_PREFIX, MODEL_PREFIX, most_exact_key
+from megatron_flashi2v.checkpoint.state import EMA_PREFIX, MODEL_PREFIX, holds_weights, most_exact_key, require_ema
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces, tensor_file_name
 from megatron_flashi2v.checkpoint.tensor_file import FileRecord, TensorSpec
 from megatron_flashi2v.checkpoint.weights import (
@@ -54,11 +54,8 @@ class MegatronWeights(Weights):
             for key, tensor in self._index.tensors.items()
             if key.startswith(self._prefix)
         }
-        if options.weights == "ema" and not found:
-            raise CheckpointError(
-                f"{folder} holds no EMA weights (tensors {EMA_PREFIX}*); it was trained without EMA, so leave out "
-                "--weights ema"
-            )
+        if options.weights == "ema":
+            require_ema(folder, self._index)
         require_tensors(folder, parameter_shapes(self.config), found)
         self.names = {name: (self._prefix + name,) for name in found}
         self.left_out = tuple(key for key in self._index.tensors if not key.startswith(self._prefix))
@@ -91,8 +88,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it holds no EMA weights though they are asked for.
     """
-    prefixes = (EMA_PREFIX,) if options.weights == "ema" else (MODEL_PREFIX, MASTER_PREFIX)
-    folder = find_checkpoint(path, needs=lambda key: key.startswith(prefixes))
+    folder = find_checkpoint(path, needs=partial(holds_weights, options.weights))
     if folder is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a folder written by `flashi2v train --save`")
     return MegatronWeights(folder, options)

@@ -1,0 +1,27 @@
+"""A run whose ranks are killed at random moments is, after plain relaunches, the uninterrupted run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.synthetic_data import write_synthetic
+from helpers.train_command import FLAGS, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
+
+TOOL = Path(__file__).parents[2] / "tools" / "kill_test.py"
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_ranks_cost_nothing_but_time(tmp_path: Path, kills: int) -> None:
+    data = write_synthetic(tmp_path / "set", 6, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, seed=3)
+    flags = {**FLAGS, "data-path": data, "train-iters": 4 + 3 * kills, "save-interval": 1, "ema-decay": 0.9}
+    command = [
+        sys.executable, str(TOOL), "--folder", str(tmp_path / "runs"), "--kills", str(kills), "--seed", "1", "--",
+        *(part for name, value in flags.items() for part in (f"--{name}", str(value))), "--use-distributed-optimizer",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300 * (kills + 2), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("whole checkpoints") == kills and "too late" not in done.stdout
+    assert "equal bit for bit" in done.stdout
