@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_flashi2v.checkpoint import checkpoint, tensor_file
+from megatron_flashi2v.checkpoint import saving, tensor_file
 from megatron_flashi2v.checkpoint.checkpoint import (
     find_checkpoint,
     load_model_config,
     load_state,
     require_same_model,
-    save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_full
 from megatron_flashi2v.config.errors import CheckpointError
@@ -169,22 +169,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     if moment == "tensors":
         fail_when(monkeypatch, tensor_file.os, "fsync", lambda _: True)
     elif moment == "rename":
-        fail_when(monkeypatch, checkpoint.os, "rename", lambda path: path.endswith("20.partial"))
+        fail_when(monkeypatch, saving.os, "rename", lambda path: path.endswith("20.partial"))
     else:
         part = {"config": "model_config.json", "state": "state.json", "tracker": "latest"}[moment]
         kind = "atomic_write_text" if moment == "tracker" else "atomic_write_json"
-        original = getattr(checkpoint, kind)
+        original = getattr(saving, kind)
 
         def maybe(path: Path, value: object) -> None:
             if part in str(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             original(path, value)
 
-        monkeypatch.setattr(checkpoint, kind, maybe)
+        monkeypatch.setattr(saving, kind, maybe)
     for iteration in (20, 10):  # a new checkpoint, and the same one written again
         with pytest.raises(CheckpointError, match="[Dd]isk is full|No space left"):
             if moment == "rename" and iteration == 10:
-                fail_when(monkeypatch, checkpoint.os, "rename", lambda path: path.endswith("10.partial"))
+                fail_when(monkeypatch, saving.os, "rename", lambda path: path.endswith("10.partial"))
             save(tmp_path, iteration, 2.0)
         assert names(tmp_path) == before
         assert value_of(find_checkpoint(tmp_path)) == 1.0
