@@ -19,8 +19,10 @@ import torch
 from planted_bugs import planted
 from safetensors.torch import save_file
 
+from megatron_flashi2v.checkpoint.index import write_index
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import model_pieces
-from megatron_flashi2v.checkpoint.storage import write_pieces
+from megatron_flashi2v.checkpoint.storage import merge_parts, write_rank_file
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
@@ -45,7 +47,10 @@ def write_gradients(trainer, folder: Path) -> None:
             model_pieces(trainer.named_parameters(), trainer.grid), trainer.named_parameters(), strict=True
         )
     ]
-    write_pieces(folder, pieces, rank=trainer.launch.rank, world_size=trainer.launch.world_size)
+    peers = Peers(trainer.launch.rank, trainer.launch.world_size)
+    parts = peers.gather(write_rank_file(folder, pieces, rank=peers.rank, world_size=peers.world_size))
+    if peers.rank == 0:
+        write_index(folder, merge_parts(parts))
 
 
 def write_velocity(trainer, folder: Path) -> None:
