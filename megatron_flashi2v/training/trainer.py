@@ -23,10 +23,10 @@ from megatron_flashi2v.checkpoint.checkpoint import (
 from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.retention import Retention
+from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import ConfigError, StorageError, UserError
+from megatron_flashi2v.config.errors import ConfigError, StorageError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
@@ -48,6 +48,7 @@ from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import open_data, share_encoding
 from megatron_flashi2v.training.ema import WeightAverage
+from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
@@ -112,6 +113,7 @@ class Trainer:
         self.models = wrap_data_parallel(self.chunks, config)
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
+        self.guard = UpdateGuard(config.faults)
         self.average = (
             None if config.optimizer.ema_decay is None
             else WeightAverage(config.optimizer, self.optimizer, self.named_parameters(), self.grid)
@@ -189,7 +191,7 @@ class Trainer:
         Raises:
             StorageError: the last checkpoint cannot be written; one in between is done without.
         """
-        config = self.config
+        config, save_is_due = self.config, False
         while self.iteration < config.batch.train_iters:
             metrics = self.run_iteration(source)
             log.append(metrics)
@@ -198,7 +200,13 @@ class Trainer:
             if stop is None and self.is_due(config.checkpoint.exit_interval):
                 stop = "--exit-interval asks for it"
             done = stop is not None or self.iteration == config.batch.train_iters
-            if config.checkpoint.save is not None and (done or self.is_due(config.checkpoint.save_interval)):
+            save_is_due = save_is_due or self.is_due(config.checkpoint.save_interval)
+            # Skipped updates may mean spoiled weights: then the newest checkpoint stays the good one.
+            if config.checkpoint.save is not None and (done or (save_is_due and not self.guard.streak)):
+                save_is_due = False
+                if self.guard.streak:
+                    logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
+                                   self.guard.streak, self.iteration - self.guard.streak)
                 try:
                     self.save()
                 except StorageError as error:
@@ -217,7 +225,7 @@ class Trainer:
         """One optimizer step; ``stop_reason`` then says why all ranks leave after it, if they do.
 
         Raises:
-            UserError: the loss or the gradient is not finite, or too many samples are bad; no rank goes on.
+            UserError: too many updates had to be skipped, or too many samples are bad; no rank goes on.
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -232,12 +240,12 @@ class Trainer:
             batches, latent_shape, lambda: (len(source.bad), *self.interrupts.counts())
         )
         self.bad_samples.settle(source.bad, bad_samples)
-        self.require_finite("loss", loss)
-        grad_norm = self.step.update()
-        if self.average is not None:
-            self.average.update()
-        if not self.clipper.drops_non_finite:
-            self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint holds them
+        loss, grad_norm = self.step.agree_on_norm(loss)
+        skipped = self.guard.judge(self.iteration + 1, loss, grad_norm)
+        if skipped is None:
+            self.step.apply(grad_norm)
+            if self.average is not None:
+                self.average.update()
         self.scheduler.step(increment=1)
         self.device.synchronize()
         self.iteration += 1
@@ -245,16 +253,8 @@ class Trainer:
         self.stop_reason = self.interrupts.reason(stops)
         return IterationMetrics(
             iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
-            step_time_s=time.perf_counter() - start,
+            step_time_s=time.perf_counter() - start, skipped=skipped,
         )
-
-    def require_finite(self, name: str, value: float) -> None:
-        """Stop the run where a value, which is the same on all ranks, is infinite or not a number."""
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {name} of iteration {self.iteration + 1} is {value}; lower --lr, or resume from an earlier "
-                "checkpoint"
-            )
 
     def save(self) -> None:
         """Write a checkpoint of the present iteration.
@@ -280,9 +280,12 @@ class Trainer:
                 **provenance(self.config, self.data, self.launch),
                 "optimizer": optimizer_common_state(self.optimizer),
                 "clipper": self.clipper.state_dict(),
+                "guard": self.guard.state_dict(),
                 "ema": self.average.state_dict() if self.average else None,
             },
-            retention=Retention(last=self.config.checkpoint.keep_last, every=self.config.checkpoint.keep_every),
+            retention=KEEP_ALL if self.guard.streak else Retention(
+                last=self.config.checkpoint.keep_last, every=self.config.checkpoint.keep_every
+            ),
             rank=self.launch.rank, world_size=self.launch.world_size,
         )
         logger.info("saved %s", folder)
@@ -300,6 +303,8 @@ class Trainer:
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
         self.resume_clipper(state.get("clipper"), folder)
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
         if self.average is not None:
             self.average.resume(folder, state.get("ema"))
         elif state.get("ema") is not None:
