@@ -9,7 +9,13 @@ from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments, TrainConfig
+from megatron_flashi2v.config.train import (
+    FaultArguments,
+    OptimizerArguments,
+    ParallelArguments,
+    RecomputeArguments,
+    TrainConfig,
+)
 
 
 def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> None:
@@ -30,6 +36,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_recompute(config.recompute)
     _check_fp8(config)
     _check_numbers(config)
+    _check_faults(config.faults)
     _check_online_encoding(config)
     if config.runtime.use_mindspeed and config.runtime.device != "npu":
         raise ConfigError(
@@ -190,6 +197,7 @@ def _check_positive(config: TrainConfig) -> None:
         "keep_every": config.checkpoint.keep_every,
         "recompute_num_layers": config.recompute.recompute_num_layers,
         "lr_decay_iters": config.optimizer.lr_decay_iters,
+        "spike_window": config.faults.spike_window,
     }
     for name, value in values.items():
         if value is not None and value < 1:
@@ -337,6 +345,20 @@ def _check_clipping(optimizer: OptimizerArguments) -> None:
             f"--clip-grad-rules {optimizer.clip_grad_rules} belongs to --clip-grad-method adaptive-npu, not to "
             f"{optimizer.clip_grad_method}; leave it out"
         )
+
+
+def _check_faults(faults: FaultArguments) -> None:
+    if faults.max_skipped_updates < 0:
+        raise ConfigError(
+            f"--max-skipped-updates is {faults.max_skipped_updates}; it must be at least 0, which stops at the first"
+        )
+    for name in ("skip_loss_spike_factor", "skip_grad_norm_spike_factor"):
+        factor = getattr(faults, name)
+        if factor is not None and not factor > 1:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is {factor}; it is compared with the median and must be more than 1, such "
+                "as 3; leave it out to skip no spikes"
+            )
 
 
 def _check_online_encoding(config: TrainConfig) -> None:

@@ -164,11 +164,25 @@ class OptimizerArguments:
     clip_grad_extreme_norm: float = 20.0
     """Lowest norm that adaptive-npu can take for extreme; its gradient is dropped."""
     clip_grad_rules: Literal["corrected", "reference", "reference-patch"] = "corrected"
-    """adaptive-npu without the reference's defects, or with them: NaN survives a drop; its patch file never scales."""
+    """adaptive-npu as its authors meant it, or to the letter: reference-patch, their patch file, never scales."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, such as 0.9999; by default none is kept."""
     ema_warmup: Literal["reference", "none"] = "reference"
     """reference: update n decays by (1 + n) / (10 + n) until --ema-decay is reached; none: by --ema-decay always."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultArguments:
+    """Updates that must not be applied, and ranks that make no progress."""
+
+    max_skipped_updates: int = 3
+    """Updates in a row that may be skipped before the run stops: loss or gradient not finite, or a spike."""
+    skip_loss_spike_factor: float | None = None
+    """Skip an update whose loss is above so many times its running median, such as 3; off by default."""
+    skip_grad_norm_spike_factor: float | None = None
+    """Skip an update whose gradient norm is above so many times its running median, such as 10; off by default."""
+    spike_window: int = 128
+    """Applied updates that the running medians are taken over; nothing is a spike before there are so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +277,7 @@ class TrainConfig:
     parallel: ParallelArguments = field(default_factory=ParallelArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
+    faults: FaultArguments = field(default_factory=FaultArguments)
     recompute: RecomputeArguments = field(default_factory=RecomputeArguments)
     checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
     runtime: RuntimeArguments = field(default_factory=RuntimeArguments)

@@ -184,7 +184,12 @@ class OurStep:
     def __call__(self) -> None:
         """Forward, backward and update."""
         self.losses_and_gradients()
-        self.step.update()
+        self.update()
+
+    def update(self) -> None:
+        """Clip and apply the gradients."""
+        _, grad_norm = self.step.agree_on_norm(0.0)
+        self.step.apply(grad_norm)
 
     def losses_and_gradients(self) -> None:
         """Forward and backward."""
@@ -198,7 +203,7 @@ class OurStep:
 
     def breakdown(self, device: Device, rounds: int) -> dict[str, float]:
         """Median seconds of the step's parts; backward is what forward leaves of both, with recomputation."""
-        parts = {"forward": self.forward, "both": self.losses_and_gradients, "optimizer": self.step.update}
+        parts = {"forward": self.forward, "both": self.losses_and_gradients, "optimizer": self.update}
         seconds = interleaved_seconds(parts, device, rounds)
         forward, both, optimizer = (statistics.median(seconds[name]) for name in parts)
         return {"forward_s": forward, "backward_s": both - forward, "optimizer_s": optimizer}

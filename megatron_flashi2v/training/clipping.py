@@ -3,7 +3,8 @@
 The adaptive methods are those of FlashI2V's two branches. Both keep an exponential moving mean and variance of the
 norms that they accept, and clip to mean + 3 sqrt(variance); they differ in how they start, and in what they do with a
 norm far outside. A clipper sees one number per step, the global norm, which is the same on all ranks, so that its
-state is too; the state is part of a checkpoint.
+state is too; the state is part of a checkpoint. In training a norm that is not finite never comes this far
+(``training.guard``); what the npu branch does with one is kept for comparison.
 """
 
 from __future__ import annotations
@@ -46,11 +47,6 @@ class Clipper(Protocol):
 
     method: ClassVar[str]
 
-    @property
-    def drops_non_finite(self) -> bool:
-        """Whether training may go on after a gradient that is not finite."""
-        ...
-
     def clip(self, norm: float) -> Clip:
         """Decide on the next step's gradient, and remember its norm."""
         ...
@@ -73,7 +69,6 @@ class FixedClipper:
     """
 
     method: ClassVar[str] = "norm"
-    drops_non_finite: ClassVar[bool] = False
     limit: float
 
     def clip(self, norm: float) -> Clip:
@@ -125,7 +120,6 @@ class AdaptiveClipper:
     """
 
     method: ClassVar[str] = "adaptive"
-    drops_non_finite: ClassVar[bool] = False
     first_threshold: float
     statistics: NormStatistics
 
@@ -173,11 +167,6 @@ class NpuAdaptiveClipper:
     statistics: NormStatistics
     rules: Rules = "corrected"
     extreme: int = field(default=0)
-
-    @property
-    def drops_non_finite(self) -> bool:
-        """True, except where nothing is dropped at all."""
-        return self.rules != "reference-patch"
 
     def clip(self, norm: float) -> Clip:
         """Drop what is extreme, scale to the threshold what is above it, and learn from the rest."""
@@ -232,5 +221,5 @@ def scale_gradients(gradients: list[Tensor], clip: Clip) -> None:
 
 
 def _scale_to(threshold: float, norm: float) -> float:
-    """Factor that brings ``norm`` down to ``threshold``; what is not finite is left for the caller to see."""
+    """Factor that brings ``norm`` down to ``threshold``; what is not finite is left as it is."""
     return min(1.0, threshold / (norm + ROOM)) if math.isfinite(norm) else 1.0

@@ -25,10 +25,11 @@ class IterationMetrics:
     Attributes:
         iteration: counted from 1.
         consumed_samples: positions of the global order consumed after it.
-        loss: mean over the global batch.
-        grad_norm: global L2 norm before clipping; null in the file where it is not finite and was dropped.
+        loss: mean over the global batch; null in the file where it is not finite.
+        grad_norm: global L2 norm before clipping; null in the file where it is not finite.
         lr: learning rate that the update used.
         step_time_s: seconds from reading the first microbatch to the updated weights.
+        skipped: why the update was not applied (see ``training.guard``); in the file only where it was not.
     """
 
     iteration: int
@@ -37,6 +38,17 @@ class IterationMetrics:
     grad_norm: float
     lr: float
     step_time_s: float
+    skipped: str | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """The row; JSON knows neither NaN nor infinity."""
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+        if self.skipped is None:
+            del row["skipped"]
+        return row
 
 
 class MetricsLog:
@@ -61,10 +73,7 @@ class MetricsLog:
         """
         if self.path is None:
             return
-        row = asdict(metrics)
-        if not math.isfinite(metrics.grad_norm):
-            row["grad_norm"] = None  # JSON knows neither NaN nor infinity
-        self._waiting.append(row)
+        self._waiting.append(metrics.to_row())
         try:
             while self._waiting:
                 append_jsonl(self.path, self._waiting[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_flashi2v.checkpoint.host_copies import HostCopies
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.retention import Retention
+from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention
 from megatron_flashi2v.checkpoint.saving import CheckpointSave
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import StorageError
@@ -51,7 +51,13 @@ class CheckpointSaver:
         self._blocked_s = 0.0
 
     def save(
-        self, iteration: int, pieces: Iterable[TensorPiece], state: Mapping[str, Any], *, last: bool = True
+        self,
+        iteration: int,
+        pieces: Iterable[TensorPiece],
+        state: Mapping[str, Any],
+        *,
+        last: bool = True,
+        delete_older: bool = True,
     ) -> None:
         """Begin a checkpoint, once the one before is published, and finish it if it is the run's last.
 
@@ -62,6 +68,7 @@ class CheckpointSaver:
             pieces: what this rank holds.
             state: JSON-ready values that are the same on all ranks.
             last: whether training ends here, so that there is nothing to be done beside it.
+            delete_older: whether older ones that are not to be kept go.
 
         Raises:
             StorageError: on all ranks: the last checkpoint cannot be written.
@@ -72,7 +79,8 @@ class CheckpointSaver:
         self.finish()
         self._save = save = CheckpointSave(
             self._arguments.save, iteration, pieces=pieces, model_config=self._model_config, state=state,
-            retention=self._retention, peers=self._peers, take=self._copies.take if beside else list,
+            retention=self._retention if delete_older else KEEP_ALL, peers=self._peers,
+            take=self._copies.take if beside else list,
         )
         self._blocked_s = 0.0
         with self._training_waits(failure_ends_run=last):

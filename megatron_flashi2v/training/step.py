@@ -126,19 +126,28 @@ class TrainingStep:
         )
         return global_mean_loss(parts, self.spec, self.num_microbatches, counts())
 
-    def update(self) -> float:
-        """Clip and apply the gradients; their global L2 norm before clipping, the same on every rank."""
+    def agree_on_norm(self, loss: float) -> tuple[float, float]:
+        """The loss and the gradients' global L2 norm before clipping, bit for bit the same on every rank.
+
+        Weights and the optimizer's moments are untouched until :meth:`apply`.
+
+        Args:
+            loss: of :meth:`losses_and_gradients`.
+        """
         self.optimizer.prepare_grads()
-        # Replicas sum it each for itself; rank 0's word keeps a rounding from telling their clippers apart.
-        norm = torch.tensor([self.optimizer.get_grad_norm()], device=self.spec.device)
-        torch.distributed.broadcast(norm, 0)
-        grad_norm = norm.item()
+        # Replicas sum it each for itself; rank 0's word keeps a rounding from telling their decisions apart.
+        numbers = torch.tensor([loss, self.optimizer.get_grad_norm()], device=self.spec.device)
+        torch.distributed.broadcast(numbers, 0)
+        loss, grad_norm = numbers.tolist()
+        return loss, grad_norm
+
+    def apply(self, grad_norm: float) -> None:
+        """Clip the gradients, whose global norm is given, and update the weights by them."""
         clip = self.clipper.clip(grad_norm)
         scale_gradients(ready_gradients(self.optimizer), clip)
         self.optimizer.step_with_ready_grads()
         if clip.factor == 0.0:
             logger.warning("a gradient of norm %g, where %g is usual, was dropped", grad_norm, clip.threshold)
-        return grad_norm
 
 
 def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:

@@ -46,6 +46,7 @@ from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import open_data, share_encoding
 from megatron_flashi2v.training.ema import WeightAverage
+from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
@@ -111,6 +112,7 @@ class Trainer:
         self.models = wrap_data_parallel(self.chunks, config)
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
+        self.guard = UpdateGuard(config.faults)
         self.average = (
             None if config.optimizer.ema_decay is None
             else WeightAverage(config.optimizer, self.optimizer, self.named_parameters(), self.grid)
@@ -190,7 +192,7 @@ class Trainer:
         Raises:
             StorageError: the last checkpoint cannot be written; one in between is done without.
         """
-        config = self.config
+        config, save_is_due = self.config, False
         while self.iteration < config.batch.train_iters:
             metrics = self.run_iteration(source)
             log.append(metrics)
@@ -199,7 +201,10 @@ class Trainer:
             if stop is None and self.is_due(config.checkpoint.exit_interval):
                 stop = "--exit-interval asks for it"
             done = stop is not None or self.iteration == config.batch.train_iters
-            if config.checkpoint.save is not None and (done or self.is_due(config.checkpoint.save_interval)):
+            save_is_due = save_is_due or self.is_due(config.checkpoint.save_interval)
+            # Skipped updates may mean spoiled weights: then the newest checkpoint stays the good one.
+            if config.checkpoint.save is not None and (done or (save_is_due and not self.guard.streak)):
+                save_is_due = False
                 self.save(last=done)
             if stop is not None:
                 logger.info("leaving at iteration %d: %s", self.iteration, stop)
@@ -213,7 +218,7 @@ class Trainer:
         """One optimizer step; ``stop_reason`` then says why all ranks leave after it, if they do.
 
         Raises:
-            UserError: the loss or the gradient is not finite, or too many samples are bad; no rank goes on.
+            UserError: too many updates had to be skipped, or too many samples are bad; no rank goes on.
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -229,39 +234,26 @@ class Trainer:
         )
         try:
             self.bad_samples.settle(source.bad, bad_samples)
-            self.require_finite("loss", loss)
-            grad_norm = self.update()
+            loss, grad_norm = self.step.agree_on_norm(loss)
+            skipped = self.guard.judge(self.iteration + 1, loss, grad_norm)
         except UserError:  # on all ranks alike, so that they can still publish what they were saving
             self.saver.finish()
             raise
+        if skipped is None:
+            self.step.apply(grad_norm)
+            if self.average is not None:
+                self.average.update()
+        self.scheduler.step(increment=1)
+        self.device.synchronize()
         self.iteration += 1
         self.consumed_samples += self.config.batch.global_batch_size
         self.stop_reason = self.interrupts.reason(stops)
         metrics = IterationMetrics(
             iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
-            step_time_s=time.perf_counter() - start,
+            step_time_s=time.perf_counter() - start, skipped=skipped,
         )
         self.saver.advance(saving)
         return metrics
-
-    def update(self) -> float:
-        """Apply the gradients, and wait until the device has done so; their norm before clipping."""
-        grad_norm = self.step.update()
-        if self.average is not None:
-            self.average.update()
-        if not self.clipper.drops_non_finite:
-            self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint holds them
-        self.scheduler.step(increment=1)
-        self.device.synchronize()
-        return grad_norm
-
-    def require_finite(self, name: str, value: float) -> None:
-        """Stop the run where a value, which is the same on all ranks, is infinite or not a number."""
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {name} of iteration {self.iteration + 1} is {value}; lower --lr, or resume from an earlier "
-                "checkpoint"
-            )
 
     def save(self, *, last: bool = True) -> None:
         """Write a checkpoint of the present iteration, or begin to, if it is not the run's last and --async-save is on.
@@ -274,6 +266,9 @@ class Trainer:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
         parameters = self.named_parameters()
+        if self.guard.streak:
+            logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
+                           self.guard.streak, self.iteration - self.guard.streak)
         pieces = [*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid),
                   *(self.average.pieces() if self.average else ())]
         state = {
@@ -282,9 +277,11 @@ class Trainer:
             **provenance(self.config, self.data, self.launch),
             "optimizer": optimizer_common_state(self.optimizer),
             "clipper": self.clipper.state_dict(),
+            "guard": self.guard.state_dict(),
             "ema": self.average.state_dict() if self.average else None,
         }
-        self.saver.save(self.iteration, pieces, state, last=last)
+        # Weights that may be spoiled must not cost older ones.
+        self.saver.save(self.iteration, pieces, state, last=last, delete_older=not self.guard.streak)
 
     def resume(self, folder: Path) -> None:
         """Load weights, optimizer and position from a checkpoint.
@@ -299,6 +296,8 @@ class Trainer:
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
         self.resume_clipper(state.get("clipper"), folder)
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
         if self.average is not None:
             self.average.resume(folder, state.get("ema"))
         elif state.get("ema") is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from planted_bugs import planted
+from planted_faults import faulty
 from safetensors.torch import save_file
 
 from megatron_flashi2v.checkpoint.index import write_index
@@ -146,7 +147,7 @@ def main() -> None:
     init_distributed(launch, device, 5)
     with megatron_on(device):
         for entry in plan:
-            with planted(entry["bug"]):
+            with planted(entry["bug"]), faulty(entry["fault"]):
                 (save_again if entry["saves_again"] else train)(entry["flags"], launch, device)
     shutdown()
 

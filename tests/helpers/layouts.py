@@ -28,6 +28,7 @@ class Layout:
         flags: what makes the layout.
         replicas: how many share a global batch.
         bug: of ``planted_bugs.BUGS``, to be planted.
+        fault: of ``planted_faults.FAULTS``, to be planted.
         saves_again: only load (by the flags) and save.
     """
 
@@ -36,6 +37,7 @@ class Layout:
     flags: tuple[str, ...] = ()
     replicas: int = 1
     bug: str | None = None
+    fault: str | None = None
     saves_again: bool = False
 
 

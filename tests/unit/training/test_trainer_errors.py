@@ -146,28 +146,6 @@ def test_unknown_attention_backend_lists_the_choices(train: Train, capsys: pytes
     assert_refused(capsys, "--attention-backend flash", "torch_sdpa", "reference")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ("--optimizer", "sgd", "--lr", 1e25, "--clip-grad", 0, "--save-interval", 1)
-    assert train("--save", tmp_path, *flags) == 1
-    assert_refused(capsys, "the loss of iteration 2 is", "--lr")
-    assert [row["iteration"] for row in metrics(tmp_path)] == [1] and (tmp_path / TRACKER).read_text() == "1\n"
-
-
-@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], norm: float
-) -> None:
-    from megatron_flashi2v.training.step import TrainingStep
-
-    norms = iter([1.0, norm])
-    monkeypatch.setattr(TrainingStep, "update", lambda step: next(norms))
-    assert train("--save", tmp_path, "--save-interval", 1) == 1
-    assert_refused(capsys, f"the gradient norm of iteration 2 is {norm}", "--lr")
-    assert [row["iteration"] for row in metrics(tmp_path)] == [1] and (tmp_path / TRACKER).read_text() == "1\n"
-
-
 def test_a_full_disk_leaves_the_checkpoint_before(
     train: Train, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

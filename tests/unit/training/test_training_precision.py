@@ -56,13 +56,13 @@ def test_what_the_flow_draws_is_the_same_and_in_fp32(
 def test_masters_moments_and_gradients_are_in_fp32(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    update, gradients = step.TrainingStep.update, []
+    apply, gradients = step.TrainingStep.apply, []
 
-    def keep(self: step.TrainingStep) -> float:
+    def keep(self: step.TrainingStep, grad_norm: float) -> None:
         gradients.extend(parameter.main_grad.dtype for parameter in self.chunks[0].parameters())
-        return update(self)
+        apply(self, grad_norm)
 
-    monkeypatch.setattr(step.TrainingStep, "update", keep)
+    monkeypatch.setattr(step.TrainingStep, "apply", keep)
     assert train("--save", tmp_path, "--bf16", "--train-iters", 2, *flags) == 0
     stored = tensors(find_checkpoint(tmp_path), prefix="")
     states = {name: tensor.dtype for name, tensor in stored.items() if name.startswith("optimizer.")}
