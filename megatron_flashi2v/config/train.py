@@ -243,6 +243,8 @@ class RuntimeArguments:
     """Ask torch for deterministic algorithms."""
     log_interval: int = 1
     """Iterations between progress lines."""
+    log_norms_interval: int | None = None
+    """Iterations between rows with norms of gradients and parameters by part of the model; by default never."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
 

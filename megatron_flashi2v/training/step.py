@@ -24,6 +24,7 @@ from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.training.batch import Microbatch
 from megatron_flashi2v.training.clipping import Clipper, scale_gradients
 from megatron_flashi2v.training.optimizer import ready_gradients
+from megatron_flashi2v.training.sigma_buckets import WIDTH, BatchLoss, loss_report, read_report
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +45,18 @@ def forward_step(
 
 
 def flow_matching_loss(spec: ModelSpec, batch: Microbatch, velocity_SBP: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's part of the mean squared error against noise - latents, and a copy of it to report.
+    """This rank's part of the mean squared error against noise - latents, and what is reported of it.
 
     The sum over this rank's real tokens is divided by the element count of the whole microbatch, so that shards of
-    any size weigh right: the parts of a microbatch sum up to its mean.
+    any size weigh right: the parts of a microbatch sum up to its mean. The report is
+    :func:`~megatron_flashi2v.training.sigma_buckets.loss_report`'s.
     """
     target_SBP = output_patches(velocity_target(batch.latents_BCTHW, batch.noise_BCTHW), spec.config.patch_size)
     own = own_tokens(len(target_SBP), spec.groups)
-    part = squared_error_sum(velocity_SBP[: len(own)], target_SBP[own.start : own.stop]) / target_SBP.numel()
-    # The schedule scales the loss in place, so the report needs its own storage.
-    return part, part.detach().clone()
+    error_B = squared_error_sum(velocity_SBP[: len(own)], target_SBP[own.start : own.stop], dim=(0, 2))
+    part_B = error_B / target_SBP.numel()
+    # The holder of the first token counts the samples, once for all that share their tokens.
+    return part_B.sum(), loss_report(part_B.detach(), batch.sigma_B, counts=own.start == 0)
 
 
 class TrainingStep:
@@ -97,7 +100,7 @@ class TrainingStep:
         batches: list[Iterator[Microbatch]],
         latent_shape: tuple[int, int, int],
         counts: Callable[[], Sequence[int]] = tuple,
-    ) -> tuple[float, list[int]]:
+    ) -> tuple[BatchLoss, list[int]]:
         """Accumulate the gradients of one iteration.
 
         Args:
@@ -106,7 +109,7 @@ class TrainingStep:
             counts: this rank's counts of things, asked for when all microbatches have been taken.
 
         Returns:
-            The global batch's mean loss, and the sums of all ranks' counts: the same on every rank.
+            The global batch's loss, and the sums of all ranks' counts: the same on every rank.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -124,15 +127,22 @@ class TrainingStep:
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        return global_mean_loss(parts, self.spec, self.num_microbatches, counts())
+        samples = self.num_microbatches * self.micro_batch_size * groups.dp.size()
+        return global_batch_loss(parts, self.spec, self.num_microbatches, samples, counts())
 
-    def update(self) -> float:
-        """Clip and apply the gradients; their global L2 norm before clipping, the same on every rank."""
+    def update(self, inspect: Callable[[], None] | None = None) -> float:
+        """Clip and apply the gradients; their global L2 norm before clipping, the same on every rank.
+
+        Args:
+            inspect: called when the gradients are whole and not clipped yet.
+        """
         self.optimizer.prepare_grads()
         # Replicas sum it each for itself; rank 0's word keeps a rounding from telling their clippers apart.
         norm = torch.tensor([self.optimizer.get_grad_norm()], device=self.spec.device)
         torch.distributed.broadcast(norm, 0)
         grad_norm = norm.item()
+        if inspect is not None:
+            inspect()
         clip = self.clipper.clip(grad_norm)
         scale_gradients(ready_gradients(self.optimizer), clip)
         self.optimizer.step_with_ready_grads()
@@ -152,19 +162,19 @@ def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
     )
 
 
-def global_mean_loss(
-    parts: list[Tensor], spec: ModelSpec, num_microbatches: int, counts: Sequence[int] = ()
-) -> tuple[float, list[int]]:
-    """Mean over the global batch of the parts that the last stages' ranks hold, and the sums of all ranks' counts.
+def global_batch_loss(
+    reports: list[Tensor], spec: ModelSpec, num_microbatches: int, samples: int, counts: Sequence[int] = ()
+) -> tuple[BatchLoss, list[int]]:
+    """The loss of a global batch from what the last stages' ranks report, and the sums of all ranks' counts.
 
     Under sequence and context parallelism the parts of one replica add up; plain tensor-parallel ranks all hold the
     whole, and replicas average. The counts travel with the loss, so that they cost no exchange of their own.
     """
     groups = spec.groups
     copies = 1 if groups.sequence_parallel else groups.tp.size()
-    total = torch.tensor([0.0, *counts], device=spec.device)
-    for part in parts:
-        total[0] += (part / (num_microbatches * groups.dp.size() * copies)).squeeze()
+    total = torch.tensor([0.0] * WIDTH + list(counts), device=spec.device)
+    for report in reports:
+        total[:WIDTH] += report / (num_microbatches * groups.dp.size() * copies)
     torch.distributed.all_reduce(total)
-    loss, *counted = total.tolist()
-    return loss, [int(number) for number in counted]
+    numbers = total.tolist()
+    return read_report(numbers[:WIDTH], samples), [int(number) for number in numbers[WIDTH:]]

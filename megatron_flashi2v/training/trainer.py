@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import open_data, share_encoding
 from megatron_flashi2v.training.interrupts import Interrupts
-from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
+from megatron_flashi2v.training.metrics import IterationMetrics
+from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import load_training_state, provenance
 from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.watch import Watch
 
 MICROBATCHES_AHEAD = 4
 """Read while the present one is computed; a few even out slow reads, and more only cost memory."""
@@ -111,6 +114,10 @@ class Trainer:
         self.models = wrap_data_parallel(self.chunks, config)
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
+        norms = NormsByPart(
+            self.model_config, self.optimizer, self.named_parameters(), self.grid, device.torch_device
+        )
+        self.watch = Watch(config, self.model_config, self.groups, device, launch, norms)
         self.iteration, self.consumed_samples = 0, 0
         self.stop_reason: str | None = None
         if resumed is not None:
@@ -138,8 +145,7 @@ class Trainer:
     def train(self) -> None:
         """Run to ``train_iters``, or to the next multiple of ``exit_interval``; the last iteration is saved."""
         config = self.config
-        log = MetricsLog(config.checkpoint.save if self.launch.rank == 0 else None, self.iteration)
-        progress = ProgressLine(config.batch.train_iters, config.runtime.log_interval)
+        self.watch.begin(self.iteration)
         source = self.make_source()
         self.announce()
         if self.iteration >= config.batch.train_iters:
@@ -149,7 +155,7 @@ class Trainer:
             model.train()
         try:
             with self.interrupts:
-                self.run_iterations(source, log, progress)
+                self.run_iterations(source)
         except BaseException:
             source.abandon()
             raise
@@ -178,7 +184,7 @@ class Trainer:
             end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
         )
 
-    def run_iterations(self, source: MicrobatchSource, log: MetricsLog, progress: ProgressLine) -> None:
+    def run_iterations(self, source: MicrobatchSource) -> None:
         """Train up to the run's last iteration, or until it is time to leave; the last one is always saved.
 
         Raises:
@@ -186,9 +192,7 @@ class Trainer:
         """
         config = self.config
         while self.iteration < config.batch.train_iters:
-            metrics = self.run_iteration(source)
-            log.append(metrics)
-            progress.update(metrics, config.batch.global_batch_size)
+            self.watch.iteration_done(self.run_iteration(source))
             stop = self.stop_reason
             if stop is None and self.is_due(config.checkpoint.exit_interval):
                 stop = "--exit-interval asks for it"
@@ -223,12 +227,14 @@ class Trainer:
             for index in range(len(self.chunks))
         ]
         latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
-        loss, (bad_samples, *stops) = self.step.losses_and_gradients(
-            batches, latent_shape, lambda: (len(source.bad), *self.interrupts.counts())
+        loss, (bad_samples, *totals) = self.step.losses_and_gradients(
+            batches, latent_shape,
+            lambda: (len(source.bad), *self.watch.counts(source.waited_s), *self.interrupts.counts()),
         )
+        watched, stops = totals[: self.watch.num_counts], totals[self.watch.num_counts :]
         self.bad_samples.settle(source.bad, bad_samples)
-        self.require_finite("loss", loss)
-        grad_norm = self.step.update()
+        self.require_finite("loss", loss.mean)
+        grad_norm = self.step.update(partial(self.watch.gradients_ready, self.iteration + 1))
         if not self.clipper.drops_non_finite:
             self.require_finite("gradient norm", grad_norm)  # the weights are spoiled, but no checkpoint holds them
         self.scheduler.step(increment=1)
@@ -236,9 +242,11 @@ class Trainer:
         self.iteration += 1
         self.consumed_samples += self.config.batch.global_batch_size
         self.stop_reason = self.interrupts.reason(stops)
+        seconds = time.perf_counter() - start
         return IterationMetrics(
-            iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
-            step_time_s=time.perf_counter() - start,
+            iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss.mean, grad_norm=grad_norm,
+            lr=lr, step_time_s=seconds, throughput=self.watch.throughput(latent_shape, seconds, watched),
+            loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma,
         )
 
     def require_finite(self, name: str, value: float) -> None:
