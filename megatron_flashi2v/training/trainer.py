@@ -55,6 +55,7 @@ from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler,
 from megatron_flashi2v.training.run_state import load_training_state, provenance
 from megatron_flashi2v.training.step import TrainingStep
 from megatron_flashi2v.training.watch import Watch
+from megatron_flashi2v.training.writers import require_packages
 
 MICROBATCHES_AHEAD = 4
 """Read while the present one is computed; a few even out slow reads, and more only cost memory."""
@@ -82,6 +83,8 @@ class Trainer:
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
         self.interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
+        if launch.rank == 0:
+            require_packages(config.watch)
         self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
         for shape in self.data.latent_shapes:
@@ -159,6 +162,8 @@ class Trainer:
         except BaseException:
             source.abandon()
             raise
+        finally:
+            self.watch.end()
         source.close()
         self.data.close()
 

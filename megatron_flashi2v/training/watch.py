@@ -13,6 +13,7 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.throughput import DataWaits, Throughput, ThroughputMeter
+from megatron_flashi2v.training.writers import Writers
 
 
 class Watch:
@@ -38,13 +39,15 @@ class Watch:
     ) -> None:
         self._config, self._norms = config, norms
         self._extra: dict[str, Any] = {}
-        self._folder = config.checkpoint.save if launch.rank == 0 else None
+        self._writes = launch.rank == 0
+        self._folder = config.checkpoint.save if self._writes else None
         self._meter = ThroughputMeter(config, model, device, launch.world_size)
         self._waits = DataWaits(groups)
 
     def begin(self, iteration: int) -> None:
         """Open what is written to, and drop from it what is past the iteration that the run goes on from."""
         self._log = MetricsLog(self._folder, iteration)
+        self._writers = Writers(self._config, self._folder, iteration) if self._writes else None
         self._progress = ProgressLine(self._config.batch.train_iters, self._config.runtime.log_interval)
 
     @property
@@ -62,13 +65,20 @@ class Watch:
 
     def gradients_ready(self, iteration: int) -> None:
         """Look at an iteration's gradients, before they are clipped."""
-        interval = self._config.runtime.log_norms_interval
+        interval = self._config.watch.log_norms_interval
         if interval is not None and iteration % interval == 0:
             norms = self._norms.measure()
             self._extra = {"grad_norm_by_part": norms.gradients, "param_norm_by_part": norms.parameters}
 
     def iteration_done(self, metrics: IterationMetrics) -> None:
         """Show an iteration."""
-        self._log.append({**metrics.to_json(), **self._extra})
-        self._extra = {}
+        row, self._extra = {**metrics.to_json(), **self._extra}, {}
+        self._log.append(row)
+        if self._writers is not None:
+            self._writers.write("train", row)
         self._progress.update(metrics)
+
+    def end(self) -> None:
+        """Write what is still held back."""
+        if self._writers is not None:
+            self._writers.close()
