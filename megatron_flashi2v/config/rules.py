@@ -191,6 +191,7 @@ def _check_positive(config: TrainConfig) -> None:
         "global_batch_size": config.batch.global_batch_size,
         "train_iters": config.batch.train_iters,
         "log_interval": config.runtime.log_interval,
+        "log_norms_interval": config.watch.log_norms_interval,
         "save_interval": config.checkpoint.save_interval,
         "exit_interval": config.checkpoint.exit_interval,
         "keep_last": config.checkpoint.keep_last,

@@ -268,6 +268,18 @@ class RuntimeArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchArguments:
+    """Looking at a run; none of it changes what is trained."""
+
+    log_norms_interval: int | None = None
+    """Iterations between rows with norms of gradients and parameters by part of the model; by default never."""
+    tensorboard_dir: Path | None = None
+    """Folder for TensorBoard's event files."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases; its own variables (WANDB_MODE, WANDB_NAME, WANDB_ENTITY ...) say the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that a training run depends on, grouped by subject; flags and recipe keys are flat."""
 
@@ -281,3 +293,4 @@ class TrainConfig:
     recompute: RecomputeArguments = field(default_factory=RecomputeArguments)
     checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
     runtime: RuntimeArguments = field(default_factory=RuntimeArguments)
+    watch: WatchArguments = field(default_factory=WatchArguments)

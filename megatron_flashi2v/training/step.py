@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.training.batch import Microbatch
 from megatron_flashi2v.training.clipping import Clipper, scale_gradients
 from megatron_flashi2v.training.optimizer import ready_gradients
+from megatron_flashi2v.training.sigma_buckets import WIDTH, BatchLoss, loss_report, read_report
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +46,18 @@ def forward_step(
 
 
 def flow_matching_loss(spec: ModelSpec, batch: Microbatch, velocity_SBP: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's part of the mean squared error against noise - latents, and a copy of it to report.
+    """This rank's part of the mean squared error against noise - latents, and what is reported of it.
 
     The sum over this rank's real tokens is divided by the element count of the whole microbatch, so that shards of
-    any size weigh right: the parts of a microbatch sum up to its mean.
+    any size weigh right: the parts of a microbatch sum up to its mean. The report is
+    :func:`~megatron_flashi2v.training.sigma_buckets.loss_report`'s.
     """
     target_SBP = output_patches(velocity_target(batch.latents_BCTHW, batch.noise_BCTHW), spec.config.patch_size)
     own = own_tokens(len(target_SBP), spec.groups)
-    part = squared_error_sum(velocity_SBP[: len(own)], target_SBP[own.start : own.stop]) / target_SBP.numel()
-    # The schedule scales the loss in place, so the report needs its own storage.
-    return part, part.detach().clone()
+    error_B = squared_error_sum(velocity_SBP[: len(own)], target_SBP[own.start : own.stop], dim=(0, 2))
+    part_B = error_B / target_SBP.numel()
+    # The holder of the first token counts the samples, once for all that share their tokens.
+    return part_B.sum(), loss_report(part_B.detach(), batch.sigma_B, counts=own.start == 0)
 
 
 class TrainingStep:
@@ -96,17 +100,17 @@ class TrainingStep:
         self,
         batches: list[Iterator[Microbatch]],
         latent_shape: tuple[int, int, int],
-        counts: Callable[[], Sequence[int]] = tuple,
-    ) -> tuple[float, list[int]]:
+        counts: Callable[[], Mapping[str, Sequence[int]]] = dict,
+    ) -> tuple[BatchLoss, dict[str, list[int]]]:
         """Accumulate the gradients of one iteration.
 
         Args:
             batches: for each of this rank's stages, as many microbatches as the step was made for.
             latent_shape: latent frames, rows and columns.
-            counts: this rank's counts of things, asked for when all microbatches have been taken.
+            counts: this rank's counts of things, by name; asked for when all microbatches have been taken.
 
         Returns:
-            The global batch's mean loss, and the sums of all ranks' counts: the same on every rank.
+            The global batch's loss, and the sums of all ranks' counts: the same on every rank.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -124,7 +128,8 @@ class TrainingStep:
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        return global_mean_loss(parts, self.spec, self.num_microbatches, counts())
+        samples = self.num_microbatches * self.micro_batch_size * groups.dp.size()
+        return global_batch_loss(parts, self.spec, self.num_microbatches, samples, counts())
 
     def agree_on_norm(self, loss: float) -> tuple[float, float]:
         """The loss and the gradients' global L2 norm before clipping, bit for bit the same on every rank.
@@ -161,19 +166,28 @@ def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
     )
 
 
-def global_mean_loss(
-    parts: list[Tensor], spec: ModelSpec, num_microbatches: int, counts: Sequence[int] = ()
-) -> tuple[float, list[int]]:
-    """Mean over the global batch of the parts that the last stages' ranks hold, and the sums of all ranks' counts.
+def global_batch_loss(
+    reports: list[Tensor],
+    spec: ModelSpec,
+    num_microbatches: int,
+    samples: int,
+    counts: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[BatchLoss, dict[str, list[int]]]:
+    """The loss of a global batch from what the last stages' ranks report, and the sums of all ranks' counts.
 
     Under sequence and context parallelism the parts of one replica add up; plain tensor-parallel ranks all hold the
-    whole, and replicas average. The counts travel with the loss, so that they cost no exchange of their own.
+    whole, and replicas average. The counts travel with the loss, so that they cost no exchange of their own; every
+    rank must give the same names with as many counts each.
     """
+    counts = counts or {}
     groups = spec.groups
     copies = 1 if groups.sequence_parallel else groups.tp.size()
-    total = torch.tensor([0.0, *counts], device=spec.device)
-    for part in parts:
-        total[0] += (part / (num_microbatches * groups.dp.size() * copies)).squeeze()
+    total = torch.tensor([0.0] * WIDTH + [count for part in counts.values() for count in part], device=spec.device)
+    for report in reports:
+        total[:WIDTH] += report / (num_microbatches * groups.dp.size() * copies)
     torch.distributed.all_reduce(total)
-    loss, *counted = total.tolist()
-    return loss, [int(number) for number in counted]
+    numbers = total.tolist()
+    sums = map(int, numbers[WIDTH:])
+    return read_report(numbers[:WIDTH], samples), {
+        name: list(itertools.islice(sums, len(part))) for name, part in counts.items()
+    }

@@ -48,11 +48,14 @@ from megatron_flashi2v.training.datasets import open_data, share_encoding
 from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.interrupts import Interrupts
-from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
+from megatron_flashi2v.training.metrics import IterationMetrics
+from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import load_training_state, provenance
 from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.watch import Watch
+from megatron_flashi2v.training.writers import require_packages
 
 MICROBATCHES_AHEAD = 4
 """Read while the present one is computed; a few even out slow reads, and more only cost memory."""
@@ -80,6 +83,8 @@ class Trainer:
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
         self.interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
+        if launch.rank == 0:
+            require_packages(config.watch)
         self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
         for shape in self.data.latent_shapes:
@@ -118,6 +123,10 @@ class Trainer:
             else WeightAverage(config.optimizer, self.optimizer, self.named_parameters(), self.grid)
         )
         self.saver = CheckpointSaver(config.checkpoint, self.model_config, peers, device)
+        norms = NormsByPart(
+            self.model_config, self.optimizer, self.named_parameters(), self.grid, device.torch_device
+        )
+        self.watch = Watch(config, self.model_config, self.groups, device, launch, norms)
         self.iteration, self.consumed_samples = 0, 0
         self.stop_reason: str | None = None
         if resumed is not None:
@@ -145,8 +154,7 @@ class Trainer:
     def train(self) -> None:
         """Run to ``train_iters``, or to the next multiple of ``exit_interval``; the last iteration is saved."""
         config = self.config
-        log = MetricsLog(config.checkpoint.save if self.launch.rank == 0 else None, self.iteration)
-        progress = ProgressLine(config.batch.train_iters, config.runtime.log_interval)
+        self.watch.begin(self.iteration)
         source = self.make_source()
         self.announce()
         if self.iteration >= config.batch.train_iters:
@@ -156,11 +164,13 @@ class Trainer:
             model.train()
         try:
             with self.interrupts:
-                self.run_iterations(source, log, progress)
+                self.run_iterations(source)
         except BaseException:
             source.abandon()
             self.saver.abandon()
             raise
+        finally:
+            self.watch.end()
         source.close()
         self.data.close()
 
@@ -186,7 +196,7 @@ class Trainer:
             end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
         )
 
-    def run_iterations(self, source: MicrobatchSource, log: MetricsLog, progress: ProgressLine) -> None:
+    def run_iterations(self, source: MicrobatchSource) -> None:
         """Train up to the run's last iteration, or until it is time to leave; the last one is always saved.
 
         Raises:
@@ -194,9 +204,7 @@ class Trainer:
         """
         config, save_is_due = self.config, False
         while self.iteration < config.batch.train_iters:
-            metrics = self.run_iteration(source)
-            log.append(metrics)
-            progress.update(metrics, config.batch.global_batch_size)
+            self.watch.iteration_done(self.run_iteration(source))
             stop = self.stop_reason
             if stop is None and self.is_due(config.checkpoint.exit_interval):
                 stop = "--exit-interval asks for it"
@@ -229,13 +237,17 @@ class Trainer:
             for index in range(len(self.chunks))
         ]
         latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
-        loss, (bad_samples, saving, *stops) = self.step.losses_and_gradients(
-            batches, latent_shape, lambda: (len(source.bad), self.saver.working(), *self.interrupts.counts())
-        )
+        loss, totals = self.step.losses_and_gradients(batches, latent_shape, lambda: {
+            "bad_samples": (len(source.bad),),
+            "saving": (self.saver.working(),),
+            "watch": self.watch.counts(source.waited_s),
+            "interrupts": self.interrupts.counts(),
+        })
         try:
-            self.bad_samples.settle(source.bad, bad_samples)
-            loss, grad_norm = self.step.agree_on_norm(loss)
-            skipped = self.guard.judge(self.iteration + 1, loss, grad_norm)
+            self.bad_samples.settle(source.bad, *totals["bad_samples"])
+            mean_loss, grad_norm = self.step.agree_on_norm(loss.mean)
+            self.watch.gradients_ready(self.iteration + 1)
+            skipped = self.guard.judge(self.iteration + 1, mean_loss, grad_norm)
         except UserError:  # on all ranks alike, so that they can still publish what they were saving
             self.saver.finish()
             raise
@@ -247,12 +259,14 @@ class Trainer:
         self.device.synchronize()
         self.iteration += 1
         self.consumed_samples += self.config.batch.global_batch_size
-        self.stop_reason = self.interrupts.reason(stops)
+        self.stop_reason = self.interrupts.reason(totals["interrupts"])
+        seconds = time.perf_counter() - start
         metrics = IterationMetrics(
-            iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
-            step_time_s=time.perf_counter() - start, skipped=skipped,
+            iteration=self.iteration, consumed_samples=self.consumed_samples, loss=mean_loss, grad_norm=grad_norm,
+            lr=lr, step_time_s=seconds, throughput=self.watch.throughput(latent_shape, seconds, totals["watch"]),
+            loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma, skipped=skipped,
         )
-        self.saver.advance(saving)
+        self.saver.advance(*totals["saving"])
         return metrics
 
     def save(self, *, last: bool = True) -> None:
