@@ -42,6 +42,7 @@ from megatron_flashi2v.parallel.groups import make_groups
 from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
+from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
@@ -71,15 +72,18 @@ class Trainer:
         model_config: resolved dimensions.
         launch: this process's place.
         device: what it runs on.
+        watch: is told what the run does; by default nothing is watched.
 
     Raises:
         UserError: the data or the checkpoint does not fit the configuration.
     """
 
     def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device
+        self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device,
+        watch: HangWatch | None = None,
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
+        self.watch = watch or HangWatch(0.0, None, launch, device.torch_device)
         self.interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
         self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
@@ -160,6 +164,7 @@ class Trainer:
         except BaseException:
             source.abandon()
             raise
+        self.watch.enter("the end", SLOW)
         source.close()
         self.data.close()
 
@@ -227,6 +232,7 @@ class Trainer:
         Raises:
             UserError: too many updates had to be skipped, or too many samples are bad; no rank goes on.
         """
+        self.watch.enter(f"iteration {self.iteration + 1}")
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
         reader = self.reading_chunk or 0
@@ -239,6 +245,7 @@ class Trainer:
         loss, (bad_samples, *stops) = self.step.losses_and_gradients(
             batches, latent_shape, lambda: (len(source.bad), *self.interrupts.counts())
         )
+        self.watch.enter(f"the update of iteration {self.iteration + 1}")
         self.bad_samples.settle(source.bad, bad_samples)
         loss, grad_norm = self.step.agree_on_norm(loss)
         skipped = self.guard.judge(self.iteration + 1, loss, grad_norm)
@@ -262,6 +269,7 @@ class Trainer:
         Raises:
             StorageError: on all ranks: a disk is full or refuses; the checkpoint before is as it was.
         """
+        self.watch.enter(f"saving iteration {self.iteration}", SLOW)
         root = self.config.checkpoint.save
         assert root is not None
         if self.config.parallel.overlap_param_gather:
