@@ -1,34 +1,22 @@
-"""Folders under ``--save``: published whole or not at all, found again on resume.
+"""Folders under ``--save``: what they are called, and how they are found again on resume.
 
 ``iter_0000010/`` holds the sharded tensors with their index, ``model_config.json``, ``state.json`` and a
-manifest of all these, by which they are verified before they are loaded. It is written as
-``.iter_0000010.partial`` and renamed when everything is on the disk; only then does
-``latest_checkpointed_iteration.txt`` name it, so that a run killed at any moment leaves a checkpoint that is
-whole.
+manifest of all these, by which they are verified before they are loaded. How it is written: ``checkpoint.saving``.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_flashi2v.checkpoint.index import read_index
-from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.manifest import MANIFEST_NAME, verify, write_manifest
+from megatron_flashi2v.checkpoint.manifest import MANIFEST_NAME, verify
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention, delete_checkpoint
-from megatron_flashi2v.checkpoint.state import MODEL_PREFIX
-from megatron_flashi2v.checkpoint.storage import TensorPiece, write_pieces
 from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json
+from megatron_flashi2v.runtime.files import read_json
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG_NAME = "model_config.json"
@@ -44,150 +32,9 @@ def iteration_folder(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def save_checkpoint(
-    root: Path,
-    iteration: int,
-    *,
-    pieces: Iterable[TensorPiece],
-    model_config: ModelConfig,
-    state: Mapping[str, Any],
-    retention: Retention = KEEP_ALL,
-    rank: int = 0,
-    world_size: int = 1,
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Write one checkpoint and make it the latest; every rank of ``group`` calls it with the pieces it holds.
-
-    Args:
-        root: the run's ``--save`` folder, on a file system that all ranks share.
-        iteration: iterations done.
-        pieces: what this rank holds (see ``checkpoint.state`` and ``checkpoint.optimizer_state``).
-        model_config: written as ``model_config.json``.
-        state: JSON-ready values that are the same on all ranks, such as the iteration, the samples consumed,
-            the schedule's and the optimizer's scalars; rank 0's are written.
-        retention: which older checkpoints of ``root`` stay, once this one is published.
-        rank: this rank's place in ``group``.
-        world_size: ranks in ``group``.
-        group: process group that can exchange objects; None is the default group.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        StorageError: the same on all ranks: a disk is full or refuses.
-        CheckpointError: the same on all ranks, if any of them failed otherwise. In either case nothing is left
-            under the final name, and the checkpoint before is as it was.
-    """
-    peers = Peers(rank, world_size, group)
-    final = root / iteration_folder(iteration)
-    partial = root / f".{final.name}.partial"
-    doing = f"saving {final}"
-    try:
-        _on_root(peers, doing, lambda: _prepare(root, partial))
-        write_pieces(partial, pieces, rank=rank, world_size=world_size, group=group)
-        _on_root(peers, doing, lambda: _finish(root, iteration, partial, final, model_config, state))
-    except CheckpointError:
-        # Every rank is past its last write here, since they raise together.
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if rank == 0:
-        for surplus in retention.surplus(_published_iterations(root), iteration):
-            delete_checkpoint(root / iteration_folder(surplus))
-    return final
-
-
-def _on_root(peers: Peers, doing: str, action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0 while the others wait, and raise everywhere if it fails."""
-    error: Exception | None = None
-    if peers.rank == 0:
-        try:
-            action()
-        except Exception as caught:
-            error = caught
-    peers.agree(error, doing)
-
-
-def _prepare(root: Path, partial: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".iter_*.partial"):  # left by a run that was killed while it saved
-        shutil.rmtree(stale)
-    partial.mkdir()
-
-
-def _finish(
-    root: Path,
-    iteration: int,
-    partial: Path,
-    final: Path,
-    model_config: ModelConfig,
-    state: Mapping[str, Any],
-) -> None:
-    _require_whole_model(partial, model_config)
-    finish_folder(partial, model_config, state)
-    _flush_folder(partial)
-    replaced = _set_aside(final)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    try:
-        os.rename(partial, final)
-        _flush_folder(root)
-        write_tracker(root, iteration)
-    except (OSError, UserError):
-        if final.exists():
-            os.rename(final, partial)
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def finish_folder(folder: Path, model_config: ModelConfig, state: Mapping[str, Any]) -> None:
-    """Write what belongs to a checkpoint besides its tensors and their index; the manifest last."""
-    atomic_write_json(folder / MODEL_CONFIG_NAME, model_config.to_json())
-    atomic_write_json(folder / STATE_NAME, dict(state))
-    write_manifest(folder, (MODEL_CONFIG_NAME, STATE_NAME))
-
-
-def write_tracker(root: Path, iteration: int) -> None:
-    """Name the latest iteration."""
-    atomic_write_text(root / TRACKER_NAME, f"{iteration}\n")
-
-
-def _require_whole_model(folder: Path, model_config: ModelConfig) -> None:
-    """Compare what was written with the model's names and shapes.
-
-    A slice that lacks its tensor-parallel tag would pass for the whole tensor, and a forgotten layer for
-    none: a checkpoint that no layout could load must not replace a good one.
-    """
-    stored = {
-        key.removeprefix(MODEL_PREFIX): tensor.shape
-        for key, tensor in read_index(folder).tensors.items()
-        if key.startswith(MODEL_PREFIX)
-    }
-    expected = parameter_shapes(model_config)
-    for name in sorted(expected.keys() | stored.keys()):
-        wanted, written = expected.get(name, "none"), stored.get(name, "none")
-        if wanted != written:
-            raise CheckpointError(
-                f"tensor {name} has shape {wanted} in this model, but {written} was written; "
-                "the layout of a parameter is described wrongly"
-            )
-
-
-def _set_aside(final: Path) -> Path:
+def set_aside(final: Path) -> Path:
     """Where a checkpoint of the same iteration waits while a new one takes its name."""
     return final.with_name(f".{final.name}.replaced")
-
-
-def _flush_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk: a rename is only durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def find_checkpoint(
@@ -256,7 +103,7 @@ def _fault(folder: Path, peers: Peers, needs: Callable[[str], bool]) -> str | No
 
 def has_checkpoint(root: Path) -> bool:
     """Whether a ``--save`` folder holds published checkpoints, whole or damaged."""
-    return root.is_dir() and bool(_published_iterations(root))
+    return root.is_dir() and bool(published_iterations(root))
 
 
 def _candidates(root: Path, iteration: int | None) -> list[Path]:
@@ -272,11 +119,11 @@ def _candidates(root: Path, iteration: int | None) -> list[Path]:
             f"{root} is not a training checkpoint but an exported model; "
             "convert it first: flashi2v convert --from diffusers PATH --to megatron PATH"
         )
-    published = _published_iterations(root)
+    published = published_iterations(root)
     wanted = _wanted_iterations(root, published) if iteration is None else [iteration]
     folders = [root / iteration_folder(number) for number in wanted]
     # A run that was killed while it replaced a checkpoint left the old one aside.
-    candidates = [path for folder in folders for path in (folder, _set_aside(folder)) if path.is_dir()]
+    candidates = [path for folder in folders for path in (folder, set_aside(folder)) if path.is_dir()]
     if wanted and not candidates:
         listed = ", ".join(map(str, published)) or "none"
         raise CheckpointError(
@@ -309,10 +156,11 @@ def _wanted_iterations(root: Path, published: list[int]) -> list[int]:
 
 def _is_there(root: Path, iteration: int) -> bool:
     folder = root / iteration_folder(iteration)
-    return folder.is_dir() or _set_aside(folder).is_dir()
+    return folder.is_dir() or set_aside(folder).is_dir()
 
 
-def _published_iterations(root: Path) -> list[int]:
+def published_iterations(root: Path) -> list[int]:
+    """Iterations of the checkpoints in a ``--save`` folder, in order, whole or damaged."""
     matches = (_ITERATION_FOLDER.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
     return sorted(int(match[1]) for match in matches if match)
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_flashi2v.checkpoint.index import (
     INDEX_NAME,
@@ -26,9 +25,7 @@ from megatron_flashi2v.checkpoint.index import (
     StoredPiece,
     StoredTensor,
     read_index,
-    write_index,
 )
-from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.regions import (
     Region,
     coverage_fault,
@@ -105,45 +102,20 @@ def tensor_file_name(number: int, total: int) -> str:
     return f"tensors-{number:05d}-of-{total:05d}.safetensors"
 
 
-def write_pieces(
+def write_rank_file(
     folder: Path,
     pieces: Iterable[TensorPiece],
     *,
     rank: int,
     world_size: int,
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Write the owned pieces of all ranks into the existing ``folder``; every rank of ``group`` calls it.
+    on_bytes: Callable[[int], None] | None = None,
+) -> Index:
+    """Write one rank's owned pieces into the existing ``folder``, without talking to other ranks.
 
-    Rank 0 writes ``index.json`` last, and only if every tensor is covered exactly once, so that a mistake in
-    a layout cannot become a silently wrong checkpoint.
+    A rank that owns nothing writes no file. ``on_bytes`` hears of every tensor's bytes.
 
-    Raises:
-        CheckpointError: on all ranks alike, if any of them could not write or the parts do not fit together.
-            Files may be left in ``folder``, but never an ``index.json``.
-    """
-    peers = Peers(rank, world_size, group)
-    doing = f"writing {folder}"
-    error: Exception | None = None
-    part = Index(tensors={}, files={})
-    try:
-        part = write_rank_file(folder, pieces, rank=rank, world_size=world_size)
-    except Exception as caught:
-        error = caught
-    peers.agree(error, doing)
-    parts = peers.gather(part)
-    if rank == 0:
-        try:
-            write_index(folder, merge_parts(parts))
-        except Exception as caught:
-            error = caught
-    peers.agree(error, doing)
-
-
-def write_rank_file(folder: Path, pieces: Iterable[TensorPiece], *, rank: int, world_size: int) -> Index:
-    """Write one rank's owned pieces, without talking to other ranks, and return its part of the index.
-
-    A rank that owns nothing writes no file.
+    Returns:
+        This rank's part of the index; :func:`merge_parts` joins those of all ranks.
 
     Raises:
         UserError: the disk is full, or the file cannot be written.
@@ -166,7 +138,7 @@ def write_rank_file(folder: Path, pieces: Iterable[TensorPiece], *, rank: int, w
                 file=file_name, name=name, offset=piece.offset, shape=piece.shape, flat_range=piece.flat_range
             )
         )
-    record = write_tensor_file(folder / file_name, specs, (piece.data for piece in owned))
+    record = write_tensor_file(folder / file_name, specs, (piece.data for piece in owned), on_bytes=on_bytes)
     first = {piece.key: piece for piece in reversed(owned)}
     for piece in owned:
         _require_same(
@@ -235,7 +207,7 @@ def read_pieces(
     Reads by memory map and only what overlaps; nothing is exchanged between ranks.
 
     Args:
-        folder: written by :func:`write_pieces`.
+        folder: of rank files and their index.
         pieces: what this rank wants; ``owner`` plays no part.
         strict: raise if a tensor is not stored; otherwise leave its data alone and report it.
         allow_cast: convert to the dtype of ``data``; otherwise a difference is an error.

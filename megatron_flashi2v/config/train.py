@@ -216,6 +216,8 @@ class CheckpointArguments:
     """Which of the sets that --load-weights holds."""
     save_interval: int | None = None
     """Iterations between checkpoints; by default only at the end."""
+    async_save: bool = False
+    """Write checkpoints beside training, from a copy in host memory; all but the last of a run."""
     keep_last: int | None = None
     """Checkpoints to keep, the newest so many; by default all. Older ones go when a new one is published."""
     keep_every: int | None = None

@@ -18,15 +18,13 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     has_checkpoint,
     load_model_config,
     require_same_model,
-    save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import ConfigError, StorageError
+from megatron_flashi2v.config.errors import ConfigError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
@@ -54,6 +52,7 @@ from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import load_training_state, provenance
+from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.step import TrainingStep
 
 MICROBATCHES_AHEAD = 4
@@ -122,6 +121,7 @@ class Trainer:
             None if config.optimizer.ema_decay is None
             else WeightAverage(config.optimizer, self.optimizer, self.named_parameters(), self.grid)
         )
+        self.saver = CheckpointSaver(config.checkpoint, self.model_config, peers, device)
         self.iteration, self.consumed_samples = 0, 0
         self.stop_reason: str | None = None
         if resumed is not None:
@@ -163,6 +163,7 @@ class Trainer:
                 self.run_iterations(source, log, progress)
         except BaseException:
             source.abandon()
+            self.saver.abandon()
             raise
         self.watch.enter("the end", SLOW)
         source.close()
@@ -209,15 +210,7 @@ class Trainer:
             # Skipped updates may mean spoiled weights: then the newest checkpoint stays the good one.
             if config.checkpoint.save is not None and (done or (save_is_due and not self.guard.streak)):
                 save_is_due = False
-                if self.guard.streak:
-                    logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
-                                   self.guard.streak, self.iteration - self.guard.streak)
-                try:
-                    self.save()
-                except StorageError as error:
-                    if done:
-                        raise
-                    logger.warning("%s; the run goes on, and what is saved stays as it was", error)
+                self.save(last=done)
             if stop is not None:
                 logger.info("leaving at iteration %d: %s", self.iteration, stop)
                 break
@@ -242,13 +235,18 @@ class Trainer:
             for index in range(len(self.chunks))
         ]
         latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
-        loss, (bad_samples, *stops) = self.step.losses_and_gradients(
-            batches, latent_shape, lambda: (len(source.bad), *self.interrupts.counts())
+        loss, (bad_samples, saving, *stops) = self.step.losses_and_gradients(
+            batches, latent_shape, lambda: (len(source.bad), self.saver.working(), *self.interrupts.counts())
         )
         self.watch.enter(f"the update of iteration {self.iteration + 1}")
-        self.bad_samples.settle(source.bad, bad_samples)
-        loss, grad_norm = self.step.agree_on_norm(loss)
-        skipped = self.guard.judge(self.iteration + 1, loss, grad_norm)
+        try:
+            self.bad_samples.settle(source.bad, bad_samples)
+            loss, grad_norm = self.step.agree_on_norm(loss)
+            skipped = self.guard.judge(self.iteration + 1, loss, grad_norm)
+        except UserError:  # on all ranks alike, so that they can still publish what they were saving
+            self.watch.enter("the last checkpoint", SLOW)
+            self.saver.finish()
+            raise
         if skipped is None:
             self.step.apply(grad_norm)
             if self.average is not None:
@@ -258,45 +256,43 @@ class Trainer:
         self.iteration += 1
         self.consumed_samples += self.config.batch.global_batch_size
         self.stop_reason = self.interrupts.reason(stops)
-        return IterationMetrics(
+        metrics = IterationMetrics(
             iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
             step_time_s=time.perf_counter() - start, skipped=skipped,
         )
+        if self.saver.is_saving and not saving:
+            self.watch.enter(f"saving beside iteration {self.iteration}", SLOW)
+        self.saver.advance(saving)
+        return metrics
 
-    def save(self) -> None:
-        """Write a checkpoint of the present iteration.
+    def save(self, *, last: bool = True) -> None:
+        """Write a checkpoint of the present iteration, or begin to, if it is not the run's last and --async-save is on.
 
         Raises:
-            StorageError: on all ranks: a disk is full or refuses; the checkpoint before is as it was.
+            StorageError: on all ranks: a disk is full or refuses, and it is the last; one in between is done without.
         """
         self.watch.enter(f"saving iteration {self.iteration}", SLOW)
-        root = self.config.checkpoint.save
-        assert root is not None
         if self.config.parallel.overlap_param_gather:
             # The next forward pass would gather the updated shards; until then the weights here are a step old.
             for model in self.models:
                 model.start_param_sync(force_sync=True)
         parameters = self.named_parameters()
-        folder = save_checkpoint(
-            root, self.iteration,
-            pieces=[*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid),
-                    *(self.average.pieces() if self.average else ())],
-            model_config=self.model_config,
-            state={
-                "iteration": self.iteration,
-                "consumed_samples": self.consumed_samples,
-                **provenance(self.config, self.data, self.launch),
-                "optimizer": optimizer_common_state(self.optimizer),
-                "clipper": self.clipper.state_dict(),
-                "guard": self.guard.state_dict(),
-                "ema": self.average.state_dict() if self.average else None,
-            },
-            retention=KEEP_ALL if self.guard.streak else Retention(
-                last=self.config.checkpoint.keep_last, every=self.config.checkpoint.keep_every
-            ),
-            rank=self.launch.rank, world_size=self.launch.world_size,
-        )
-        logger.info("saved %s", folder)
+        if self.guard.streak:
+            logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
+                           self.guard.streak, self.iteration - self.guard.streak)
+        pieces = [*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid),
+                  *(self.average.pieces() if self.average else ())]
+        state = {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            **provenance(self.config, self.data, self.launch),
+            "optimizer": optimizer_common_state(self.optimizer),
+            "clipper": self.clipper.state_dict(),
+            "guard": self.guard.state_dict(),
+            "ema": self.average.state_dict() if self.average else None,
+        }
+        # Weights that may be spoiled must not cost older ones.
+        self.saver.save(self.iteration, pieces, state, last=last, delete_older=not self.guard.streak)
 
     def resume(self, folder: Path) -> None:
         """Load weights, optimizer and position from a checkpoint.

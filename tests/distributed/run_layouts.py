@@ -20,11 +20,14 @@ from planted_bugs import planted
 from planted_faults import faulty
 from safetensors.torch import save_file
 
+from megatron_flashi2v.checkpoint.index import write_index
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import model_pieces
-from megatron_flashi2v.checkpoint.storage import write_pieces
+from megatron_flashi2v.checkpoint.storage import merge_parts, write_rank_file
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.presets import resolve_model
@@ -45,7 +48,10 @@ def write_gradients(trainer, folder: Path) -> None:
             model_pieces(trainer.named_parameters(), trainer.grid), trainer.named_parameters(), strict=True
         )
     ]
-    write_pieces(folder, pieces, rank=trainer.launch.rank, world_size=trainer.launch.world_size)
+    peers = Peers(trainer.launch.rank, trainer.launch.world_size)
+    parts = peers.gather(write_rank_file(folder, pieces, rank=peers.rank, world_size=peers.world_size))
+    if peers.rank == 0:
+        write_index(folder, merge_parts(parts))
 
 
 def write_velocity(trainer, folder: Path) -> None:
@@ -90,7 +96,7 @@ def train(flags: list[str], launch, device) -> None:
         return loss
 
     step.losses_and_gradients = keep_gradients
-    with counted_encodings() as calls:
+    with counted_encodings() as calls, noted_samples(config.checkpoint.save / f"samples-{launch.rank}.jsonl"):
         trainer.train()
     write_velocity(trainer, config.checkpoint.save)
     if config.data.online_encoding:
@@ -112,6 +118,24 @@ def counted_encodings():
         yield calls
     finally:
         VideoVAE.encode = encode
+
+
+@contextlib.contextmanager
+def noted_samples(path: Path):
+    """Each sample that this process reads, with its position, is a line of the file."""
+    read = Blend.read
+
+    def noted(blend, positions):
+        samples, bad = read(blend, positions)
+        with open(path, "a") as file:
+            file.writelines(json.dumps([p, sample.key]) + "\n" for p, sample in zip(positions, samples, strict=True))
+        return samples, bad
+
+    Blend.read = noted
+    try:
+        yield
+    finally:
+        Blend.read = read
 
 
 def main() -> None:

@@ -12,14 +12,13 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     MODEL_CONFIG_NAME,
     TRACKER_NAME,
     find_checkpoint,
-    finish_folder,
     iteration_folder,
     load_model_config,
     load_state,
-    write_tracker,
 )
 from megatron_flashi2v.checkpoint.index import Index, StoredPiece, StoredTensor, read_index, write_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.saving import finish_folder, write_tracker
 from megatron_flashi2v.checkpoint.sources import box_shape, whole_box
 from megatron_flashi2v.checkpoint.state import EMA_PREFIX, MODEL_PREFIX, holds_weights, most_exact_key, require_ema
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces, tensor_file_name

@@ -23,11 +23,11 @@ from megatron_flashi2v.checkpoint.checkpoint import (
     find_checkpoint,
     load_model_config,
     load_state,
-    save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.convert import FORMATS, convert
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count
 from megatron_flashi2v.checkpoint.manifest import verify
+from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.convert import FORMATS as ANNOUNCED

@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from megatron_flashi2v.checkpoint.checkpoint import save_checkpoint
 from megatron_flashi2v.checkpoint.convert import convert
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.state import ShardGrid, load_model
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.model import ModelConfig

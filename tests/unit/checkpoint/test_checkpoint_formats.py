@@ -12,9 +12,10 @@ import torch
 from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, tensors_of
 from safetensors.torch import load_file, save_file
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_config, save_checkpoint
+from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_config
 from megatron_flashi2v.checkpoint.convert import FORMATS, convert, open_weights
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
+from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.checkpoint.weights import ReadOptions
 from megatron_flashi2v.config.errors import UserError

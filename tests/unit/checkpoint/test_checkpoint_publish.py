@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_flashi2v.checkpoint import checkpoint, tensor_file
+from megatron_flashi2v.checkpoint import saving, tensor_file
 from megatron_flashi2v.checkpoint.checkpoint import (
     find_checkpoint,
     load_model_config,
     load_state,
     require_same_model,
-    save_checkpoint,
 )
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.peers import Peers
+from megatron_flashi2v.checkpoint.saving import CheckpointSave, save_checkpoint
 from megatron_flashi2v.checkpoint.state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_full
 from megatron_flashi2v.config.errors import CheckpointError
@@ -169,22 +170,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     if moment == "tensors":
         fail_when(monkeypatch, tensor_file.os, "fsync", lambda _: True)
     elif moment == "rename":
-        fail_when(monkeypatch, checkpoint.os, "rename", lambda path: path.endswith("20.partial"))
+        fail_when(monkeypatch, saving.os, "rename", lambda path: path.endswith("20.partial"))
     else:
         part = {"config": "model_config.json", "state": "state.json", "tracker": "latest"}[moment]
         kind = "atomic_write_text" if moment == "tracker" else "atomic_write_json"
-        original = getattr(checkpoint, kind)
+        original = getattr(saving, kind)
 
         def maybe(path: Path, value: object) -> None:
             if part in str(path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             original(path, value)
 
-        monkeypatch.setattr(checkpoint, kind, maybe)
+        monkeypatch.setattr(saving, kind, maybe)
     for iteration in (20, 10):  # a new checkpoint, and the same one written again
         with pytest.raises(CheckpointError, match="[Dd]isk is full|No space left"):
             if moment == "rename" and iteration == 10:
-                fail_when(monkeypatch, checkpoint.os, "rename", lambda path: path.endswith("10.partial"))
+                fail_when(monkeypatch, saving.os, "rename", lambda path: path.endswith("10.partial"))
             save(tmp_path, iteration, 2.0)
         assert names(tmp_path) == before
         assert value_of(find_checkpoint(tmp_path)) == 1.0
@@ -307,3 +308,45 @@ def two_ranks(rank: int, folder: Path) -> None:
 
 def test_an_error_on_one_rank_reaches_all(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(two_ranks, args=(tmp_path,), nprocs=2)
+
+
+def steps(root: Path, value: float) -> CheckpointSave:
+    return CheckpointSave(
+        root, 10, pieces=whole_model(value), model_config=CONFIG, state={"iteration": 10}, peers=Peers(0, 1)
+    )
+
+
+def test_nothing_is_published_before_the_last_step(tmp_path: Path) -> None:
+    save_in_steps, seen = steps(tmp_path, 1.0), []
+    while not save_in_steps.done:
+        assert find_checkpoint(tmp_path) is None
+        save_in_steps.work()
+        save_in_steps.settle()
+        seen.append(names(tmp_path))
+    partial = {".iter_0000010.partial"}
+    assert seen == [partial, partial, {"iter_0000010", "latest_checkpointed_iteration.txt"}]
+    assert value_of(find_checkpoint(tmp_path)) == 1.0
+
+
+def test_a_save_that_is_given_up_ends_with_the_next_tensor(tmp_path: Path) -> None:
+    given_up = steps(tmp_path, 1.0)
+    given_up.work()
+    given_up.settle()
+    given_up.abandon()
+    given_up.work()
+    written = sum(path.stat().st_size for path in (tmp_path / ".iter_0000010.partial").iterdir())
+    with pytest.raises(CheckpointError, match="given up"):
+        given_up.settle()
+    assert given_up.done and not names(tmp_path)
+    file = save(tmp_path, 10) / "tensors-00000-of-00001.safetensors"
+    assert written < 0.9 * file.stat().st_size
+
+
+def test_the_state_is_as_of_the_beginning(tmp_path: Path) -> None:
+    state = {"clipper": {"mean": 1.0}}
+    late = CheckpointSave(
+        tmp_path, 10, pieces=whole_model(0.0), model_config=CONFIG, state=state, peers=Peers(0, 1)
+    )
+    state["clipper"]["mean"] = 2.0
+    late.finish()
+    assert load_state(late.folder) == {"clipper": {"mean": 1.0}}

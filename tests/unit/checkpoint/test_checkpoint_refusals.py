@@ -20,10 +20,11 @@ from helpers.checkpoints import ODD, checkpoint, model_tensors, names, tensors_o
 from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.checkpoint import comparison
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, save_checkpoint
+from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
 from megatron_flashi2v.checkpoint.convert import FORMATS, convert
 from megatron_flashi2v.checkpoint.converters import original
 from megatron_flashi2v.checkpoint.manifest import write_manifest
+from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.errors import UserError

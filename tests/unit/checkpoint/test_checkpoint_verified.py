@@ -11,11 +11,12 @@ import torch.multiprocessing
 from helpers.checkpoints import ODD, checkpoint, names
 
 from megatron_flashi2v.checkpoint import manifest
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, save_checkpoint
+from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.manifest import verify
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.retention import Retention
+from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import CheckpointError, StorageError
 
@@ -127,7 +128,7 @@ def test_later_checkpoints_do_not_count(tmp_path: Path) -> None:
 
 def test_nothing_is_deleted_where_the_save_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 10)
-    monkeypatch.setattr("megatron_flashi2v.checkpoint.checkpoint.write_tracker", fail)
+    monkeypatch.setattr("megatron_flashi2v.checkpoint.saving.write_tracker", fail)
     with pytest.raises(StorageError):
         save(tmp_path, 20, Retention(last=1))
     assert find_checkpoint(tmp_path) == tmp_path / "iter_0000010"

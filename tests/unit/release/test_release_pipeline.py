@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from megatron_flashi2v import FlashI2VPipeline
-from megatron_flashi2v.checkpoint.checkpoint import save_checkpoint
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.model import PARADIGMS, ModelConfig

@@ -106,21 +106,28 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> 
     monkeypatch.setattr(tensor_file, "os", Os())
 
 
+BESIDE = pytest.mark.parametrize("flags", [(), ("--async-save",)], ids=["at-once", "beside"])
+
+
+@BESIDE
 def test_a_run_outlives_a_full_disk(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    flags: tuple[str, ...],
 ) -> None:
     fill_disk(monkeypatch, lambda call: call in (2, 3))
-    assert train("--save", tmp_path, "--save-interval", 1, "--keep-last", 1) == 0
+    assert train("--save", tmp_path, "--save-interval", 1, "--keep-last", 1, *flags) == 0
     assert saved(tmp_path) == ["iter_0000004"] and find_checkpoint(tmp_path) == tmp_path / "iter_0000004"
     assert caplog.text.count("the run goes on") == 2 and "disk is full" in caplog.text
     assert len(metrics(tmp_path)) == 4
 
 
+@BESIDE
 def test_a_run_that_cannot_save_its_end_fails(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
 ) -> None:
     fill_disk(monkeypatch, lambda call: call == 2)
-    assert train("--save", tmp_path, "--save-interval", 2) == 1
+    assert train("--save", tmp_path, "--save-interval", 2, *flags) == 1
     assert "disk is full" in capsys.readouterr().err
     assert find_checkpoint(tmp_path) == tmp_path / "iter_0000002"
 

@@ -1,0 +1,78 @@
+"""A copy of what a rank holds, in host memory, from which a checkpoint can be written while training goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.runtime.device import Device
+
+BLOCK_BYTES = 1 << 28
+"""Large, since pinning many small blocks takes long; a power of two, to which torch rounds pinned blocks up."""
+
+_ALIGNMENT = 64
+_GIB = 1024**3
+
+
+class HostCopies:
+    """Host memory for copies of pieces: pinned for an accelerator, and kept from one checkpoint to the next.
+
+    Args:
+        device: where the pieces are.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._blocks: list[torch.Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(block.numel() for block in self._blocks)
+
+    @torch.no_grad()
+    def take(self, pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
+        """The pieces that this rank writes, as they are now; valid until the next call.
+
+        Raises:
+            UserError: there is not enough memory.
+        """
+        owned = [piece for piece in pieces if piece.owner and piece.data.numel()]
+        copies = []
+        for piece, place in zip(owned, self._places([_padded(piece.data.nbytes) for piece in owned]), strict=True):
+            data = place[: piece.data.nbytes].view(piece.data.dtype).view(piece.data.shape)
+            copies.append(dataclasses.replace(piece, data=data.copy_(piece.data, non_blocking=True)))
+        self._device.synchronize()
+        return copies
+
+    def _places(self, sizes: list[int]) -> list[torch.Tensor]:
+        """Stretches of the blocks, one after the other; blocks that are lacking are made."""
+        places = []
+        left, block, begin = sum(sizes), 0, 0
+        for size in sizes:
+            while block < len(self._blocks) and begin + size > self._blocks[block].numel():
+                block, begin = block + 1, 0
+            if block == len(self._blocks):
+                self._blocks.append(self._new_block(max(size, min(left, BLOCK_BYTES))))
+            places.append(self._blocks[block][begin : begin + size])
+            begin += size
+            left -= size
+        return places
+
+    def _new_block(self, size: int) -> torch.Tensor:
+        try:
+            block = torch.empty(size, dtype=torch.uint8)
+            return block if self._device.name == "cpu" else block.pin_memory()
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(
+                f"--async-save copies what each rank saves to host memory, where {(self.nbytes + size) / _GIB:.1f} GiB "
+                f"cannot be had ({error}); leave it out, or start fewer processes on a host"
+            ) from error
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

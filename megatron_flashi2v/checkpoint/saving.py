@@ -1,0 +1,269 @@
+"""Writing a checkpoint, so that it is published whole or not at all.
+
+``iter_0000010/`` is written as ``.iter_0000010.partial`` and renamed when everything is on the disk; only then does
+``latest_checkpointed_iteration.txt`` name it, so that a run killed at any moment leaves a checkpoint that is whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_flashi2v.checkpoint.checkpoint import (
+    MODEL_CONFIG_NAME,
+    STATE_NAME,
+    TRACKER_NAME,
+    iteration_folder,
+    published_iterations,
+    set_aside,
+)
+from megatron_flashi2v.checkpoint.index import Index, read_index, write_index
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.manifest import write_manifest
+from megatron_flashi2v.checkpoint.peers import Peers
+from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention, delete_checkpoint
+from megatron_flashi2v.checkpoint.state import MODEL_PREFIX
+from megatron_flashi2v.checkpoint.storage import TensorPiece, merge_parts, write_rank_file
+from megatron_flashi2v.config.errors import CheckpointError, UserError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointSave:
+    """One checkpoint in the making; every rank of ``peers`` makes one at the same point.
+
+    It is done in steps: each rank takes the values and rank 0 makes the folder; each rank writes its file; rank 0
+    publishes. :meth:`work` does a step without talking to other ranks, so that it may run beside training, in a thread
+    of its own. When all ranks have worked, :meth:`settle` brings them together, and the next step begins.
+
+    Args:
+        root: the run's ``--save`` folder, on a file system that all ranks share.
+        iteration: iterations done.
+        pieces: what this rank holds (see ``checkpoint.state`` and ``checkpoint.optimizer_state``).
+        model_config: written as ``model_config.json``.
+        state: JSON-ready values that are the same on all ranks, such as the iteration, the samples consumed,
+            the schedule's and the optimizer's scalars; rank 0's are written.
+        retention: which older checkpoints of ``root`` stay, once this one is published.
+        peers: the ranks that write it.
+        take: the first step's way to get hold of ``pieces``. They are as of then if it copies them; by default they
+            are as of when they are written.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        iteration: int,
+        *,
+        pieces: Iterable[TensorPiece],
+        model_config: ModelConfig,
+        state: Mapping[str, Any],
+        retention: Retention = KEEP_ALL,
+        peers: Peers,
+        take: Callable[[Iterable[TensorPiece]], list[TensorPiece]] = list,
+    ) -> None:
+        self.folder = root / iteration_folder(iteration)
+        self._root, self._iteration = root, iteration
+        self._partial = root / f".{self.folder.name}.partial"
+        self._pieces, self._take = pieces, take
+        self._model_config, self._state = model_config, copy.deepcopy(dict(state))
+        self._retention, self._peers = retention, peers
+        self._part: Index | None = None
+        self._parts: list[Index] = []
+        self._error: Exception | None = None
+        self._abandoned = False
+        self._steps = [self._begin, self._write, self._publish]
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left: it is published, or has failed."""
+        return not self._steps
+
+    def work(self) -> None:
+        """Do this rank's share of the present step; an error waits for :meth:`settle`."""
+        try:
+            self._steps[0]()
+        except Exception as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """Agree that the step is done; all ranks call it when all of them have worked, and none from a thread.
+
+        Raises:
+            StorageError: the same on all ranks: a disk is full or refuses.
+            CheckpointError: the same on all ranks, if any of them failed otherwise. In either case nothing is left
+                under the final name, and the checkpoint before is as it was.
+        """
+        try:
+            self._peers.agree(self._error, f"saving {self.folder}")
+        except CheckpointError:
+            self._steps = []
+            if self._peers.rank == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+        if self._part is not None:
+            self._parts, self._part = self._peers.gather(self._part), None
+        self._steps = self._steps[1:]
+
+    def finish(self) -> None:
+        """Do all steps that are left; every rank calls it.
+
+        Raises:
+            CheckpointError: as :meth:`settle`.
+        """
+        while not self.done:
+            self.work()
+            self.settle()
+
+    def abandon(self) -> None:
+        """Let :meth:`work`, in another thread, end soon and in vain; nothing is published then.
+
+        What was written stays as ``.partial``, which the next save clears: other ranks may still be writing there.
+        """
+        self._abandoned = True
+
+    def _begin(self) -> None:
+        if self._peers.rank == 0:
+            self._root.mkdir(parents=True, exist_ok=True)
+            for stale in self._root.glob(".iter_*.partial"):  # left by a run that was killed while it saved
+                shutil.rmtree(stale)
+            self._partial.mkdir()
+        self._pieces = self._take(self._pieces)
+
+    def _write(self) -> None:
+        pieces, self._pieces = self._pieces, ()
+        self._part = write_rank_file(
+            self._partial, pieces, rank=self._peers.rank, world_size=self._peers.world_size, on_bytes=self._go_on
+        )
+
+    def _go_on(self, _: int) -> None:
+        if self._abandoned:
+            raise CheckpointError(f"{self._partial} was given up")
+
+    def _publish(self) -> None:
+        if self._peers.rank:
+            return
+        write_index(self._partial, merge_parts(self._parts))
+        _require_whole_model(self._partial, self._model_config)
+        finish_folder(self._partial, self._model_config, self._state)
+        _flush_folder(self._partial)
+        _rename(self._root, self._iteration, self._partial, self.folder)
+        _delete_surplus(self._root, self._iteration, self._retention)
+
+
+def save_checkpoint(
+    root: Path,
+    iteration: int,
+    *,
+    pieces: Iterable[TensorPiece],
+    model_config: ModelConfig,
+    state: Mapping[str, Any],
+    retention: Retention = KEEP_ALL,
+    rank: int = 0,
+    world_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write one checkpoint at once and make it the latest; every rank of ``group`` calls it with the pieces it holds.
+
+    Args:
+        root: as in :class:`CheckpointSave`, and so are the next ones.
+        iteration: iterations done.
+        pieces: what this rank holds.
+        model_config: the model.
+        state: JSON-ready values.
+        retention: which older checkpoints stay.
+        rank: this rank's place in ``group``.
+        world_size: ranks in ``group``.
+        group: process group that can exchange objects; None is the default group.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        CheckpointError: as :meth:`CheckpointSave.settle`.
+    """
+    save = CheckpointSave(
+        root, iteration, pieces=pieces, model_config=model_config, state=state, retention=retention,
+        peers=Peers(rank, world_size, group),
+    )  # fmt: skip
+    save.finish()
+    return save.folder
+
+
+def finish_folder(folder: Path, model_config: ModelConfig, state: Mapping[str, Any]) -> None:
+    """Write what belongs to a checkpoint besides its tensors and their index; the manifest last."""
+    atomic_write_json(folder / MODEL_CONFIG_NAME, model_config.to_json())
+    atomic_write_json(folder / STATE_NAME, dict(state))
+    write_manifest(folder, (MODEL_CONFIG_NAME, STATE_NAME))
+
+
+def write_tracker(root: Path, iteration: int) -> None:
+    """Name the latest iteration."""
+    atomic_write_text(root / TRACKER_NAME, f"{iteration}\n")
+
+
+def _require_whole_model(folder: Path, model_config: ModelConfig) -> None:
+    """Compare what was written with the model's names and shapes.
+
+    A slice that lacks its tensor-parallel tag would pass for the whole tensor, and a forgotten layer for
+    none: a checkpoint that no layout could load must not replace a good one.
+    """
+    stored = {
+        key.removeprefix(MODEL_PREFIX): tensor.shape
+        for key, tensor in read_index(folder).tensors.items()
+        if key.startswith(MODEL_PREFIX)
+    }
+    expected = parameter_shapes(model_config)
+    for name in sorted(expected.keys() | stored.keys()):
+        wanted, written = expected.get(name, "none"), stored.get(name, "none")
+        if wanted != written:
+            raise CheckpointError(
+                f"tensor {name} has shape {wanted} in this model, but {written} was written; "
+                "the layout of a parameter is described wrongly"
+            )
+
+
+def _rename(root: Path, iteration: int, partial: Path, final: Path) -> None:
+    """Give a whole folder its final name, and name it in the tracker; if that fails, all is as it was."""
+    replaced = set_aside(final)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    try:
+        os.rename(partial, final)
+        _flush_folder(root)
+        write_tracker(root, iteration)
+    except (OSError, UserError):
+        if final.exists():
+            os.rename(final, partial)
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk: a rename is only durable once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete_surplus(root: Path, newest: int, retention: Retention) -> None:
+    try:
+        surplus = retention.surplus(published_iterations(root), newest)
+    except OSError as error:
+        logger.warning("%s cannot be read to delete what is not to be kept: %s", root, error)
+        return
+    for iteration in surplus:
+        delete_checkpoint(root / iteration_folder(iteration))
