@@ -39,6 +39,7 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
 
     from megatron_flashi2v.runtime.device import resolve_device
     from megatron_flashi2v.runtime.distributed import init_distributed
+    from megatron_flashi2v.runtime.hang_watch import HangWatch
     from megatron_flashi2v.runtime.logging import setup_logging
     from megatron_flashi2v.runtime.redirect import megatron_on
 
@@ -53,14 +54,15 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
         load_mindspeed(config)
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
-    with leaving_group(launch):
+    watch = HangWatch(config.faults.hang_timeout_s, config.checkpoint.save, launch, device.torch_device)
+    with leaving_group(launch), watch:
         # megatron-core compiles small functions while it is imported, which torch must do unredirected.
         from megatron_flashi2v.parallel.groups import destroy_groups
         from megatron_flashi2v.training.trainer import Trainer
 
         with megatron_on(device):
             try:
-                Trainer(config, model, launch, device).train()
+                Trainer(config, model, launch, device, watch).train()
             finally:
                 destroy_groups()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import reprlib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ def recipe_flags(cls: type, path: Path) -> list[str]:
         raise ConfigError(f"cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"not valid YAML: {_yaml_problem(error)}") from error
+    except RecursionError:
+        raise ConfigError("is nested too deeply; it must be a flat mapping of flag names to values") from None
     if not isinstance(values, dict):
         raise ConfigError(f"must be a mapping of flag names to values, not {type(values).__name__}")
     types = dict(flag_types(cls))
@@ -96,11 +99,20 @@ def _yaml_problem(error: Exception) -> str:
 def _check_kind(name: str, value: Any, kind: Any) -> None:
     """Refuse what would be told as a stray word once it is a flag; tyro checks the rest."""
     if kind is bool and not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; it must be true or false")
+        raise ConfigError(f"{name} is {_shown(value)}; it must be true or false")
     if value is None and type(None) not in typing.get_args(kind):
         raise ConfigError(f"{name} has no value; give one, or leave the key out")
     if isinstance(value, dict) or (isinstance(value, list) and typing.get_origin(kind) not in (list, tuple)):
-        raise ConfigError(f"{name} is {value!r}; it must be a single value")
+        raise ConfigError(f"{name} is {_shown(value)}; it must be a single value")
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        raise ConfigError(f"{name} is {_shown(value)}; it must be a list of single values")
+
+
+def _shown(value: Any) -> str:
+    """For a message: a few lines of YAML can hold one word a thousand million times."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    return short.repr(value)
 
 
 def _as_flags(name: str, value: Any) -> list[str]:

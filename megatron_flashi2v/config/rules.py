@@ -353,6 +353,8 @@ def _check_faults(faults: FaultArguments) -> None:
         raise ConfigError(
             f"--max-skipped-updates is {faults.max_skipped_updates}; it must be at least 0, which stops at the first"
         )
+    if faults.hang_timeout_s is not None and faults.hang_timeout_s < 0:
+        raise ConfigError(f"--hang-timeout-s is {faults.hang_timeout_s}; it must be at least 0, which watches nothing")
     for name in ("skip_loss_spike_factor", "skip_grad_norm_spike_factor"):
         factor = getattr(faults, name)
         if factor is not None and not factor > 1:

@@ -183,6 +183,9 @@ class FaultArguments:
     """Skip an update whose gradient norm is above so many times its running median, such as 10; off by default."""
     spike_window: int = 128
     """Applied updates that the running medians are taken over; nothing is a spike before there are so many."""
+    hang_timeout_s: float | None = None
+    """Seconds an iteration may take (4 x for starting, saving and what follows them) before the stacks of all ranks are
+    written to --save's stacks/ and the run ends; by default 900 with several processes and 0, never, with one."""
 
 
 @dataclass(frozen=True, kw_only=True)

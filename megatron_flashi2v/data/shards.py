@@ -239,14 +239,16 @@ def read_index(path: Path) -> ShardIndex:
                 f"{path}: format {values['format']!r} version {values['version']!r}; "
                 f"this program reads {SHARD_FORMAT!r} version {SHARD_VERSION}"
             )
+        tar_bytes = int(values["tar"]["bytes"])
         return ShardIndex(
             number=int(values["shard"]),
             fingerprint=str(values["fingerprint"]),
-            tar_bytes=int(values["tar"]["bytes"]),
+            tar_bytes=tar_bytes,
             tar_sha256=str(values["tar"]["sha256"]),
             samples=tuple(
                 IndexedSample(
-                    key=str(sample["key"]), tensors=Member(**sample["tensors"]), record=Member(**sample["record"])
+                    key=str(sample["key"]),
+                    tensors=_member(sample["tensors"], tar_bytes), record=_member(sample["record"], tar_bytes),
                 )
                 for sample in values["samples"]
             ),
@@ -255,6 +257,16 @@ def read_index(path: Path) -> ShardIndex:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a shard's index ({type(error).__name__}: {error}); prepare it again") from error
+
+
+def _member(values: dict[str, Any], tar_bytes: int) -> Member:
+    """A member that lies inside its tar: what is claimed beyond is not asked of the memory."""
+    member = Member(**values)
+    if not all(isinstance(value, int) for value in (member.offset, member.size, member.crc32)):
+        raise TypeError(f"{values} must be integers")
+    if not 0 <= member.offset <= member.offset + member.size <= tar_bytes:
+        raise ValueError(f"{values} does not lie within the tar's {tar_bytes} bytes")
+    return member
 
 
 def _index_to_json(index: ShardIndex) -> dict[str, Any]:

@@ -174,6 +174,8 @@ def read_json(path: Path | str, *, error: type[UserError] = UserError) -> Any:
         raise error(
             f"{path}: not valid JSON at line {problem.lineno}, column {problem.colno} ({problem.msg})"
         ) from problem
+    except RecursionError:
+        raise error(f"{path}: nested too deeply for a file of this project") from None
 
 
 def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
@@ -225,7 +227,7 @@ def read_jsonl(path: Path | str, *, error: type[UserError] = UserError) -> list[
 def _parse_row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -91,6 +91,11 @@ class CheckpointSaver:
             else:
                 save.finish()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is under way; the same on all ranks."""
+        return self._save is not None
+
     def working(self) -> int:
         """1 while this rank's thread works, or else 0; the ranks' sum is what :meth:`advance` wants."""
         return int(self._thread is not None and self._thread.is_alive())

@@ -40,6 +40,7 @@ from megatron_flashi2v.parallel.groups import make_groups
 from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
+from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
@@ -73,15 +74,18 @@ class Trainer:
         model_config: resolved dimensions.
         launch: this process's place.
         device: what it runs on.
+        hang_watch: is told what the run does; by default nothing is watched.
 
     Raises:
         UserError: the data or the checkpoint does not fit the configuration.
     """
 
     def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device
+        self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device,
+        hang_watch: HangWatch | None = None,
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
+        self.hang_watch = hang_watch or HangWatch(0.0, None, launch, device.torch_device)
         self.interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
         if launch.rank == 0:
             require_packages(config.watch)
@@ -171,6 +175,7 @@ class Trainer:
             raise
         finally:
             self.watch.end()
+        self.hang_watch.enter("the end", SLOW)
         source.close()
         self.data.close()
 
@@ -228,6 +233,7 @@ class Trainer:
         Raises:
             UserError: too many updates had to be skipped, or too many samples are bad; no rank goes on.
         """
+        self.hang_watch.enter(f"iteration {self.iteration + 1}")
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
         reader = self.reading_chunk or 0
@@ -243,12 +249,14 @@ class Trainer:
             "watch": self.watch.counts(source.waited_s),
             "interrupts": self.interrupts.counts(),
         })
+        self.hang_watch.enter(f"the update of iteration {self.iteration + 1}")
         try:
             self.bad_samples.settle(source.bad, *totals["bad_samples"])
             mean_loss, grad_norm = self.step.agree_on_norm(loss.mean)
             self.watch.gradients_ready(self.iteration + 1)
             skipped = self.guard.judge(self.iteration + 1, mean_loss, grad_norm)
         except UserError:  # on all ranks alike, so that they can still publish what they were saving
+            self.hang_watch.enter("the last checkpoint", SLOW)
             self.saver.finish()
             raise
         if skipped is None:
@@ -266,6 +274,8 @@ class Trainer:
             lr=lr, step_time_s=seconds, throughput=self.watch.throughput(latent_shape, seconds, totals["watch"]),
             loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma, skipped=skipped,
         )
+        if self.saver.is_saving and not any(totals["saving"]):
+            self.hang_watch.enter(f"saving beside iteration {self.iteration}", SLOW)
         self.saver.advance(*totals["saving"])
         return metrics
 
@@ -275,6 +285,7 @@ class Trainer:
         Raises:
             StorageError: on all ranks: a disk is full or refuses, and it is the last; one in between is done without.
         """
+        self.hang_watch.enter(f"saving iteration {self.iteration}", SLOW)
         if self.config.parallel.overlap_param_gather:
             # The next forward pass would gather the updated shards; until then the weights here are a step old.
             for model in self.models:

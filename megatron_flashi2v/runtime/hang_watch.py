@@ -1,0 +1,192 @@
+"""Ends a job that makes no progress, and tells where each of its processes stands.
+
+Every rank watches itself: a thread notices when the main thread has begun no new phase for too long. The ranks wait for
+one another in every iteration, so when one hangs, all do, and all notice. None needs the network for it, which may be
+what hangs, nor a reply of the rank that is stopped: it is another rank of its host that takes its stacks.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from megatron_flashi2v.runtime.distributed import gather_bytes
+from megatron_flashi2v.runtime.files import atomic_write_text
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.runtime.stacks import OwnStacks, Process, Report, main_thread_position, summary
+
+HANG_EXIT_CODE = 124
+"""As of ``timeout``."""
+SLOW = 4.0
+"""Allowance of phases that take long by nature: starting, saving, leaving."""
+DEFAULT_TIMEOUT_S = 900.0
+"""Half of the default of ``--distributed-timeout-minutes``, after which collectives fail by themselves."""
+STACKS_FOLDER = "stacks"
+SUMMARY_NAME = "summary.txt"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """What the main thread does; ``point`` counts the phases, which are the same on all ranks."""
+
+    point: int
+    name: str
+    allowance: float
+    limit_s: float
+
+
+class HangWatch:
+    """Within its context, ends this process, with :data:`HANG_EXIT_CODE`, when :meth:`enter` is not called for long.
+
+    Before, the stacks of all ranks are written to ``stacks/rank_00000.txt`` and so on, and a line on standard error
+    names the ranks that the others wait for: within twice the time that is allowed. Only time in which this process ran
+    counts: a job or a machine that is suspended as a whole does not hang.
+
+    All ranks enter the same phases in the same order; what one rank does alone belongs to a phase of all.
+
+    Args:
+        timeout_s: seconds that a phase may take; 0 watches nothing, None is :data:`DEFAULT_TIMEOUT_S` where there are
+            several processes and 0 where there is one.
+        folder: ``--save``, on a file system that all hosts share; without one each host keeps its stacks to itself.
+        launch: this process's place.
+        device: where the default group's backend wants tensors.
+    """
+
+    def __init__(
+        self, timeout_s: float | None, folder: Path | None, launch: LaunchEnvironment, device: torch.device
+    ) -> None:
+        if timeout_s is None:
+            timeout_s = DEFAULT_TIMEOUT_S if launch.world_size > 1 else 0.0
+        self._timeout_s, self._folder = timeout_s, folder
+        self._rank, self._world_size, self._device = launch.rank, launch.world_size, device
+        self._phase = _Phase(0, "", 1.0, timeout_s)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def enter(self, name: str, allowance: float = 1.0) -> None:
+        """Begin a phase; the one before is over.
+
+        Args:
+            name: in words, such as "iteration 12".
+            allowance: how many times the timeout it may take. The phase after it may take as much: other ranks may
+                still finish this one.
+        """
+        before = self._phase
+        self._phase = _Phase(before.point + 1, name, allowance, self._timeout_s * max(allowance, before.allowance))
+
+    def __enter__(self) -> HangWatch:
+        if not self._timeout_s:
+            return self
+        self._stacks = OwnStacks()
+        own = self._stacks.process(self._rank)
+        found = gather_bytes(json.dumps(asdict(own)).encode(), device=self._device)
+        self._processes = [Process(**json.loads(data)) for data in found]
+        self._own = own
+        first = self._processes[0]
+        self._run = f"{first.host}:{first.pid}:{first.started}"
+        self._folder = (
+            Path(tempfile.gettempdir()) / f"flashi2v-stacks-{first.pid}-{first.started}" if self._folder is None
+            else self._folder / STACKS_FOLDER
+        )
+        self.enter("the start", SLOW)
+        self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._stacks.close()
+
+    def _watch(self) -> None:
+        pause = min(self._timeout_s / 20, 5.0)
+        seen, idle_s, last = self._phase, 0.0, time.monotonic()
+        while not self._stop.wait(pause):
+            now, phase = time.monotonic(), self._phase
+            # A pause that took much longer means that this process was stopped or starved.
+            idle_s = idle_s + min(now - last, 2 * pause) if phase is seen else 0.0
+            seen, last = phase, now
+            if idle_s > phase.limit_s:
+                self._give_up(phase)
+
+    def _give_up(self, phase: _Phase) -> None:
+        """Write the stacks, tell who is late, and end this process, whatever else fails."""
+        # A file system that hangs too must not keep it: this needs no interpreter.
+        faulthandler.dump_traceback_later(0.85 * self._timeout_s, exit=True, file=2)
+        try:
+            self._tell(phase)
+        except Exception:
+            logger.critical("no progress in %s for %g s, and the stacks cannot be kept", phase.name, phase.limit_s,
+                            exc_info=True)
+            faulthandler.dump_traceback(file=2)
+        finally:
+            os._exit(HANG_EXIT_CODE)
+
+    def _tell(self, phase: _Phase) -> None:
+        patience_s = min(self._timeout_s / 4, 15.0)
+        where, waits = main_thread_position()
+        self._write(Report(run=self._run, process=self._own, point=phase.point, phase=phase.name, where=where,
+                           waits=waits), self._stacks.dump())
+        host = [process for process in self._processes if process.host == self._own.host]
+        self._wait(lambda: len(self._reports(host)) == len(host), patience_s)
+        speaks_for_host = self._is_first_of(self._reports(host))
+        silent = []
+        if speaks_for_host:
+            silent = [process for process in host if process.rank not in self._reports(host)]
+            for process in silent:
+                report = Report(run=self._run, process=process, silent=f"did not answer, and {process.state}")
+                self._write(report, process.dump(min(self._timeout_s / 8 / len(silent), 2.0)))
+        self._wait(lambda: len(self._reports(self._processes)) == self._world_size, patience_s)
+        reports = self._reports(self._processes)
+        told = self._folder_of_run() / SUMMARY_NAME
+        if self._is_first_of(reports):
+            line = (f"no progress in {phase.name} for {phase.limit_s:g} s (--hang-timeout-s {self._timeout_s:g}): "
+                    f"{summary(reports, self._world_size)}; all stacks are in {told.parent}")
+            logger.critical("%s", line)
+            atomic_write_text(told, f"{self._run}\n{line}\n")
+        else:  # a launcher stops all processes when one has ended
+            self._wait(lambda: told.exists() and told.read_text().startswith(self._run), patience_s / 2)
+        if speaks_for_host:
+            for process in silent:
+                process.kill()
+
+    def _is_first_of(self, reports: dict[int, Report]) -> bool:
+        """Whether this rank is the first of those that reported by themselves."""
+        return self._rank == min(rank for rank, report in reports.items() if report.silent is None)
+
+    def _reports(self, processes: Iterable[Process]) -> dict[int, Report]:
+        found = ((process.rank, Report.read(self._file(process.rank), self._run)) for process in processes)
+        return {rank: report for rank, report in found if report is not None}
+
+    def _write(self, report: Report, stacks: str) -> None:
+        path = self._file(report.process.rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, report.to_text(stacks))
+
+    def _file(self, rank: int) -> Path:
+        return self._folder_of_run() / f"rank_{rank:05d}.txt"
+
+    def _folder_of_run(self) -> Path:
+        assert self._folder is not None
+        return self._folder
+
+    def _wait(self, over: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not over() and time.monotonic() < end:
+            time.sleep(seconds / 50)
