@@ -253,6 +253,12 @@ class WatchArguments:
 
     log_norms_interval: int | None = None
     """Iterations between rows with norms of gradients and parameters by part of the model; by default never."""
+    eval_interval: int | None = None
+    """Iterations between evaluations of the loss on --valid-data-path, at fixed sigmas and noise; by default never."""
+    eval_iters: int = 10
+    """Global batches of one evaluation, always the same ones."""
+    valid_data_path: tuple[str, ...] = ()
+    """Folder written by `flashi2v prepare` that is not trained on, or several, each after its weight."""
     tensorboard_dir: Path | None = None
     """Folder for TensorBoard's event files."""
     wandb_project: str | None = None

@@ -26,13 +26,11 @@ from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimiz
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.retention import Retention
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
-from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import ConfigError, StorageError, UserError
+from megatron_flashi2v.config.errors import StorageError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
+from megatron_flashi2v.config.rules import num_microbatches, stage_layer_counts, virtual_stages
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
-from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.recompute import Recompute
@@ -47,13 +45,14 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
-from megatron_flashi2v.training.datasets import open_data, share_encoding
+from megatron_flashi2v.training.datasets import fit_model_to_data, open_data, share_encoding
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics
 from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import load_training_state, provenance
 from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.validation import make_validation
 from megatron_flashi2v.training.watch import Watch
 from megatron_flashi2v.training.writers import require_packages
 
@@ -87,9 +86,6 @@ class Trainer:
             require_packages(config.watch)
         self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
-        for shape in self.data.latent_shapes:
-            check_tokens(self.model_config, shape[1:])
-
         self.groups = make_groups(config.parallel)
         share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
         self.grid = shard_grid(self.groups)
@@ -117,10 +113,6 @@ class Trainer:
         self.models = wrap_data_parallel(self.chunks, config)
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
-        norms = NormsByPart(
-            self.model_config, self.optimizer, self.named_parameters(), self.grid, device.torch_device
-        )
-        self.watch = Watch(config, self.model_config, self.groups, device, launch, norms)
         self.iteration, self.consumed_samples = 0, 0
         self.stop_reason: str | None = None
         if resumed is not None:
@@ -134,12 +126,13 @@ class Trainer:
             self.spec, self.chunks, self.models, self.optimizer, self.clipper,
             num_microbatches=self.num_microbatches, micro_batch_size=config.batch.micro_batch_size,
         )
-
-    @property
-    def reading_chunk(self) -> int | None:
-        """Which of this rank's stages needs samples: at most one embeds them or computes their loss."""
-        ends = (index for index, chunk in enumerate(self.chunks) if chunk.stage.is_first or chunk.stage.is_last)
-        return next(ends, None)
+        self.watch = Watch(
+            config, self.model_config, self.groups, device, launch,
+            NormsByPart(self.model_config, self.optimizer, self.named_parameters(), self.grid, device.torch_device),
+            None if config.watch.eval_interval is None else make_validation(
+                config, self.model_config, self.data, self.step, device.torch_device, MICROBATCHES_AHEAD
+            ),
+        )
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Global names and parameters of all of this rank's stages."""
@@ -148,9 +141,9 @@ class Trainer:
     def train(self) -> None:
         """Run to ``train_iters``, or to the next multiple of ``exit_interval``; the last iteration is saved."""
         config = self.config
-        self.watch.begin(self.iteration)
         source = self.make_source()
         self.announce()
+        self.watch.begin(self.iteration, self.consumed_samples)
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
         self.bad_samples = self.make_bad_sample_ledger(source)
@@ -184,7 +177,7 @@ class Trainer:
         return MicrobatchSource(
             self.data, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
             dp_size=self.groups.dp.size(), device=self.device.torch_device,
-            shapes_only=self.reading_chunk is None,
+            shapes_only=self.step.reading_chunk is None,
             ahead=self.num_microbatches if self.data.encodes_together else MICROBATCHES_AHEAD,
             end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
         )
@@ -209,7 +202,9 @@ class Trainer:
                     if done:
                         raise
                     logger.warning("%s; the run goes on, and what is saved stays as it was", error)
-            if stop is not None:
+            if stop is None:
+                self.watch.look(self.iteration, self.consumed_samples)
+            else:
                 logger.info("leaving at iteration %d: %s", self.iteration, stop)
                 break
 
@@ -225,12 +220,7 @@ class Trainer:
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        reader = self.reading_chunk or 0
-        batches = [
-            source.iteration(self.consumed_samples, self.num_microbatches) if index == reader
-            else source.shapes(self.consumed_samples, self.num_microbatches)
-            for index in range(len(self.chunks))
-        ]
+        batches = self.step.batches(source, self.consumed_samples)
         latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
         loss, (bad_samples, *totals) = self.step.losses_and_gradients(
             batches, latent_shape,
@@ -344,27 +334,6 @@ class Trainer:
         if self.iteration == 0 and has_checkpoint(save):
             logger.warning("--save %s holds checkpoints of an earlier run, and this one starts anew beside them; "
                            "continue that run with --load %s, or choose another folder", save, save)
-
-
-def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
-    """Record how captions were cleaned, and what the paradigm takes from the data; check that widths agree.
-
-    Raises:
-        ConfigError: latent channels, text width or text length differ.
-    """
-    info = data.info
-    for name, wanted, found in (("latent_channels", model.latent_channels, info.latent_shape[0]),
-                                ("text_dim", model.text_dim, info.text_dim)):
-        if wanted != found:
-            raise ConfigError(f"{name} is {wanted} in the model, but {found} in {data.name}; they must be equal")
-    if data.text_length > model.text_length:
-        raise ConfigError(
-            f"text_length is {model.text_length} in the model, but captions in {data.name} have up to "
-            f"{data.text_length} rows; set --text-length {data.text_length}"
-        )
-    model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
-    stride = info.temporal_stride
-    return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
 def build_chunks(spec: ModelSpec, config: TrainConfig, device: Device) -> list[DiffusionTransformer]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+import torch.distributed
 
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import TrainConfig
@@ -13,7 +17,10 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.throughput import DataWaits, Throughput, ThroughputMeter
+from megatron_flashi2v.training.validation import VALIDATION_FILE, Validation
 from megatron_flashi2v.training.writers import Writers
+
+logger = logging.getLogger(__name__)
 
 
 class Watch:
@@ -26,6 +33,7 @@ class Watch:
         device: what it runs on.
         launch: this process's place.
         norms: finds norms by part.
+        validation: finds the validation loss; None where there is none.
     """
 
     def __init__(
@@ -36,19 +44,27 @@ class Watch:
         device: Device,
         launch: LaunchEnvironment,
         norms: NormsByPart,
+        validation: Validation | None,
     ) -> None:
-        self._config, self._norms = config, norms
+        self._config, self._norms, self._validation = config, norms, validation
+        self._device = device.torch_device
         self._extra: dict[str, Any] = {}
         self._writes = launch.rank == 0
         self._folder = config.checkpoint.save if self._writes else None
         self._meter = ThroughputMeter(config, model, device, launch.world_size)
         self._waits = DataWaits(groups)
 
-    def begin(self, iteration: int) -> None:
-        """Open what is written to, and drop from it what is past the iteration that the run goes on from."""
+    def begin(self, iteration: int, consumed_samples: int) -> None:
+        """Open what is written to, and drop from it what is past the iteration that the run goes on from.
+
+        What an interrupted run did not come to at that iteration is made up for.
+        """
         self._log = MetricsLog(self._folder, iteration)
+        self._validation_log = MetricsLog(self._folder, iteration, VALIDATION_FILE)
         self._writers = Writers(self._config, self._folder, iteration) if self._writes else None
         self._progress = ProgressLine(self._config.batch.train_iters, self._config.runtime.log_interval)
+        if iteration and self._agreed(self._validation_log.last_iteration != iteration):
+            self.look(iteration, consumed_samples)
 
     @property
     def num_counts(self) -> int:
@@ -70,6 +86,12 @@ class Watch:
             norms = self._norms.measure()
             self._extra = {"grad_norm_by_part": norms.gradients, "param_norm_by_part": norms.parameters}
 
+    def _agreed(self, mine: bool) -> bool:
+        """What rank 0, which has the files, finds."""
+        word = torch.tensor([float(mine)], device=self._device)
+        torch.distributed.broadcast(word, 0)
+        return bool(word.item())
+
     def iteration_done(self, metrics: IterationMetrics) -> None:
         """Show an iteration."""
         row, self._extra = {**metrics.to_json(), **self._extra}, {}
@@ -78,7 +100,24 @@ class Watch:
             self._writers.write("train", row)
         self._progress.update(metrics)
 
+    def look(self, iteration: int, consumed_samples: int) -> None:
+        """Look at the model after an iteration, where it is time; all ranks call it, unless they are about to leave."""
+        if self._validation is not None and self._is_due(iteration, self._config.watch.eval_interval):
+            self._validate(self._validation, iteration, consumed_samples)
+
+    def _is_due(self, iteration: int, interval: int | None) -> bool:
+        return interval is not None and (iteration % interval == 0 or iteration == self._config.batch.train_iters)
+
+    def _validate(self, validation: Validation, iteration: int, consumed_samples: int) -> None:
+        row = {"iteration": iteration, "consumed_samples": consumed_samples, **validation.run()}
+        self._validation_log.append(row)
+        if self._writers is not None:
+            self._writers.write("validation", row)
+        logger.info("validation at iteration %d | loss %.4f | %.1f s", iteration, row["loss"], row["seconds"])
+
     def end(self) -> None:
         """Write what is still held back."""
+        if self._validation is not None:
+            self._validation.close()
         if self._writers is not None:
             self._writers.close()

@@ -10,6 +10,8 @@ import torch
 from helpers.layouts import Layout, assert_same_metrics, metrics, run_layouts, tensors, weights
 from helpers.synthetic_data import write_synthetic
 
+from megatron_flashi2v.runtime.files import read_jsonl
+
 pytestmark = pytest.mark.timeout(1800)  # the first test makes all runs
 
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
@@ -27,9 +29,10 @@ BATCH = 8
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same run by every layout and by one process."""
     folder = tmp_path_factory.mktemp("watching")
-    data = write_synthetic(folder / "data", 6, (16, 2, 8, 10), 64, 32, seed=3)
+    data, valid = (write_synthetic(folder / str(seed), 6, (16, 2, 8, 10), 64, 32, seed=seed) for seed in (3, 4))
     flags = ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", "4", "--seed", "7",
-             "--micro-batch-size", "2", "--global-batch-size", str(BATCH), "--lr", "2e-4", "--log-norms-interval", "2"]
+             "--micro-batch-size", "2", "--global-batch-size", str(BATCH), "--lr", "2e-4", "--log-norms-interval", "2",
+             "--valid-data-path", str(valid), "--eval-interval", "2", "--eval-iters", "2"]
     return run_layouts([Layout("single", 1), *LAYOUTS], folder, flags, timeout=1500)
 
 
@@ -69,3 +72,13 @@ def test_norms_are_those_of_the_saved_weights_and_gradients(runs: dict[str, Path
         for name, of, relative in (("grad_norm_by_part", gradients, 1e-5), ("param_norm_by_part", trained, 2e-2)):
             norms = [value.double().norm() for key, value in of.items() if key.startswith(f"model.{prefix}.")]
             assert norms and row[name][part] == pytest.approx(float(torch.stack(norms).norm()), rel=relative), part
+
+
+@pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS])
+def test_validation_loss(runs: dict[str, Path], layout: str) -> None:
+    rows, expected = (read_jsonl(runs[name] / "validation.jsonl") for name in (layout, "single"))
+    assert [row["iteration"] for row in rows] == [2, 4]
+    for row, want in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert row["samples_by_sigma"] == [2] * 8
+        assert row["loss_by_sigma"] == pytest.approx(want["loss_by_sigma"], rel=1e-5)
