@@ -9,13 +9,7 @@ from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.train import (
-    OptimizerArguments,
-    ParallelArguments,
-    RecomputeArguments,
-    TrainConfig,
-    WatchArguments,
-)
+from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments, TrainConfig
 
 
 def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> None:
@@ -36,7 +30,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_fp8(config)
     _check_numbers(config)
     _check_online_encoding(config)
-    _check_watch(config.watch)
+    _check_watch(config, world_size)
     if config.runtime.use_mindspeed and config.runtime.device != "npu":
         raise ConfigError(
             f"--use-mindspeed adapts megatron-core to NPUs, but --device is {config.runtime.device}; add --device npu, "
@@ -353,7 +347,18 @@ def _check_online_encoding(config: TrainConfig) -> None:
     check_clips(config.encoding)
 
 
-def _check_watch(watch: WatchArguments) -> None:
+def _check_watch(config: TrainConfig, world_size: int) -> None:
+    watch = config.watch
+    if watch.profile and config.checkpoint.save is None:
+        raise ConfigError("--profile writes its traces under --save, which is not set; give a folder")
+    if not 0 <= watch.profile_step_start < watch.profile_step_end:
+        raise ConfigError(
+            f"--profile-step-start {watch.profile_step_start} and --profile-step-end {watch.profile_step_end} must be "
+            "in order, from 0 on"
+        )
+    strange = [rank for rank in watch.profile_ranks if not 0 <= rank < world_size]
+    if strange:
+        raise ConfigError(f"--profile-ranks names rank {strange[0]}; {world_size} processes have 0 to {world_size - 1}")
     if watch.eval_interval is not None and not watch.valid_data_path:
         raise ConfigError(
             f"--eval-interval {watch.eval_interval} needs --valid-data-path: samples that are trained on tell no "

@@ -259,6 +259,14 @@ class WatchArguments:
     """Global batches of one evaluation, always the same ones."""
     valid_data_path: tuple[str, ...] = ()
     """Folder written by `flashi2v prepare` that is not trained on, or several, each after its weight."""
+    profile: bool = False
+    """Write profiler traces of some iterations to traces/ under --save; `touch SAVE/profile` does so at any time."""
+    profile_step_start: int = 10
+    """The trace begins when so many iterations are done."""
+    profile_step_end: int = 12
+    """The trace ends when so many iterations are done; one on demand is as long."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that write traces."""
     tensorboard_dir: Path | None = None
     """Folder for TensorBoard's event files."""
     wandb_project: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
@@ -190,6 +189,7 @@ class Trainer:
         """
         config = self.config
         while self.iteration < config.batch.train_iters:
+            self.watch.before_iteration(self.iteration)
             self.watch.iteration_done(self.run_iteration(source))
             stop = self.stop_reason
             if stop is None and self.is_due(config.checkpoint.exit_interval):

@@ -16,6 +16,7 @@ from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.norms import NormsByPart
+from megatron_flashi2v.training.profiling import Profiling
 from megatron_flashi2v.training.throughput import DataWaits, Throughput, ThroughputMeter
 from megatron_flashi2v.training.validation import VALIDATION_FILE, Validation
 from megatron_flashi2v.training.writers import Writers
@@ -53,6 +54,8 @@ class Watch:
         self._folder = config.checkpoint.save if self._writes else None
         self._meter = ThroughputMeter(config, model, device, launch.world_size)
         self._waits = DataWaits(groups)
+        self._profiling = Profiling(config.watch, config.checkpoint.save, device, launch.rank)
+        self._done, self._trace_asked = 0, False
 
     def begin(self, iteration: int, consumed_samples: int) -> None:
         """Open what is written to, and drop from it what is past the iteration that the run goes on from.
@@ -69,15 +72,20 @@ class Watch:
     @property
     def num_counts(self) -> int:
         """Length of :meth:`counts`."""
-        return self._waits.count
+        return 1 + self._waits.count
 
     def counts(self, data_wait_s: float) -> tuple[int, ...]:
         """What this rank tells all others with the loss, in sums."""
-        return self._waits.counts(data_wait_s)
+        return (self._profiling.asked(), *self._waits.counts(data_wait_s))
+
+    def before_iteration(self, done: int) -> None:
+        """Get ready to look at the next iteration; ``done`` are done."""
+        self._profiling.before_iteration(done)
 
     def throughput(self, latent_shape: tuple[int, int, int], seconds: float, totals: Sequence[int]) -> Throughput:
         """The figures of an iteration from its time and the sums of all ranks' :meth:`counts`."""
-        return self._meter.measure(latent_shape, seconds, self._waits.longest(totals))
+        self._trace_asked = totals[0] > 0
+        return self._meter.measure(latent_shape, seconds, self._waits.longest(totals[1:]))
 
     def gradients_ready(self, iteration: int) -> None:
         """Look at an iteration's gradients, before they are clipped."""
@@ -94,6 +102,10 @@ class Watch:
 
     def iteration_done(self, metrics: IterationMetrics) -> None:
         """Show an iteration."""
+        self._done = metrics.iteration
+        self._profiling.after_iteration(self._done)
+        if self._trace_asked:
+            self._profiling.plan(self._done)
         row, self._extra = {**metrics.to_json(), **self._extra}, {}
         self._log.append(row)
         if self._writers is not None:
@@ -117,6 +129,7 @@ class Watch:
 
     def end(self) -> None:
         """Write what is still held back."""
+        self._profiling.end(self._done)
         if self._validation is not None:
             self._validation.close()
         if self._writers is not None:
