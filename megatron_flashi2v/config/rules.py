@@ -10,6 +10,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments, TrainConfig
+from megatron_flashi2v.config.watch import check_watch
 
 
 def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> None:
@@ -30,7 +31,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_fp8(config)
     _check_numbers(config)
     _check_online_encoding(config)
-    _check_watch(config, world_size)
+    check_watch(config.watch, config.checkpoint.save, world_size)
     if config.runtime.use_mindspeed and config.runtime.device != "npu":
         raise ConfigError(
             f"--use-mindspeed adapts megatron-core to NPUs, but --device is {config.runtime.device}; add --device npu, "
@@ -184,9 +185,6 @@ def _check_positive(config: TrainConfig) -> None:
         "global_batch_size": config.batch.global_batch_size,
         "train_iters": config.batch.train_iters,
         "log_interval": config.runtime.log_interval,
-        "log_norms_interval": config.watch.log_norms_interval,
-        "eval_interval": config.watch.eval_interval,
-        "eval_iters": config.watch.eval_iters,
         "save_interval": config.checkpoint.save_interval,
         "exit_interval": config.checkpoint.exit_interval,
         "keep_last": config.checkpoint.keep_last,
@@ -345,29 +343,6 @@ def _check_online_encoding(config: TrainConfig) -> None:
         return
     require_given(config.encoding, ["annotations", "vae", "text_encoder", "tokenizer"], "train")
     check_clips(config.encoding)
-
-
-def _check_watch(config: TrainConfig, world_size: int) -> None:
-    watch = config.watch
-    if watch.profile and config.checkpoint.save is None:
-        raise ConfigError("--profile writes its traces under --save, which is not set; give a folder")
-    if not 0 <= watch.profile_step_start < watch.profile_step_end:
-        raise ConfigError(
-            f"--profile-step-start {watch.profile_step_start} and --profile-step-end {watch.profile_step_end} must be "
-            "in order, from 0 on"
-        )
-    strange = [rank for rank in watch.profile_ranks if not 0 <= rank < world_size]
-    if strange:
-        raise ConfigError(f"--profile-ranks names rank {strange[0]}; {world_size} processes have 0 to {world_size - 1}")
-    if watch.eval_interval is not None and not watch.valid_data_path:
-        raise ConfigError(
-            f"--eval-interval {watch.eval_interval} needs --valid-data-path: samples that are trained on tell no "
-            "validation loss"
-        )
-    if watch.valid_data_path and watch.eval_interval is None:
-        raise ConfigError(
-            f"--valid-data-path {' '.join(watch.valid_data_path)} is of no use without --eval-interval; add it"
-        )
 
 
 def _nearest_divisor(count: int, wanted: int) -> int:

@@ -12,6 +12,7 @@ from typing import Literal
 from megatron_flashi2v.config.convert import FORMATS
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import ClipArguments
+from megatron_flashi2v.config.watch import WatchArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,32 +246,6 @@ class RuntimeArguments:
     """Iterations between progress lines."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchArguments:
-    """Looking at a run; none of it changes what is trained."""
-
-    log_norms_interval: int | None = None
-    """Iterations between rows with norms of gradients and parameters by part of the model; by default never."""
-    eval_interval: int | None = None
-    """Iterations between evaluations of the loss on --valid-data-path, at fixed sigmas and noise; by default never."""
-    eval_iters: int = 10
-    """Global batches of one evaluation, always the same ones."""
-    valid_data_path: tuple[str, ...] = ()
-    """Folder written by `flashi2v prepare` that is not trained on, or several, each after its weight."""
-    profile: bool = False
-    """Write profiler traces of some iterations to traces/ under --save; `touch SAVE/profile` does so at any time."""
-    profile_step_start: int = 10
-    """The trace begins when so many iterations are done."""
-    profile_step_end: int = 12
-    """The trace ends when so many iterations are done; one on demand is as long."""
-    profile_ranks: tuple[int, ...] = (0,)
-    """Ranks that write traces."""
-    tensorboard_dir: Path | None = None
-    """Folder for TensorBoard's event files."""
-    wandb_project: str | None = None
-    """Project at Weights & Biases; its own variables (WANDB_MODE, WANDB_NAME, WANDB_ENTITY ...) say the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)

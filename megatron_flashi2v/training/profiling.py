@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_flashi2v.config.train import WatchArguments
+from megatron_flashi2v.config.watch import WatchArguments
 from megatron_flashi2v.runtime.device import Device
 
 REQUEST_FILE = "profile"

@@ -30,6 +30,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import num_microbatches, stage_layer_counts, virtual_stages
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
+from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.recompute import Recompute
@@ -44,14 +45,15 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
-from megatron_flashi2v.training.datasets import fit_model_to_data, open_data, share_encoding
+from megatron_flashi2v.training.datasets import fit_model_to_data, open_data, open_validation_data, share_encoding
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics
 from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import load_training_state, provenance
+from megatron_flashi2v.training.samples import Samples
 from megatron_flashi2v.training.step import TrainingStep
-from megatron_flashi2v.training.validation import make_validation
+from megatron_flashi2v.training.validation import VALIDATION_SEED, Validation, make_validation
 from megatron_flashi2v.training.watch import Watch
 from megatron_flashi2v.training.writers import require_packages
 
@@ -85,6 +87,10 @@ class Trainer:
             require_packages(config.watch)
         self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
+        self.validation_data: Blend | None = None
+        if config.watch.valid_data_path:
+            self.validation_data = open_validation_data(config, self.data, VALIDATION_SEED)
+            fit_model_to_data(self.model_config, self.validation_data)
         self.groups = make_groups(config.parallel)
         share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
         self.grid = shard_grid(self.groups)
@@ -128,9 +134,7 @@ class Trainer:
         self.watch = Watch(
             config, self.model_config, self.groups, device, launch,
             NormsByPart(self.model_config, self.optimizer, self.named_parameters(), self.grid, device.torch_device),
-            None if config.watch.eval_interval is None else make_validation(
-                config, self.model_config, self.data, self.step, device.torch_device, MICROBATCHES_AHEAD
-            ),
+            *self.make_lookers(),
         )
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -158,6 +162,8 @@ class Trainer:
             self.watch.end()
         source.close()
         self.data.close()
+        if self.validation_data is not None:
+            self.validation_data.close()
 
     def make_bad_sample_ledger(self, source: MicrobatchSource) -> BadSampleLedger:
         """What the ranks agree on about samples that cannot be used."""
@@ -180,6 +186,20 @@ class Trainer:
             ahead=self.num_microbatches if self.data.encodes_together else MICROBATCHES_AHEAD,
             end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
         )
+
+    def make_lookers(self) -> tuple[Validation | None, Samples | None]:
+        """What looks at the model by way of validation data."""
+        config, data, save = self.config, self.validation_data, self.config.checkpoint.save
+        if data is None:
+            return None, None
+        validation = None if config.watch.eval_interval is None else make_validation(
+            config, self.model_config, data, self.step, self.device.torch_device, MICROBATCHES_AHEAD
+        )
+        samples = None if config.watch.sample_interval is None or save is None else Samples(
+            config.watch, save, data, self.model_config, self.chunks, self.models, self.device,
+            gathers_late=config.parallel.overlap_param_gather,
+        )
+        return validation, samples
 
     def run_iterations(self, source: MicrobatchSource) -> None:
         """Train up to the run's last iteration, or until it is time to leave; the last one is always saved.

@@ -20,7 +20,6 @@ from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.runtime.random import keyed_seed
 from megatron_flashi2v.training.batch import MicrobatchSource
-from megatron_flashi2v.training.datasets import fit_model_to_data, open_validation_data
 from megatron_flashi2v.training.sigma_buckets import BUCKETS, BatchLoss
 from megatron_flashi2v.training.step import TrainingStep
 
@@ -72,9 +71,8 @@ class Validation:
         }
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Stop reading."""
         self._source.abandon()
-        self._source.data.close()
 
     def _tell_bad_samples(self) -> None:
         if self._told:  # the next evaluation meets the same ones
@@ -84,23 +82,18 @@ class Validation:
 
 
 def make_validation(
-    config: TrainConfig, model: ModelConfig, training: Blend, step: TrainingStep, device: torch.device, ahead: int
+    config: TrainConfig, model: ModelConfig, data: Blend, step: TrainingStep, device: torch.device, ahead: int
 ) -> Validation:
     """The validation that the flags ask for.
 
     Args:
         config: flags and recipe, checked.
         model: as it was fitted to the training data.
-        training: the data that the run trains on.
+        data: validation data.
         step: runs the model.
         device: where microbatches go.
         ahead: microbatches that are read ahead.
-
-    Raises:
-        UserError: the validation data are missing, damaged, or do not belong to the training's.
     """
-    data = open_validation_data(config, training, VALIDATION_SEED)
-    fit_model_to_data(model, data)
     groups, iterations = step.spec.groups, config.watch.eval_iters
     source = ValidationSource(
         data, model, config.data, dataclasses.replace(config.batch, seed=VALIDATION_SEED), dp_rank=groups.dp.rank(),

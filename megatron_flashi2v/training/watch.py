@@ -17,6 +17,7 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.profiling import Profiling
+from megatron_flashi2v.training.samples import Samples
 from megatron_flashi2v.training.throughput import DataWaits, Throughput, ThroughputMeter
 from megatron_flashi2v.training.validation import VALIDATION_FILE, Validation
 from megatron_flashi2v.training.writers import Writers
@@ -35,6 +36,7 @@ class Watch:
         launch: this process's place.
         norms: finds norms by part.
         validation: finds the validation loss; None where there is none.
+        samples: makes videos; None where there are none.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Watch:
         launch: LaunchEnvironment,
         norms: NormsByPart,
         validation: Validation | None,
+        samples: Samples | None,
     ) -> None:
-        self._config, self._norms, self._validation = config, norms, validation
+        self._config, self._norms, self._validation, self._samples = config, norms, validation, samples
         self._device = device.torch_device
         self._extra: dict[str, Any] = {}
         self._writes = launch.rank == 0
@@ -66,8 +69,10 @@ class Watch:
         self._validation_log = MetricsLog(self._folder, iteration, VALIDATION_FILE)
         self._writers = Writers(self._config, self._folder, iteration) if self._writes else None
         self._progress = ProgressLine(self._config.batch.train_iters, self._config.runtime.log_interval)
-        if iteration and self._agreed(self._validation_log.last_iteration != iteration):
-            self.look(iteration, consumed_samples)
+        if iteration:
+            owes_loss = self._validation_log.last_iteration != iteration
+            owes_samples = self._samples is not None and not self._samples.folder(iteration).exists()
+            self.look(iteration, consumed_samples, *self._agreed(owes_loss, owes_samples))
 
     @property
     def num_counts(self) -> int:
@@ -94,11 +99,11 @@ class Watch:
             norms = self._norms.measure()
             self._extra = {"grad_norm_by_part": norms.gradients, "param_norm_by_part": norms.parameters}
 
-    def _agreed(self, mine: bool) -> bool:
+    def _agreed(self, *mine: bool) -> list[bool]:
         """What rank 0, which has the files, finds."""
-        word = torch.tensor([float(mine)], device=self._device)
+        word = torch.tensor(mine, dtype=torch.float32, device=self._device)
         torch.distributed.broadcast(word, 0)
-        return bool(word.item())
+        return [bool(found) for found in word.tolist()]
 
     def iteration_done(self, metrics: IterationMetrics) -> None:
         """Show an iteration."""
@@ -112,10 +117,13 @@ class Watch:
             self._writers.write("train", row)
         self._progress.update(metrics)
 
-    def look(self, iteration: int, consumed_samples: int) -> None:
+    def look(self, iteration: int, consumed_samples: int, loss: bool = True, samples: bool = True) -> None:
         """Look at the model after an iteration, where it is time; all ranks call it, unless they are about to leave."""
-        if self._validation is not None and self._is_due(iteration, self._config.watch.eval_interval):
+        watch = self._config.watch
+        if loss and self._validation is not None and self._is_due(iteration, watch.eval_interval):
             self._validate(self._validation, iteration, consumed_samples)
+        if samples and self._samples is not None and self._is_due(iteration, watch.sample_interval):
+            self._samples.run(iteration)
 
     def _is_due(self, iteration: int, interval: int | None) -> bool:
         return interval is not None and (iteration % interval == 0 or iteration == self._config.batch.train_iters)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.layouts import metrics
 
-from megatron_flashi2v.config.train import WatchArguments
+from megatron_flashi2v.config.watch import WatchArguments
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.training.profiling import Profiling
 from megatron_flashi2v.training.step import TrainingStep
