@@ -16,6 +16,7 @@ from megatron_flashi2v.config.train import (
     RecomputeArguments,
     TrainConfig,
 )
+from megatron_flashi2v.config.watch import check_watch
 
 
 def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> None:
@@ -38,6 +39,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_numbers(config)
     _check_faults(config.faults)
     _check_online_encoding(config)
+    check_watch(config.watch, config.checkpoint.save, world_size)
     if config.runtime.use_mindspeed and config.runtime.device != "npu":
         raise ConfigError(
             f"--use-mindspeed adapts megatron-core to NPUs, but --device is {config.runtime.device}; add --device npu, "
@@ -191,7 +193,6 @@ def _check_positive(config: TrainConfig) -> None:
         "global_batch_size": config.batch.global_batch_size,
         "train_iters": config.batch.train_iters,
         "log_interval": config.runtime.log_interval,
-        "log_norms_interval": config.watch.log_norms_interval,
         "save_interval": config.checkpoint.save_interval,
         "exit_interval": config.checkpoint.exit_interval,
         "keep_last": config.checkpoint.keep_last,

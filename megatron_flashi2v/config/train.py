@@ -12,6 +12,7 @@ from typing import Literal
 from megatron_flashi2v.config.convert import FORMATS
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import ClipArguments
+from megatron_flashi2v.config.watch import WatchArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,18 +269,6 @@ class RuntimeArguments:
     """Iterations between progress lines."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchArguments:
-    """Looking at a run; none of it changes what is trained."""
-
-    log_norms_interval: int | None = None
-    """Iterations between rows with norms of gradients and parameters by part of the model; by default never."""
-    tensorboard_dir: Path | None = None
-    """Folder for TensorBoard's event files."""
-    wandb_project: str | None = None
-    """Project at Weights & Biases; its own variables (WANDB_MODE, WANDB_NAME, WANDB_ENTITY ...) say the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)

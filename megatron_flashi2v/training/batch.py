@@ -184,15 +184,24 @@ class MicrobatchSource:
         ]
         shape = samples[0].latents_CTHW.shape
         channels, _, height, width = shape
-        shift = dynamic_shift(height, width) if self.flow.sigma_shift is None else self.flow.sigma_shift
         image_shape = (channels, 1, height, width)
         return Microbatch(
             latents_BCTHW=torch.stack([sample.latents_CTHW for sample in samples]),
             noise_BCTHW=torch.stack([torch.randn(shape, generator=self._generator("noise", p)) for p in positions]),
-            sigma_B=shift_sigmas(torch.cat([self._sigma(position) for position in positions]), shift),
+            sigma_B=self.sigmas(positions, (height, width)),
             text_BLX=torch.stack(text),
             extras=stack_extras([self._extras(position, image_shape) for position in positions]),
         )
+
+    def sigmas(self, positions: Sequence[int], latent_size: tuple[int, int]) -> Tensor:
+        """Noise levels [B] of these positions.
+
+        Args:
+            positions: of the global order.
+            latent_size: rows and columns of the latents, which the shift follows.
+        """
+        shift = dynamic_shift(*latent_size) if self.flow.sigma_shift is None else self.flow.sigma_shift
+        return shift_sigmas(torch.cat([self._sigma(position) for position in positions]), shift)
 
     def _taken(self, loaded: Iterator[LoadedMicrobatch], count: int) -> Iterator[Microbatch]:
         for _ in range(count):

@@ -66,13 +66,18 @@ class MetricsLog:
         folder: where the file lies; None keeps nothing.
         resumed_iteration: rows of later iterations are dropped, and so is a torn last line.
         name: the file's.
+
+    Attributes:
+        last_iteration: of the rows that an earlier run left; None where it left none.
     """
 
     def __init__(self, folder: Path | None, resumed_iteration: int, name: str = METRICS_FILE) -> None:
         self.path = None if folder is None else folder / name
         self._waiting: list[dict[str, Any]] = []
+        self.last_iteration: int | None = None
         if self.path is not None and self.path.exists():
             rows = [row for row in read_jsonl(self.path) if row["iteration"] <= resumed_iteration]
+            self.last_iteration = rows[-1]["iteration"] if rows else None
             atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:

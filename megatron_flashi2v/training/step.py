@@ -22,7 +22,7 @@ from megatron_flashi2v.models.patches import output_patches
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
 from megatron_flashi2v.parallel.regions import own_tokens
-from megatron_flashi2v.training.batch import Microbatch
+from megatron_flashi2v.training.batch import Microbatch, MicrobatchSource
 from megatron_flashi2v.training.clipping import Clipper, scale_gradients
 from megatron_flashi2v.training.optimizer import ready_gradients
 from megatron_flashi2v.training.sigma_buckets import WIDTH, BatchLoss, loss_report, read_report
@@ -96,6 +96,20 @@ class TrainingStep:
         )
         self._communicator = P2PCommunicator(pp_group=groups.pp, config=spec.megatron)
 
+    @property
+    def reading_chunk(self) -> int | None:
+        """Which of this rank's stages needs samples: at most one embeds them or computes their loss."""
+        ends = (index for index, chunk in enumerate(self.chunks) if chunk.stage.is_first or chunk.stage.is_last)
+        return next(ends, None)
+
+    def batches(self, source: MicrobatchSource, position: int) -> list[Iterator[Microbatch]]:
+        """For each of this rank's stages, the microbatches of the global batch that starts at ``position``."""
+        reader = self.reading_chunk or 0
+        return [
+            (source.iteration if index == reader else source.shapes)(position, self.num_microbatches)
+            for index in range(len(self.chunks))
+        ]
+
     def losses_and_gradients(
         self,
         batches: list[Iterator[Microbatch]],
@@ -115,6 +129,28 @@ class TrainingStep:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        return self._run(batches, latent_shape, counts)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Iterator[Microbatch]], latent_shape: tuple[int, int, int]) -> BatchLoss:
+        """The loss of a global batch that is not trained on; arguments as for :meth:`losses_and_gradients`."""
+        for model in self.models:
+            model.eval()
+        try:
+            loss, _ = self._run(batches, latent_shape, dict, forward_only=True)
+        finally:
+            for model in self.models:
+                model.train()
+        return loss
+
+    def _run(
+        self,
+        batches: list[Iterator[Microbatch]],
+        latent_shape: tuple[int, int, int],
+        counts: Callable[[], Mapping[str, Sequence[int]]],
+        *,
+        forward_only: bool = False,
+    ) -> tuple[BatchLoss, dict[str, list[int]]]:
         packed = self.chunks[0].packed_shape(self.chunks[0].grid(latent_shape))
         groups = self.spec.groups
         parts = self._schedule(
@@ -125,6 +161,7 @@ class TrainingStep:
             # The schedule divides by CP, and by TP under sequence parallelism, to get the rows of one hop.
             seq_length=packed.rows * groups.cp.size() * groups.token_shards,
             micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )

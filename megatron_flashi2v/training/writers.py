@@ -13,7 +13,8 @@ import yaml
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.train import TrainConfig, WatchArguments
+from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.watch import WatchArguments
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.training.sigma_buckets import BUCKETS
 
