@@ -156,6 +156,7 @@ class Trainer:
         config = self.config
         source = self.make_source()
         self.announce()
+        self.hang_watch.enter(f"looking at iteration {self.iteration}", SLOW)  # what an interrupted run left undone
         self.watch.begin(self.iteration, self.consumed_samples)
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)

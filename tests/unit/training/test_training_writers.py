@@ -33,7 +33,9 @@ def curves() -> Callable[[Path], dict[str, dict[int, float]]]:
 
     def read(folder: Path) -> dict[str, dict[int, float]]:
         found = accumulators.EventAccumulator(str(folder)).Reload()
-        return {tag: {point.step: point.value for point in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
+        points = {tag: found.Scalars(tag) for tag in found.Tags()["scalars"]}
+        assert all(len({point.step for point in curve}) == len(curve) for curve in points.values())
+        return {tag: {point.step: point.value for point in curve} for tag, curve in points.items()}
 
     return read
 
