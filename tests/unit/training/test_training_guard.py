@@ -65,6 +65,12 @@ def test_spikes_are_measured_by_the_median_of_applied_updates() -> None:
     assert 2 <= 40 - len(kept) <= 6
 
 
+def test_spikes_do_not_become_usual() -> None:
+    guard = guard_of(skip_loss_spike_factor=3.0, spike_window=3, max_skipped_updates=9)
+    assert [guard.judge(iteration, 1.0, 1.0) for iteration in (1, 2, 3)] == [None] * 3
+    assert [guard.judge(iteration, 10.0, 1.0) for iteration in range(4, 12)] == ["loss_spike"] * 8
+
+
 def test_spikes_pass_by_default() -> None:
     guard = guard_of(spike_window=1)
     assert guard.judge(1, 1.0, 1.0) is None and guard.judge(2, 1e9, 1e9) is None
