@@ -18,31 +18,32 @@ class WeightedFolder:
     weight: float = 1.0
 
 
-def parse_blend(values: Sequence[str]) -> tuple[WeightedFolder, ...]:
+def parse_blend(values: Sequence[str], flag: str = "--data-path") -> tuple[WeightedFolder, ...]:
     """What ``--data-path`` names.
 
     Args:
         values: one folder, or weights and folders in turn.
+        flag: what they were given by.
 
     Raises:
         ConfigError: nothing is named, a weight is missing or not a number above 0, or a folder is named twice.
     """
     if not values:
-        raise ConfigError("--data-path is not set; give the folder that `flashi2v prepare` wrote")
+        raise ConfigError(f"{flag} is not set; give the folder that `flashi2v prepare` wrote")
     shown = " ".join(values)
     if len(values) == 1:
         return (WeightedFolder(folder=Path(values[0])),)
     if len(values) % 2:
         raise ConfigError(
-            f"--data-path {shown}: {len(values)} words; give one folder, or a weight before each folder, such as "
+            f"{flag} {shown}: {len(values)} words; give one folder, or a weight before each folder, such as "
             "0.7 FOLDER 0.3 FOLDER"
         )
     parts = tuple(
-        WeightedFolder(folder=Path(folder), weight=_weight(weight, shown))
+        WeightedFolder(folder=Path(folder), weight=_weight(weight, f"{flag} {shown}"))
         for weight, folder in zip(values[::2], values[1::2], strict=True)
     )
     if len({part.folder for part in parts}) < len(parts):
-        raise ConfigError(f"--data-path {shown}: names a folder twice; name it once with the sum of its weights")
+        raise ConfigError(f"{flag} {shown}: names a folder twice; name it once with the sum of its weights")
     return parts
 
 
@@ -53,7 +54,7 @@ def _weight(text: str, shown: str) -> float:
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
         raise ConfigError(
-            f"--data-path {shown}: {text!r} stands where a weight must; give a number above 0 before each folder, "
+            f"{shown}: {text!r} stands where a weight must; give a number above 0 before each folder, "
             "such as 0.7 FOLDER 0.3 FOLDER"
         )
     return weight

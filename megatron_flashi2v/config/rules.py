@@ -16,6 +16,7 @@ from megatron_flashi2v.config.train import (
     RecomputeArguments,
     TrainConfig,
 )
+from megatron_flashi2v.config.watch import check_watch
 
 
 def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> None:
@@ -38,6 +39,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_numbers(config)
     _check_faults(config.faults)
     _check_online_encoding(config)
+    check_watch(config.watch, config.checkpoint.save, world_size)
     if config.runtime.use_mindspeed and config.runtime.device != "npu":
         raise ConfigError(
             f"--use-mindspeed adapts megatron-core to NPUs, but --device is {config.runtime.device}; add --device npu, "

@@ -12,6 +12,7 @@ from typing import Literal
 from megatron_flashi2v.config.convert import FORMATS
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import ClipArguments
+from megatron_flashi2v.config.watch import WatchArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,3 +285,4 @@ class TrainConfig:
     recompute: RecomputeArguments = field(default_factory=RecomputeArguments)
     checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)
     runtime: RuntimeArguments = field(default_factory=RuntimeArguments)
+    watch: WatchArguments = field(default_factory=WatchArguments)

@@ -85,7 +85,7 @@ class Blend:
         for dataset in datasets:
             if not len(dataset):
                 raise ConfigError(f"{dataset.name} holds no samples; prepare it again")
-            _require_same_kind(dataset, datasets[0])
+            require_same_kind(dataset, datasets[0])
         shapes = list(dict.fromkeys(dataset.info.latent_shape for dataset in datasets))
         buckets = [shapes.index(dataset.info.latent_shape) for dataset in datasets]
         self.order = BlendOrder([len(dataset) for dataset in datasets], weights, buckets, batch, seed)
@@ -180,13 +180,18 @@ class Blend:
         return [found[place] for place in range(len(places))]
 
 
-def _require_same_kind(dataset: SampleSource, first: SampleSource) -> None:
+def require_same_kind(dataset: SampleSource, first: SampleSource) -> None:
+    """Refuse a data set that cannot be used beside another one in the same run.
+
+    Raises:
+        ConfigError: it was made with other encoders, text cleaning or frame rate.
+    """
     mine, its = dataset.info.to_json(), first.info.to_json()
     for name in mine.keys() - {*_OF_BUCKET, *_FREE}:
         if mine[name] != its[name]:
             raise ConfigError(
-                f"{dataset.name} was prepared with another {name} than {first.name}; data sets that are blended must "
-                "agree in it"
+                f"{dataset.name} was prepared with another {name} than {first.name}; the data sets of a run must agree "
+                "in it"
             )
     if mine["latent_shape"][0] != its["latent_shape"][0]:
         raise ConfigError(f"latents in {dataset.name} and {first.name} have other numbers of channels")

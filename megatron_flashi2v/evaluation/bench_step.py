@@ -41,6 +41,7 @@ from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device, resolve_device
+from megatron_flashi2v.runtime.peaks import peak_tflops
 from megatron_flashi2v.sampling.load import single_process
 from megatron_flashi2v.training.batch import Microbatch
 from megatron_flashi2v.training.clipping import make_clipper
@@ -48,8 +49,6 @@ from megatron_flashi2v.training.optimizer import make_optimizer, wrap_data_paral
 from megatron_flashi2v.training.step import TrainingStep, forward_step
 from megatron_flashi2v.training.trainer import build_chunks
 
-PEAK_BF16_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
-"""Dense peaks of NVIDIA's data sheets by a part of the card's name, the longer first."""
 COLUMNS = ("implementation", "seconds", "tflops", "mfu", "of_matmul", "peak_gib", "forward_s", "backward_s",
            "optimizer_s")
 KINDS = {
@@ -203,7 +202,9 @@ class OurStep:
 
     def breakdown(self, device: Device, rounds: int) -> dict[str, float]:
         """Median seconds of the step's parts; backward is what forward leaves of both, with recomputation."""
-        parts = {"forward": self.forward, "both": self.losses_and_gradients, "optimizer": self.update}
+        parts: dict[str, Callable[[], object]] = {
+            "forward": self.forward, "both": self.losses_and_gradients, "optimizer": self.update,
+        }
         seconds = interleaved_seconds(parts, device, rounds)
         forward, both, optimizer = (statistics.median(seconds[name]) for name in parts)
         return {"forward_s": forward, "backward_s": both - forward, "optimizer_s": optimizer}
@@ -299,13 +300,6 @@ def _peak(step: Callable[[], object], device: Device) -> int:
     step()
     device.synchronize()
     return device.max_memory_allocated()
-
-
-def peak_tflops(device: Device, dtype: torch.dtype) -> float | None:
-    """The data sheet's dense peak, where it is known."""
-    if dtype != torch.bfloat16:
-        return None
-    return next((peak for name, peak in PEAK_BF16_TFLOPS.items() if name in device.model_name()), None)
 
 
 def profile_kinds(step: Callable[[], object], device: Device) -> dict[str, float]:

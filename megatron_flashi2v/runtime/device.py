@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.profiler
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.hccl import OTHERS
@@ -92,6 +93,10 @@ class Device(abc.ABC):
     def group_options(self, description: str | None) -> Any:
         """The backend's options for a process group that megatron-core describes so; None for its defaults."""
         return None
+
+    def profiler(self) -> Any:
+        """A profiler of the host and the device, not started: ``start``, ``stop``, ``export_chrome_trace(path)``."""
+        return torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
 
     def describe(self) -> str:
         """One line for the start-up report."""
@@ -236,6 +241,11 @@ class NpuDevice(_Accelerator):
         options = sys.modules["torch_npu"]._C._distributed_c10d.ProcessGroupHCCL.Options()
         options.hccl_config = {"hccl_buffer_size": size}
         return options
+
+    def profiler(self) -> Any:
+        # https://www.hiascend.com/document/detail/zh/Pytorch/600/apiref/apilist/ptaoplist_000992.html
+        api = sys.modules["torch_npu"].profiler
+        return api.profile(activities=[api.ProfilerActivity.CPU, api.ProfilerActivity.NPU])
 
     def describe(self) -> str:
         return f"{super().describe()}, torch_npu {sys.modules['torch_npu'].__version__}"

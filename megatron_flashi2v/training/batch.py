@@ -7,6 +7,7 @@ the same numbers, on every device type.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -115,15 +116,17 @@ class MicrobatchSource:
         self.ahead, self.end = ahead, end
         self.paradigm = paradigm_of(model)
         self.bad: list[BadPosition] = []
+        self.waited_s = 0.0
         self._prefetcher: Prefetcher[LoadedMicrobatch] | None = None
         self._next_start = 0
 
     def iteration(self, consumed_samples: int, num_microbatches: int) -> Iterator[Microbatch]:
         """The microbatches of the iteration that starts at ``consumed_samples``.
 
-        Bad samples that are met in it gather in ``self.bad`` as the microbatches are taken.
+        As the microbatches are taken, bad samples that are met gather in ``self.bad``, and the seconds that they were
+        waited for in ``self.waited_s``.
         """
-        self.bad = []
+        self.bad, self.waited_s = [], 0.0
         # Reading begins here, not with the first microbatch: a late pipeline stage takes that one when the first stage
         # has sent its activation, and the first stage may be waiting for this rank's part of the encoding.
         return self._taken(self._loaded(consumed_samples, num_microbatches), num_microbatches)
@@ -181,18 +184,30 @@ class MicrobatchSource:
         ]
         shape = samples[0].latents_CTHW.shape
         channels, _, height, width = shape
-        shift = dynamic_shift(height, width) if self.flow.sigma_shift is None else self.flow.sigma_shift
         image_shape = (channels, 1, height, width)
         return Microbatch(
             latents_BCTHW=torch.stack([sample.latents_CTHW for sample in samples]),
             noise_BCTHW=torch.stack([torch.randn(shape, generator=self._generator("noise", p)) for p in positions]),
-            sigma_B=shift_sigmas(torch.cat([self._sigma(position) for position in positions]), shift),
+            sigma_B=self.sigmas(positions, (height, width)),
             text_BLX=torch.stack(text),
             extras=stack_extras([self._extras(position, image_shape) for position in positions]),
         )
 
+    def sigmas(self, positions: Sequence[int], latent_size: tuple[int, int]) -> Tensor:
+        """Noise levels [B] of these positions.
+
+        Args:
+            positions: of the global order.
+            latent_size: rows and columns of the latents, which the shift follows.
+        """
+        shift = dynamic_shift(*latent_size) if self.flow.sigma_shift is None else self.flow.sigma_shift
+        return shift_sigmas(torch.cat([self._sigma(position) for position in positions]), shift)
+
     def _taken(self, loaded: Iterator[LoadedMicrobatch], count: int) -> Iterator[Microbatch]:
-        for microbatch in itertools.islice(loaded, count):
+        for _ in range(count):
+            asked = time.perf_counter()
+            microbatch = next(loaded)
+            self.waited_s += time.perf_counter() - asked
             self.bad += microbatch.bad
             yield microbatch.batch if self.shapes_only else microbatch.batch.to(self.device)
 

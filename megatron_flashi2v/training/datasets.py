@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 
 import torch
 
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.blend import parse_blend
-from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import ClipArguments, EncodingConfig
+from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.train import TrainConfig
-from megatron_flashi2v.data.blend import Blend, SampleSource
+from megatron_flashi2v.data.blend import Blend, SampleSource, require_same_kind
 from megatron_flashi2v.data.online import OnlineDataset, Replica
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.parallel.groups import Groups
@@ -36,16 +39,49 @@ def open_data(config: TrainConfig, model: ModelConfig, device: torch.device) -> 
     if config.data.online_encoding:
         datasets, weights = [_open_online(config, model, device)], [1.0]
     else:
-        parts = parse_blend(config.data.data_path)
-        datasets, weights = [], [part.weight for part in parts]
-        for part in parts:
-            if part.folder.is_file():
-                raise DataError(f"--data-path {part.folder} is a file; give the folder that `flashi2v prepare` wrote")
-            dataset = PreparedDataset(part.folder)
-            if not len(dataset):
-                raise DataError(f"--data-path {part.folder} holds no samples; prepare it again")
-            datasets.append(dataset)
+        datasets, weights = _open_prepared(config.data.data_path, "--data-path")
     return Blend(datasets, weights, batch=config.batch.global_batch_size, seed=config.batch.seed)
+
+
+def open_validation_data(config: TrainConfig, training: Blend, seed: int) -> Blend:
+    """Open the prepared data sets of ``--valid-data-path``.
+
+    Args:
+        config: flags and recipe, checked.
+        training: what the run trains on.
+        seed: of the order in which samples are taken.
+
+    Raises:
+        ConfigError: a data set does not belong to the training's.
+        DataError: one is missing, damaged or empty.
+    """
+    datasets, weights = _open_prepared(config.watch.valid_data_path, "--valid-data-path")
+    for dataset in datasets:
+        require_same_kind(dataset, training.datasets[0])
+    return Blend(datasets, weights, batch=config.batch.global_batch_size, seed=seed)
+
+
+def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
+    """Record how captions were cleaned, and what the paradigm takes from the data; check that widths agree.
+
+    Raises:
+        ConfigError: latent channels, text width or text length differ, or latents do not divide into patches.
+    """
+    info = data.info
+    for name, wanted, found in (("latent_channels", model.latent_channels, info.latent_shape[0]),
+                                ("text_dim", model.text_dim, info.text_dim)):
+        if wanted != found:
+            raise ConfigError(f"{name} is {wanted} in the model, but {found} in {data.name}; they must be equal")
+    if data.text_length > model.text_length:
+        raise ConfigError(
+            f"text_length is {model.text_length} in the model, but captions in {data.name} have up to "
+            f"{data.text_length} rows; set --text-length {data.text_length}"
+        )
+    for shape in data.latent_shapes:
+        check_tokens(model, shape[1:])
+    model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
+    stride = info.temporal_stride
+    return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
 def share_encoding(data: Blend, groups: Groups, device: torch.device, timeout_minutes: float) -> None:
@@ -77,6 +113,20 @@ def share_encoding(data: Blend, groups: Groups, device: torch.device, timeout_mi
             size=torch.distributed.get_world_size(mine),
             gather=partial(gather_bytes, group=mine),
         )
+
+
+def _open_prepared(data_path: Sequence[str], flag: str) -> tuple[list[SampleSource], list[float]]:
+    """Data sets and their weights."""
+    parts = parse_blend(data_path, flag)
+    datasets: list[SampleSource] = []
+    for part in parts:
+        if part.folder.is_file():
+            raise DataError(f"{flag} {part.folder} is a file; give the folder that `flashi2v prepare` wrote")
+        dataset = PreparedDataset(part.folder)
+        if not len(dataset):
+            raise DataError(f"{flag} {part.folder} holds no samples; prepare it again")
+        datasets.append(dataset)
+    return datasets, [part.weight for part in parts]
 
 
 def _open_online(config: TrainConfig, model: ModelConfig, device: torch.device) -> OnlineDataset:

@@ -6,16 +6,20 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import WriteError
 from megatron_flashi2v.runtime.files import append_jsonl, atomic_write_text, read_jsonl
+from megatron_flashi2v.training.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+NOTEWORTHY_WAIT = 0.02
+"""Share of the time from which on the progress line tells of waiting for data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,9 @@ class IterationMetrics:
         grad_norm: global L2 norm before clipping; null in the file where it is not finite.
         lr: learning rate that the update used.
         step_time_s: seconds from reading the first microbatch to the updated weights.
+        throughput: what was done in that time; its fields are keys of the row.
+        loss_by_sigma: mean loss of the samples in each of 8 equal parts of sigma's [0, 1]; None where it has none.
+        samples_by_sigma: how many those are.
         skipped: why the update was not applied (see ``training.guard``); in the file only where it was not.
     """
 
@@ -38,42 +45,49 @@ class IterationMetrics:
     grad_norm: float
     lr: float
     step_time_s: float
+    throughput: Throughput
+    loss_by_sigma: tuple[float | None, ...]
+    samples_by_sigma: tuple[int, ...]
     skipped: str | None = None
 
-    def to_row(self) -> dict[str, Any]:
-        """The row; JSON knows neither NaN nor infinity."""
-        row = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
+    def to_json(self) -> dict[str, Any]:
+        """The row."""
+        row = asdict(self)
+        row.update(row.pop("throughput"))
         if self.skipped is None:
             del row["skipped"]
         return row
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl``; a resume drops the rows past the iteration that it loaded.
+    """Appends rows to a JSON-lines file; a resume drops those past the iteration that it loaded.
 
     Args:
         folder: where the file lies; None keeps nothing.
         resumed_iteration: rows of later iterations are dropped, and so is a torn last line.
+        name: the file's.
+
+    Attributes:
+        last_iteration: of the rows that an earlier run left; None where it left none.
     """
 
-    def __init__(self, folder: Path | None, resumed_iteration: int) -> None:
-        self.path = None if folder is None else folder / METRICS_FILE
+    def __init__(self, folder: Path | None, resumed_iteration: int, name: str = METRICS_FILE) -> None:
+        self.path = None if folder is None else folder / name
         self._waiting: list[dict[str, Any]] = []
+        self.last_iteration: int | None = None
         if self.path is not None and self.path.exists():
             rows = [row for row in read_jsonl(self.path) if row["iteration"] <= resumed_iteration]
+            self.last_iteration = rows[-1]["iteration"] if rows else None
             atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def append(self, metrics: IterationMetrics) -> None:
-        """Write one row; floats keep full precision.
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row; floats keep full precision, and what is not finite becomes null.
 
         Where the disk is full the row waits for the next one, so that a run outlives it.
         """
         if self.path is None:
             return
-        self._waiting.append(metrics.to_row())
+        self._waiting.append(finite(row))
         try:
             while self._waiting:
                 append_jsonl(self.path, self._waiting[0])
@@ -83,8 +97,17 @@ class MetricsLog:
                 logger.warning("%s; its rows are kept in memory meanwhile", error)
 
 
+def finite(value: Any) -> Any:
+    """The value with None for every float in it that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class ProgressLine:
-    """Logs loss, rate and time left every ``interval`` iterations.
+    """Logs loss, rates and time left every ``interval`` iterations; all that happens in between counts as time.
 
     Args:
         train_iters: the run's length.
@@ -93,23 +116,40 @@ class ProgressLine:
 
     def __init__(self, train_iters: int, interval: int) -> None:
         self.train_iters, self.interval = train_iters, interval
-        self._since, self._iterations, self._samples = time.perf_counter(), 0, 0
+        self._start_anew()
 
-    def update(self, metrics: IterationMetrics, batch_size: int) -> None:
-        """Count an iteration of ``batch_size`` samples, and log if it is time."""
+    def update(self, metrics: IterationMetrics) -> None:
+        """Count an iteration, and log if it is time."""
         self._iterations += 1
-        self._samples += batch_size
+        throughput, step = metrics.throughput, metrics.step_time_s
+        self._samples += throughput.samples_per_s * step
+        self._tokens += throughput.tokens_per_s * step
+        self._teraflop += throughput.tflops * step
+        self._waited += throughput.data_wait_s
         last = metrics.iteration == self.train_iters
         if metrics.iteration % self.interval and not last:
             return
         seconds = max(time.perf_counter() - self._since, 1e-9)
         left = (self.train_iters - metrics.iteration) * seconds / self._iterations
+        rates = [f"{self._samples / seconds:.2f} samples/s", f"{self._tokens / seconds:,.0f} tokens/s"]
+        tflops = self._teraflop / seconds
+        if throughput.mfu is None:
+            rates.append(f"{tflops:.3g} TFLOP/s")
+        else:
+            rates.append(f"{tflops:.0f} TFLOP/s ({tflops * throughput.mfu / throughput.tflops:.1%} MFU)")
+        rates.append(f"{seconds / self._iterations:.2f} s/iteration")
+        if self._waited >= NOTEWORTHY_WAIT * seconds:
+            rates.append(f"{self._waited / seconds:.0%} of it waiting for data")
         logger.info(
-            "iteration %*d/%d | loss %.4f | grad norm %.3f | lr %.2e | %.2f samples/s | %.2f s/iteration | %s left",
+            "iteration %*d/%d | loss %.4f | grad norm %.3f | lr %.2e | %s | %s left",
             len(str(self.train_iters)), metrics.iteration, self.train_iters, metrics.loss, metrics.grad_norm,
-            metrics.lr, self._samples / seconds, seconds / self._iterations, clock(left),
+            metrics.lr, " | ".join(rates), clock(left),
         )
-        self._since, self._iterations, self._samples = time.perf_counter(), 0, 0
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._since, self._iterations = time.perf_counter(), 0
+        self._samples = self._tokens = self._teraflop = self._waited = 0.0
 
 
 def clock(seconds: float) -> str:

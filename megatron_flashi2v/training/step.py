@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -21,9 +22,10 @@ from megatron_flashi2v.models.patches import output_patches
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
 from megatron_flashi2v.parallel.regions import own_tokens
-from megatron_flashi2v.training.batch import Microbatch
+from megatron_flashi2v.training.batch import Microbatch, MicrobatchSource
 from megatron_flashi2v.training.clipping import Clipper, scale_gradients
 from megatron_flashi2v.training.optimizer import ready_gradients
+from megatron_flashi2v.training.sigma_buckets import WIDTH, BatchLoss, loss_report, read_report
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +46,18 @@ def forward_step(
 
 
 def flow_matching_loss(spec: ModelSpec, batch: Microbatch, velocity_SBP: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's part of the mean squared error against noise - latents, and a copy of it to report.
+    """This rank's part of the mean squared error against noise - latents, and what is reported of it.
 
     The sum over this rank's real tokens is divided by the element count of the whole microbatch, so that shards of
-    any size weigh right: the parts of a microbatch sum up to its mean.
+    any size weigh right: the parts of a microbatch sum up to its mean. The report is
+    :func:`~megatron_flashi2v.training.sigma_buckets.loss_report`'s.
     """
     target_SBP = output_patches(velocity_target(batch.latents_BCTHW, batch.noise_BCTHW), spec.config.patch_size)
     own = own_tokens(len(target_SBP), spec.groups)
-    part = squared_error_sum(velocity_SBP[: len(own)], target_SBP[own.start : own.stop]) / target_SBP.numel()
-    # The schedule scales the loss in place, so the report needs its own storage.
-    return part, part.detach().clone()
+    error_B = squared_error_sum(velocity_SBP[: len(own)], target_SBP[own.start : own.stop], dim=(0, 2))
+    part_B = error_B / target_SBP.numel()
+    # The holder of the first token counts the samples, once for all that share their tokens.
+    return part_B.sum(), loss_report(part_B.detach(), batch.sigma_B, counts=own.start == 0)
 
 
 class TrainingStep:
@@ -92,25 +96,61 @@ class TrainingStep:
         )
         self._communicator = P2PCommunicator(pp_group=groups.pp, config=spec.megatron)
 
+    @property
+    def reading_chunk(self) -> int | None:
+        """Which of this rank's stages needs samples: at most one embeds them or computes their loss."""
+        ends = (index for index, chunk in enumerate(self.chunks) if chunk.stage.is_first or chunk.stage.is_last)
+        return next(ends, None)
+
+    def batches(self, source: MicrobatchSource, position: int) -> list[Iterator[Microbatch]]:
+        """For each of this rank's stages, the microbatches of the global batch that starts at ``position``."""
+        reader = self.reading_chunk or 0
+        return [
+            (source.iteration if index == reader else source.shapes)(position, self.num_microbatches)
+            for index in range(len(self.chunks))
+        ]
+
     def losses_and_gradients(
         self,
         batches: list[Iterator[Microbatch]],
         latent_shape: tuple[int, int, int],
-        counts: Callable[[], Sequence[int]] = tuple,
-    ) -> tuple[float, list[int]]:
+        counts: Callable[[], Mapping[str, Sequence[int]]] = dict,
+    ) -> tuple[BatchLoss, dict[str, list[int]]]:
         """Accumulate the gradients of one iteration.
 
         Args:
             batches: for each of this rank's stages, as many microbatches as the step was made for.
             latent_shape: latent frames, rows and columns.
-            counts: this rank's counts of things, asked for when all microbatches have been taken.
+            counts: this rank's counts of things, by name; asked for when all microbatches have been taken.
 
         Returns:
-            The global batch's mean loss, and the sums of all ranks' counts: the same on every rank.
+            The global batch's loss, and the sums of all ranks' counts: the same on every rank.
         """
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        return self._run(batches, latent_shape, counts)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Iterator[Microbatch]], latent_shape: tuple[int, int, int]) -> BatchLoss:
+        """The loss of a global batch that is not trained on; arguments as for :meth:`losses_and_gradients`."""
+        for model in self.models:
+            model.eval()
+        try:
+            loss, _ = self._run(batches, latent_shape, dict, forward_only=True)
+        finally:
+            for model in self.models:
+                model.train()
+        return loss
+
+    def _run(
+        self,
+        batches: list[Iterator[Microbatch]],
+        latent_shape: tuple[int, int, int],
+        counts: Callable[[], Mapping[str, Sequence[int]]],
+        *,
+        forward_only: bool = False,
+    ) -> tuple[BatchLoss, dict[str, list[int]]]:
         packed = self.chunks[0].packed_shape(self.chunks[0].grid(latent_shape))
         groups = self.spec.groups
         parts = self._schedule(
@@ -121,10 +161,12 @@ class TrainingStep:
             # The schedule divides by CP, and by TP under sequence parallelism, to get the rows of one hop.
             seq_length=packed.rows * groups.cp.size() * groups.token_shards,
             micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        return global_mean_loss(parts, self.spec, self.num_microbatches, counts())
+        samples = self.num_microbatches * self.micro_batch_size * groups.dp.size()
+        return global_batch_loss(parts, self.spec, self.num_microbatches, samples, counts())
 
     def agree_on_norm(self, loss: float) -> tuple[float, float]:
         """The loss and the gradients' global L2 norm before clipping, bit for bit the same on every rank.
@@ -161,19 +203,28 @@ def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
     )
 
 
-def global_mean_loss(
-    parts: list[Tensor], spec: ModelSpec, num_microbatches: int, counts: Sequence[int] = ()
-) -> tuple[float, list[int]]:
-    """Mean over the global batch of the parts that the last stages' ranks hold, and the sums of all ranks' counts.
+def global_batch_loss(
+    reports: list[Tensor],
+    spec: ModelSpec,
+    num_microbatches: int,
+    samples: int,
+    counts: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[BatchLoss, dict[str, list[int]]]:
+    """The loss of a global batch from what the last stages' ranks report, and the sums of all ranks' counts.
 
     Under sequence and context parallelism the parts of one replica add up; plain tensor-parallel ranks all hold the
-    whole, and replicas average. The counts travel with the loss, so that they cost no exchange of their own.
+    whole, and replicas average. The counts travel with the loss, so that they cost no exchange of their own; every
+    rank must give the same names with as many counts each.
     """
+    counts = counts or {}
     groups = spec.groups
     copies = 1 if groups.sequence_parallel else groups.tp.size()
-    total = torch.tensor([0.0, *counts], device=spec.device)
-    for part in parts:
-        total[0] += (part / (num_microbatches * groups.dp.size() * copies)).squeeze()
+    total = torch.tensor([0.0] * WIDTH + [count for part in counts.values() for count in part], device=spec.device)
+    for report in reports:
+        total[:WIDTH] += report / (num_microbatches * groups.dp.size() * copies)
     torch.distributed.all_reduce(total)
-    loss, *counted = total.tolist()
-    return loss, [int(number) for number in counted]
+    numbers = total.tolist()
+    sums = map(int, numbers[WIDTH:])
+    return read_report(numbers[:WIDTH], samples), {
+        name: list(itertools.islice(sums, len(part))) for name, part in counts.items()
+    }

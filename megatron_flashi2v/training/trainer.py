@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
@@ -23,11 +22,10 @@ from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, o
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
-from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import ConfigError, UserError
+from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
+from megatron_flashi2v.config.rules import num_microbatches, stage_layer_counts, virtual_stages
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
@@ -45,15 +43,20 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
-from megatron_flashi2v.training.datasets import open_data, share_encoding
+from megatron_flashi2v.training.datasets import fit_model_to_data, open_data, open_validation_data, share_encoding
 from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.interrupts import Interrupts
-from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
+from megatron_flashi2v.training.metrics import IterationMetrics
+from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import load_training_state, provenance
+from megatron_flashi2v.training.samples import Samples
 from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.validation import VALIDATION_SEED, Validation, make_validation
+from megatron_flashi2v.training.watch import Watch
+from megatron_flashi2v.training.writers import require_packages
 
 MICROBATCHES_AHEAD = 4
 """Read while the present one is computed; a few even out slow reads, and more only cost memory."""
@@ -71,7 +74,7 @@ class Trainer:
         model_config: resolved dimensions.
         launch: this process's place.
         device: what it runs on.
-        watch: is told what the run does; by default nothing is watched.
+        hang_watch: is told what the run does; by default nothing is watched.
 
     Raises:
         UserError: the data or the checkpoint does not fit the configuration.
@@ -79,16 +82,19 @@ class Trainer:
 
     def __init__(
         self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device,
-        watch: HangWatch | None = None,
+        hang_watch: HangWatch | None = None,
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
-        self.watch = watch or HangWatch(0.0, None, launch, device.torch_device)
+        self.hang_watch = hang_watch or HangWatch(0.0, None, launch, device.torch_device)
         self.interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
+        if launch.rank == 0:
+            require_packages(config.watch)
         self.data = open_data(config, model_config, device.torch_device)
         self.model_config = fit_model_to_data(model_config, self.data)
-        for shape in self.data.latent_shapes:
-            check_tokens(self.model_config, shape[1:])
-
+        self.validation_data: Blend | None = None
+        if config.watch.valid_data_path:
+            self.validation_data = open_validation_data(config, self.data, VALIDATION_SEED)
+            fit_model_to_data(self.model_config, self.validation_data)
         self.groups = make_groups(config.parallel)
         share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
         self.grid = shard_grid(self.groups)
@@ -135,12 +141,11 @@ class Trainer:
             self.spec, self.chunks, self.models, self.optimizer, self.clipper,
             num_microbatches=self.num_microbatches, micro_batch_size=config.batch.micro_batch_size,
         )
-
-    @property
-    def reading_chunk(self) -> int | None:
-        """Which of this rank's stages needs samples: at most one embeds them or computes their loss."""
-        ends = (index for index, chunk in enumerate(self.chunks) if chunk.stage.is_first or chunk.stage.is_last)
-        return next(ends, None)
+        self.watch = Watch(
+            config, self.model_config, self.groups, device, launch,
+            NormsByPart(self.model_config, self.optimizer, self.named_parameters(), self.grid, device.torch_device),
+            *self.make_lookers(),
+        )
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Global names and parameters of all of this rank's stages."""
@@ -149,10 +154,9 @@ class Trainer:
     def train(self) -> None:
         """Run to ``train_iters``, or to the next multiple of ``exit_interval``; the last iteration is saved."""
         config = self.config
-        log = MetricsLog(config.checkpoint.save if self.launch.rank == 0 else None, self.iteration)
-        progress = ProgressLine(config.batch.train_iters, config.runtime.log_interval)
         source = self.make_source()
         self.announce()
+        self.watch.begin(self.iteration, self.consumed_samples)
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
         self.bad_samples = self.make_bad_sample_ledger(source)
@@ -160,14 +164,18 @@ class Trainer:
             model.train()
         try:
             with self.interrupts:
-                self.run_iterations(source, log, progress)
+                self.run_iterations(source)
         except BaseException:
             source.abandon()
             self.saver.abandon()
             raise
-        self.watch.enter("the end", SLOW)
+        finally:
+            self.watch.end()
+        self.hang_watch.enter("the end", SLOW)
         source.close()
         self.data.close()
+        if self.validation_data is not None:
+            self.validation_data.close()
 
     def make_bad_sample_ledger(self, source: MicrobatchSource) -> BadSampleLedger:
         """What the ranks agree on about samples that cannot be used."""
@@ -186,12 +194,26 @@ class Trainer:
         return MicrobatchSource(
             self.data, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
             dp_size=self.groups.dp.size(), device=self.device.torch_device,
-            shapes_only=self.reading_chunk is None,
+            shapes_only=self.step.reading_chunk is None,
             ahead=self.num_microbatches if self.data.encodes_together else MICROBATCHES_AHEAD,
             end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
         )
 
-    def run_iterations(self, source: MicrobatchSource, log: MetricsLog, progress: ProgressLine) -> None:
+    def make_lookers(self) -> tuple[Validation | None, Samples | None]:
+        """What looks at the model by way of validation data."""
+        config, data, save = self.config, self.validation_data, self.config.checkpoint.save
+        if data is None:
+            return None, None
+        validation = None if config.watch.eval_interval is None else make_validation(
+            config, self.model_config, data, self.step, self.device.torch_device, MICROBATCHES_AHEAD
+        )
+        samples = None if config.watch.sample_interval is None or save is None else Samples(
+            config.watch, save, data, self.model_config, self.chunks, self.models, self.device,
+            gathers_late=config.parallel.overlap_param_gather,
+        )
+        return validation, samples
+
+    def run_iterations(self, source: MicrobatchSource) -> None:
         """Train up to the run's last iteration, or until it is time to leave; the last one is always saved.
 
         Raises:
@@ -199,9 +221,8 @@ class Trainer:
         """
         config, save_is_due = self.config, False
         while self.iteration < config.batch.train_iters:
-            metrics = self.run_iteration(source)
-            log.append(metrics)
-            progress.update(metrics, config.batch.global_batch_size)
+            self.watch.before_iteration(self.iteration)
+            self.watch.iteration_done(self.run_iteration(source))
             stop = self.stop_reason
             if stop is None and self.is_due(config.checkpoint.exit_interval):
                 stop = "--exit-interval asks for it"
@@ -214,6 +235,9 @@ class Trainer:
             if stop is not None:
                 logger.info("leaving at iteration %d: %s", self.iteration, stop)
                 break
+            if self.watch.looks_at(self.iteration):
+                self.hang_watch.enter(f"looking at iteration {self.iteration}", SLOW)
+                self.watch.look(self.iteration, self.consumed_samples)
 
     def is_due(self, interval: int | None) -> bool:
         """Whether the present iteration is a multiple of an interval that was set."""
@@ -225,26 +249,25 @@ class Trainer:
         Raises:
             UserError: too many updates had to be skipped, or too many samples are bad; no rank goes on.
         """
-        self.watch.enter(f"iteration {self.iteration + 1}")
+        self.hang_watch.enter(f"iteration {self.iteration + 1}")
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
-        reader = self.reading_chunk or 0
-        batches = [
-            source.iteration(self.consumed_samples, self.num_microbatches) if index == reader
-            else source.shapes(self.consumed_samples, self.num_microbatches)
-            for index in range(len(self.chunks))
-        ]
+        batches = self.step.batches(source, self.consumed_samples)
         latent_shape = self.data.latent_shape(self.consumed_samples)[1:]
-        loss, (bad_samples, saving, *stops) = self.step.losses_and_gradients(
-            batches, latent_shape, lambda: (len(source.bad), self.saver.working(), *self.interrupts.counts())
-        )
-        self.watch.enter(f"the update of iteration {self.iteration + 1}")
+        loss, totals = self.step.losses_and_gradients(batches, latent_shape, lambda: {
+            "bad_samples": (len(source.bad),),
+            "saving": (self.saver.working(),),
+            "watch": self.watch.counts(source.waited_s),
+            "interrupts": self.interrupts.counts(),
+        })
+        self.hang_watch.enter(f"the update of iteration {self.iteration + 1}")
         try:
-            self.bad_samples.settle(source.bad, bad_samples)
-            loss, grad_norm = self.step.agree_on_norm(loss)
-            skipped = self.guard.judge(self.iteration + 1, loss, grad_norm)
+            self.bad_samples.settle(source.bad, *totals["bad_samples"])
+            mean_loss, grad_norm = self.step.agree_on_norm(loss.mean)
+            self.watch.gradients_ready(self.iteration + 1)
+            skipped = self.guard.judge(self.iteration + 1, mean_loss, grad_norm)
         except UserError:  # on all ranks alike, so that they can still publish what they were saving
-            self.watch.enter("the last checkpoint", SLOW)
+            self.hang_watch.enter("the last checkpoint", SLOW)
             self.saver.finish()
             raise
         if skipped is None:
@@ -255,14 +278,16 @@ class Trainer:
         self.device.synchronize()
         self.iteration += 1
         self.consumed_samples += self.config.batch.global_batch_size
-        self.stop_reason = self.interrupts.reason(stops)
+        self.stop_reason = self.interrupts.reason(totals["interrupts"])
+        seconds = time.perf_counter() - start
         metrics = IterationMetrics(
-            iteration=self.iteration, consumed_samples=self.consumed_samples, loss=loss, grad_norm=grad_norm, lr=lr,
-            step_time_s=time.perf_counter() - start, skipped=skipped,
+            iteration=self.iteration, consumed_samples=self.consumed_samples, loss=mean_loss, grad_norm=grad_norm,
+            lr=lr, step_time_s=seconds, throughput=self.watch.throughput(latent_shape, seconds, totals["watch"]),
+            loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma, skipped=skipped,
         )
-        if self.saver.is_saving and not saving:
-            self.watch.enter(f"saving beside iteration {self.iteration}", SLOW)
-        self.saver.advance(saving)
+        if self.saver.is_saving and not any(totals["saving"]):
+            self.hang_watch.enter(f"saving beside iteration {self.iteration}", SLOW)
+        self.saver.advance(*totals["saving"])
         return metrics
 
     def save(self, *, last: bool = True) -> None:
@@ -271,7 +296,7 @@ class Trainer:
         Raises:
             StorageError: on all ranks: a disk is full or refuses, and it is the last; one in between is done without.
         """
-        self.watch.enter(f"saving iteration {self.iteration}", SLOW)
+        self.hang_watch.enter(f"saving iteration {self.iteration}", SLOW)
         if self.config.parallel.overlap_param_gather:
             # The next forward pass would gather the updated shards; until then the weights here are a step old.
             for model in self.models:
@@ -353,27 +378,6 @@ class Trainer:
         if self.iteration == 0 and has_checkpoint(save):
             logger.warning("--save %s holds checkpoints of an earlier run, and this one starts anew beside them; "
                            "continue that run with --load %s, or choose another folder", save, save)
-
-
-def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
-    """Record how captions were cleaned, and what the paradigm takes from the data; check that widths agree.
-
-    Raises:
-        ConfigError: latent channels, text width or text length differ.
-    """
-    info = data.info
-    for name, wanted, found in (("latent_channels", model.latent_channels, info.latent_shape[0]),
-                                ("text_dim", model.text_dim, info.text_dim)):
-        if wanted != found:
-            raise ConfigError(f"{name} is {wanted} in the model, but {found} in {data.name}; they must be equal")
-    if data.text_length > model.text_length:
-        raise ConfigError(
-            f"text_length is {model.text_length} in the model, but captions in {data.name} have up to "
-            f"{data.text_length} rows; set --text-length {data.text_length}"
-        )
-    model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
-    stride = info.temporal_stride
-    return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
 def build_chunks(spec: ModelSpec, config: TrainConfig, device: Device) -> list[DiffusionTransformer]:

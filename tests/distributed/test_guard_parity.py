@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.layouts import Layout, metrics, run_layouts, tensors
+from helpers.layouts import Layout, metrics, run_layouts, tensors, without_times
 from helpers.synthetic_data import write_synthetic
 
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
@@ -49,7 +49,7 @@ def test_all_ranks_skip_the_update(runs: dict[str, Path], name: str, fault: str)
     assert spoiled["grad_norm"] is None and (spoiled["loss"] is None) == (fault == "nan_latents")
     del expected[1]
     for row, want in zip(rows, expected, strict=True):
-        assert {**row, "step_time_s": 0} == {**want, "step_time_s": 0}
+        assert without_times(row) == without_times(want)
     found, wanted = (tensors(find_checkpoint(save), prefix="") for save in (run, left_out))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())

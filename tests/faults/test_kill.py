@@ -13,13 +13,19 @@ from helpers.train_command import FLAGS, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 TOOL = Path(__file__).parents[2] / "tools" / "kill_test.py"
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
-def test_killed_ranks_cost_nothing_but_time(tmp_path: Path, kills: int) -> None:
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(("kills", "more"), [
+    (2, ()), pytest.param(20, (), marks=LONG), pytest.param(20, ("--async-save",), marks=LONG),
+])  # fmt: skip
+def test_killed_ranks_cost_nothing_but_time(tmp_path: Path, kills: int, more: tuple[str, ...]) -> None:
     data = write_synthetic(tmp_path / "set", 6, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, seed=3)
     flags = {**FLAGS, "data-path": data, "train-iters": 4 + 3 * kills, "save-interval": 1, "ema-decay": 0.9}
     command = [
         sys.executable, str(TOOL), "--folder", str(tmp_path / "runs"), "--kills", str(kills), "--seed", "1", "--",
         *(part for name, value in flags.items() for part in (f"--{name}", str(value))), "--use-distributed-optimizer",
+        *more,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300 * (kills + 2), check=False)
     assert done.returncode == 0, done.stdout + done.stderr

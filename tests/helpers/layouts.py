@@ -62,6 +62,12 @@ def metrics(save: Path) -> list[dict]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_times(row: dict) -> dict:
+    """What of a row is the same however fast the machine is."""
+    measured = ("step_time_s", "samples_per_s", "tokens_per_s", "tflops", "mfu", "data_wait_s", "memory_gb")
+    return {name: value for name, value in row.items() if name not in measured}
+
+
 @functools.lru_cache(maxsize=64)
 def tensors(folder: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
     """Whole tensors of a sharded folder by key; references are read once for all that is compared with them."""

@@ -13,6 +13,12 @@ def test_uneven_shards_add_up_to_the_mean():
     torch.testing.assert_close(mean_squared_error(prediction, target), (prediction - target).square().mean())
 
 
+def test_axes_that_are_not_summed_are_kept():
+    prediction, target = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    expected = torch.stack([squared_error_sum(prediction[:, index], target[:, index]) for index in range(3)])
+    torch.testing.assert_close(squared_error_sum(prediction, target, (0, 2)), expected)
+
+
 def test_bf16_predictions_are_summed_in_fp32():
     prediction = torch.full((4096,), 1.0, dtype=torch.bfloat16, requires_grad=True)
     total = squared_error_sum(prediction, torch.zeros(4096))

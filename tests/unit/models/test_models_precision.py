@@ -203,7 +203,9 @@ def captured(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -> di
     with monkeypatch.context() as patch:
         patch.setattr(
             step, "squared_error_sum",
-            lambda prediction, target: seen.update(prediction=prediction, target=target) or error(prediction, target),
+            lambda prediction, target, dim: (
+                seen.update(prediction=prediction, target=target) or error(prediction, target, dim)
+            ),
         )
         output, loss = step.forward_step(model.spec, iter([make_batch()]), model)
         seen["loss"] = loss(output)[0]

@@ -47,15 +47,14 @@ def before_writing(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]
 
 def in_update(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], object]) -> None:
     """Do something after each update of the weights, counted from 1."""
-    original, count = TrainingStep.update, [0]
+    original, count = TrainingStep.apply, [0]
 
-    def update(step: TrainingStep) -> float:
-        norm = original(step)
+    def apply(step: TrainingStep, grad_norm: float) -> None:
+        original(step, grad_norm)
         count[0] += 1
         action(count[0])
-        return norm
 
-    monkeypatch.setattr(TrainingStep, "update", update)
+    monkeypatch.setattr(TrainingStep, "apply", apply)
 
 
 @pytest.mark.parametrize("flags", [

@@ -18,6 +18,7 @@ from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import single_process
 from megatron_flashi2v.training import step
 from megatron_flashi2v.training.batch import Microbatch
+from megatron_flashi2v.training.sigma_buckets import BatchLoss, loss_report
 
 CONFIG = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, latent_channels=3)
 GRID = token_grid((2, 4, 6), CONFIG.patch_size)
@@ -91,6 +92,18 @@ def test_uneven_token_shards_add_up(spec: ModelSpec, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(total, whole)
 
 
+def assert_by_sigma(loss: BatchLoss, batch: Microbatch, velocity_SBP: Tensor) -> None:
+    """Against the mean over each bucket's samples of their own mean squared errors, found one by one."""
+    velocity_BCTHW = unpatchify(velocity_SBP, GRID, CONFIG.patch_size)
+    target_BCTHW = batch.noise_BCTHW - batch.latents_BCTHW
+    members: list[list[float]] = [[] for _ in range(8)]
+    for velocity, target, sigma in zip(velocity_BCTHW, target_BCTHW, batch.sigma_B.tolist(), strict=True):
+        members[int(sigma // 0.125)].append(F.mse_loss(velocity, target).item())
+    assert loss.samples_by_sigma == tuple(map(len, members))
+    for found, values in zip(loss.by_sigma, members, strict=True):
+        assert found == (pytest.approx(sum(values) / len(values), rel=1e-6) if values else None)
+
+
 def test_microbatches_average_to_the_global_batch(spec: ModelSpec) -> None:
     batches, velocities = [make_batch(2, seed) for seed in range(3)], [prediction(2, seed) for seed in range(3)]
     parts = [step.flow_matching_loss(spec, batch, velocity)[1]
@@ -101,17 +114,30 @@ def test_microbatches_average_to_the_global_batch(spec: ModelSpec) -> None:
         extras={},
     )
     whole, _ = step.flow_matching_loss(spec, joined, torch.cat(velocities, dim=1))
-    assert step.global_mean_loss(parts, spec, 3, (5, 0)) == (pytest.approx(whole.item(), rel=1e-6), [5, 0])
+    loss, counts = step.global_batch_loss(parts, spec, 3, 6, {"some": (5, 0), "none": (), "more": (2,)})
+    assert loss.mean == pytest.approx(whole.item(), rel=1e-6) and counts == {"some": [5, 0], "none": [], "more": [2]}
+    assert_by_sigma(loss, joined, torch.cat(velocities, dim=1))
 
 
 @pytest.mark.parametrize("sequence_parallel, parts_of_one_rank", [(False, 1.0), (True, 0.25)])
 def test_mean_over_replicas_and_copies(
     monkeypatch: pytest.MonkeyPatch, sequence_parallel: bool, parts_of_one_rank: float
 ) -> None:
-    """Two replicas of four tensor-parallel ranks: whole copies on each, or a quarter of the tokens on each."""
+    """Two replicas of four tensor-parallel ranks: whole copies on each, or a quarter of the tokens on each.
+
+    The rank whose reports these are is the one of the four that counts the samples.
+    """
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(2 * 4))
     group = {size: SimpleNamespace(size=lambda size=size: size) for size in (2, 4)}
     groups = SimpleNamespace(sequence_parallel=sequence_parallel, tp=group[4], dp=group[2])
     fake = SimpleNamespace(groups=groups, device=torch.device("cpu"))
-    parts = [torch.tensor(3.0) * parts_of_one_rank, torch.tensor(5.0) * parts_of_one_rank]
-    assert step.global_mean_loss(parts, fake, 2) == (pytest.approx(4.0), [])
+    sigma_B = torch.tensor([0.1, 0.9])
+    reports = [
+        loss_report(torch.tensor(part_B) * parts_of_one_rank, sigma_B, counts=True)
+        for part_B in ([1.0, 2.0], [4.0, 1.0])
+    ]
+    loss, counts = step.global_batch_loss(reports, fake, 2, 8)
+    assert loss.mean == pytest.approx(4.0) and counts == {}
+    if not sequence_parallel:
+        assert loss.samples_by_sigma == (4, 0, 0, 0, 0, 0, 0, 4)
+        assert loss.by_sigma == (pytest.approx(5.0), *[None] * 6, pytest.approx(3.0))

@@ -1,0 +1,158 @@
+"""Videos that the model in training makes of a few validation images, always the same ones from the same noise."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from safetensors.torch import save
+from torch import Tensor
+
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.interface import stack_extras
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.sample import ImageSettings
+from megatron_flashi2v.config.watch import WatchArguments
+from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.data.prepared import PreparedSample, pad_text_rows
+from megatron_flashi2v.encoders.video_vae import VideoVAE
+from megatron_flashi2v.flow.sigmas import inference_sigmas
+from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.files import atomic_write_bytes
+from megatron_flashi2v.runtime.random import keyed_generator
+from megatron_flashi2v.sampling.guidance import with_guidance
+from megatron_flashi2v.sampling.load import velocity_of
+from megatron_flashi2v.sampling.noise import sample_noise
+from megatron_flashi2v.sampling.pipeline import to_frames
+from megatron_flashi2v.sampling.solvers import solve_euler
+from megatron_flashi2v.sampling.video import StripRow, write_comparison, write_mp4
+
+SAMPLE_FOLDER = "samples"
+SAMPLE_SEED = 0
+SHIFT = 7.0
+"""Of the noise levels: what ``flashi2v sample`` takes by default."""
+
+logger = logging.getLogger(__name__)
+
+
+class Samples:
+    """Makes and writes the videos; all ranks call it together, and the replicas share the videos.
+
+    Args:
+        arguments: how many, with how many steps, and the VAE.
+        save: ``--save``.
+        data: validation data; the first positions of its order are the conditions.
+        model: resolved dimensions.
+        chunks: this rank's stages.
+        models: the same, as they are trained.
+        device: what decodes.
+        gathers_late: whether updated weights are gathered only by the next forward pass of training.
+
+    Raises:
+        ConfigError: the VAE cannot be loaded, or is not the one of the data.
+    """
+
+    def __init__(
+        self,
+        arguments: WatchArguments,
+        save: Path,
+        data: Blend,
+        model: ModelConfig,
+        chunks: list[DiffusionTransformer],
+        models: list[DistributedDataParallel],
+        device: Device,
+        *,
+        gathers_late: bool,
+    ) -> None:
+        self._arguments, self._folder, self._data, self._model = arguments, save / SAMPLE_FOLDER, data, model
+        self._chunks, self._models, self._device, self._gathers_late = chunks, models, device, gathers_late
+        groups = chunks[0].spec.groups
+        self._replica, self._replicas = groups.dp.rank(), groups.dp.size()
+        self._writes = not (groups.tp.rank() or groups.cp.rank() or groups.pp.rank())
+        if arguments.sample_vae is not None and self._writes and self._replica == 0:
+            self._require_fitting(VideoVAE.load(arguments.sample_vae, "cpu"))
+
+    def folder(self, iteration: int) -> Path:
+        """Where the videos of an iteration go."""
+        return self._folder / f"iter_{iteration:07d}"
+
+    def run(self, iteration: int) -> None:
+        """Sample, decode and write."""
+        for model in self._models:
+            if self._gathers_late:
+                model.start_param_sync(force_sync=True)
+            model.eval()
+        try:
+            made = {
+                index: self._sample(index)
+                for index in range(self._replica, self._arguments.sample_count, self._replicas)
+            }
+        finally:
+            for model in self._models:
+                model.train()
+        if self._writes and made:
+            try:
+                self._write(self.folder(iteration), made)
+            except Exception as error:  # a full disk, the device's memory; no other rank waits for this
+                what = (str(error).splitlines() or [""])[0]
+                logger.warning("samples of iteration %d are not written: %s: %s; the run goes on", iteration,
+                               type(error).__name__, what)
+
+    @torch.no_grad()
+    def _sample(self, index: int) -> tuple[PreparedSample, Tensor]:
+        """A validation sample, and latents [1, C, T, H, W] made from its image and its text."""
+        (sample,), _ = self._data.read([index])
+        shape, device = sample.latents_CTHW.shape, self._device.torch_device
+        channels, _, height, width = shape
+        text_BLD, empty_BLD = (
+            pad_text_rows(rows_LD, self._model.text_length).unsqueeze(0).to(device)
+            for rows_LD in (sample.text_rows_LD, self._data.empty_text_rows_LD)
+        )
+        image_BC1HW = sample.latents_CTHW[:, :1].unsqueeze(0).to(device)
+        extras = paradigm_of(self._model).sampling_extras(
+            ImageSettings(), (channels, 1, height, width),
+            lambda purpose: keyed_generator(SAMPLE_SEED, f"sample-{purpose}", index),
+        )
+        extras_B = {name: value.to(device) for name, value in stack_extras([extras]).items()}
+        velocity = with_guidance(velocity_of(self._chunks), empty_BLD, self._arguments.sample_guidance_scale)
+        latents_BCTHW = solve_euler(
+            lambda state, timestep: velocity(state, timestep, text_BLD, image_BC1HW, extras_B),
+            sample_noise(SAMPLE_SEED, [index], shape).to(device),
+            inference_sigmas(self._arguments.sample_num_steps, SHIFT),
+        )
+        return sample, latents_BCTHW
+
+    def _write(self, folder: Path, made: dict[int, tuple[PreparedSample, Tensor]]) -> None:
+        if self._arguments.sample_vae is None:
+            for index, (_, latents_BCTHW) in made.items():
+                path = folder / f"sample_{index:03d}.safetensors"
+                atomic_write_bytes(path, save({"latents_BCTHW": latents_BCTHW.cpu().contiguous()}))
+        else:
+            # Loaded each time, so that between samples its memory is training's.
+            vae = VideoVAE.load(self._arguments.sample_vae, self._device.torch_device)
+            for index, (sample, latents_BCTHW) in made.items():
+                source, video = (
+                    to_frames(vae.decode(latents))[0] for latents in (sample.latents_CTHW.unsqueeze(0), latents_BCTHW)
+                )
+                write_mp4(folder / f"sample_{index:03d}.mp4", video, self._data.info.fps)
+                write_comparison(folder / f"sample_{index:03d}.png", [
+                    StripRow(frames_THWC=source, label="validation clip"),
+                    StripRow(frames_THWC=video, label=f"sample: {sample.caption}"),
+                ])
+            del vae
+            self._device.empty_cache()
+        logger.info("wrote samples to %s", folder)
+
+    def _require_fitting(self, vae: VideoVAE) -> None:
+        info = self._data.info
+        for shape in self._data.latent_shapes:
+            if vae.latent_channels != shape[0] or vae.temporal_stride != (info.temporal_stride or vae.temporal_stride):
+                raise ConfigError(
+                    f"--sample-vae {self._arguments.sample_vae} makes latents of {vae.latent_channels} channels with "
+                    f"temporal stride {vae.temporal_stride}; those of {self._data.name} have {shape[0]} and "
+                    f"{info.temporal_stride}: give the VAE that prepared the data"
+                )

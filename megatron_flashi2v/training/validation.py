@@ -1,0 +1,117 @@
+"""The loss on samples that are not trained on, at fixed noise levels and with fixed noise.
+
+Every evaluation asks the same questions, whatever the run's seed and layout, so that its numbers can be compared over
+a run and between runs. Nothing that training depends on is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.runtime.random import keyed_seed
+from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.sigma_buckets import BUCKETS, BatchLoss
+from megatron_flashi2v.training.step import TrainingStep
+
+VALIDATION_FILE = "validation.jsonl"
+VALIDATION_SEED = keyed_seed(0, "validation")
+"""Keys the draws instead of the run's seed."""
+
+logger = logging.getLogger(__name__)
+
+
+class ValidationSource(MicrobatchSource):
+    """Reads validation samples: with their text, and with the middles of the sigma buckets in turn for noise levels."""
+
+    def sigmas(self, positions: Sequence[int], latent_size: tuple[int, int]) -> Tensor:
+        """Noise levels [B]."""
+        return (torch.tensor([position % BUCKETS for position in positions]) + 0.5) / BUCKETS
+
+    def _drops_text(self, position: int) -> bool:
+        return False
+
+
+class Validation:
+    """The validation loss of a model in training; all ranks call it together.
+
+    Args:
+        source: of the samples; it ends after ``iterations``.
+        step: runs the model.
+        iterations: global batches of one evaluation.
+    """
+
+    def __init__(self, source: ValidationSource, step: TrainingStep, iterations: int) -> None:
+        self._source, self._step, self._iterations = source, step, iterations
+        self._told = False
+
+    def run(self) -> dict[str, Any]:
+        """The figures of a row: ``loss``, ``loss_by_sigma``, ``samples_by_sigma`` and ``seconds``."""
+        start = time.perf_counter()
+        losses = []
+        for index in range(self._iterations):
+            position = index * self._source.batch.global_batch_size
+            batches = self._step.batches(self._source, position)
+            losses.append(self._step.evaluate(batches, self._source.data.latent_shape(position)[1:]))
+            self._tell_bad_samples()
+        self._told = True
+        joined = mean_loss(losses)
+        return {
+            "loss": joined.mean, "loss_by_sigma": joined.by_sigma, "samples_by_sigma": joined.samples_by_sigma,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._source.abandon()
+
+    def _tell_bad_samples(self) -> None:
+        if self._told:  # the next evaluation meets the same ones
+            return
+        for row in self._source.bad:
+            logger.warning("bad validation sample: %s; another one stands for it", row.reason)
+
+
+def make_validation(
+    config: TrainConfig, model: ModelConfig, data: Blend, step: TrainingStep, device: torch.device, ahead: int
+) -> Validation:
+    """The validation that the flags ask for.
+
+    Args:
+        config: flags and recipe, checked.
+        model: as it was fitted to the training data.
+        data: validation data.
+        step: runs the model.
+        device: where microbatches go.
+        ahead: microbatches that are read ahead.
+    """
+    groups, iterations = step.spec.groups, config.watch.eval_iters
+    source = ValidationSource(
+        data, model, config.data, dataclasses.replace(config.batch, seed=VALIDATION_SEED), dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(), device=device, shapes_only=step.reading_chunk is None, ahead=ahead,
+        end=iterations * config.batch.global_batch_size,
+    )
+    return Validation(source, step, iterations)
+
+
+def mean_loss(losses: Sequence[BatchLoss]) -> BatchLoss:
+    """The loss of several global batches of one size together."""
+    counts = tuple(sum(column) for column in zip(*(loss.samples_by_sigma for loss in losses), strict=True))
+    sums = [0.0] * len(counts)
+    for loss in losses:
+        for bucket, (mean, count) in enumerate(zip(loss.by_sigma, loss.samples_by_sigma, strict=True)):
+            sums[bucket] += 0.0 if mean is None else mean * count
+    return BatchLoss(
+        mean=sum(loss.mean for loss in losses) / len(losses),
+        by_sigma=tuple(total / count if count else None for total, count in zip(sums, counts, strict=True)),
+        samples_by_sigma=counts,
+    )
