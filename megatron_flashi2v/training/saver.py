@@ -83,6 +83,11 @@ class CheckpointSaver:
             else:
                 save.finish()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a save was begun and is not published yet."""
+        return self._save is not None
+
     def working(self) -> int:
         """1 while this rank's thread works, or else 0; the ranks' sum is what :meth:`advance` wants."""
         return int(self._thread is not None and self._thread.is_alive())

@@ -24,7 +24,7 @@ from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimiz
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.config.errors import ConfigError, UserError
+from megatron_flashi2v.config.errors import ConfigError, DataError, DivergenceError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches, stage_layer_counts, virtual_stages
@@ -116,6 +116,7 @@ class Trainer:
             else WeightAverage(config.optimizer, self.optimizer, self.named_parameters(), self.grid)
         )
         self.saver = CheckpointSaver(config.checkpoint, self.model_config, peers, device)
+        self.provenance = provenance(config, self.data, launch)
         self.iteration, self.consumed_samples = 0, 0
         self.stop_reason: str | None = None
         if resumed is not None:
@@ -213,7 +214,8 @@ class Trainer:
         """One optimizer step; ``stop_reason`` then says why all ranks leave after it, if they do.
 
         Raises:
-            UserError: the loss or the gradient is not finite, or too many samples are bad; no rank goes on.
+            DivergenceError: the loss or the gradient is not finite; no rank goes on.
+            DataError: too many samples are bad; no rank goes on.
         """
         start = time.perf_counter()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -231,7 +233,7 @@ class Trainer:
             self.bad_samples.settle(source.bad, bad_samples)
             self.require_finite("loss", loss)
             grad_norm = self.update()
-        except UserError:  # on all ranks alike, so that they can still publish what they were saving
+        except (DataError, DivergenceError):  # on all ranks alike: they can still publish what they were saving
             self.saver.finish()
             raise
         self.iteration += 1
@@ -256,9 +258,13 @@ class Trainer:
         return grad_norm
 
     def require_finite(self, name: str, value: float) -> None:
-        """Stop the run where a value, which is the same on all ranks, is infinite or not a number."""
+        """Stop the run where a value, which is the same on all ranks, is infinite or not a number.
+
+        Raises:
+            DivergenceError: it is.
+        """
         if not math.isfinite(value):
-            raise UserError(
+            raise DivergenceError(
                 f"the {name} of iteration {self.iteration + 1} is {value}; lower --lr, or resume from an earlier "
                 "checkpoint"
             )
@@ -279,7 +285,7 @@ class Trainer:
         state = {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
-            **provenance(self.config, self.data, self.launch),
+            **self.provenance,
             "optimizer": optimizer_common_state(self.optimizer),
             "clipper": self.clipper.state_dict(),
             "ema": self.average.state_dict() if self.average else None,
