@@ -21,6 +21,10 @@ class DataError(UserError):
     """An annotation, a video file, a prepared data set or one of its shards is missing or malformed."""
 
 
+class DivergenceError(UserError):
+    """Too many updates had to be skipped; raised on all ranks alike."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or an export is missing, damaged, or made for another model."""
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.config.errors import DivergenceError
 from megatron_flashi2v.config.train import FaultArguments
 
 LONG_RUN, LONG_RUN_SHARE = 1000, 10
@@ -85,7 +85,7 @@ class UpdateGuard:
             ``grad_norm_spike``.
 
         Raises:
-            UserError: the same on all ranks: too many were skipped.
+            DivergenceError: the same on all ranks: too many were skipped.
         """
         values = {"loss": loss, "grad_norm": grad_norm}
         found = self._fault(values)
@@ -124,7 +124,7 @@ class UpdateGuard:
                     f"--max-skipped-updates {limit} allows {LONG_RUN_SHARE * limit}")
         else:
             return
-        raise UserError(
+        raise DivergenceError(
             f"iteration {iteration}: {what}; {many}; the weights are still those of iteration "
             f"{iteration - self.streak}: lower --lr, look at the samples of the skipped iterations, or resume from an "
             "earlier checkpoint"

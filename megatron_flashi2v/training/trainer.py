@@ -22,7 +22,7 @@ from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, o
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
-from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.config.errors import DataError, DivergenceError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import num_microbatches, stage_layer_counts, virtual_stages
@@ -128,6 +128,7 @@ class Trainer:
             else WeightAverage(config.optimizer, self.optimizer, self.named_parameters(), self.grid)
         )
         self.saver = CheckpointSaver(config.checkpoint, self.model_config, peers, device)
+        self.provenance = provenance(config, self.data, launch)
         self.iteration, self.consumed_samples = 0, 0
         self.stop_reason: str | None = None
         if resumed is not None:
@@ -248,7 +249,8 @@ class Trainer:
         """One optimizer step; ``stop_reason`` then says why all ranks leave after it, if they do.
 
         Raises:
-            UserError: too many updates had to be skipped, or too many samples are bad; no rank goes on.
+            DivergenceError: too many updates had to be skipped; no rank goes on.
+            DataError: too many samples are bad; no rank goes on.
         """
         self.hang_watch.enter(f"iteration {self.iteration + 1}")
         start = time.perf_counter()
@@ -267,7 +269,7 @@ class Trainer:
             mean_loss, grad_norm = self.step.agree_on_norm(loss.mean)
             self.watch.gradients_ready(self.iteration + 1)
             skipped = self.guard.judge(self.iteration + 1, mean_loss, grad_norm)
-        except UserError:  # on all ranks alike, so that they can still publish what they were saving
+        except (DataError, DivergenceError):  # on all ranks alike: they can still publish what they were saving
             self.hang_watch.enter("the last checkpoint", SLOW)
             self.saver.finish()
             raise
@@ -311,7 +313,7 @@ class Trainer:
         state = {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
-            **provenance(self.config, self.data, self.launch),
+            **self.provenance,
             "optimizer": optimizer_common_state(self.optimizer),
             "clipper": self.clipper.state_dict(),
             "guard": self.guard.state_dict(),

@@ -13,6 +13,8 @@ from helpers.layouts import assert_same_metrics
 from helpers.stand_in import emulated_npus
 from helpers.synthetic_data import write_synthetic
 
+from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot emulate a device in Python",
@@ -57,13 +59,15 @@ def on_cpu(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ten_steps_equal_the_cpus_on_npu_kernels(data: Path, on_cpu: Path, tmp_path: Path) -> None:
     save, calls_file = tmp_path / "run", tmp_path / "calls.json"
     environment = {**emulated_npus(1), "CALLS": str(calls_file)}
-    flags = ["--data-path", data, "--device=npu", "--distributed-backend=gloo", "--save", save]
+    flags = ["--data-path", data, "--device=npu", "--distributed-backend=gloo", "--save", save,
+             "--save-interval=5", "--async-save"]
     report = run(["-c", COUNTING, *COMMAND[2:], *flags], environment)
     for line in ("npu:0: Ascend910B3", "torch_npu 2.13.0", "kernel attention: npu_fusion_attention",
                  "kernel rms_norm: npu_rms_norm", "kernel qk_norm_rope: npu_rms_norm_rotary_mul",
                  "kernel fourier_highpass: matmul_dft"):
         assert line in report
     assert_same_metrics(save, on_cpu)
+    assert find_checkpoint(save, 5) == save / "iter_0000005"
     calls = json.loads(calls_file.read_text())
     # 10 iterations of 2 microbatches through 2 blocks, each with self- and cross-attention
     attentions = 10 * 2 * 2 * 2

@@ -40,8 +40,8 @@ from megatron_flashi2v.training.trainer import Trainer
 
 save = Trainer.save
 
-def slow(self):
-    save(self)
+def slow(self, **named):
+    save(self, **named)
     if os.environ["RANK"] == "0":
         time.sleep(12)
 

@@ -28,6 +28,13 @@ def guard_of(**arguments: Any) -> UpdateGuard:
     return UpdateGuard(FaultArguments(**arguments))
 
 
+def resumed(guard: UpdateGuard, **arguments: Any) -> UpdateGuard:
+    """Another one that goes on from its state, as a checkpoint keeps it."""
+    another = guard_of(**arguments)
+    another.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    return another
+
+
 @pytest.mark.parametrize(("loss", "norm", "reason"), [
     (1.0, 1.0, None), (0.0, 0.0, None), (NAN, 1.0, "loss_not_finite"), (math.inf, NAN, "loss_not_finite"),
     (1.0, NAN, "grad_norm_not_finite"), (1.0, math.inf, "grad_norm_not_finite"), (1e30, 1e30, None),
@@ -58,6 +65,12 @@ def test_spikes_are_measured_by_the_median_of_applied_updates() -> None:
     assert 2 <= 40 - len(kept) <= 6
 
 
+def test_spikes_do_not_become_usual() -> None:
+    guard = guard_of(skip_loss_spike_factor=3.0, spike_window=3, max_skipped_updates=9)
+    assert [guard.judge(iteration, 1.0, 1.0) for iteration in (1, 2, 3)] == [None] * 3
+    assert [guard.judge(iteration, 10.0, 1.0) for iteration in range(4, 12)] == ["loss_spike"] * 8
+
+
 def test_spikes_pass_by_default() -> None:
     guard = guard_of(spike_window=1)
     assert guard.judge(1, 1.0, 1.0) is None and guard.judge(2, 1e9, 1e9) is None
@@ -69,6 +82,7 @@ def test_so_many_in_a_row_and_then_a_clear_stop(limit: int) -> None:
     assert guard.judge(1, 1.0, 1.0) is None
     for iteration in range(2, 2 + limit):
         assert guard.judge(iteration, NAN, NAN) == "loss_not_finite"
+        guard = resumed(guard, max_skipped_updates=limit)
     with pytest.raises(UserError) as stopped:
         guard.judge(2 + limit, 1.0, math.inf)
     message = str(stopped.value)
@@ -83,6 +97,7 @@ def test_an_applied_update_ends_the_row_but_single_skips_do_not_go_on_for_ever()
         for iteration in range(1, 100):
             if guard.judge(iteration, 1.0 if iteration % 3 else NAN, 1.0):
                 skipped.append(iteration)
+                guard = resumed(guard, max_skipped_updates=2)
     assert len(skipped) == 20
     sparse = guard_of(max_skipped_updates=1)  # one in 101: never 11 of 1000
     assert sum(sparse.judge(iteration, 1.0 if iteration % 101 else NAN, 1.0) is not None
@@ -100,10 +115,9 @@ def test_its_state_goes_on_exactly() -> None:
         straight, halves = guard_of(**arguments), guard_of(**arguments)
         whole = [straight.judge(number, *pair) for number, pair in enumerate(values)]
         found = [halves.judge(number, *pair) for number, pair in enumerate(values[:cut])]
-        resumed = guard_of(**arguments)
-        resumed.load_state_dict(json.loads(json.dumps(halves.state_dict())))
-        found += [resumed.judge(cut + number, *pair) for number, pair in enumerate(values[cut:])]
-        assert found == whole and resumed.state_dict() == straight.state_dict()
+        halves = resumed(halves, **arguments)
+        found += [halves.judge(cut + number, *pair) for number, pair in enumerate(values[cut:])]
+        assert found == whole and halves.state_dict() == straight.state_dict()
     assert {reason for reason in whole if reason} == {"loss_spike", "grad_norm_spike", "grad_norm_not_finite"}
 
 

@@ -15,7 +15,10 @@ from helpers.layouts import metrics
 
 from megatron_flashi2v.checkpoint import saving
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.config.errors import WriteError
 from megatron_flashi2v.training import saver as saver_module
+from megatron_flashi2v.training.bad_samples import BadSampleLedger
+from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.step import TrainingStep
 
 Train = Callable[..., int]
@@ -57,6 +60,10 @@ def in_update(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], object]) 
     monkeypatch.setattr(TrainingStep, "apply", apply)
 
 
+def saving_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "save"]
+
+
 @pytest.mark.parametrize("flags", [
     (), ("--bf16", "--use-distributed-optimizer", "--ema-decay", 0.5, "--clip-grad-method", "adaptive"),
 ], ids=["fp32", "bf16"])
@@ -80,11 +87,18 @@ def test_a_save_that_is_due_waits_for_the_one_under_way(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(saver_module, "WAIT_WORTH_TELLING_S", 0.2)
-    before_writing(monkeypatch, lambda: time.sleep(0.5))
+    original, waits = CheckpointSaver.finish, threading.Event()
+
+    def finish(saver: CheckpointSaver) -> None:
+        waits.set()
+        original(saver)
+
+    monkeypatch.setattr(CheckpointSaver, "finish", finish)
+    before_writing(monkeypatch, lambda: waits.clear() or waits.wait(60) and time.sleep(0.3))
     assert train("--save", tmp_path / "beside", "--save-interval", 1, "--async-save", "--keep-last", 2) == 0
     assert saved(tmp_path / "beside") == [3, 4]
     assert caplog.text.count("--save-interval is too short") == 3
-    assert caplog.text.count("training was blocked for 0.") == 4
+    assert caplog.text.count("training was blocked for") == 4
     monkeypatch.undo()
     assert train("--save", tmp_path / "once", "--save-interval", 1, "--keep-last", 2) == 0
     assert files(tmp_path / "beside") == files(tmp_path / "once")
@@ -105,6 +119,22 @@ def test_what_is_under_way_is_published_before_the_run_ends(
         code, expected = 1, [2]
     assert train("--save", tmp_path, "--save-interval", 2, "--async-save") == code
     assert saved(tmp_path) == expected
+
+
+def test_a_rank_that_fails_alone_meets_no_other(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0's disk is full when a bad sample is to be recorded: the others train on, and would wait for it."""
+
+    def settle(ledger: BadSampleLedger, own: object, counted: int) -> None:
+        if list(tmp_path.glob(".iter_*")):
+            raise WriteError("the disk is full")
+
+    monkeypatch.setattr(BadSampleLedger, "settle", settle)
+    monkeypatch.setattr(saver_module, "ABANDON_S", 0.0)
+    before_writing(monkeypatch, lambda: time.sleep(1.0))
+    assert train("--save", tmp_path, "--save-interval", 2, "--async-save") == 1
+    assert not list(tmp_path.glob("iter_*")) and len(metrics(tmp_path)) == 2
 
 
 def test_a_run_that_fails_neither_hangs_nor_publishes(
@@ -128,7 +158,7 @@ def test_a_run_that_fails_neither_hangs_nor_publishes(
             train("--save", save, "--save-interval", 1, "--async-save")
         assert time.monotonic() - start < 50
         back.set()  # now it goes on, but is not wanted any more
-        next(thread for thread in threading.enumerate() if thread.name == "save").join(60)
+        saving_threads()[0].join(60)
     assert [path.name for path in save.glob("iter_*")] == ["iter_0000001"]
     assert train("--save", save, "--load", save, "--save-interval", 1, "--async-save") == 0
     assert files(save) == files(tmp_path / "straight")
@@ -147,7 +177,7 @@ def test_a_disk_that_is_full_when_it_is_published(
         original(root, iteration)
 
     monkeypatch.setattr(saving, "write_tracker", write)
-    in_update(monkeypatch, lambda number: time.sleep(0.5 if number in (3, 4) else 0))  # so that nothing waits for it
+    in_update(monkeypatch, lambda number: [thread.join(60) for thread in saving_threads()])
     assert train("--save", tmp_path, "--save-interval", 2, "--train-iters", 6, "--async-save") == 0
     assert saved(tmp_path) == [4, 6] and find_checkpoint(tmp_path) == tmp_path / "iter_0000006"
     assert caplog.text.count("the run goes on") == 1 and "No space left" in caplog.text
