@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,14 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def synchronize(self) -> None:
         """Wait until all work that was queued on the device is done."""
+
+    @abc.abstractmethod
+    def time_mark(self) -> Any:
+        """A mark in the device's queue of work, for :meth:`seconds_between`."""
+
+    @abc.abstractmethod
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """How long the device took from one mark to a later one, both of them passed."""
 
     @abc.abstractmethod
     def memory_allocated(self) -> int:
@@ -123,6 +132,12 @@ class CpuDevice(Device):
     def synchronize(self) -> None:
         """Nothing is queued on the CPU."""
 
+    def time_mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds_between(self, first: float, second: float) -> float:
+        return second - first
+
     def memory_allocated(self) -> int:
         return psutil.Process().memory_info().rss
 
@@ -166,6 +181,14 @@ class _Accelerator(Device):
 
     def synchronize(self) -> None:
         self.api.synchronize(self.torch_device)
+
+    def time_mark(self) -> Any:
+        event = self.api.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        return first.elapsed_time(second) / 1e3
 
     def memory_allocated(self) -> int:
         return self.api.memory_allocated(self.torch_device)

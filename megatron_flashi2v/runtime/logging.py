@@ -10,6 +10,9 @@ import warnings
 from rich.console import Console
 from rich.logging import RichHandler
 
+AGREED = {"agreed": True}
+"""``extra`` of a warning that all ranks give alike; rank 0's is shown."""
+
 _PACKAGE = "megatron_flashi2v"
 _NAME = "megatron_flashi2v console"
 
@@ -49,5 +52,7 @@ def _handler(rank: int, console: Console | None) -> logging.Handler:
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
+    if rank:
+        handler.addFilter(lambda record: not getattr(record, "agreed", False))
     handler.set_name(_NAME)
     return handler

@@ -15,6 +15,7 @@ from megatron_flashi2v.checkpoint.state import EMA_PREFIX, NamedParameters, Shar
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import OptimizerArguments
+from megatron_flashi2v.runtime.logging import AGREED
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ class WeightAverage:
             CheckpointError: it is damaged.
         """
         if state is None:
-            logger.warning("%s holds no moving average of the weights: it starts from the weights", folder)
+            logger.warning("%s holds no moving average of the weights: it starts from the weights", folder,
+                           extra=AGREED)
             for shard, average in zip(self._shards, self._averages, strict=True):
                 average.copy_(shard.weights)
             return

@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_flashi2v.config.errors import DivergenceError
 from megatron_flashi2v.config.train import FaultArguments
+from megatron_flashi2v.runtime.logging import AGREED
 
 LONG_RUN, LONG_RUN_SHARE = 1000, 10
 """Of the last 1000 updates, 10 x ``--max-skipped-updates`` may be skipped: single skips must not go on for ever."""
@@ -99,7 +100,7 @@ class UpdateGuard:
         self._recent = [skipped for skipped in self._recent if skipped > iteration - LONG_RUN] + [iteration]
         self._require_few(iteration, what)
         logger.warning("iteration %d: %s; its update is skipped (%d in a row, --max-skipped-updates allows %d)",
-                       iteration, what, self.streak, self._arguments.max_skipped_updates)
+                       iteration, what, self.streak, self._arguments.max_skipped_updates, extra=AGREED)
         return reason
 
     def _fault(self, values: Mapping[str, float]) -> tuple[str, str] | None:

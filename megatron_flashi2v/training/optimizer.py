@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     USING_PYTORCH_OPTIMIZER,
@@ -20,8 +23,22 @@ from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 
 
-def wrap_data_parallel(chunks: list[DiffusionTransformer], config: TrainConfig) -> list[DistributedDataParallel]:
-    """This rank's stages with fp32 gradient buffers that are reduced over replicas, and the schedule's hooks set."""
+def wrap_data_parallel(
+    chunks: list[DiffusionTransformer], config: TrainConfig, before_reduction: Callable[[], None] | None = None
+) -> list[DistributedDataParallel]:
+    """This rank's stages with fp32 gradient buffers that are reduced over replicas, and the schedule's hooks set.
+
+    Args:
+        chunks: the stages.
+        config: whether communication overlaps, and is sharded.
+        before_reduction: called when an iteration's gradients are there and about to be reduced.
+    """
+
+    def finalize(*arguments: Any, **options: Any) -> None:
+        if before_reduction is not None:
+            before_reduction()
+        finalize_model_grads(*arguments, **options)
+
     parallel, spec = config.parallel, chunks[0].spec
     wrapped = [
         DistributedDataParallel(
@@ -41,7 +58,7 @@ def wrap_data_parallel(chunks: list[DiffusionTransformer], config: TrainConfig) 
         for index, chunk in enumerate(chunks)
     ]
     no_sync = [chunk.no_sync for chunk in wrapped]
-    spec.megatron.finalize_model_grads_func = finalize_model_grads
+    spec.megatron.finalize_model_grads_func = finalize
     spec.megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 

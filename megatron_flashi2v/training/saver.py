@@ -18,6 +18,7 @@ from megatron_flashi2v.config.errors import StorageError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.logging import AGREED
 
 WAIT_WORTH_TELLING_S = 1.0
 ABANDON_S = 5.0
@@ -134,7 +135,7 @@ class CheckpointSaver:
         waited = time.perf_counter() - start
         if waited >= WAIT_WORTH_TELLING_S:
             logger.warning("training waited %.1f s for %s, which was still being written; if that happens with each "
-                           "checkpoint, --save-interval is too short for this disk", waited, save.folder)
+                           "checkpoint, --save-interval is too short for this disk", waited, save.folder, extra=AGREED)
 
     def abandon(self) -> None:
         """Leave without the other ranks, when this one fails: what is under way is not published."""
@@ -157,7 +158,7 @@ class CheckpointSaver:
         except StorageError as error:
             if failure_ends_run:
                 raise
-            logger.warning("%s; the run goes on, and what is saved stays as it was", error)
+            logger.warning("%s; the run goes on, and what is saved stays as it was", error, extra=AGREED)
         else:
             if save.done:
                 seconds = self._blocked_s + time.perf_counter() - start

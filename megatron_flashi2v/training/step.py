@@ -22,6 +22,7 @@ from megatron_flashi2v.models.patches import output_patches
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
 from megatron_flashi2v.parallel.regions import own_tokens
+from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.batch import Microbatch, MicrobatchSource
 from megatron_flashi2v.training.clipping import Clipper, scale_gradients
 from megatron_flashi2v.training.optimizer import ready_gradients
@@ -189,7 +190,8 @@ class TrainingStep:
         scale_gradients(ready_gradients(self.optimizer), clip)
         self.optimizer.step_with_ready_grads()
         if clip.factor == 0.0:
-            logger.warning("a gradient of norm %g, where %g is usual, was dropped", grad_norm, clip.threshold)
+            logger.warning("a gradient of norm %g, where %g is usual, was dropped", grad_norm, clip.threshold,
+                           extra=AGREED)
 
 
 def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:

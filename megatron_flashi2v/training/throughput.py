@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,22 +76,17 @@ class ThroughputMeter:
         )
 
 
-class DataWaits:
-    """Every replica's wait for data, told to all ranks with the counts that travel with the loss.
+class PerReplica:
+    """A number of each replica, told to all ranks with the counts that travel with the loss.
 
-    One rank of each replica tells its wait in a place of its own, so that the sum over ranks keeps them apart.
+    One rank of each replica tells it in a place of its own, so that the sum over ranks keeps them apart.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._replica, self._replicas = groups.dp.rank(), groups.dp.size()
         self._tells = not (groups.tp.rank() or groups.cp.rank() or groups.pp.rank())
 
-    def counts(self, seconds: float) -> tuple[int, ...]:
-        """This rank's entries, in microseconds."""
-        mine = round(seconds * MICROSECONDS) if self._tells else 0
+    def counts(self, number: int) -> tuple[int, ...]:
+        """This rank's entries; summed over all ranks they are the replicas' numbers."""
+        mine = number if self._tells else 0
         return tuple(mine if replica == self._replica else 0 for replica in range(self._replicas))
-
-    @staticmethod
-    def longest(totals: Sequence[int]) -> float:
-        """Seconds, from the sums of all ranks' entries."""
-        return max(totals) / MICROSECONDS

@@ -40,6 +40,7 @@ from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.clipping import make_clipper
@@ -54,6 +55,7 @@ from megatron_flashi2v.training.run_state import load_training_state, provenance
 from megatron_flashi2v.training.samples import Samples
 from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.stragglers import ReplicaClock
 from megatron_flashi2v.training.validation import VALIDATION_SEED, Validation, make_validation
 from megatron_flashi2v.training.watch import Watch
 from megatron_flashi2v.training.writers import require_packages
@@ -119,7 +121,8 @@ class Trainer:
                 initial = open_initial_weights(source, self.model_config, config.checkpoint.load_weights_kind)
                 logger.info("%s", initial.summary)
                 load_initial_weights(initial, self.named_parameters(), self.grid)
-        self.models = wrap_data_parallel(self.chunks, config)
+        clock = ReplicaClock(device)
+        self.models = wrap_data_parallel(self.chunks, config, clock.meet)
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
         self.guard = UpdateGuard(config.faults)
@@ -145,7 +148,7 @@ class Trainer:
         self.watch = Watch(
             config, self.model_config, self.groups, device, launch,
             NormsByPart(self.model_config, self.optimizer, self.named_parameters(), self.grid, device.torch_device),
-            *self.make_lookers(),
+            clock, *self.make_lookers(),
         )
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -260,7 +263,7 @@ class Trainer:
         loss, totals = self.step.losses_and_gradients(batches, latent_shape, lambda: {
             "bad_samples": (len(source.bad),),
             "saving": (self.saver.working(),),
-            "watch": self.watch.counts(source.waited_s),
+            **self.watch.counts(source.waited_s),
             "interrupts": self.interrupts.counts(),
         })
         self.hang_watch.enter(f"the update of iteration {self.iteration + 1}")
@@ -285,7 +288,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         metrics = IterationMetrics(
             iteration=self.iteration, consumed_samples=self.consumed_samples, loss=mean_loss, grad_norm=grad_norm,
-            lr=lr, step_time_s=seconds, throughput=self.watch.throughput(latent_shape, seconds, totals["watch"]),
+            lr=lr, step_time_s=seconds, throughput=self.watch.throughput(latent_shape, seconds, totals),
             loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma, skipped=skipped,
         )
         if self.saver.is_saving and not any(totals["saving"]):
@@ -307,7 +310,7 @@ class Trainer:
         parameters = self.named_parameters()
         if self.guard.streak:
             logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
-                           self.guard.streak, self.iteration - self.guard.streak)
+                           self.guard.streak, self.iteration - self.guard.streak, extra=AGREED)
         pieces = [*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid),
                   *(self.average.pieces() if self.average else ())]
         state = {
@@ -340,12 +343,13 @@ class Trainer:
         if self.average is not None:
             self.average.resume(folder, state.get("ema"))
         elif state.get("ema") is not None:
-            logger.warning("%s holds a moving average of the weights, which ends here: there is no --ema-decay", folder)
+            logger.warning("%s holds a moving average of the weights, which ends here: there is no --ema-decay", folder,
+                           extra=AGREED)
         if self.iteration and state["seed"] != self.config.batch.seed:
             logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change",
-                           self.config.batch.seed, folder, state["seed"])
+                           self.config.batch.seed, folder, state["seed"], extra=AGREED)
         if self.iteration and state["data"]["fingerprint"] != self.data.fingerprint:
-            logger.warning("%s was trained on other data than %s", folder, self.data.name)
+            logger.warning("%s was trained on other data than %s", folder, self.data.name, extra=AGREED)
         logger.info("resumed from %s at iteration %d", folder, self.iteration)
 
     def resume_clipper(self, state: dict[str, Any] | None, folder: Path) -> None:
@@ -356,7 +360,7 @@ class Trainer:
             self.clipper.load_state_dict(state)
         else:
             logger.warning("--clip-grad-method is %s, but %s was trained with %s: clipping starts anew",
-                           self.clipper.method, folder, state["method"])
+                           self.clipper.method, folder, state["method"], extra=AGREED)
 
     def announce(self) -> None:
         """Write what this run is made of, to the log and as config.yaml."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.profiling import Profiling
 from megatron_flashi2v.training.samples import Samples
-from megatron_flashi2v.training.throughput import DataWaits, Throughput, ThroughputMeter
+from megatron_flashi2v.training.stragglers import ReplicaClock, StragglerWatch
+from megatron_flashi2v.training.throughput import MICROSECONDS, PerReplica, Throughput, ThroughputMeter
 from megatron_flashi2v.training.validation import VALIDATION_FILE, Validation
 from megatron_flashi2v.training.writers import Writers
 
@@ -35,6 +37,7 @@ class Watch:
         device: what it runs on.
         launch: this process's place.
         norms: finds norms by part.
+        clock: tells this replica's time.
         validation: finds the validation loss; None where there is none.
         samples: makes videos; None where there are none.
     """
@@ -47,6 +50,7 @@ class Watch:
         device: Device,
         launch: LaunchEnvironment,
         norms: NormsByPart,
+        clock: ReplicaClock,
         validation: Validation | None,
         samples: Samples | None,
     ) -> None:
@@ -56,7 +60,8 @@ class Watch:
         self._writes = launch.rank == 0
         self._folder = config.checkpoint.save if self._writes else None
         self._meter = ThroughputMeter(config, model, device, launch.world_size)
-        self._waits = DataWaits(groups)
+        self._waits = PerReplica(groups)
+        self._stragglers = StragglerWatch(groups, device, clock)
         self._profiling = Profiling(config.watch, config.checkpoint.save, device, launch.rank)
         self._done, self._trace_asked = 0, False
 
@@ -74,18 +79,28 @@ class Watch:
             owes_samples = self._samples is not None and not self._samples.folder(iteration).exists()
             self.look(iteration, consumed_samples, *self._agreed(owes_loss, owes_samples))
 
-    def counts(self, data_wait_s: float) -> tuple[int, ...]:
+    def counts(self, data_wait_s: float) -> dict[str, tuple[int, ...]]:
         """What this rank tells all others with the loss, in sums."""
-        return (self._profiling.asked(), *self._waits.counts(data_wait_s))
+        return {
+            "profile": (self._profiling.asked(),),
+            "data_waits": self._waits.counts(round(data_wait_s * MICROSECONDS)),
+            "replica_times": self._stragglers.counts(),
+        }
 
     def before_iteration(self, done: int) -> None:
         """Get ready to look at the next iteration; ``done`` are done."""
         self._profiling.before_iteration(done)
+        self._stragglers.iteration_begins()
 
-    def throughput(self, latent_shape: tuple[int, int, int], seconds: float, totals: Sequence[int]) -> Throughput:
+    def throughput(
+        self, latent_shape: tuple[int, int, int], seconds: float, totals: Mapping[str, Sequence[int]]
+    ) -> Throughput:
         """The figures of an iteration from its time and the sums of all ranks' :meth:`counts`."""
-        self._trace_asked = totals[0] > 0
-        return self._meter.measure(latent_shape, seconds, self._waits.longest(totals[1:]))
+        self._trace_asked = any(totals["profile"])
+        self._stragglers.iteration_done()
+        for words in self._stragglers.compare(totals["replica_times"]):
+            logger.warning("%s", words, extra=AGREED)
+        return self._meter.measure(latent_shape, seconds, max(totals["data_waits"]) / MICROSECONDS)
 
     def gradients_ready(self, iteration: int) -> None:
         """Look at an iteration's gradients, before they are clipped."""
@@ -118,8 +133,8 @@ class Watch:
 
     def look(self, iteration: int, consumed_samples: int, loss: bool = True, samples: bool = True) -> None:
         """Look at the model after an iteration, where it is time; all ranks call it, unless they are about to leave."""
-        if loss and self._validation is not None and self._validates_at(iteration):
-            self._validate(self._validation, iteration, consumed_samples)
+        if loss and self._validates_at(iteration):
+            self._validate(iteration, consumed_samples)
         if samples and self._samples is not None and self._samples_at(iteration):
             self._samples.run(iteration)
 
@@ -132,8 +147,9 @@ class Watch:
     def _is_due(self, iteration: int, interval: int | None) -> bool:
         return interval is not None and (iteration % interval == 0 or iteration == self._config.batch.train_iters)
 
-    def _validate(self, validation: Validation, iteration: int, consumed_samples: int) -> None:
-        row = {"iteration": iteration, "consumed_samples": consumed_samples, **validation.run()}
+    def _validate(self, iteration: int, consumed_samples: int) -> None:
+        assert self._validation is not None
+        row = {"iteration": iteration, "consumed_samples": consumed_samples, **self._validation.run()}
         self._validation_log.append(row)
         if self._writers is not None:
             self._writers.write("validation", row)

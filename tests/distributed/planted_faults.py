@@ -1,10 +1,11 @@
-"""What can go wrong in the second iteration of a run, on its last rank alone; and what should come of it."""
+"""What can go wrong on a run's last rank alone, in the second iteration or in all; and what should come of it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -78,8 +79,20 @@ def left_out() -> Any:
     return mock.patch.object(TrainingStep, "apply", sometimes)
 
 
+def slow_rank() -> Any:
+    """The last rank takes a while longer over every microbatch."""
+    forward = step.forward_step
+
+    def slow(*arguments: Any) -> Any:
+        if is_last_rank():
+            time.sleep(1.0)
+        return forward(*arguments)
+
+    return mock.patch.object(step, "forward_step", slow)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
-    function.__name__: function for function in (nan_latents, infinite_gradient, left_out)
+    function.__name__: function for function in (nan_latents, infinite_gradient, left_out, slow_rank)
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -96,7 +97,8 @@ def train(flags: list[str], launch, device) -> None:
         return loss
 
     step.losses_and_gradients = keep_gradients
-    with counted_encodings() as calls, noted_samples(config.checkpoint.save / f"samples-{launch.rank}.jsonl"):
+    noted = noted_samples(config.checkpoint.save / f"samples-{launch.rank}.jsonl")
+    with counted_encodings() as calls, noted, noted_warnings(config.checkpoint.save / f"warnings-{launch.rank}.txt"):
         trainer.train()
     write_velocity(trainer, config.checkpoint.save)
     if config.data.online_encoding:
@@ -136,6 +138,20 @@ def noted_samples(path: Path):
         yield
     finally:
         Blend.read = read
+
+
+@contextlib.contextmanager
+def noted_warnings(path: Path):
+    """What this process warns of goes to the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler, package = logging.FileHandler(path, mode="w"), logging.getLogger("megatron_flashi2v")
+    handler.setLevel(logging.WARNING)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
 
 
 def main() -> None:

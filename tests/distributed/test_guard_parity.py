@@ -1,4 +1,4 @@
-"""A number that is not finite on one rank: all ranks skip the update, and go on as if it had been left out."""
+"""One rank's fault: an update that is not finite is skipped by all, as if it had been left out; a slow one is named."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     layouts = [Layout(f"{name}-{fault}", 2, more, fault=fault)
                for name, more in LAYOUTS.items() for fault in (*FAULTS, "left_out")]
+    layouts.append(Layout("slow", 2, ("--train-iters", "11"), fault="slow_rank"))
     return run_layouts(layouts, tmp_path_factory.mktemp("runs"), flags(data), timeout=900)
 
 
@@ -53,6 +54,14 @@ def test_all_ranks_skip_the_update(runs: dict[str, Path], name: str, fault: str)
     found, wanted = (tensors(find_checkpoint(save), prefix="") for save in (run, left_out))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def test_a_slow_replica_is_named(runs: dict[str, Path]) -> None:
+    """Told in iteration 11: the times of ten iterations in a row, each of which travels with the next one's loss."""
+    (line,) = (runs["slow"] / "warnings-0.txt").read_text().splitlines()
+    assert line.startswith("replica 1 (on ") and "has been slow for 10 iterations" in line
+    assert not any((save / "warnings-0.txt").read_text().count("replica") for name, save in runs.items()
+                   if name != "slow")
 
 
 def test_all_ranks_stop_with_one_message(data: Path, tmp_path: Path) -> None:

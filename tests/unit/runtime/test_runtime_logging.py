@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from megatron_flashi2v.runtime.logging import setup_logging
+from megatron_flashi2v.runtime.logging import AGREED, setup_logging
 from megatron_flashi2v.runtime.progress import format_rate, progress
 
 LOADING_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
@@ -41,6 +41,7 @@ def test_rank_0_informs_and_the_others_warn(capsys: pytest.CaptureFixture[str]) 
     log.debug("hidden")
     setup_logging(3)  # replaces: one line each, not two
     log.info("hidden")
+    log.warning("said by rank zero too", extra=AGREED)
     log.warning("from rank three: 100%")
     output, errors = capsys.readouterr()
     assert output == ""

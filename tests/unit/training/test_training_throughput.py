@@ -17,7 +17,7 @@ from megatron_flashi2v.config.train import BatchArguments, RuntimeArguments, Tra
 from megatron_flashi2v.models.flops import forward_flops
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.training.batch import MicrobatchSource
-from megatron_flashi2v.training.throughput import DataWaits, ThroughputMeter
+from megatron_flashi2v.training.throughput import PerReplica, ThroughputMeter
 
 Train = Callable[..., int]
 MODEL = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4)
@@ -48,18 +48,17 @@ def test_mfu_is_told_only_where_the_peak_is_known(other: dict) -> None:
     assert meter(**other).measure(SHAPE, 0.5, 0.0).mfu is None
 
 
-def test_the_longest_wait_of_all_replicas() -> None:
+def test_the_number_of_each_replica() -> None:
     def group(rank: int, size: int = 2) -> SimpleNamespace:
         return SimpleNamespace(rank=lambda: rank, size=lambda: size)
 
     rows = []
-    for dp, seconds in enumerate((0.25, 1.5)):
+    for dp, number in enumerate((25, 150)):
         for tp in (0, 1):
             for pp in (0, 1):
                 groups = SimpleNamespace(dp=group(dp), tp=group(tp), pp=group(pp), cp=group(0, 1))
-                rows.append(DataWaits(groups).counts(seconds + tp + pp))  # type: ignore[arg-type]
-    totals = [sum(column) for column in zip(*rows, strict=True)]
-    assert totals == [250_000, 1_500_000] and DataWaits.longest(totals) == 1.5
+                rows.append(PerReplica(groups).counts(number + tp + pp))  # type: ignore[arg-type]
+    assert [sum(column) for column in zip(*rows, strict=True)] == [25, 150]
 
 
 def test_a_run_writes_its_rates_and_its_loss_by_sigma(
