@@ -63,9 +63,14 @@ def main(argv: Sequence[str]) -> None:
         trainer.bad_samples = trainer.make_bad_sample_ledger(source)
         report: dict[str, Any] = {"iteration_s": [_seconds(trainer.run_iteration, source) for _ in range(5)][1:]}
         for name, beside in (("at_once", False), ("beside", True)):
-            arguments = dataclasses.replace(config.checkpoint, async_save=beside, keep_last=1, keep_every=None)
+            arguments = dataclasses.replace(
+                config.checkpoint, async_save=beside, save_interval=1, keep_last=1, keep_every=None
+            )
             peers = Peers(launch.rank, launch.world_size)
             trainer.saver = CheckpointSaver(arguments, trainer.model_config, peers, device)
+            trainer.saver.reserve(trainer.pieces)  # as the first iteration of a run does
+            for _ in range(10):
+                trainer.run_iteration(source)
             report[name] = [measure(trainer, source) for _ in range(SAVES)]
         source.abandon()
         destroy_groups()

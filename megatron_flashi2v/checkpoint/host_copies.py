@@ -41,16 +41,25 @@ class HostCopies:
         Raises:
             UserError: there is not enough memory.
         """
-        owned = [piece for piece in pieces if piece.owner and piece.data.numel()]
+        owned = _owned(pieces)
         copies = []
-        for piece, place in zip(owned, self._places([_padded(piece.data.nbytes) for piece in owned]), strict=True):
+        for piece, place in zip(owned, self._places(owned), strict=True):
             data = place[: piece.data.nbytes].view(piece.data.dtype).view(piece.data.shape)
             copies.append(dataclasses.replace(piece, data=data.copy_(piece.data, non_blocking=True)))
         self._device.synchronize()
         return copies
 
-    def _places(self, sizes: list[int]) -> list[torch.Tensor]:
+    def reserve(self, pieces: Iterable[TensorPiece]) -> None:
+        """Get the memory for such pieces, which takes longer than to copy them; no other method may run meanwhile.
+
+        Raises:
+            UserError: there is not enough memory.
+        """
+        self._places(_owned(pieces))
+
+    def _places(self, owned: list[TensorPiece]) -> list[torch.Tensor]:
         """Stretches of the blocks, one after the other; blocks that are lacking are made."""
+        sizes = [_padded(piece.data.nbytes) for piece in owned]
         places = []
         left, block, begin = sum(sizes), 0, 0
         for size in sizes:
@@ -65,13 +74,17 @@ class HostCopies:
 
     def _new_block(self, size: int) -> torch.Tensor:
         try:
-            block = torch.empty(size, dtype=torch.uint8)
+            block = torch.empty(size, dtype=torch.uint8).zero_()  # pages come when they are first written
             return block if self._device.name == "cpu" else block.pin_memory()
         except (RuntimeError, MemoryError) as error:
             raise UserError(
                 f"--async-save copies what each rank saves to host memory, where {(self.nbytes + size) / _GIB:.1f} GiB "
                 f"cannot be had ({error}); leave it out, or start fewer processes on a host"
             ) from error
+
+
+def _owned(pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
+    return [piece for piece in pieces if piece.owner and piece.data.numel()]
 
 
 def _padded(size: int) -> int:

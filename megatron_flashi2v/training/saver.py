@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_flashi2v.checkpoint.host_copies import HostCopies
@@ -14,7 +14,7 @@ from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention
 from megatron_flashi2v.checkpoint.saving import CheckpointSave
 from megatron_flashi2v.checkpoint.storage import TensorPiece
-from megatron_flashi2v.config.errors import StorageError
+from megatron_flashi2v.config.errors import StorageError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.runtime.device import Device
@@ -49,7 +49,24 @@ class CheckpointSaver:
         self._copies = HostCopies(device)
         self._save: CheckpointSave | None = None
         self._thread: threading.Thread | None = None
+        self._reserving: threading.Thread | None = None
         self._blocked_s = 0.0
+
+    def reserve(self, pieces: Callable[[], list[TensorPiece]]) -> None:
+        """Begin to get the host memory for copies, if any will be made, so that the first save need not wait for it.
+
+        Args:
+            pieces: what this rank holds, asked for once; there should have been an update, which makes moments.
+        """
+        arguments = self._arguments
+        if self._reserving is None and arguments.async_save and arguments.save and arguments.save_interval:
+            self._reserving = threading.Thread(target=self._reserve, args=(pieces(),), name="reserve", daemon=True)
+            self._reserving.start()
+
+    def _reserve(self, pieces: list[TensorPiece]) -> None:
+        # Where there is not enough, the save will say so on all ranks.
+        with contextlib.suppress(UserError):
+            self._copies.reserve(pieces)
 
     def save(
         self,
@@ -86,6 +103,8 @@ class CheckpointSaver:
         self._blocked_s = 0.0
         with self._training_waits(failure_ends_run=last):
             if beside:
+                if self._reserving is not None:
+                    self._reserving.join()
                 save.work()
                 save.settle()
                 self._work_beside(save)

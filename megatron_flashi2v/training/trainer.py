@@ -22,6 +22,7 @@ from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, o
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
+from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import DataError, DivergenceError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
@@ -228,6 +229,7 @@ class Trainer:
         while self.iteration < config.batch.train_iters:
             self.watch.before_iteration(self.iteration)
             self.watch.iteration_done(self.run_iteration(source))
+            self.saver.reserve(self.pieces)
             stop = self.stop_reason
             if stop is None and self.is_due(config.checkpoint.exit_interval):
                 stop = "--exit-interval asks for it"
@@ -307,12 +309,9 @@ class Trainer:
             # The next forward pass would gather the updated shards; until then the weights here are a step old.
             for model in self.models:
                 model.start_param_sync(force_sync=True)
-        parameters = self.named_parameters()
         if self.guard.streak:
             logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
                            self.guard.streak, self.iteration - self.guard.streak, extra=AGREED)
-        pieces = [*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid),
-                  *(self.average.pieces() if self.average else ())]
         state = {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
@@ -323,7 +322,13 @@ class Trainer:
             "ema": self.average.state_dict() if self.average else None,
         }
         # Weights that may be spoiled must not cost older ones.
-        self.saver.save(self.iteration, pieces, state, last=last, delete_older=not self.guard.streak)
+        self.saver.save(self.iteration, self.pieces(), state, last=last, delete_older=not self.guard.streak)
+
+    def pieces(self) -> list[TensorPiece]:
+        """What this rank holds of a checkpoint's tensors."""
+        parameters = self.named_parameters()
+        return [*model_pieces(parameters, self.grid), *optimizer_pieces(self.optimizer, parameters, self.grid),
+                *(self.average.pieces() if self.average else ())]
 
     def resume(self, folder: Path) -> None:
         """Load weights, optimizer and position from a checkpoint.

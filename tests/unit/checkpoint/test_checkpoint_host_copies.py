@@ -56,6 +56,15 @@ def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(copy.data, piece.data)
 
 
+def test_reserved_memory_is_what_is_used() -> None:
+    copies = HostCopies(CpuDevice())
+    copies.reserve(pieces())
+    held = copies.nbytes
+    for copy, piece in zip(copies.take(held_pieces := pieces()), held_pieces, strict=True):
+        assert torch.equal(copy.data, piece.data)
+    assert copies.nbytes == held > 0
+
+
 def test_only_what_is_written_is_copied() -> None:
     copies = HostCopies(CpuDevice())
     replica, empty = dataclasses.replace(pieces()[0], owner=False), TensorPiece.whole("empty", torch.zeros(0, 4))

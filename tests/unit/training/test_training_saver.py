@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.layouts import metrics
 
 from megatron_flashi2v.checkpoint import saving
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.host_copies import HostCopies
 from megatron_flashi2v.config.errors import WriteError
 from megatron_flashi2v.training import saver as saver_module
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
@@ -164,6 +166,23 @@ def test_a_run_that_fails_neither_hangs_nor_publishes(
     assert train("--save", save, "--load", save, "--save-interval", 1, "--async-save") == 0
     assert files(save) == files(tmp_path / "straight")
     assert [row["loss"] for row in metrics(save)] == [row["loss"] for row in metrics(tmp_path / "straight")]
+
+
+def test_memory_is_reserved_before_the_first_save(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    original = HostCopies._new_block
+
+    def new_block(copies: HostCopies, size: int) -> torch.Tensor:
+        made.append(threading.current_thread().name)
+        return original(copies, size)
+
+    monkeypatch.setattr(HostCopies, "_new_block", new_block)
+    assert train("--save", tmp_path, "--save-interval", 2, "--async-save") == 0
+    assert made == ["reserve"] and saved(tmp_path) == [2, 4]
+    assert train("--save", tmp_path / "end", "--async-save") == 0 == train("--save", tmp_path / "at-once")
+    assert made == ["reserve"]
 
 
 def test_a_disk_that_is_full_when_it_is_published(
