@@ -44,10 +44,10 @@ from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.peaks import peak_tflops
 from megatron_flashi2v.sampling.load import single_process
 from megatron_flashi2v.training.batch import Microbatch
+from megatron_flashi2v.training.chunks import build_chunks
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.optimizer import make_optimizer, wrap_data_parallel
 from megatron_flashi2v.training.step import TrainingStep, forward_step
-from megatron_flashi2v.training.trainer import build_chunks
 
 COLUMNS = ("implementation", "seconds", "tflops", "mfu", "of_matmul", "peak_gib", "forward_s", "backward_s",
            "optimizer_s")

@@ -16,7 +16,7 @@ from megatron_flashi2v.models.stages import Stage
 from megatron_flashi2v.parallel.groups import destroy_groups, make_groups
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.redirect import megatron_on
-from megatron_flashi2v.training.trainer import build_chunks
+from megatron_flashi2v.training.chunks import build_chunks
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,12 @@ from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import DataError, DivergenceError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.rules import num_microbatches, stage_layer_counts, virtual_stages
-from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
+from megatron_flashi2v.config.rules import num_microbatches, virtual_stages
+from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.initialization import initialize_weights
-from megatron_flashi2v.models.recompute import Recompute
-from megatron_flashi2v.models.spec import ModelSpec, make_spec
-from megatron_flashi2v.models.stages import stages_of_rank
-from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.parallel.groups import make_groups
 from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
@@ -44,6 +41,7 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.chunks import build_chunks
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import fit_model_to_data, open_data, open_validation_data, share_encoding
 from megatron_flashi2v.training.ema import WeightAverage
@@ -390,27 +388,6 @@ class Trainer:
         if self.iteration == 0 and has_checkpoint(save):
             logger.warning("--save %s holds checkpoints of an earlier run, and this one starts anew beside them; "
                            "continue that run with --load %s, or choose another folder", save, save)
-
-
-def build_chunks(spec: ModelSpec, config: TrainConfig, device: Device) -> list[DiffusionTransformer]:
-    """This rank's stages of the model, on the device; their weights are not set yet."""
-    counts = stage_layer_counts(config.parallel, spec.config.num_layers)
-    pipeline = spec.groups.pp
-    with device.torch_device:
-        return [
-            DiffusionTransformer(spec, stage, recompute_of(config.recompute, len(stage.layers)))
-            for stage in stages_of_rank(counts, pipeline.size(), pipeline.rank())
-        ]
-
-
-def recompute_of(arguments: RecomputeArguments, blocks: int) -> Recompute:
-    """What a stage of that many blocks computes again in backward."""
-    granularity = arguments.recompute_granularity
-    if granularity != "full":
-        return Recompute(inside=granularity)
-    if arguments.recompute_method == "block":
-        return Recompute(layers=min(arguments.recompute_num_layers, blocks), group=1)
-    return Recompute(layers=blocks, group=arguments.recompute_num_layers)
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:

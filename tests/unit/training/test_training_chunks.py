@@ -9,7 +9,7 @@ import pytest
 from megatron_flashi2v.checkpoint.state import shard_grid
 from megatron_flashi2v.config.train import RecomputeArguments
 from megatron_flashi2v.models.recompute import Recompute
-from megatron_flashi2v.training.trainer import recompute_of
+from megatron_flashi2v.training.chunks import recompute_of
 
 
 def group(size: int, rank: int = 0) -> SimpleNamespace:
