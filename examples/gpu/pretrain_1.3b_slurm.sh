@@ -6,7 +6,7 @@
 #SBATCH --exclusive
 # FlashI2V 1.3B on NVIDIA GPUs under Slurm: sbatch examples/gpu/pretrain_1.3b_slurm.sh [flags of flashi2v train]
 # One task for each GPU; `flashi2v train` reads Slurm's own variables. One node: sbatch --nodes=1.
-# A replica on each of 32 GPUs: 1.42 G parameters x (6 + 12/32) bytes = 9 GB; two samples a step for each replica.
+# A replica on each of 32 GPUs: 1.42 G parameters x (6 + 16/32) bytes = 9 GB; two samples a step for each replica.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 . examples/gpu/environment.sh

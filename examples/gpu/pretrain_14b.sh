@@ -3,8 +3,8 @@
 # Several, on each: NNODES=4 HEAD=10.0.0.1 bash examples/gpu/pretrain_14b.sh [flags of flashi2v train]
 #
 # Tensor 4 x context 2 fill a node, so that both talk over NVLink; half the tensor-parallel traffic of tensor 8. A GPU
-# holds 14.3 G / 4 = 3.62 G parameters x (6 + 12/2) bytes = 43 GB on one node, where the optimizer is divided over the 2
-# context ranks, and x (6 + 12/8) = 27 GB on four, with 5 GB of activations: inside 80 GB.
+# holds 14.3 G / 4 = 3.62 G parameters x (6 + 16/2) bytes = 51 GB on one node, where the optimizer is divided over the 2
+# context ranks, and x (6 + 16/8) = 29 GB on four, with 5 GB of activations: inside 80 GB.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . examples/gpu/environment.sh
