@@ -158,7 +158,9 @@ def main() -> None:
             f"{iterations_done(killed)} iterations, {whole} whole checkpoints\n"
         )
         sys.stdout.flush()
-        if not hit and running.returncode == 0:
+        if not hit and running.returncode:
+            raise SystemExit(f"FAILED: the launch ended by itself with {running.returncode}; see {killed}.log")
+        if not hit:
             break  # the run is done
     run_to_end(killed, arguments.processes, arguments.flags)
     if rows(killed) != rows(straight):

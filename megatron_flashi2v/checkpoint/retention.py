@@ -18,25 +18,28 @@ class Retention:
 
     Attributes:
         last: the newest so many; None keeps all.
-        every: and those of iterations that are multiples of this.
+        every: and the first at or after each multiple of this.
     """
 
     last: int | None = None
     every: int | None = None
 
     def surplus(self, iterations: Iterable[int], newest: int) -> list[int]:
-        """Which of the published iterations to delete, now that ``newest`` is published.
-
-        Later ones, of a run that was taken back to an earlier iteration, are neither counted nor deleted: they
-        may be damaged, and must not stand for good ones.
-        """
+        """Which of the published iterations to delete, now that ``newest`` is published; none is later."""
         if self.last is None:
             return []
         older = sorted(iteration for iteration in iterations if iteration < newest)
+        milestones = self._milestones(older)
         return [
-            iteration for iteration in older[: max(0, len(older) - (self.last - 1))]
-            if not (self.every and iteration % self.every == 0)
+            iteration for iteration in older[: max(0, len(older) - (self.last - 1))] if iteration not in milestones
         ]  # fmt: skip
+
+    def _milestones(self, iterations: Iterable[int]) -> set[int]:
+        found: dict[int, int] = {}
+        for iteration in iterations if self.every else ():
+            assert self.every is not None
+            found.setdefault(iteration // self.every, iteration)
+        return {iteration for multiple, iteration in found.items() if multiple}
 
 
 KEEP_ALL = Retention()
@@ -47,7 +50,7 @@ def delete_checkpoint(folder: Path) -> None:
 
     It loses its name first, so that a run killed meanwhile leaves no folder that looks whole.
     """
-    hidden = folder.with_name(f".{folder.name}.partial")
+    hidden = folder.with_name(f".{folder.name}.deleted")
     try:
         os.rename(folder, hidden)
         shutil.rmtree(hidden)

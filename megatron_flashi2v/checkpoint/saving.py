@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import shutil
@@ -133,8 +134,10 @@ class CheckpointSave:
     def _begin(self) -> None:
         if self._peers.rank == 0:
             self._root.mkdir(parents=True, exist_ok=True)
-            for stale in self._root.glob(".iter_*.partial"):  # left by a run that was killed while it saved
-                shutil.rmtree(stale)
+            # Left by a run that was killed while it saved or deleted, or by a file that was in use. What cannot be
+            # removed now is in nobody's way but this iteration's own.
+            for stale in (*self._root.glob(".iter_*.partial"), *self._root.glob(".iter_*.deleted")):
+                shutil.rmtree(stale, ignore_errors=True)
             self._partial.mkdir()
         self._pieces = self._take(self._pieces)
 
@@ -156,6 +159,7 @@ class CheckpointSave:
         finish_folder(self._partial, self._model_config, self._state)
         _flush_folder(self._partial)
         _rename(self._root, self._iteration, self._partial, self.folder)
+        _set_later_aside(self._root, self._iteration)
         _delete_surplus(self._root, self._iteration, self._retention)
 
 
@@ -248,6 +252,23 @@ def _rename(root: Path, iteration: int, partial: Path, final: Path) -> None:
             os.rename(replaced, final)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _set_later_aside(root: Path, iteration: int) -> None:
+    """Take the names of later checkpoints: a run that was taken back to an earlier iteration has left them.
+
+    They may be damaged; once this run passes their iterations, nothing would tell them from its own.
+    """
+    for later in (number for number in published_iterations(root) if number > iteration):
+        folder = root / iteration_folder(later)
+        places = (folder.with_name(f"{folder.name}.superseded{number or ''}") for number in itertools.count())
+        place = next(place for place in places if not place.exists())
+        try:
+            os.rename(folder, place)
+        except OSError as error:
+            logger.warning("%s, which an earlier run has left, cannot be set aside: %s", folder, error)
+        else:
+            logger.warning("%s, which an earlier run has left, is %s now", folder, place.name)
 
 
 def _flush_folder(folder: Path) -> None:

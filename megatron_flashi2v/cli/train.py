@@ -12,7 +12,7 @@ from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values, parse
-from megatron_flashi2v.config.rules import check_train, model_ranks
+from megatron_flashi2v.config.rules import check_train, hang_timeout_s, model_ranks
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
@@ -54,7 +54,7 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
         load_mindspeed(config)
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
-    watch = HangWatch(config.faults.hang_timeout_s, config.checkpoint.save, launch, device.torch_device)
+    watch = HangWatch(hang_timeout_s(config, launch.world_size), config.checkpoint.save, launch, device.torch_device)
     with leaving_group(launch), watch:
         # megatron-core compiles small functions while it is imported, which torch must do unredirected.
         from megatron_flashi2v.parallel.groups import destroy_groups

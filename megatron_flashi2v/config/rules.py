@@ -10,6 +10,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import (
+    SLOW_PHASES,
     FaultArguments,
     OptimizerArguments,
     ParallelArguments,
@@ -17,6 +18,8 @@ from megatron_flashi2v.config.train import (
     TrainConfig,
 )
 from megatron_flashi2v.config.watch import check_watch
+
+DEFAULT_HANG_TIMEOUT_S = 600.0
 
 
 def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> None:
@@ -38,6 +41,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_fp8(config)
     _check_numbers(config)
     _check_faults(config.faults)
+    _check_hang_timeout(config, world_size)
     _check_online_encoding(config)
     check_watch(config.watch, config.checkpoint.save, world_size)
     if config.runtime.use_mindspeed and config.runtime.device != "npu":
@@ -349,13 +353,37 @@ def _check_clipping(optimizer: OptimizerArguments) -> None:
         )
 
 
+def hang_timeout_s(config: TrainConfig, world_size: int) -> float:
+    """``--hang-timeout-s``, or its default; 0 watches nothing."""
+    given = config.faults.hang_timeout_s
+    if given is not None:
+        return given
+    return min(DEFAULT_HANG_TIMEOUT_S, _longest_hang_timeout_s(config)) if world_size > 1 else 0.0
+
+
+def _longest_hang_timeout_s(config: TrainConfig) -> float:
+    """So that a hang is told, also in a slow phase, before the collectives of the ranks that wait for it fail."""
+    return 60 * config.parallel.distributed_timeout_minutes / (SLOW_PHASES + 1)
+
+
+def _check_hang_timeout(config: TrainConfig, world_size: int) -> None:
+    given = config.faults.hang_timeout_s
+    if given is not None and given < 0:
+        raise ConfigError(f"--hang-timeout-s is {given}; it must be at least 0, which watches nothing")
+    longest = _longest_hang_timeout_s(config)
+    if given is not None and world_size > 1 and given > longest:
+        raise ConfigError(
+            f"--hang-timeout-s is {given:g}; it must be at most {longest:g}, a fifth of --distributed-timeout-minutes "
+            f"{config.parallel.distributed_timeout_minutes:g}, or collectives fail first: set that to "
+            f"{math.ceil(given * (SLOW_PHASES + 1) / 60)} or more"
+        )
+
+
 def _check_faults(faults: FaultArguments) -> None:
     if faults.max_skipped_updates < 0:
         raise ConfigError(
             f"--max-skipped-updates is {faults.max_skipped_updates}; it must be at least 0, which stops at the first"
         )
-    if faults.hang_timeout_s is not None and faults.hang_timeout_s < 0:
-        raise ConfigError(f"--hang-timeout-s is {faults.hang_timeout_s}; it must be at least 0, which watches nothing")
     for name in ("skip_loss_spike_factor", "skip_grad_norm_spike_factor"):
         factor = getattr(faults, name)
         if factor is not None and not factor > 1:

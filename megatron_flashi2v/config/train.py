@@ -104,8 +104,8 @@ class ParallelArguments:
     """Reduce gradients while the backward pass is still running."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass is already running."""
-    distributed_timeout_minutes: float = 30.0
-    """Minutes until a collective that hangs is an error."""
+    distributed_timeout_minutes: float = 60.0
+    """Minutes until a collective that hangs is an error; --hang-timeout-s should tell of it before."""
     distributed_backend: Literal["auto", "gloo"] = "auto"
     """auto: NCCL on CUDA, HCCL on NPUs, gloo on CPUs; gloo: anywhere, through the host's memory, to look for faults."""
     hccl_buffer_sizes: str | None = None
@@ -172,6 +172,10 @@ class OptimizerArguments:
     """reference: update n decays by (1 + n) / (10 + n) until --ema-decay is reached; none: by --ema-decay always."""
 
 
+SLOW_PHASES = 4.0
+"""Times ``--hang-timeout-s`` that starting, saving and leaving may take."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FaultArguments:
     """Updates that must not be applied, and ranks that make no progress."""
@@ -186,7 +190,8 @@ class FaultArguments:
     """Applied updates that the running medians are taken over; nothing is a spike before there are so many."""
     hang_timeout_s: float | None = None
     """Seconds an iteration may take (4 x for starting, saving and what follows them) before the stacks of all ranks are
-    written to --save's stacks/ and the run ends; by default 900 with several processes and 0, never, with one."""
+    written to --save's stacks/ and the run ends; 0 is never. By default never with one process, and with several 600,
+    or a fifth of --distributed-timeout-minutes if that is less."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from types import TracebackType
 
 import torch
 
+from megatron_flashi2v.config.train import SLOW_PHASES
 from megatron_flashi2v.runtime.distributed import gather_bytes
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
@@ -28,10 +29,8 @@ from megatron_flashi2v.runtime.stacks import OwnStacks, Process, Report, main_th
 
 HANG_EXIT_CODE = 124
 """As of ``timeout``."""
-SLOW = 4.0
+SLOW = SLOW_PHASES
 """Allowance of phases that take long by nature: starting, saving, leaving."""
-DEFAULT_TIMEOUT_S = 900.0
-"""Half of the default of ``--distributed-timeout-minutes``, after which collectives fail by themselves."""
 STACKS_FOLDER = "stacks"
 SUMMARY_NAME = "summary.txt"
 
@@ -58,18 +57,15 @@ class HangWatch:
     All ranks enter the same phases in the same order; what one rank does alone belongs to a phase of all.
 
     Args:
-        timeout_s: seconds that a phase may take; 0 watches nothing, None is :data:`DEFAULT_TIMEOUT_S` where there are
-            several processes and 0 where there is one.
+        timeout_s: seconds that a phase may take (``config.rules.hang_timeout_s``); 0 watches nothing.
         folder: ``--save``, on a file system that all hosts share; without one each host keeps its stacks to itself.
         launch: this process's place.
         device: where the default group's backend wants tensors.
     """
 
     def __init__(
-        self, timeout_s: float | None, folder: Path | None, launch: LaunchEnvironment, device: torch.device
+        self, timeout_s: float, folder: Path | None, launch: LaunchEnvironment, device: torch.device
     ) -> None:
-        if timeout_s is None:
-            timeout_s = DEFAULT_TIMEOUT_S if launch.world_size > 1 else 0.0
         self._timeout_s, self._folder = timeout_s, folder
         self._rank, self._world_size, self._device = launch.rank, launch.world_size, device
         self._phase = _Phase(0, "", 1.0, timeout_s)

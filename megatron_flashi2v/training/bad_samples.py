@@ -13,7 +13,9 @@ import torch
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.blend import BadPosition
 from megatron_flashi2v.runtime.distributed import gather_bytes
-from megatron_flashi2v.runtime.files import append_jsonl, atomic_write_text, read_jsonl
+from megatron_flashi2v.runtime.files import atomic_write_text, read_jsonl
+from megatron_flashi2v.runtime.logging import AGREED
+from megatron_flashi2v.training.metrics import RowFile
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 
@@ -38,8 +40,9 @@ class BadSampleLedger:
         self, folder: Path | None, limit: int, *, consumed: int, replica: int, reads: bool, device: torch.device
     ) -> None:
         self._limit, self._replica, self._reads, self._device = limit, replica, reads, device
-        self._path = None if folder is None or torch.distributed.get_rank() else folder / BAD_SAMPLES_FILE
-        earlier = [] if self._path is None else _rows_before(self._path, consumed)
+        path = None if folder is None or torch.distributed.get_rank() else folder / BAD_SAMPLES_FILE
+        self._file = RowFile(path)
+        earlier = [] if path is None else _rows_before(path, consumed)
         self._rows: list[dict[str, Any]] = self._exchange(earlier)[0]
         self._require_few()
 
@@ -65,9 +68,9 @@ class BadSampleLedger:
 
     def _record(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        logger.warning("bad sample at position %d: %s; another one fills it", row["position"], row["reason"])
-        if self._path is not None:
-            append_jsonl(self._path, row)
+        logger.warning("bad sample at position %d: %s; another one fills it", row["position"], row["reason"],
+                       extra=AGREED)
+        self._file.append(row)
 
     def _require_few(self) -> None:
         damaged = [row for row in self._rows if row["damaged"]]

@@ -59,6 +59,31 @@ class IterationMetrics:
         return row
 
 
+class RowFile:
+    """A JSON-lines file to which rows are appended; where the disk is full they wait for the next, and the run goes on.
+
+    Args:
+        path: the file; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._waiting: list[dict[str, Any]] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row, and those that wait."""
+        if self.path is None:
+            return
+        self._waiting.append(dict(row))
+        try:
+            while self._waiting:
+                append_jsonl(self.path, self._waiting[0])
+                self._waiting.pop(0)
+        except WriteError as error:
+            if len(self._waiting) == 1:
+                logger.warning("%s; its rows are kept in memory meanwhile", error)
+
+
 class MetricsLog:
     """Appends rows to a JSON-lines file; a resume drops those past the iteration that it loaded.
 
@@ -72,29 +97,17 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path | None, resumed_iteration: int, name: str = METRICS_FILE) -> None:
-        self.path = None if folder is None else folder / name
-        self._waiting: list[dict[str, Any]] = []
+        path = None if folder is None else folder / name
+        self._file = RowFile(path)
         self.last_iteration: int | None = None
-        if self.path is not None and self.path.exists():
-            rows = [row for row in read_jsonl(self.path) if row["iteration"] <= resumed_iteration]
+        if path is not None and path.exists():
+            rows = [row for row in read_jsonl(path) if row["iteration"] <= resumed_iteration]
             self.last_iteration = rows[-1]["iteration"] if rows else None
-            atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row; floats keep full precision, and what is not finite becomes null.
-
-        Where the disk is full the row waits for the next one, so that a run outlives it.
-        """
-        if self.path is None:
-            return
-        self._waiting.append(finite(row))
-        try:
-            while self._waiting:
-                append_jsonl(self.path, self._waiting[0])
-                self._waiting.pop(0)
-        except WriteError as error:
-            if len(self._waiting) == 1:
-                logger.warning("%s; its rows are kept in memory meanwhile", error)
+        """Write one row; floats keep full precision, and what is not finite becomes null."""
+        self._file.append(finite(row))
 
 
 def finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -80,17 +81,25 @@ class Samples:
         """Where the videos of an iteration go."""
         return self._folder / f"iter_{iteration:07d}"
 
-    def run(self, iteration: int) -> None:
-        """Sample, decode and write."""
+    def run(self, iteration: int, go_on: Callable[[], bool]) -> None:
+        """Sample, decode and write.
+
+        Args:
+            iteration: iterations done.
+            go_on: asked before each replica's next video; the same on all ranks. Where it stops, nothing is written.
+        """
         for model in self._models:
             if self._gathers_late:
                 model.start_param_sync(force_sync=True)
             model.eval()
         try:
-            made = {
-                index: self._sample(index)
-                for index in range(self._replica, self._arguments.sample_count, self._replicas)
-            }
+            made = {}
+            for first in range(0, self._arguments.sample_count, self._replicas):
+                if not go_on():
+                    return
+                index = first + self._replica
+                if index < self._arguments.sample_count:
+                    made[index] = self._sample(index)
         finally:
             for model in self._models:
                 model.train()

@@ -96,6 +96,7 @@ class Trainer:
         if config.watch.valid_data_path:
             self.validation_data = open_validation_data(config, self.data, VALIDATION_SEED)
             fit_model_to_data(self.model_config, self.validation_data)
+        self.hang_watch.enter("building the model", SLOW)
         self.groups = make_groups(config.parallel)
         share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
         self.grid = shard_grid(self.groups)
@@ -111,6 +112,7 @@ class Trainer:
         )
         self.chunks = build_chunks(self.spec, config, device)
         peers = Peers(launch.rank, launch.world_size)
+        self.hang_watch.enter("verifying the checkpoint", SLOW)
         resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load, peers=peers)
         if resumed is None:
             for chunk in self.chunks:
@@ -121,6 +123,7 @@ class Trainer:
                 logger.info("%s", initial.summary)
                 load_initial_weights(initial, self.named_parameters(), self.grid)
         clock = ReplicaClock(device)
+        self.hang_watch.enter("building the optimizer", SLOW)
         self.models = wrap_data_parallel(self.chunks, config, clock.meet)
         self.optimizer = make_optimizer(self.models, config, self.spec)
         self.clipper = make_clipper(config.optimizer)
@@ -133,6 +136,7 @@ class Trainer:
         self.provenance = provenance(config, self.data, launch)
         self.iteration, self.consumed_samples = 0, 0
         self.stop_reason: str | None = None
+        self.hang_watch.enter("loading the checkpoint", SLOW)
         if resumed is not None:
             self.resume(resumed)
         elif config.checkpoint.load is not None:
@@ -147,7 +151,7 @@ class Trainer:
         self.watch = Watch(
             config, self.model_config, self.groups, device, launch,
             NormsByPart(self.model_config, self.optimizer, self.named_parameters(), self.grid, device.torch_device),
-            clock, *self.make_lookers(),
+            clock, self.interrupts, self.hang_watch, *self.make_lookers(),
         )
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -159,7 +163,6 @@ class Trainer:
         config = self.config
         source = self.make_source()
         self.announce()
-        self.hang_watch.enter(f"looking at iteration {self.iteration}", SLOW)  # what an interrupted run left undone
         self.watch.begin(self.iteration, self.consumed_samples)
         if self.iteration >= config.batch.train_iters:
             logger.info("nothing to do: iteration %d of %d is done", self.iteration, config.batch.train_iters)
@@ -234,15 +237,18 @@ class Trainer:
             done = stop is not None or self.iteration == config.batch.train_iters
             save_is_due = save_is_due or self.is_due(config.checkpoint.save_interval)
             # Skipped updates may mean spoiled weights: then the newest checkpoint stays the good one.
-            if config.checkpoint.save is not None and (done or (save_is_due and not self.guard.streak)):
+            saves = config.checkpoint.save is not None and (done or (save_is_due and not self.guard.streak))
+            if saves:
                 save_is_due = False
                 self.save(last=done)
+            if stop is None and self.watch.looks_at(self.iteration):
+                stop = self.watch.look(self.iteration, self.consumed_samples)
+                if stop is not None and config.checkpoint.save is not None and not saves:
+                    self.save()
             if stop is not None:
+                self.saver.finish()
                 logger.info("leaving at iteration %d: %s", self.iteration, stop)
                 break
-            if self.watch.looks_at(self.iteration):
-                self.hang_watch.enter(f"looking at iteration {self.iteration}", SLOW)
-                self.watch.look(self.iteration, self.consumed_samples)
 
     def is_due(self, interval: int | None) -> bool:
         """Whether the present iteration is a multiple of an interval that was set."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,11 +54,20 @@ class Validation:
         self._source, self._step, self._iterations = source, step, iterations
         self._told = False
 
-    def run(self) -> dict[str, Any]:
-        """The figures of a row: ``loss``, ``loss_by_sigma``, ``samples_by_sigma`` and ``seconds``."""
+    def run(self, go_on: Callable[[], bool]) -> dict[str, Any] | None:
+        """The figures of a row: ``loss``, ``loss_by_sigma``, ``samples_by_sigma`` and ``seconds``.
+
+        Args:
+            go_on: asked before each global batch; the same on all ranks.
+
+        Returns:
+            None where it was stopped.
+        """
         start = time.perf_counter()
         losses = []
         for index in range(self._iterations):
+            if not go_on():
+                return None
             position = index * self._source.batch.global_batch_size
             batches = self._step.batches(self._source, position)
             losses.append(self._step.evaluate(batches, self._source.data.latent_shape(position)[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED
+from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
 from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.profiling import Profiling
@@ -38,6 +41,8 @@ class Watch:
         launch: this process's place.
         norms: finds norms by part.
         clock: tells this replica's time.
+        interrupts: ask this rank to leave.
+        hang_watch: is told what is looked at.
         validation: finds the validation loss; None where there is none.
         samples: makes videos; None where there are none.
     """
@@ -51,11 +56,15 @@ class Watch:
         launch: LaunchEnvironment,
         norms: NormsByPart,
         clock: ReplicaClock,
+        interrupts: Interrupts,
+        hang_watch: HangWatch,
         validation: Validation | None,
         samples: Samples | None,
     ) -> None:
         self._config, self._norms, self._validation, self._samples = config, norms, validation, samples
         self._device = device.torch_device
+        self._interrupts, self._hang_watch = interrupts, hang_watch
+        self._leaving: str | None = None
         self._extra: dict[str, Any] = {}
         self._writes = launch.rank == 0
         self._folder = config.checkpoint.save if self._writes else None
@@ -77,7 +86,7 @@ class Watch:
         if iteration:
             owes_loss = self._validation_log.last_iteration != iteration
             owes_samples = self._samples is not None and not self._samples.folder(iteration).exists()
-            self.look(iteration, consumed_samples, *self._agreed(owes_loss, owes_samples))
+            self.look(iteration, consumed_samples, *self._from_rank_0(owes_loss, owes_samples))
 
     def counts(self, data_wait_s: float) -> dict[str, tuple[int, ...]]:
         """What this rank tells all others with the loss, in sums."""
@@ -109,7 +118,7 @@ class Watch:
             norms = self._norms.measure()
             self._extra = {"grad_norm_by_part": norms.gradients, "param_norm_by_part": norms.parameters}
 
-    def _agreed(self, *mine: bool) -> list[bool]:
+    def _from_rank_0(self, *mine: bool) -> list[bool]:
         """What rank 0, which has the files, finds."""
         word = torch.tensor(mine, dtype=torch.float32, device=self._device)
         torch.distributed.broadcast(word, 0)
@@ -131,12 +140,28 @@ class Watch:
         """Whether it is time for :meth:`look` after an iteration."""
         return self._validates_at(iteration) or self._samples_at(iteration)
 
-    def look(self, iteration: int, consumed_samples: int, loss: bool = True, samples: bool = True) -> None:
-        """Look at the model after an iteration, where it is time; all ranks call it, unless they are about to leave."""
+    def look(
+        self, iteration: int, consumed_samples: int, loss: bool = True, samples: bool = True
+    ) -> str | None:
+        """Look at the model after an iteration, where it is time; all ranks call it, unless they are about to leave.
+
+        Returns:
+            Why all ranks leave before it is done, if they do; a resumed run makes up for it.
+        """
+        self._leaving = None
         if loss and self._validates_at(iteration):
             self._validate(iteration, consumed_samples)
-        if samples and self._samples is not None and self._samples_at(iteration):
-            self._samples.run(iteration)
+        if samples and self._samples is not None and self._samples_at(iteration) and self._leaving is None:
+            self._samples.run(iteration, partial(self._go_on, f"the samples of iteration {iteration}"))
+        return self._leaving
+
+    def _go_on(self, doing: str) -> bool:
+        """Begin the next part of looking, unless a rank was asked to leave."""
+        self._hang_watch.enter(doing, SLOW)
+        counts = torch.tensor(self._interrupts.counts(), dtype=torch.float32, device=self._device)
+        torch.distributed.all_reduce(counts)
+        self._leaving = self._interrupts.reason([int(count) for count in counts.tolist()])
+        return self._leaving is None
 
     def _validates_at(self, iteration: int) -> bool:
         return self._validation is not None and self._is_due(iteration, self._config.watch.eval_interval)
@@ -149,7 +174,10 @@ class Watch:
 
     def _validate(self, iteration: int, consumed_samples: int) -> None:
         assert self._validation is not None
-        row = {"iteration": iteration, "consumed_samples": consumed_samples, **self._validation.run()}
+        found = self._validation.run(partial(self._go_on, f"the validation of iteration {iteration}"))
+        if found is None:
+            return
+        row = {"iteration": iteration, "consumed_samples": consumed_samples, **found}
         self._validation_log.append(row)
         if self._writers is not None:
             self._writers.write("validation", row)

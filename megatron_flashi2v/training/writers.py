@@ -134,8 +134,9 @@ class Writers:
         """Show the figures of a row that has an ``iteration``, named ``group/figure``."""
         if not self._writers:
             return
-        values = {f"{group}/{name}": value for name, value in scalars_of(row).items()}
-        self._each(lambda writer: writer.scalars(values, row["iteration"]))
+        self._each(lambda writer: writer.scalars(
+            {f"{group}/{name}": value for name, value in scalars_of(row).items()}, row["iteration"]
+        ))
 
     def close(self) -> None:
         """Write what is still held back."""
@@ -158,7 +159,7 @@ class Writers:
 
 
 def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a row under flat names; what is None is left out."""
+    """The figures of a row under flat names; what is None is left out, and a word, such as why, becomes 1."""
     values: dict[str, float] = {}
     for name, value in row.items():
         if name in ("iteration", "samples_by_sigma"):
@@ -172,7 +173,10 @@ def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:
             }
         else:
             parts = {name: value}
-        values.update({part: float(number) for part, number in parts.items() if number is not None})
+        values.update({
+            part: 1.0 if isinstance(number, str) else float(number)
+            for part, number in parts.items() if number is not None
+        })
     return values
 
 

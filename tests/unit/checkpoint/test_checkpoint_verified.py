@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,11 +121,46 @@ def test_old_checkpoints_are_deleted(tmp_path: Path, retention: Retention, kept:
 
 
 def test_later_checkpoints_do_not_count(tmp_path: Path) -> None:
-    """A run that fell back from a damaged checkpoint must not delete good ones for its sake."""
+    """A run that fell back from damaged checkpoints must not delete good ones for their sake, not even past them."""
     for iteration in (10, 20, 30):
         save(tmp_path, iteration)
-    save(tmp_path, 15, Retention(last=2))
-    assert {path.name for path in tmp_path.glob("iter_*")} == {f"iter_{n:07d}" for n in (10, 15, 20, 30)}
+    for iteration in (15, 25, 35):
+        save(tmp_path, iteration, Retention(last=2))
+    aside = {"iter_0000020.superseded", "iter_0000030.superseded"}
+    assert {path.name for path in tmp_path.glob("iter_*")} == {"iter_0000025", "iter_0000035", *aside}
+    save(tmp_path, 20)
+    save(tmp_path, 19)
+    assert {path.name for path in tmp_path.glob("iter_*")} == {
+        "iter_0000019", *aside, *(f"iter_00000{n}.superseded" for n in (25, 35)), "iter_0000020.superseded1",
+    }
+    assert find_checkpoint(tmp_path) == tmp_path / "iter_0000019"
+
+
+def test_a_milestone_that_was_missed_is_made_up_for(tmp_path: Path) -> None:
+    for iteration in (2, 5, 6, 8, 9, 13, 14):
+        save(tmp_path, iteration, Retention(last=1, every=4))
+    assert {path.name for path in tmp_path.glob("iter_*")} == {f"iter_{n:07d}" for n in (5, 8, 13, 14)}
+
+
+def test_what_cannot_be_removed_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a file that is in use keeps its folder."""
+    original = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if ignore_errors:
+            return
+        raise OSError(errno.EBUSY, "in use", str(path))
+
+    save(tmp_path, 10)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for iteration in (20, 30):
+        save(tmp_path, iteration, Retention(last=1))
+    monkeypatch.setattr(shutil, "rmtree", original)
+    assert {path.name for path in tmp_path.glob("*iter_*")} == {
+        "iter_0000030", ".iter_0000010.deleted", ".iter_0000020.deleted"
+    }
+    save(tmp_path, 40)
+    assert {path.name for path in tmp_path.glob("*iter_*")} == {"iter_0000030", "iter_0000040"}
 
 
 def test_nothing_is_deleted_where_the_save_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

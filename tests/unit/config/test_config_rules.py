@@ -9,6 +9,7 @@ from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import (
     check_tokens,
     check_train,
+    hang_timeout_s,
     num_microbatches,
     ring_degree,
     stage_layer_counts,
@@ -123,3 +124,17 @@ def test_latents_must_divide_into_patches() -> None:
     check_tokens(model, (3, 6, 12))
     with pytest.raises(ConfigError, match="do not divide into patches"):
         check_tokens(model, (3, 7, 12))
+
+
+@pytest.mark.parametrize(("minutes", "world", "seconds"), [("60", 8, 600), ("10", 8, 120), ("60", 1, 0)])
+def test_a_hang_is_told_before_collectives_fail(minutes: str, world: int, seconds: float) -> None:
+    config = check("--distributed-timeout-minutes", minutes, "--global-batch-size", "8", world=world)
+    assert hang_timeout_s(config, world) == seconds
+
+
+def test_a_hang_timeout_that_collectives_do_not_wait_for() -> None:
+    flags = ("--hang-timeout-s", "900", "--global-batch-size", "2")
+    with pytest.raises(ConfigError, match="--hang-timeout-s is 900; it must be at most 720, .* set that to 75 or more"):
+        check(*flags, world=2)
+    check(*flags)
+    check(*flags, "--distributed-timeout-minutes", "75", world=2)

@@ -84,20 +84,11 @@ def test_time_in_which_the_process_did_not_run_does_not_count(monkeypatch: pytes
         assert watched.gave_up
 
 
-@pytest.mark.parametrize("timeout_s", [None, 0.0])
-def test_one_process_is_not_watched_unless_it_is_asked_for(timeout_s: float | None) -> None:
+def test_nothing_is_watched_without_a_timeout() -> None:
     before = threading.active_count()
-    with HangWatch(timeout_s, None, LAUNCH, torch.device("cpu")) as watch:
+    with HangWatch(0.0, None, LAUNCH, torch.device("cpu")) as watch:
         watch.enter("iteration 1")
         assert threading.active_count() == before
-
-
-def test_entering_a_phase_costs_next_to_nothing() -> None:
-    watch = HangWatch(1.0, None, LAUNCH, torch.device("cpu"))
-    began = time.perf_counter()
-    for number in range(10_000):
-        watch.enter(f"iteration {number}")
-    assert (time.perf_counter() - began) / 10_000 < 1e-4
 
 
 ALONE = """

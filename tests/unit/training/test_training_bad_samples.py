@@ -13,8 +13,9 @@ from helpers.layouts import metrics
 from helpers.synthetic_data import write_synthetic
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 
-from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.config.errors import DataError, WriteError
 from megatron_flashi2v.data.blend import BadPosition
+from megatron_flashi2v.training import metrics as files_metrics
 from megatron_flashi2v.training.bad_samples import _require_agreement
 
 Train = Callable[..., int]
@@ -43,6 +44,24 @@ def test_the_run_goes_on_and_records_them(train: Train, spoilt: Path, tmp_path: 
     assert positions == sorted(positions) and set(positions) <= set(range(16)) and len(positions) >= 4
     assert all(set(row) == {"position", "dataset", "key", "reason", "damaged"} for row in rows)
     assert len(metrics(tmp_path / "run")) == 4
+
+
+def test_a_full_disk_costs_no_run(
+    train: Train, spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--data-path", spoilt, "--max-bad-samples", 2)
+    assert train("--save", tmp_path / "whole", *flags) == 0
+    write, refused = files_metrics.append_jsonl, []
+
+    def full(path: Path, row: dict) -> None:
+        if path.name == "bad_samples.jsonl" and len(refused) < 2:
+            refused.append(row)
+            raise WriteError(f"{path}: the disk is full")
+        write(path, row)
+
+    monkeypatch.setattr(files_metrics, "append_jsonl", full)
+    assert train("--save", tmp_path / "full", *flags) == 0
+    assert len(refused) == 2 and rows_of(tmp_path / "full") == rows_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("half", [1, 2, 3])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ from megatron_flashi2v.runtime.files import read_jsonl
 from megatron_flashi2v.sampling.load import load_model, single_process
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.sigma_buckets import BatchLoss
-from megatron_flashi2v.training.validation import ValidationSource, mean_loss
+from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.validation import Validation, ValidationSource, mean_loss
 
 Train = Callable[..., int]
 SAME = ("iteration", "consumed_samples", "loss", "loss_by_sigma", "samples_by_sigma")
@@ -115,6 +119,40 @@ def test_what_an_interrupted_run_owes_is_made_up_for(train: Train, tmp_path: Pat
     for _ in range(2):  # and only once
         assert train("--save", halves, "--load", halves, *flags) == 0
         assert rows(halves) == rows(straight)
+
+
+def test_a_signal_ends_an_evaluation(
+    train: Train, tmp_path: Path, flags: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not waited for, no further iteration is trained, and what was trained is saved."""
+    evaluate, calls = TrainingStep.evaluate, []
+
+    def signalled(self: TrainingStep, *arguments: object) -> BatchLoss:
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "evaluate", signalled)
+        assert train("--save", tmp_path / "left", *flags) == 0
+    assert len(calls) == 1 and len(metrics(tmp_path / "left")) == 2
+    assert (tmp_path / "left" / "iter_0000002").is_dir()
+    assert train("--save", tmp_path / "left", "--load", tmp_path / "left", *flags) == 0
+    assert train("--save", tmp_path / "whole", *flags) == 0
+    assert rows(tmp_path / "left") == rows(tmp_path / "whole")
+
+
+def test_each_batch_is_progress() -> None:
+    """A long evaluation is not a hang."""
+    asked: list[int] = []
+    source = SimpleNamespace(
+        batch=SimpleNamespace(global_batch_size=4), bad=[], data=SimpleNamespace(latent_shape=lambda position: (1, 1))
+    )
+    loss = BatchLoss(mean=1.0, by_sigma=(1.0,), samples_by_sigma=(4,))
+    step = SimpleNamespace(batches=lambda source, position: [], evaluate=lambda batches, shape: loss)
+    validation = Validation(source, step, 7)  # type: ignore[arg-type]
+    assert validation.run(lambda: not asked.append(1)) is not None and len(asked) == 7  # type: ignore[func-returns-value]
+    assert validation.run(lambda: bool(asked.append(1))) is None and len(asked) == 8  # type: ignore[func-returns-value]
 
 
 def test_batches_are_joined_by_their_samples() -> None:

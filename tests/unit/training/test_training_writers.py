@@ -26,6 +26,10 @@ def test_rows_become_flat_figures() -> None:
     }
 
 
+def test_a_reason_is_a_mark_in_a_curve() -> None:
+    assert scalars_of({"iteration": 2, "loss": None, "skipped": "loss_not_finite"}) == {"skipped": 1.0}
+
+
 @pytest.fixture
 def curves() -> Callable[[Path], dict[str, dict[int, float]]]:
     """The points of every curve in a folder, as TensorBoard shows them."""
