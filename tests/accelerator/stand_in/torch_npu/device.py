@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -141,12 +142,22 @@ class _Event:
     """Work is done when its call returns."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
-        del enable_timing, blocking, interprocess
+        del blocking, interprocess
+        self._timed = enable_timing
+        self._recorded: float | None = None
 
     def record(self, stream: Any = None) -> None:
         """Nothing is queued."""
+        self._recorded = time.perf_counter()
 
-    wait = record
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, end_event: _Event) -> float:
+        """Milliseconds between two recorded events, both made for it."""
+        if not (self._timed and end_event._timed) or self._recorded is None or end_event._recorded is None:
+            raise RuntimeError("both events must be made with enable_timing=True, and recorded")
+        return 1e3 * (end_event._recorded - self._recorded)
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
