@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.layouts import metrics, without_times
 from helpers.synthetic_data import write_synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -50,9 +50,13 @@ def msrun(script: Path, logs: Path, *flags: object) -> subprocess.CompletedProce
         port = free.getsockname()[1]
     command = ["msrun", "--worker_num=2", "--local_worker_num=2", "--join=True", f"--master_port={port}",
                f"--log_dir={logs}", str(script), *map(str, flags)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
+
+
+def environment() -> dict[str, str]:
+    """This checkout first."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True,
-                          text=True, timeout=500, check=False)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def logged(logs: Path) -> str:
@@ -68,8 +72,7 @@ def assert_clean_scheduler(logs: Path) -> None:
 
 def rows(save: Path) -> list[dict[str, object]]:
     """Metrics without what depends on the clock and on what else the machine does."""
-    found = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in row if not re.search(r"time|per_s|memory|tflops|mfu", name)} for row in found]
+    return [without_times(row) for row in metrics(save)]
 
 
 def test_same_metrics_as_torchrun(data: Path, tmp_path: Path) -> None:
@@ -81,7 +84,7 @@ def test_same_metrics_as_torchrun(data: Path, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT), *flags,
          "--save", str(theirs), "--load", str(theirs)],
-        timeout=500, check=True,
+        env=environment(), timeout=500, check=True,
     )
     assert len(rows(ours)) == 5
     assert {"iteration", "consumed_samples", "loss", "grad_norm", "lr"} <= rows(ours)[0].keys()
