@@ -27,6 +27,7 @@ from megatron_flashi2v.checkpoint.state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_full
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.runtime.distributed import shutdown
 
 CONFIG = ModelConfig(
     num_layers=1,
@@ -303,7 +304,7 @@ def two_ranks(rank: int, folder: Path) -> None:
         assert load_state(found) == {"rank": 0}
         for name, shape in shapes.items():
             assert torch.equal(read_full(found, MODEL_PREFIX + name), torch.full(shape, 4.0))
-    dist.destroy_process_group()
+    shutdown()
 
 
 def test_an_error_on_one_rank_reaches_all(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ state = {
     for index, (name, value) in enumerate(state.items())
 }
 dcp.save(state, checkpoint_id=sys.argv[2])
+dist.barrier()  # a rank that leaves early can keep another one from leaving
 dist.destroy_process_group()
 """
 

@@ -21,6 +21,7 @@ from megatron_flashi2v.checkpoint.retention import Retention
 from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import CheckpointError, StorageError
+from megatron_flashi2v.runtime.distributed import shutdown
 
 
 def save(root: Path, iteration: int, retention: Retention | None = None) -> Path:
@@ -190,7 +191,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         assert "of 2; 1 failed" in str(error), error
     else:
         raise AssertionError("the damage was not noticed")
-    dist.destroy_process_group()
+    shutdown()
 
 
 def test_ranks_agree_on_the_checkpoint(tmp_path: Path) -> None:
@@ -216,4 +217,4 @@ def write_half(rank: int, root: Path, iteration: int) -> None:
         TensorPiece.whole(f"model.{name}", torch.zeros(shape)) for name, shape in parameter_shapes(ODD).items()
     ]
     save_checkpoint(root, iteration, pieces=tensors[rank::2], model_config=ODD, state={}, rank=rank, world_size=2)
-    dist.destroy_process_group()
+    shutdown()

@@ -23,6 +23,7 @@ from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import TensorPiece, keys, read_full
 from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.runtime.device import CpuDevice
+from megatron_flashi2v.runtime.distributed import shutdown
 from megatron_flashi2v.training.saver import CheckpointSaver
 
 SLOW_UNTIL = 5
@@ -99,7 +100,7 @@ def train(rank: int, root: Path) -> None:
             logging.basicConfig(stream=log, level=logging.INFO, force=True)
             ranks.run(folder / "run" / "iter_0000001", fails)
             logging.basicConfig(force=True)
-    dist.destroy_process_group()
+    shutdown()
 
 
 def test_a_rank_that_is_slow_or_fails(tmp_path: Path) -> None:
