@@ -3,7 +3,7 @@
 # Makes the package importable with the extras that $1 names ('.' or '.[test]'), in the active virtual environment or,
 # without one, in .venv. What was installed before for the same files is not installed again.
 ensure_environment() {
-    local target="$1" python stamp wanted
+    local target="$1" python stamp wanted pins
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         if [ ! -x .venv/bin/python ]; then
             python="$(command -v python3 || command -v python)" || { echo "error: no python3 found" >&2; return 1; }
@@ -17,12 +17,16 @@ ensure_environment() {
         . .venv/bin/activate
     fi
     stamp="$VIRTUAL_ENV/.megatron_flashi2v-$(printf '%s' "$target" | tr -c 'a-z' '_')"
-    wanted="$PWD $(cat setup.py constraints.txt | cksum)"
+    wanted="$PWD $(cat setup.py constraints.txt constraints-torch.txt | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing $target into $VIRTUAL_ENV (a few minutes the first time) ..."
-        # torch first: its pinned version is the one that has a build without CUDA.
-        python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-        python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "$target"
+        pins=(-c constraints.txt)
+        # A torch that is there stays: on Ascend it is torch_npu's, in a container the vendor's.
+        if ! python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+            pins+=(-c constraints-torch.txt)
+            python -m pip install --quiet --disable-pip-version-check "${pins[@]}" torch
+        fi
+        python -m pip install --quiet --disable-pip-version-check "${pins[@]}" -e "$target"
         printf '%s' "$wanted" >"$stamp"
     fi
 }

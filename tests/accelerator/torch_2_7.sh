@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The default tests on torch 2.7.1, the version that CANN 9.0 and MindSpeed's core_r0.16.0 pair with:
+# The default tests on torch 2.7.1, the version that CANN 9.0 and MindSpeed's core_r0.16.0 pair with, and on Python 3.10
+# where there is one:
 #
 #   bash tests/accelerator/torch_2_7.sh [FOLDER] [pytest arguments]
 #
@@ -13,14 +14,17 @@ case "${1:-}" in
     "" | -* | tests*) FOLDER="$(mktemp -d)"; trap 'rm -rf "$FOLDER"' EXIT ;;
     *) FOLDER="$(realpath -m "$1")"; shift ;;
 esac
-if [ ! -e "$FOLDER/ready" ]; then
-    python3 -m venv "$FOLDER"
-    grep -vE '^(torch|triton)==' constraints.txt >"$FOLDER/constraints.txt"
-    echo torch==2.7.1 >>"$FOLDER/constraints.txt"
-    "$FOLDER/bin/python" -m pip install --quiet --disable-pip-version-check -c "$FOLDER/constraints.txt" -e '.[test]'
-    touch "$FOLDER/ready"
+if ! "$FOLDER/bin/python" -c 'import torch' 2>/dev/null; then
+    # The first that starts: a python3.10 may be there that only says that no version of it is chosen.
+    for python in python3.10 python3; do
+        if "$python" -m venv "$FOLDER" 2>/dev/null; then break; fi
+    done
+    "$FOLDER/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.7.1
 fi
-export PATH="$FOLDER/bin:$PATH" VIRTUAL_ENV="$FOLDER" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# shellcheck disable=SC1091
+. "$FOLDER/bin/activate"
+. examples/environment.sh
+ensure_environment '.[test]'
 export CUDA_VISIBLE_DEVICES=""    # the tests are the CPU's, also where there is a GPU
-python -c 'import torch; assert torch.__version__.startswith("2.7."), torch.__version__'
-python -m pytest -p no:cacheprovider "$@"
+python -c 'import sys, torch; assert torch.__version__.startswith("2.7."), torch.__version__; print(sys.version, torch.__version__)'
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -p no:cacheprovider "$@"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.layouts import (
     Layout,
+    assert_ranks_agree,
     assert_same_gradients,
     assert_same_metrics,
     assert_same_velocity,
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.timeout(3600)  # the first test that needs a run makes 
 TP, PP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
 CP, ALGO = "--context-parallel-size", "--context-parallel-algo"
 VIRTUAL = ("--num-virtual-stages-per-pipeline-rank", "2")
+DISTRIBUTED = "--use-distributed-optimizer"
+OVERLAP = (DISTRIBUTED, "--overlap-grad-reduce", "--overlap-param-gather")
 LAYOUTS = [
     Layout("tp2", 2, (TP, "2")),
     Layout("tp2-sp", 2, (TP, "2", SP)),
@@ -48,9 +51,14 @@ LAYOUTS = [
     Layout("pp2-cp2", 4, (PP, "2", CP, "2")),
     Layout("tp2-pp2-cp2", 8, (TP, "2", SP, PP, "2", CP, "2")),
     Layout("dp2-tp2-pp2", 8, (TP, "2", SP, PP, "2"), replicas=2),
+    # megatron-core's distributed optimizer takes Adam only.
+    Layout("dp2-distributed", 2, (DISTRIBUTED,), replicas=2),
+    Layout("tp2-sp-dp2-overlap", 4, (TP, "2", SP, *OVERLAP), replicas=2),
+    Layout("cp2-dp2-overlap", 4, (CP, "2", *OVERLAP), replicas=2),
+    Layout("pp2-virtual2-dp2-overlap", 4, (PP, "2", *VIRTUAL, *OVERLAP), replicas=2),
 ]
-BF16_DEFAULT = ("tp2-sp", "pp2-virtual2", "cp2-ulysses", "cp2-ring", "tp2-pp2")
-# The layout on which a planted bug shows.
+BF16_DEFAULT = ("tp2-sp", "pp2-virtual2", "cp2-ulysses", "cp2-ring", "tp2-pp2", "tp2-sp-dp2-overlap")
+# The layout on which a planted bug shows in what rank 0 saves; and one that shows only between ranks.
 SPOILED = {
     "norm_weights": (TP, "2", SP),
     "modulation": (TP, "2", SP),
@@ -58,10 +66,16 @@ SPOILED = {
     "noise_keys": (),
     "ring_merge": (CP, "2", ALGO, "ring"),
 }
-OVERLAP = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 # The norms lie around 0.33: some are clipped, and some move the threshold.
 ADAPTIVE = ("--clip-grad-method", "adaptive-npu", "--clip-grad", "0.33", "--clip-grad-ema-decay", "0.5")
 SGD = ("--optimizer", "sgd", "--lr", "0.05")
+ADAM = ("--optimizer", "adam", "--lr", "1e-4", "--adam-eps")
+OPTIMIZERS = {
+    "sgd": SGD,
+    "adam": (*ADAM, "1e-8"),
+    # The text's gradients are so small that Adam makes steps of their rounding, unless epsilon is larger.
+    "damped-adam": (*ADAM, "1e-5"),
+}
 # Samples of one microbatch, and microbatches of an iteration; the first two in the default tier.
 BATCHES = [(2, 1), (1, 4), (1, 1), (2, 4)]
 ITERATIONS = 10
@@ -82,94 +96,90 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_synthetic(tmp_path_factory.mktemp("data") / "set", 6, (16, 2, 8, 10), 64, 32, seed=3)
 
 
-def microbatches(layout: Layout, micro: int, count: int) -> int:
+def microbatches(layout: Layout, count: int) -> int:
     """As many as asked for; the interleaved schedule needs one for each pipeline rank."""
     return max(count, 2) if "--num-virtual-stages-per-pipeline-rank" in layout.flags else count
 
 
-def case_name(layout: Layout, micro: int, count: int) -> str:
-    return f"{layout.name}-micro{micro}-x{microbatches(layout, micro, count)}"
+def is_distributed(layout: Layout) -> bool:
+    return DISTRIBUTED in layout.flags
 
 
-class SgdRuns:
-    """Runs of all layouts for one size of microbatch and one accumulation, with the single-process runs beside them."""
+def optimizer_of(layout: Layout) -> str:
+    """By name; plain replicas round least."""
+    return "sgd" if not is_distributed(layout) else "damped-adam" if set(OVERLAP) <= set(layout.flags) else "adam"
 
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder, self.data = folder, data
+
+class Runs:
+    """Runs of layouts, made when one is asked for, and the single-process runs to compare them with."""
+
+    def __init__(self, folder: Path, data: Path, *flags: str) -> None:
+        self.folder, self.common = folder, [*common_flags(data, ITERATIONS), *flags]
         self.saves: dict[str, Path] = {}
 
-    def compare(self, layout: Layout, micro: int, count: int) -> tuple[Path, Path]:
-        """The ``--save`` folders of a layout's run and of the single process with the same global batch."""
-        if case_name(layout, micro, count) not in self.saves:
-            self._run(micro, count)
-        return self.saves[case_name(layout, micro, count)], self.saves[f"single-{self._whole(layout, micro, count)}"]
+    def compare(self, layout: Layout, micro: int, count: int, together: list[Layout]) -> tuple[Path, Path]:
+        """The ``--save`` folders of a layout's run and of the single process with the same global batch.
+
+        Args:
+            layout: to be compared.
+            micro: samples of one microbatch.
+            count: microbatches of an iteration.
+            together: layouts that are run in the same launches.
+        """
+        run, single = self._run(layout, micro, count), self._single(layout, micro, count)
+        if run.name not in self.saves:
+            wanted = {of(other, micro, count) for other in together for of in (self._single, self._run)}
+            missing = [other for other in wanted if other.name not in self.saves]
+            self.saves |= run_layouts(missing, self.folder, self.common, timeout=1800)
+        return self.saves[run.name], self.saves[single.name]
+
+    def _run(self, layout: Layout, micro: int, count: int) -> Layout:
+        name = f"{layout.name}-micro{micro}-x{microbatches(layout, count)}"
+        return self._with_batch(name, layout, micro, layout.flags, self._whole(layout, micro, count))
+
+    def _single(self, layout: Layout, micro: int, count: int) -> Layout:
+        whole = self._whole(layout, micro, count)
+        name = f"single-{optimizer_of(layout)}-{whole}"
+        return self._with_batch(name, replace(layout, world=1), 2 if whole % 2 == 0 else 1, (), whole)
+
+    def _with_batch(self, name: str, layout: Layout, micro: int, flags: tuple[str, ...], whole: int) -> Layout:
+        return Layout(name, layout.world, (*flags, *batch_flags(micro, whole), *OPTIMIZERS[optimizer_of(layout)]))
 
     def _whole(self, layout: Layout, micro: int, count: int) -> int:
-        return micro * microbatches(layout, micro, count) * layout.replicas
-
-    def _run(self, micro: int, count: int) -> None:
-        layouts = []
-        for whole in {self._whole(layout, micro, count) for layout in LAYOUTS}:
-            if f"single-{whole}" not in self.saves:
-                layouts.append(Layout(f"single-{whole}", 1, batch_flags(2 if whole % 2 == 0 else 1, whole)))
-        for layout in LAYOUTS:
-            flags = (*layout.flags, *batch_flags(micro, self._whole(layout, micro, count)))
-            layouts.append(Layout(case_name(layout, micro, count), layout.world, flags))
-        self.saves |= run_layouts(layouts, self.folder, [*common_flags(self.data, ITERATIONS), *SGD], timeout=1800)
+        return micro * microbatches(layout, count) * layout.replicas
 
 
 @pytest.fixture(scope="module")
-def sgd_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SgdRuns:
-    return SgdRuns(tmp_path_factory.mktemp("sgd"), data)
+def fp32_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("fp32"), data)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("micro, count", [
     batch if index < 2 else pytest.param(*batch, marks=pytest.mark.long) for index, batch in enumerate(BATCHES)
 ])
-def test_layout_trains_like_one_process(sgd_runs: SgdRuns, layout: Layout, micro: int, count: int) -> None:
-    run, single = sgd_runs.compare(layout, micro, count)
+def test_layout_trains_like_one_process(fp32_runs: Runs, layout: Layout, micro: int, count: int) -> None:
+    run, single = fp32_runs.compare(layout, micro, count, LAYOUTS)
     assert len(metrics(run)) == ITERATIONS
     assert_same_metrics(run, single)
-    assert_same_gradients(run, single)
+    if not is_distributed(layout):  # which leaves each replica its own part of the gradients
+        assert_same_gradients(run, single)
     assert_same_weights(run, single)
     assert_same_velocity(run, single)
-
-
-class Bf16Runs:
-    """Runs in bf16 of the default tier's layouts, and of the others once one of them is asked for."""
-
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder, self.data = folder, data
-        self.saves: dict[str, Path] = {}
-
-    def compare(self, layout: Layout) -> tuple[Path, Path]:
-        """The ``--save`` folders of a layout's run and of the single process with the same global batch."""
-        if layout.name not in self.saves:
-            self._run([other for other in LAYOUTS if (other.name in BF16_DEFAULT) == (layout.name in BF16_DEFAULT)])
-        return self.saves[layout.name], self.saves[f"single-{self._whole(layout)}"]
-
-    def _whole(self, layout: Layout) -> int:
-        return 2 * microbatches(layout, 2, 1) * layout.replicas
-
-    def _run(self, layouts: list[Layout]) -> None:
-        missing = {whole for whole in map(self._whole, layouts) if f"single-{whole}" not in self.saves}
-        runs = [Layout(f"single-{whole}", 1, batch_flags(2, whole)) for whole in missing]
-        runs += [replace(layout, flags=(*layout.flags, *batch_flags(2, self._whole(layout)))) for layout in layouts]
-        common = [*common_flags(self.data, ITERATIONS), *SGD, "--bf16"]
-        self.saves |= run_layouts(runs, self.folder, common, timeout=1800)
+    assert_ranks_agree(run)
 
 
 @pytest.fixture(scope="module")
-def bf16_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bf16Runs:
-    return Bf16Runs(tmp_path_factory.mktemp("bf16"), data)
+def bf16_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("bf16"), data, "--bf16")
 
 
 @pytest.mark.parametrize("layout", [
     layout if layout.name in BF16_DEFAULT else pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS
 ], ids=lambda layout: layout.name)
-def test_layout_in_bf16_stays_near_one_process(bf16_runs: Bf16Runs, layout: Layout) -> None:
-    run, single = bf16_runs.compare(layout)
+def test_layout_in_bf16_stays_near_one_process(bf16_runs: Runs, layout: Layout) -> None:
+    together = [other for other in LAYOUTS if (other.name in BF16_DEFAULT) == (layout.name in BF16_DEFAULT)]
+    run, single = bf16_runs.compare(layout, 2, 1, together)
     for row, want in zip(metrics(run), metrics(single), strict=True):
         assert row["loss"] == pytest.approx(want["loss"], rel=2e-2)
 
@@ -180,6 +190,7 @@ def spoiled_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     layouts = [Layout("single", 1)]
     for bug, flags in SPOILED.items():
         layouts += [Layout(f"{bug}-sound", 2, flags), Layout(bug, 2, flags, bug=bug)]
+    layouts.append(Layout("stray_copy", 2, (TP, "2"), bug="stray_copy"))
     return run_layouts(
         layouts, tmp_path_factory.mktemp("spoiled"), [*common_flags(data, 4), *batch_flags(2, 4), *SGD], timeout=1800
     )
@@ -193,8 +204,16 @@ def test_the_harness_notices_a_planted_bug(spoiled_runs: dict[str, Path], bug: s
         assert_same_gradients(spoiled_runs[bug], spoiled_runs["single"])
 
 
-def test_the_reference_run_learns(sgd_runs: SgdRuns) -> None:
-    _, single = sgd_runs.compare(LAYOUTS[0], *BATCHES[0])
+def test_the_harness_notices_a_copy_that_goes_astray(spoiled_runs: dict[str, Path]) -> None:
+    """A rank that does not save: gradients and weights that are compared with one process are sound."""
+    assert_ranks_agree(spoiled_runs["norm_weights-sound"])
+    assert_same_gradients(spoiled_runs["stray_copy"], spoiled_runs["single"])
+    with pytest.raises(AssertionError, match="grad conditioning.phi.*different copies|different copies.*grad cond"):
+        assert_ranks_agree(spoiled_runs["stray_copy"])
+
+
+def test_the_reference_run_learns(fp32_runs: Runs) -> None:
+    _, single = fp32_runs.compare(LAYOUTS[0], *BATCHES[0], LAYOUTS)
     losses = [row["loss"] for row in metrics(single)]
     assert len(set(losses)) == ITERATIONS
     assert losses[0] == pytest.approx(2.0, rel=0.2)  # a zero head predicts 0 for noise - latents of unit variance

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from helpers.ranks import run_ranks
+from helpers.run_plan import run_plan
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
 from megatron_flashi2v.checkpoint.storage import read_full, read_index
-
-RUNNER = Path(__file__).parents[1] / "distributed" / "run_layouts.py"
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,11 @@ def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout:
     """Train every layout, one launch per world size; the ``--save`` folder of each by name."""
     saves = {layout.name: folder / layout.name for layout in layouts}
     for world in sorted({layout.world for layout in layouts}):
-        plan = folder / f"plan-{world}.json"
-        plan.write_text(json.dumps([
-            {**vars(layout), "flags": [*common, *layout.flags, "--save", str(saves[layout.name])]}
+        plan = [
+            replace(layout, flags=(*common, *layout.flags, "--save", str(saves[layout.name])))
             for layout in layouts if layout.world == world
-        ]))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
-                   str(RUNNER), str(plan)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        ]
+        run_ranks(run_plan, world, folder, plan, timeout=timeout)
     return saves
 
 
@@ -101,6 +95,12 @@ def assert_same_gradients(run: Path, reference: Path, relative: float = 1e-4) ->
         # Rounding of large gradients reaches small ones: a millionth of the largest is allowed on top.
         error = (found[name] - want).norm()
         assert error <= relative * want.norm() + 1e-7 * scale, f"{run.name}: gradient of {name} is {error:.1e} off"
+
+
+def assert_ranks_agree(run: Path) -> None:
+    """What several ranks hold copies of, last gradients and weights, is bit for bit the same on all of them."""
+    found = json.loads((run / "disagreements.json").read_text())
+    assert not found, f"{run.name}: ranks hold different copies of {', '.join(found)}"
 
 
 def assert_same_velocity(run: Path, reference: Path) -> None:

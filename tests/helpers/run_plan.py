@@ -1,26 +1,27 @@
 """Runs training layouts one after another in one set of processes, so that a world pays its start-up once.
 
-Started by the parity tests as ``python -m torch.distributed.run --nproc-per-node N run_layouts.py PLAN.json``. The plan
-is a list of ``{"name", "flags"}``; each run saves under its name, and the gradients of its last iteration lie beside
-its checkpoints in ``gradients/``, in the same sharded format. Without pipeline stages, what the trained model predicts
-lies in ``velocity.safetensors``.
+Each run saves under its name, and the gradients of its last iteration lie beside its checkpoints in ``gradients/``, in
+the same sharded format, and what ranks should hold alike but do not in ``disagreements.json``. What the trained model
+predicts lies in ``velocity.safetensors``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
-import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from planted_bugs import planted
-from planted_faults import faulty
 from safetensors.torch import save_file
 
+from helpers.planted_bugs import planted
+from helpers.planted_faults import faulty
 from megatron_flashi2v.checkpoint.index import write_index
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import model_pieces
@@ -40,6 +41,9 @@ from megatron_flashi2v.runtime.redirect import megatron_on
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from helpers.layouts import Layout
+
 
 def write_gradients(trainer, folder: Path) -> None:
     """The reduced gradient of every parameter, as one tensor per global name."""
@@ -53,6 +57,27 @@ def write_gradients(trainer, folder: Path) -> None:
     parts = peers.gather(write_rank_file(folder, pieces, rank=peers.rank, world_size=peers.world_size))
     if peers.rank == 0:
         write_index(folder, merge_parts(parts))
+
+
+def digests(trainer, tensor_of) -> dict[str, str]:
+    """Hashes of this rank's tensors, by a name that ranks have in common where they hold the same tensor."""
+    found = {}
+    for name, parameter in trainer.named_parameters():
+        shard = trainer.groups.tp.rank() if getattr(parameter, "tensor_model_parallel", False) else "all"
+        data = tensor_of(parameter).detach().contiguous().view(torch.uint8).numpy()
+        found[f"{name} (tensor rank {shard})"] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def differing(own: dict[str, str]) -> list[str]:
+    """Names that several ranks gave, with different hashes."""
+    everyone: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    by_name = defaultdict(set)
+    for one in everyone:
+        for name, digest in one.items():
+            by_name[name].add(digest)
+    return sorted(name for name, found in by_name.items() if len(found) > 1)
 
 
 def write_velocity(trainer, folder: Path) -> None:
@@ -86,6 +111,7 @@ def train(flags: list[str], launch, device) -> None:
     trainer = make_trainer(flags, launch, device)
     config, step = trainer.config, trainer.step
     accumulate = step.losses_and_gradients
+    disagreements: list[str] = []
 
     def keep_gradients(*arguments):
         loss = accumulate(*arguments)
@@ -94,6 +120,8 @@ def train(flags: list[str], launch, device) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             torch.distributed.barrier()
             write_gradients(trainer, folder)
+            if not config.parallel.use_distributed_optimizer:  # which leaves each replica its own part of them
+                disagreements.extend(f"grad {name}" for name in differing(digests(trainer, lambda p: p.main_grad)))
         return loss
 
     step.losses_and_gradients = keep_gradients
@@ -101,6 +129,9 @@ def train(flags: list[str], launch, device) -> None:
     with counted_encodings() as calls, noted, noted_warnings(config.checkpoint.save / f"warnings-{launch.rank}.txt"):
         trainer.train()
     write_velocity(trainer, config.checkpoint.save)
+    disagreements.extend(differing(digests(trainer, lambda p: p)))
+    if launch.rank == 0:
+        (config.checkpoint.save / "disagreements.json").write_text(json.dumps(disagreements))
     if config.data.online_encoding:
         (config.checkpoint.save / f"encodings-{launch.rank}.txt").write_text(str(len(calls)))
     destroy_groups()
@@ -154,19 +185,13 @@ def noted_warnings(path: Path):
         handler.close()
 
 
-def main() -> None:
-    """Run the whole plan."""
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
+def run_plan(rank: int, plan: list[Layout]) -> None:
+    """Run the whole plan, as one of its ranks."""
     launch = detect_launch(os.environ)
     device = resolve_device("cpu", launch.local_rank)
     init_distributed(launch, device, 5)
     with megatron_on(device):
-        for entry in plan:
-            with planted(entry["bug"]), faulty(entry["fault"]):
-                (save_again if entry["saves_again"] else train)(entry["flags"], launch, device)
+        for layout in plan:
+            with planted(layout.bug), faulty(layout.fault):
+                (save_again if layout.saves_again else train)(list(layout.flags), launch, device)
     shutdown()
-
-
-if __name__ == "__main__":
-    main()

@@ -12,6 +12,7 @@ import torch
 from megatron_flashi2v.models import block, norms
 from megatron_flashi2v.parallel import packing, ring
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.step import TrainingStep
 
 
 def norm_weights() -> Any:
@@ -55,8 +56,22 @@ def ring_merge() -> Any:
     return mock.patch.object(ring, "_merge", merge)
 
 
+def stray_copy() -> Any:
+    """The last rank alone scales the gradient of the latent shift's last layer; its copy is not the one saved."""
+    accumulate = TrainingStep.losses_and_gradients
+
+    def strayed(self: TrainingStep, *arguments: Any) -> Any:
+        found = accumulate(self, *arguments)
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            self.chunks[0].conditioning.phi.conv_out.bias.main_grad.mul_(1.001)
+        return found
+
+    return mock.patch.object(TrainingStep, "losses_and_gradients", strayed)
+
+
 BUGS: dict[str, Callable[[], Any]] = {
-    function.__name__: function for function in (norm_weights, modulation, text_rows, noise_keys, ring_merge)
+    function.__name__: function
+    for function in (norm_weights, modulation, text_rows, noise_keys, ring_merge, stray_copy)
 }
 
 
