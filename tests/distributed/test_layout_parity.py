@@ -184,6 +184,36 @@ def test_layout_in_bf16_stays_near_one_process(bf16_runs: Runs, layout: Layout) 
         assert row["loss"] == pytest.approx(want["loss"], rel=2e-2)
 
 
+# Ranks, flags and microbatches of seven layers in the interleaved schedule: microbatches that do not come in groups of
+# one for each rank, more than two ranks, and stages of different sizes.
+INTERLEAVED = {
+    "pp2-x3": (2, (PP, "2"), 3),
+    "pp2-x5": (2, (PP, "2"), 5),
+    "pp3-split-x4": (3, (PP, "3", "--pipeline-layer-split", "1,2,1,1,1,1"), 4),
+    "pp3-cp2-x3": (6, (PP, "3", CP, "2"), 3),
+}
+
+
+@pytest.fixture(scope="module")
+def interleaved_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    layouts = {Layout(f"single-{count}", 1, batch_flags(1, count)) for *_, count in INTERLEAVED.values()}
+    layouts |= {
+        Layout(name, world, (*flags, *VIRTUAL, *batch_flags(1, count)))
+        for name, (world, flags, count) in INTERLEAVED.items()
+    }
+    common = [*common_flags(data, 3), "--num-layers", "7", *SGD]
+    return run_layouts(list(layouts), tmp_path_factory.mktemp("interleaved"), common, timeout=900)
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_interleaved_stages_train_like_one_process(interleaved_runs: dict[str, Path], name: str) -> None:
+    run, single = interleaved_runs[name], interleaved_runs[f"single-{INTERLEAVED[name][2]}"]
+    assert_same_metrics(run, single)
+    assert_same_gradients(run, single)
+    assert_same_weights(run, single)
+    assert_ranks_agree(run)
+
+
 @pytest.fixture(scope="module")
 def spoiled_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Four iterations of layouts with a bug planted in each, and without."""
@@ -251,7 +281,7 @@ def adam_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
                saves_again=True),
         Layout("again-virtual", 4, (TP, "2", PP, "2", *VIRTUAL, *second("virtual-half")), saves_again=True),
     ]
-    return run_layouts(layouts, folder, [*common_flags(data), *batch_flags(2, 4), "--lr", "2e-4"])
+    return run_layouts(layouts, folder, [*common_flags(data), *batch_flags(2, 4), *OPTIMIZERS["damped-adam"]])
 
 
 @pytest.mark.parametrize("name, reference", [
@@ -271,6 +301,12 @@ def test_bf16_stays_near(adam_runs: dict[str, Path], name: str, reference: str, 
 def test_overlapped_gather_saves_the_updated_weights(adam_runs: dict[str, Path]) -> None:
     found, expected = weights(adam_runs["overlap"]), weights(adam_runs["distributed-optimizer"])
     assert all(torch.equal(found[name], want) for name, want in expected.items())
+
+
+@pytest.mark.parametrize("name", ["pp2-rest", "tp2-rest", "cp2-rest", "overlap-rest", "distributed-optimizer"])
+def test_adam_steps_give_the_weights_of_one_process(adam_runs: dict[str, Path], name: str) -> None:
+    """Of runs that went on from another layout, too."""
+    assert_same_weights(adam_runs[name], adam_runs["single"])
 
 
 @pytest.mark.parametrize("half, rest", [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
 
 from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.state import ShardGrid, model_pieces
+from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import build_model, single_process
@@ -25,8 +26,10 @@ CONFIG = ModelConfig(
     text_dim=16, text_length=8,
 )
 LAYOUTS = {
+    "tp2": (2, ["--tensor-model-parallel-size", "2"]),
     "tp2-sp": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "pp2": (2, ["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "2,1"]),
+    "cp2-ulysses": (2, ["--context-parallel-size", "2"]),
     "cp3-ring": (3, ["--context-parallel-size", "3", "--context-parallel-algo", "ring"]),
     "tp2-pp2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
 }
@@ -54,25 +57,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sample(models: Path, output: Path, processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
-        "-m", "megatron_flashi2v", "sample", "--load", models / "checkpoints", "--vae", models / "vae",
-        "--text-encoder", models / "text_encoder", "--tokenizer", models / "tokenizer", "--image", models / "image.png",
-        "--prompt", "a dog runs", "--num-steps", 3, "--device", "cpu", "--output", output,
-        "--latents", output.with_suffix(".safetensors"), *flags,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=600, check=False
-    )
+def arguments(models: Path, output: Path, *flags: str) -> list[str]:
+    return list(map(str, [
+        "sample", "--load", models / "checkpoints", "--vae", models / "vae", "--text-encoder", models / "text_encoder",
+        "--tokenizer", models / "tokenizer", "--image", models / "image.png", "--prompt", "a dog runs",
+        "--num-steps", 3, "--device", "cpu", "--output", output, "--latents", output.with_suffix(".safetensors"),
+        *flags,
+    ]))  # fmt: skip
+
+
+def sample(rank: int, argv: list[str]) -> None:
+    assert main(argv) == 0
 
 
 @pytest.fixture(scope="module")
 def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     output = tmp_path_factory.mktemp("one") / "a.mp4"
-    done = sample(models, output, 1)
-    assert done.returncode == 0, done.stderr
+    run_ranks(sample, 1, models, arguments(models, output))
     return load_file(output.with_suffix(".safetensors"))["latents_BCTHW"]
 
 
@@ -81,8 +82,7 @@ def test_a_divided_model_samples_the_same_video(
     models: Path, expected: torch.Tensor, tmp_path: Path, name: str
 ) -> None:
     processes, flags = LAYOUTS[name]
-    done = sample(models, tmp_path / "a.mp4", processes, *flags)
-    assert done.returncode == 0, done.stderr
+    run_ranks(sample, processes, models, arguments(models, tmp_path / "a.mp4", *flags))
     found = load_file(tmp_path / "a.safetensors")["latents_BCTHW"]
     assert expected.std() > 0.1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -90,6 +90,8 @@ def test_a_divided_model_samples_the_same_video(
 
 
 def test_more_processes_than_the_layout_takes_are_refused(models: Path, tmp_path: Path) -> None:
-    done = sample(models, tmp_path / "a.mp4", 2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "megatron_flashi2v", *arguments(models, tmp_path / "a.mp4")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode != 0
     assert "2 processes were started, but the layout takes 1" in done.stderr and not list(tmp_path.iterdir())

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from flashi2v_kernels.attention import reference
 from flashi2v_kernels.registry import resolve
+from helpers.ranks import run_ranks
 from megatron_flashi2v.parallel.context import ContextAttention
 
 BATCH, HEADS, SIZE = 2, 4, 8
@@ -54,13 +54,12 @@ WORLD = 4
 
 def spawn(function: Callable[..., Any], folder: Path) -> list[Any]:
     """What ``function()`` returns on each of the processes, JSON-ready."""
-    torch.multiprocessing.spawn(_run, args=(function, str(folder)), nprocs=WORLD)
+    run_ranks(_run, WORLD, folder, function, str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
 def _run(rank: int, function: Callable[..., Any], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo")
     (Path(folder) / f"{rank}.json").write_text(json.dumps(function()))
     dist.barrier()
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import saving, tensor_file
 from megatron_flashi2v.checkpoint.checkpoint import (
@@ -260,7 +260,7 @@ def test_damaged_json_is_named(tmp_path: Path, name: str) -> None:
 
 def two_ranks(rank: int, folder: Path) -> None:
     """Rank 1 fails in one save after the other; both ranks must see it, and neither may hang."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     root = folder / "run"
     shapes = parameter_shapes(CONFIG)
 
@@ -308,7 +308,7 @@ def two_ranks(rank: int, folder: Path) -> None:
 
 
 def test_an_error_on_one_rank_reaches_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(two_ranks, args=(tmp_path,), nprocs=2)
+    run_ranks(two_ranks, 2, tmp_path, tmp_path)
 
 
 def steps(root: Path, value: float) -> CheckpointSave:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from helpers.checkpoints import ODD, checkpoint, names
+from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import manifest
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
@@ -178,7 +178,7 @@ def fail(*arguments: object) -> None:
 
 def one_of_two(rank: int, folder: Path) -> None:
     """Both ranks read half of the files, and what one of them finds holds for both."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     read: list[str] = []
     original = manifest.sha256_of
     manifest.sha256_of = lambda path: read.append(path.name) or original(path)  # type: ignore[assignment]
@@ -200,19 +200,18 @@ def test_ranks_agree_on_the_checkpoint(tmp_path: Path) -> None:
         folder = save_halves(tmp_path / "run", iteration)
     assert folder is not None
     flip(folder / "tensors-00001-of-00002.safetensors", -1)
-    torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
+    run_ranks(one_of_two, 2, tmp_path, tmp_path)
 
 
 def save_halves(root: Path, iteration: int) -> Path:
     """A checkpoint of two files of tensors, as two ranks write it."""
-    torch.multiprocessing.spawn(write_half, args=(root, iteration), nprocs=2)
+    run_ranks(write_half, 2, root.parent, root, iteration)
     return root / f"iter_{iteration:07d}"
 
 
 def write_half(rank: int, root: Path, iteration: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    store = dist.FileStore(str(root.parent / f"store-{iteration}"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     tensors = [
         TensorPiece.whole(f"model.{name}", torch.zeros(shape)) for name, shape in parameter_shapes(ODD).items()
     ]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from helpers.checkpoints import ODD, tensors_of
+from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import saving
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
@@ -86,10 +86,7 @@ CASES = [(slow, fails) for slow in (0, 1) for fails in (False, True)]
 
 
 def train(rank: int, root: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2, timeout=timedelta(minutes=3)
-    )
+    dist.init_process_group("gloo", timeout=timedelta(minutes=3))
     original = saving.write_rank_file
     for slow, fails in CASES:
         folder = root / f"{slow}-{fails}"
@@ -104,7 +101,7 @@ def train(rank: int, root: Path) -> None:
 
 
 def test_a_rank_that_is_slow_or_fails(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train, args=(tmp_path,), nprocs=2)
+    run_ranks(train, 2, tmp_path, tmp_path)
     for slow, fails in CASES:
         folder = tmp_path / f"{slow}-{fails}"
         require_checkpoints(folder / "run", first=not fails)
