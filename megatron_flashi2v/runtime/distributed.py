@@ -101,4 +101,21 @@ def shutdown(*, failed: bool = False) -> None:
         # Destroying would wait for the collectives that are queued on the device.
         torch.distributed.distributed_c10d._abort_process_group()
         return
+    backends = _host_backends()
     torch.distributed.destroy_process_group()
+    del backends
+
+
+def _host_backends() -> list[torch.distributed.Backend]:
+    """The gloo backends of all groups; who holds them until the groups are destroyed lets them go without a deadlock.
+
+    torch 2.7 destroys a group with Python's lock held, and with it a backend that nobody else holds, which waits for
+    its threads. One of these may still be letting go of a tensor, and wait for the lock. A backend on its own is
+    destroyed without the lock.
+    """
+    host = torch.device("cpu")
+    return [
+        group._get_backend(host)
+        for group in torch.distributed.distributed_c10d._world.pg_map
+        if host in group._device_types
+    ]

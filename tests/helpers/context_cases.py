@@ -18,6 +18,7 @@ from flashi2v_kernels.attention import reference
 from flashi2v_kernels.registry import resolve
 from helpers.ranks import run_ranks
 from megatron_flashi2v.parallel.context import ContextAttention
+from megatron_flashi2v.runtime.distributed import shutdown
 
 BATCH, HEADS, SIZE = 2, 4, 8
 
@@ -61,8 +62,7 @@ def spawn(function: Callable[..., Any], folder: Path) -> list[Any]:
 def _run(rank: int, function: Callable[..., Any], folder: str) -> None:
     dist.init_process_group("gloo")
     (Path(folder) / f"{rank}.json").write_text(json.dumps(function()))
-    dist.barrier()
-    dist.destroy_process_group()
+    shutdown()
 
 
 def draw(tokens: int) -> list[Tensor]:

@@ -131,6 +131,7 @@ def test_distributed_checkpoint_of_one_process(tmp_path: Path) -> None:
 SHARDED = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import distribute_tensor, init_device_mesh, Shard, Replicate
+from megatron_flashi2v.runtime.distributed import shutdown
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 state = torch.load(sys.argv[1], weights_only=True)
@@ -140,8 +141,7 @@ state = {
     for index, (name, value) in enumerate(state.items())
 }
 dcp.save(state, checkpoint_id=sys.argv[2])
-dist.barrier()  # a rank that leaves early can keep another one from leaving
-dist.destroy_process_group()
+shutdown()
 """
 
 

@@ -7,9 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.ranks import run_ranks
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime.device import CpuDevice
@@ -82,6 +85,24 @@ def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         shutdown()
     shutdown()  # nothing left: does nothing
+
+
+def meet_and_part(rank: int, folder: Path) -> None:
+    """Many times; just before, each rank drops tensors that gloo's threads may still hold."""
+    for index in range(100):
+        store = dist.FileStore(str(folder / f"store-{index}"), 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        dist.all_gather_object([None, None], rank)
+        works = [dist.all_reduce(torch.ones(4), async_op=True) for _ in range(3)]
+        for work in works:
+            work.wait()
+        del work, works
+        shutdown()
+
+
+def test_parting_never_waits_for_a_thread_that_waits_for_us(tmp_path: Path) -> None:
+    """torch 2.7's destroy_process_group does in most of such runs."""
+    run_ranks(meet_and_part, 2, tmp_path, tmp_path, timeout=120)
 
 
 def test_ranks_that_never_meet_say_so() -> None:
