@@ -211,11 +211,30 @@ def test_container_recipe(dockerfile: Path) -> None:
 @pytest.mark.parametrize("page", PAGES := [ROOT / "README.md", *sorted(EXAMPLES.glob("*/README.md"))],
                          ids=[str(page.relative_to(ROOT)) for page in PAGES])  # fmt: skip
 def test_commands_of_the_pages(page: Path) -> None:
-    """Indented command lines with a recipe have flags that exist; files that a page names in examples/ are there."""
-    text = page.read_text().replace("\\\n", " ")
-    for name in set(re.findall(r"examples/[\w./-]+\w", text)):
+    """Command lines with a recipe have flags that exist; files that a page names in examples/ are there."""
+    for name in set(re.findall(r"examples/[\w./-]+\w", page.read_text())):
         assert (ROOT / name).exists(), name
+    commands_of(page)
+
+
+def commands_of(page: Path) -> list[TrainConfig]:
+    """What the page's indented, or quoted, command lines with a recipe mean."""
+    text = page.read_text().replace("\\\n", " ")
+    found = []
     for line in re.findall(r"^(?: {4,}|.*`)(.*--config examples/recipes/.*)$", text, re.MULTILINE):
         command = line.partition("`")[0].partition("  #")[0].replace("...", "")
         flags = shlex.split(command[command.index("--config") :])
-        parse(TrainConfig, absolute(flags), prog="flashi2v train", description="")
+        found.append(parse(TrainConfig, absolute(flags), prog="flashi2v train", description=""))
+    return found
+
+
+def test_runs_that_are_compared_resume_nothing() -> None:
+    """The recipe's --load would go on with the quickstart's run, and train nothing; no folder serves two commands."""
+    commands = commands_of(EXAMPLES / "ascend" / "README.md")
+    assert {config.runtime.device for config in commands} == {"npu", "cpu"}
+    recipe = parse(TrainConfig, ["--config", str(EXAMPLES / "recipes" / "tiny.yaml")], prog="", description="")
+    folders = [recipe.checkpoint.save, *(config.checkpoint.save for config in commands)]
+    assert [config.checkpoint.load for config in commands] == folders[1:]
+    assert len(set(folders)) == len(folders)
+    for config in commands:
+        check_train(config, resolve_model(config.model), 1)
