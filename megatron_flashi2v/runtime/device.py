@@ -297,6 +297,16 @@ def resolve_device(
     return device
 
 
+def bind_thread(device: torch.device) -> None:
+    """Make a device the calling thread's current one: to be called first in a thread that may use it.
+
+    Which device is current belongs to a thread, in CUDA and in ACL, and is number 0 in a new one. Pinning memory or
+    encoding there would make a context on the card of local rank 0.
+    """
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
+
+
 def _find_device(name: str, local_rank: int, hccl_buffer_sizes: Mapping[str, int] | None) -> Device:
     if name == "cpu":
         return CpuDevice()

@@ -92,12 +92,50 @@ def test_two_tensor_parallel_ranks(data: Path, on_cpu: Path, tmp_path: Path) -> 
     assert_same_metrics(save, on_cpu)
 
 
+THREADS = """
+import sys, torch
+from pathlib import Path
+from megatron_flashi2v.checkpoint.peers import Peers
+from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import BatchArguments, CheckpointArguments, DataArguments
+from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.saver import CheckpointSaver
+
+data = PreparedDataset(Path(sys.argv[1]))
+channels, text_dim, text_length = map(int, sys.argv[2:])
+model = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2,
+                    latent_channels=channels, text_dim=text_dim, text_length=text_length)
+device = resolve_device("npu", local_rank=1)
+from torch_npu.device import pinned_by
+
+source = MicrobatchSource(Blend([data], [1.0], batch=2, seed=7), model, DataArguments(), BatchArguments(),
+                          dp_rank=0, dp_size=1, device=device.torch_device, ahead=2, end=4)
+assert len(list(source.iteration(0, 2))) == 2
+source.close()
+read = len(pinned_by)
+saver = CheckpointSaver(CheckpointArguments(save=Path("."), async_save=True, save_interval=1), model, Peers(0, 1), device)
+saver.reserve(lambda: [TensorPiece.whole("weight", torch.zeros(5))])
+saver._reserving.join()
+assert 0 < read < len(pinned_by) and set(pinned_by) == {1}, (read, pinned_by)
+"""
+
+
+def test_threads_use_the_card_of_their_rank(data: Path) -> None:
+    """Those that read ahead and that reserve memory for checkpoints, in the process of local rank 1 of 2."""
+    run(["-c", THREADS, data, LATENT_SHAPE[0], TEXT_DIM, TEXT_LENGTH], emulated_npus(2))
+
+
 COLLECTIVES = """
 import torch, torch_npu, torch.distributed as dist
 from megatron_flashi2v.runtime.host_collectives import stage_through_host
 assert stage_through_host("npu") is stage_through_host("npu")
 dist.init_process_group("gloo")
 rank, npu = dist.get_rank(), torch.device("npu", 0)
+torch.npu.set_device(npu)
 mine = torch.tensor([1.0, 2.0], device=npu) * (rank + 1)
 
 def check(tensor, *expected):
