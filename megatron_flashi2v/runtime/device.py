@@ -100,7 +100,7 @@ class Device(abc.ABC):
         """The hardware's name, such as "NVIDIA H100 80GB HBM3"."""
 
     def group_options(self, description: str | None) -> Any:
-        """The backend's options for a process group that megatron-core describes so; None for its defaults."""
+        """The backend's options for a process group that torch or megatron-core describes so; None for its defaults."""
         return None
 
     def profiler(self) -> Any:

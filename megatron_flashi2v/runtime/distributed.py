@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.hccl import WORLD
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.host_collectives import stage_through_host
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
@@ -25,13 +26,14 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
     """
     if timeout_minutes <= 0:
         raise ConfigError(f"the distributed timeout is {timeout_minutes} minutes; it must be more than 0")
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout, options = timedelta(minutes=timeout_minutes), device.group_options(WORLD)
     if device.backend == "gloo" and device.name != "cpu":
         stage_through_host(device.name)
     if launch.launcher == "none":
         torch.distributed.init_process_group(
-            device.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+            device.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout,
+            pg_options=options,
+        )  # fmt: skip
         return
     address = launch.master_addr or ""
     host = f"[{address}]" if ":" in address else address  # an IPv6 address inside a URL
@@ -44,6 +46,7 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
+            pg_options=options,
         )
     except torch.distributed.DistError as error:
         raise ConfigError(
