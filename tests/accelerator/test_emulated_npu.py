@@ -92,6 +92,60 @@ def test_two_tensor_parallel_ranks(data: Path, on_cpu: Path, tmp_path: Path) -> 
     assert_same_metrics(save, on_cpu)
 
 
+# Gives HCCL's name to gloo, by way of the host's memory; each group's ranks and settings are written down.
+HCCL = """
+import atexit, json, os, sys, torch, torch_npu
+from torch import distributed
+from torch.distributed.distributed_c10d import ProcessGroupGloo
+from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.runtime.host_collectives import stage_through_host
+
+made = []
+
+def create(group, options):
+    assert options is None or isinstance(options, torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options)
+    made.append([list(group.global_ranks_in_group), None if options is None else options.hccl_config])
+    return ProcessGroupGloo(group.store, group.group_rank, group.group_size, group.timeout)
+
+distributed.Backend.register_backend("hccl", create, extended_api=True, devices=["npu", "cpu"])
+stage_through_host("npu")
+code = main(sys.argv[1:])
+if os.environ["RANK"] == "0":
+    open(os.environ["GROUPS"], "w").write(json.dumps(made))
+sys.exit(code)
+"""
+
+
+def test_the_recipes_flags_in_bf16_on_two_replicas(data: Path, tmp_path: Path) -> None:
+    """What the Ascend scripts run, and each group of HCCL's with the buffer that was asked for."""
+    script, groups = tmp_path / "hccl.py", tmp_path / "groups.json"
+    script.write_text(HCCL)
+    flags = ["--data-path", data, "--bf16", "--ema-decay=0.9", "--recompute-granularity=skip_attention",
+             "--train-iters=4", "--save-interval=4"]
+    run([*COMMAND, *flags, "--device=cpu", "--save", tmp_path / "cpu"])
+    report = run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *COMMAND[2:], *flags,
+         "--device=npu", "--save", tmp_path / "npu", "--use-distributed-optimizer", "--overlap-grad-reduce",
+         "--overlap-param-gather", "--hccl-buffer-sizes=world:10,dp_cp:400,default:50"],
+        {**emulated_npus(1), "ASCEND_RT_VISIBLE_DEVICES": "0", "GROUPS": str(groups)},
+    )
+    assert "64 GiB, hccl, torch" in report and "kernel attention: npu_fusion_attention" in report
+    assert_same_metrics(tmp_path / "npu", tmp_path / "cpu", relative=4e-3)  # one rounding of bf16
+    made = [(tuple(ranks), config["hccl_buffer_size"]) for ranks, config in json.loads(groups.read_text())]
+    assert made[0] == ((), 10)  # all ranks, without being named
+    assert made.count(((0, 1), 400)) == 1 and {size for _, size in made[1:]} == {400, 50}
+
+
+def test_two_pipeline_ranks_with_two_chunks_each(data: Path, tmp_path: Path) -> None:
+    flags = ["--data-path", data, "--num-layers=4", "--global-batch-size=4", "--train-iters=4"]
+    run([*COMMAND, *flags, "--device=cpu", "--save", tmp_path / "cpu"])
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *COMMAND, *flags, "--device=npu",
+         "--distributed-backend=gloo", "--save", tmp_path / "npu", "--pipeline-model-parallel-size=2",
+         "--num-virtual-stages-per-pipeline-rank=2"],
+        {**emulated_npus(1), "ASCEND_RT_VISIBLE_DEVICES": "0"})
+    assert_same_metrics(tmp_path / "npu", tmp_path / "cpu")
+
+
 THREADS = """
 import sys, torch
 from pathlib import Path
