@@ -151,8 +151,27 @@ def test_several_nodes_need_an_address_and_a_rank(tmp_path: Path) -> None:
 
 
 def test_ascend_needs_cann(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"set_env\.sh of CANN"):
-        start(EXAMPLES / "ascend" / "pretrain_1.3b.sh", tmp_path, ASCEND_HOME_PATH="")
+    both = r"set_env\.sh of CANN.*/usr/local/Ascend/cann .*/usr/local/Ascend/ascend-toolkit"
+    with pytest.raises(AssertionError, match=both):
+        start(EXAMPLES / "ascend" / "pretrain_1.3b.sh", tmp_path, ASCEND_HOME_PATH="", HOME=str(tmp_path))
+
+
+@pytest.mark.parametrize("places, found", [
+    (["cann"], "cann"), (["ascend-toolkit"], "ascend-toolkit"), (["ascend-toolkit", "cann"], "cann"),
+])
+def test_ascend_finds_cann(places: list[str], found: str, tmp_path: Path) -> None:
+    for place in places:
+        folder = tmp_path / "Ascend" / place
+        folder.mkdir(parents=True)
+        # CANN's own prepends to what may not be set, and ends with whatever its last test says
+        (folder / "set_env.sh").write_text(f"export ASCEND_HOME_PATH={folder}${{NOBODY_SETS_THIS}}\n[ -d /nowhere ]\n")
+    start(EXAMPLES / "ascend" / "pretrain_1.3b.sh", tmp_path, ASCEND_HOME_PATH="", HOME=str(tmp_path))
+    assert f"ASCEND_HOME_PATH={tmp_path}/Ascend/{found}\n" in (tmp_path / "caught.env").read_text()
+    script = tmp_path / "script.sh"
+    script.write_text(f"set -eu\nunset ASCEND_HOME_PATH\n. {EXAMPLES}/ascend/environment.sh\nfalse\necho 'goes on'\n")
+    done = subprocess.run(["bash", str(script)], env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")  # a script that stops at errors still does
 
 
 def test_platforms_share_recipes(tmp_path: Path) -> None:
@@ -206,6 +225,15 @@ def test_container_recipe(dockerfile: Path) -> None:
     assert f"-f {dockerfile.relative_to(ROOT)} " in text  # its first line says how it is built
     known = {"ARG", "FROM", "RUN", "WORKDIR", "COPY", "#", "ENV"}
     assert {line.split()[0] for line in text.splitlines() if line.strip()} <= known
+
+
+def test_ascends_container_has_no_cuda() -> None:
+    """torch is installed first, apart, from the index without CUDA on x86; nothing after it may choose another."""
+    text = (EXAMPLES / "ascend" / "Dockerfile").read_text().replace("\\\n", " ")
+    first, *later = re.findall(r"^RUN (.*pip install.*)$", text, re.MULTILINE)
+    assert re.search(r'x86_64 \];\s+then\s+pip install \S+ --index-url "\$\{TORCH_INDEX_X86\}" torch==\$\{TORCH\};', first)
+    assert "ARG TORCH_INDEX_X86=https://download.pytorch.org/whl/cpu\n" in text
+    assert "-c constraints.txt -e . torch==${TORCH}" in later[0]
 
 
 @pytest.mark.parametrize("page", PAGES := [ROOT / "README.md", *sorted(EXAMPLES.glob("*/README.md"))],
