@@ -138,8 +138,8 @@ def test_the_device_is_found_and_set_up():
 
 def test_the_stand_ins_options_are_the_real_ones():
     real = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
-    for name in ("_timeout", "global_ranks_in_group", "group_id", "hccl_config", "is_high_priority_stream", "op_timeout"):
-        assert hasattr(real, name), name
+    names = {"_timeout", "global_ranks_in_group", "group_id", "hccl_config", "is_high_priority_stream", "op_timeout"}
+    assert names <= set(dir(real))
     with pytest.raises(AttributeError):
         real.hccl_bufer_size = 1
 
@@ -178,6 +178,6 @@ print("transferred")
 
 
 def test_megatrons_redirection_over_transfer_to_npu():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRANSFERRED], capture_output=True, text=True, timeout=200,
-                          check=False)  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-c", TRANSFERRED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout.endswith("transferred\n"), done.stdout[-2000:] + done.stderr[-4000:]

@@ -171,7 +171,8 @@ source = MicrobatchSource(Blend([data], [1.0], batch=2, seed=7), model, DataArgu
 assert len(list(source.iteration(0, 2))) == 2
 source.close()
 read = len(pinned_by)
-saver = CheckpointSaver(CheckpointArguments(save=Path("."), async_save=True, save_interval=1), model, Peers(0, 1), device)
+saves = CheckpointArguments(save=Path("."), async_save=True, save_interval=1)
+saver = CheckpointSaver(saves, model, Peers(0, 1), device)
 saver.reserve(lambda: [TensorPiece.whole("weight", torch.zeros(5))])
 saver._reserving.join()
 assert 0 < read < len(pinned_by) and set(pinned_by) == {1}, (read, pinned_by)

@@ -18,9 +18,9 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 
 LOST = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34470."
 # https://github.com/vllm-project/vllm-ascend/issues/486
-LOST_HCCL = ("InnerRunOpApi:torch_npu/csrc/framework/OpParamMaker.cpp:281 OPS function error: HcclAllreduce, error code is "
-             "6\n[ERROR] (PID:1, Device:1, RankID:1) ERR01100 OPS call acl api failed.\nEI0006: [PID: 1] Getting socket "
-             "times out. Reason: Remote Rank did not send the data in time.")  # fmt: skip
+LOST_HCCL = """InnerRunOpApi:OpParamMaker.cpp:281 OPS function error: HcclAllreduce, error code is 6
+[ERROR] (PID:1, Device:1, RankID:1) ERR01100 OPS call acl api failed.
+EI0006: [PID: 1] Getting socket times out. Reason: Remote Rank did not send the data in time."""
 
 
 def torchrun(rank: int, world_size: int = 2) -> dict[str, str]:

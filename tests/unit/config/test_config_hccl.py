@@ -22,8 +22,8 @@ def test_the_world_and_both_levels_of_usp() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("tq:200", "no group 'tq'; choose from world, tp, pp"), ("tp:0", "tp is given '0'"), ("tp", "write MB, such as tp:200"),
-     ("tp:1,tp:2", "tp is given twice"), ("tp:1.5", "'1.5'")],
+    [("tq:200", "no group 'tq'; choose from world, tp, pp"), ("tp:0", "tp is given '0'"),
+     ("tp", "write MB, such as tp:200"), ("tp:1,tp:2", "tp is given twice"), ("tp:1.5", "'1.5'")],
 )
 def test_mistakes(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"--hccl-buffer-sizes {text}.*{message}"):

@@ -169,8 +169,8 @@ def test_ascend_finds_cann(places: list[str], found: str, tmp_path: Path) -> Non
     assert f"ASCEND_HOME_PATH={tmp_path}/Ascend/{found}\n" in (tmp_path / "caught.env").read_text()
     script = tmp_path / "script.sh"
     script.write_text(f"set -eu\nunset ASCEND_HOME_PATH\n. {EXAMPLES}/ascend/environment.sh\nfalse\necho 'goes on'\n")
-    done = subprocess.run(["bash", str(script)], env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")  # a script that stops at errors still does
 
 
@@ -231,7 +231,8 @@ def test_ascends_container_has_no_cuda() -> None:
     """torch is installed first, apart, from the index without CUDA on x86; nothing after it may choose another."""
     text = (EXAMPLES / "ascend" / "Dockerfile").read_text().replace("\\\n", " ")
     first, *later = re.findall(r"^RUN (.*pip install.*)$", text, re.MULTILINE)
-    assert re.search(r'x86_64 \];\s+then\s+pip install \S+ --index-url "\$\{TORCH_INDEX_X86\}" torch==\$\{TORCH\};', first)
+    on_x86 = r'x86_64 \];\s+then\s+pip install \S+ --index-url "\$\{TORCH_INDEX_X86\}" torch==\$\{TORCH\};'
+    assert re.search(on_x86, first)
     assert "ARG TORCH_INDEX_X86=https://download.pytorch.org/whl/cpu\n" in text
     assert "-c constraints.txt -e . torch==${TORCH}" in later[0]
 

@@ -55,7 +55,8 @@ class _Generator(torch.Generator):
 def _hccl(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def renamed(*args: Any, **kwargs: Any) -> Any:
-        return function(*(value.replace("nccl", "hccl") if isinstance(value, str) else value for value in args), **kwargs)
+        args = tuple(value.replace("nccl", "hccl") if isinstance(value, str) else value for value in args)
+        return function(*args, **kwargs)
 
     return renamed
 
@@ -68,7 +69,8 @@ def _transfer() -> None:
             setattr(torch.cuda, name, value)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         setattr(torch.cuda.random, name, getattr(npu, name))
-    for owner, names in ((torch, _FACTORIES), (torch.Tensor, ("to", "new_empty", "new_zeros")), (torch.nn.Module, ("to",))):
+    taking_devices = {torch: _FACTORIES, torch.Tensor: ("to", "new_empty", "new_zeros"), torch.nn.Module: ("to",)}
+    for owner, names in taking_devices.items():
         for name in names:
             setattr(owner, name, _renaming(getattr(owner, name)))
     torch.Tensor.cuda, torch.nn.Module.cuda = torch.Tensor.npu, torch.nn.Module.npu
