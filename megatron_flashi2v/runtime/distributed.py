@@ -120,7 +120,7 @@ def shutdown(*, failed: bool = False, exit_code: int = 1) -> None:
         atexit.register(_leave, exit_code)
 
 
-def _host_backends() -> list[torch.distributed.Backend]:
+def _host_backends() -> list[torch._C._distributed_c10d.Backend]:
     """The gloo backends of all groups; who holds them until the groups are destroyed lets them go without a deadlock.
 
     torch 2.7 destroys a group with Python's lock held, and with it a backend that nobody else holds, which waits for
