@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -67,21 +68,34 @@ def leaving_group(launch: LaunchEnvironment) -> Iterator[None]:
         yield
         shutdown()
     except BaseException as error:
-        shutdown(failed=True)
         if launch.world_size == 1 or not _is_lost_connection(error):
+            shutdown(failed=True, exit_code=_exit_code(error))
             raise
+        shutdown(failed=True, exit_code=PeerError.exit_code)
         what = (str(error).splitlines() or [""])[0]
         raise PeerError(
             f"rank {launch.rank} lost the other processes ({what}); the one that failed first says why"
         ) from error
 
 
+def _exit_code(error: BaseException) -> int:
+    """The exit code of a process that this error ends."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    return 1
+
+
 def _is_lost_connection(error: BaseException) -> bool:
     import torch.distributed
 
-    # gloo raises plain RuntimeErrors, whose texts begin with its source file.
+    # gloo and HCCL raise plain RuntimeErrors. The texts of the one begin with its source file; those of the other hold
+    # CANN's codes for a rank that did not take part in time, and for one that could not be connected to.
     return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+        isinstance(error, RuntimeError) and bool(re.search(r"gloo/transport|\bEI000[26]\b", str(error)))
     )
 
 

@@ -109,7 +109,8 @@ class ParallelArguments:
     distributed_backend: Literal["auto", "gloo"] = "auto"
     """auto: NCCL on CUDA, HCCL on NPUs, gloo on CPUs; gloo: anywhere, through the host's memory, to look for faults."""
     hccl_buffer_sizes: str | None = None
-    """MB of HCCL's buffers per kind of group, such as tp:200,dp_cp:400,default:50; by default HCCL_BUFFSIZE for all."""
+    """MB of HCCL's buffers per kind of group (world, tp, pp, cp, dp, dp_cp, mp, tp_cp, tp_dp_cp, and default for those
+    that are not named), such as tp:200,dp_cp:400,default:50; without it HCCL_BUFFSIZE for all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ class Device(abc.ABC):
         """The hardware's name, such as "NVIDIA H100 80GB HBM3"."""
 
     def group_options(self, description: str | None) -> Any:
-        """The backend's options for a process group that megatron-core describes so; None for its defaults."""
+        """The backend's options for a process group that torch or megatron-core describes so; None for its defaults."""
         return None
 
     def profiler(self) -> Any:
@@ -295,6 +295,16 @@ def resolve_device(
     if backend != "auto":
         device.backend = backend
     return device
+
+
+def bind_thread(device: torch.device) -> None:
+    """Make a device the calling thread's current one: to be called first in a thread that may use it.
+
+    Which device is current belongs to a thread, in CUDA and in ACL, and is number 0 in a new one. Pinning memory or
+    encoding there would make a context on the card of local rank 0.
+    """
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
 
 
 def _find_device(name: str, local_rank: int, hccl_buffer_sizes: Mapping[str, int] | None) -> Device:

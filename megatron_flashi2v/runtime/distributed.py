@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
+import os
+import sys
 from datetime import timedelta
 
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.hccl import WORLD
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.host_collectives import stage_through_host
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
@@ -25,13 +31,14 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
     """
     if timeout_minutes <= 0:
         raise ConfigError(f"the distributed timeout is {timeout_minutes} minutes; it must be more than 0")
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout, options = timedelta(minutes=timeout_minutes), device.group_options(WORLD)
     if device.backend == "gloo" and device.name != "cpu":
         stage_through_host(device.name)
     if launch.launcher == "none":
         torch.distributed.init_process_group(
-            device.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+            device.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout,
+            pg_options=options,
+        )  # fmt: skip
         return
     address = launch.master_addr or ""
     host = f"[{address}]" if ":" in address else address  # an IPv6 address inside a URL
@@ -44,6 +51,7 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
+            pg_options=options,
         )
     except torch.distributed.DistError as error:
         raise ConfigError(
@@ -85,28 +93,34 @@ def gather_bytes(
     return found
 
 
-def shutdown(*, failed: bool = False) -> None:
+def shutdown(*, failed: bool = False, exit_code: int = 1) -> None:
     """Leave the process group; does nothing where there is none.
 
     Args:
-        failed: this rank stops because of an error. It then waits for nobody and drops its connections, so
-            that the other ranks' collectives fail at once instead of running into the timeout.
+        failed: this rank stops because of an error, and waits for nobody. With gloo and NCCL it drops its connections,
+            so that the other ranks' collectives fail at once instead of running into the timeout. With HCCL it leaves
+            the group as it is, and the process will end without its other exit handlers; the launcher stops the others.
+        exit_code: of the process that fails, with HCCL.
     """
     if not torch.distributed.is_initialized():
         return
-    if not failed and torch.distributed.get_world_size() > 1:
+    backend, alone = torch.distributed.get_backend(), torch.distributed.get_world_size() == 1
+    if not failed and not alone:
         # Rank 0 may hold the store: it must not leave while others still finish.
         torch.distributed.barrier()
-    if failed and torch.distributed.get_backend() != "gloo":
+    if failed and backend == "nccl":
         # Destroying would wait for the collectives that are queued on the device.
         torch.distributed.distributed_c10d._abort_process_group()
-        return
-    backends = _host_backends()
-    torch.distributed.destroy_process_group()
-    del backends
+    elif not failed or alone or backend == "gloo":
+        backends = _host_backends()
+        torch.distributed.destroy_process_group()
+        del backends
+    else:
+        # torch's abort does not reach HCCL: ProcessGroupHCCL has one of its own, with an argument (v2.7.1).
+        atexit.register(_leave, exit_code)
 
 
-def _host_backends() -> list[torch.distributed.Backend]:
+def _host_backends() -> list[torch._C._distributed_c10d.Backend]:
     """The gloo backends of all groups; who holds them until the groups are destroyed lets them go without a deadlock.
 
     torch 2.7 destroys a group with Python's lock held, and with it a backend that nobody else holds, which waits for
@@ -119,3 +133,16 @@ def _host_backends() -> list[torch.distributed.Backend]:
         for group in torch.distributed.distributed_c10d._world.pg_map
         if host in group._device_types
     ]
+
+
+def _leave(exit_code: int) -> None:
+    """End this process without the exit handlers that were registered before.
+
+    torch_npu's waits for all that is queued on the device, such as a collective with ranks that will never come: until
+    HCCL_EXEC_TIMEOUT, and the launcher could not tell that this rank has failed. The error was printed by now.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads any longer
+            stream.flush()
+    os._exit(exit_code)

@@ -94,7 +94,7 @@ def _is_torchrun(environ: Mapping[str, str]) -> bool:
         # Newer msrun versions export LOCAL_RANK, and a RANK that counts within the host.
         return False
     if "RANK" in environ or "LOCAL_RANK" in environ:
-        return True
+        return not _repeats_slurm(environ)
     # Slurm scripts often export WORLD_SIZE alone and leave the rank to SLURM_PROCID.
     return "WORLD_SIZE" in environ and not _is_slurm_step(environ)
 
@@ -141,22 +141,50 @@ def _msrun(environ: Mapping[str, str]) -> LaunchEnvironment:
     )
 
 
+def _repeats_slurm(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's names say again what Slurm's do: containers' hooks (enroot's for PyTorch) and wrappers export
+    them for each task, without LOCAL_WORLD_SIZE.
+
+    Raises:
+        ConfigError: they are said of a task of srun, and differ from Slurm's.
+    """
+    tasks = _slurm_tasks_name(environ)
+    is_only_task = _is_ordinary_step(environ) and environ.get(tasks) == "1"  # also the shell of srun --pty
+    if "SLURM_PROCID" not in environ or not (is_only_task or _is_slurm_step(environ)):
+        return False
+    slurms = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": tasks}
+    for name, slurm in slurms.items():
+        if name in environ and environ[name] != environ.get(slurm):
+            raise ConfigError(
+                f"{name} is {environ[name]!r}, but srun started this process with {slurm}={environ.get(slurm)}; unset "
+                f"{', '.join(slurms)} to go by Slurm's, or start with torchrun, one task on each node"
+            )
+    return True
+
+
 def _is_slurm_step(environ: Mapping[str, str]) -> bool:
     """Whether srun started this process as one of several tasks: no batch script, no interactive shell."""
-    step = environ.get("SLURM_STEP_ID", "")
-    if not step.isdigit() or int(step) >= _FIRST_SPECIAL_SLURM_STEP or "SLURM_PTY_PORT" in environ:
+    if not _is_ordinary_step(environ) or "SLURM_PTY_PORT" in environ:
         return False
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
+    tasks = environ.get(_slurm_tasks_name(environ), "1")
     return not tasks.isdigit() or int(tasks) > 1
+
+
+def _is_ordinary_step(environ: Mapping[str, str]) -> bool:
+    step = environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _FIRST_SPECIAL_SLURM_STEP
+
+
+def _slurm_tasks_name(environ: Mapping[str, str]) -> str:
+    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
 
 
 def _slurm(environ: Mapping[str, str]) -> LaunchEnvironment:
     cure = "start with srun, or with torchrun inside the allocation"
     _require(environ, ("SLURM_PROCID", "SLURM_LOCALID"), "Slurm", cure)
-    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     return LaunchEnvironment(
         rank=_integer(environ, "SLURM_PROCID"),
-        world_size=_integer(environ, tasks),
+        world_size=_integer(environ, _slurm_tasks_name(environ)),
         local_rank=_integer(environ, "SLURM_LOCALID"),
         local_world_size=_slurm_local_tasks(environ),
         master_addr=environ.get("MASTER_ADDR") or _slurm_first_host(environ, cure),

@@ -3,7 +3,8 @@
 Its adaptor reads the command line when it is imported, and merges what it found there into megatron-core's
 configurations; so it sees an empty command line here, and settings that are given one by one. It puts empty modules
 in the place of ``transformer_engine`` and ``apex`` and changes ``importlib.metadata.version``, so that whether these
-are installed can only be told by ``importlib.metadata.distribution``.
+are installed can only be told by ``importlib.metadata.distribution``. It imports ``torch_npu.contrib.transfer_to_npu``,
+which gives ``torch.cuda`` the NPU's functions; ``redirect.megatron_on`` exchanges them once more, over that.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.train import TrainConfig
 
 _PACKAGE = "mindspeed"
+_DUMMY_FILE = "mindspeed.dummy_module.py"
+"""``__file__`` of its empty modules (mindspeed/patch_utils.py, branch core_r0.16.0)."""
 _LOOKED_AT = ("torch", "megatron", "importlib")
 _CURE = "install MindSpeed's branch core_r{minor}.0, or leave --use-mindspeed out: plain torch_npu works too"
 
@@ -129,9 +132,14 @@ def find_replaced(before: set[str]) -> Replaced:
                 functions |= {f"{name}.{attribute}.{method}" for method, code in list(vars(value).items())
                               if _is_mindspeeds(code)}  # fmt: skip
     new = {name.partition(".")[0] for name in set(sys.modules) - before}
-    dummies = {name for name in new if name in sys.modules and getattr(sys.modules[name], "__spec__", None) is None}
+    dummies = {name for name in new if name in sys.modules and _is_dummy(sys.modules[name])}
     dummies.discard("__mp_main__")  # multiprocessing's second name for the main module
     return Replaced(tuple(sorted(functions)), tuple(sorted(dummies)))
+
+
+def _is_dummy(module: ModuleType) -> bool:
+    """Whether nothing was read for it: by its file, since its specification may look like that of a namespace."""
+    return getattr(module, "__file__", None) == _DUMMY_FILE or getattr(module, "__spec__", None) is None
 
 
 def _is_mindspeeds(value: Any) -> bool:

@@ -21,6 +21,7 @@ from megatron_flashi2v.config.train import BatchArguments, DataArguments
 from megatron_flashi2v.data.blend import BadPosition, Blend
 from megatron_flashi2v.data.prepared import PreparedSample, pad_text_rows
 from megatron_flashi2v.flow.sigmas import dynamic_shift, logit_normal_sigmas, shift_sigmas, uniform_sigmas
+from megatron_flashi2v.runtime.device import bind_thread
 from megatron_flashi2v.runtime.random import keyed_generator
 from megatron_flashi2v.training.prefetch import Prefetcher
 
@@ -217,7 +218,9 @@ class MicrobatchSource:
             return self._stream(consumed, count)
         if self._prefetcher is None or self._next_start != consumed:
             self.close()
-            self._prefetcher = Prefetcher(self._stream(consumed, count), self.ahead)
+            self._prefetcher = Prefetcher(
+                self._stream(consumed, count), self.ahead, begin=lambda: bind_thread(self.device)
+            )
         self._next_start = consumed + count * self.batch.micro_batch_size * self.dp_size
         return self._prefetcher
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -18,10 +18,11 @@ class Prefetcher(Generic[Item]):
     Args:
         items: is advanced by the thread alone.
         depth: most items that wait to be taken.
+        begin: is called first in the thread, such as to choose its device.
     """
 
-    def __init__(self, items: Iterator[Item], depth: int) -> None:
-        self._items, self._depth = items, depth
+    def __init__(self, items: Iterator[Item], depth: int, begin: Callable[[], None] = lambda: None) -> None:
+        self._items, self._depth, self._begin = items, depth, begin
         self._ready: deque[Item] = deque()
         self._change = threading.Condition()
         self._taken = self._made = 0
@@ -66,6 +67,7 @@ class Prefetcher(Generic[Item]):
     def _work(self) -> None:
         error: BaseException | None = None
         try:
+            self._begin()
             while self._goes_on():
                 item = next(self._items, None)
                 if item is None:

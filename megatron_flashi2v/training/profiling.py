@@ -78,6 +78,8 @@ class Profiling:
             profiler.stop()
             path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
+            if not path.exists():  # torch_npu's profiler only prints what went wrong
+                raise FileNotFoundError(f"the profiler has not written {path}; what it printed says why")
             logger.info("traced iterations %d to %d: %s", self._first, done, path)
         except Exception as error:  # a full disk, the device's tools
             self._give_up(error)

@@ -17,7 +17,7 @@ from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import StorageError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments
-from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.device import Device, bind_thread
 from megatron_flashi2v.runtime.logging import AGREED
 
 WAIT_WORTH_TELLING_S = 1.0
@@ -46,7 +46,7 @@ class CheckpointSaver:
     ) -> None:
         self._arguments, self._model_config, self._peers = arguments, model_config, peers
         self._retention = Retention(last=arguments.keep_last, every=arguments.keep_every)
-        self._copies = HostCopies(device)
+        self._copies, self._device = HostCopies(device), device.torch_device
         self._save: CheckpointSave | None = None
         self._thread: threading.Thread | None = None
         self._reserving: threading.Thread | None = None
@@ -64,6 +64,7 @@ class CheckpointSaver:
             self._reserving.start()
 
     def _reserve(self, pieces: list[TensorPiece]) -> None:
+        bind_thread(self._device)
         # Where there is not enough, the save will say so on all ranks.
         with contextlib.suppress(UserError):
             self._copies.reserve(pieces)
@@ -163,8 +164,12 @@ class CheckpointSaver:
             self._thread.join(ABANDON_S)
 
     def _work_beside(self, save: CheckpointSave) -> None:
+        def work() -> None:
+            bind_thread(self._device)
+            save.work()
+
         # A daemon: a run that fails must not wait for a disk that hangs.
-        self._thread = threading.Thread(target=save.work, name="save", daemon=True)
+        self._thread = threading.Thread(target=work, name="save", daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager

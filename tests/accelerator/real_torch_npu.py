@@ -7,6 +7,8 @@ and a call on real ``npu:0`` tensors, once its arguments were accepted, ends at 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +134,50 @@ def test_the_device_is_found_and_set_up():
     device.synchronize()
     held = torch.empty(1 << 20, device=device.torch_device)
     assert device.memory_allocated() >= held.nbytes <= device.max_memory_allocated()
+
+
+def test_the_stand_ins_options_are_the_real_ones():
+    real = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
+    names = {"_timeout", "global_ranks_in_group", "group_id", "hccl_config", "is_high_priority_stream", "op_timeout"}
+    assert names <= set(dir(real))
+    with pytest.raises(AttributeError):
+        real.hccl_bufer_size = 1
+
+
+# MindSpeed's adaptor imports it, and our exchange of functions comes on top of its own.
+TRANSFERRED = """
+import threading
+import torch, torch_npu
+from torch_npu.contrib import transfer_to_npu
+from megatron_flashi2v.runtime.device import bind_thread, resolve_device
+from megatron_flashi2v.runtime.redirect import megatron_on
+
+device = resolve_device("npu")
+npu, outer = device.torch_device, torch.cuda.synchronize
+assert torch.cuda is not torch.npu  # or our exchange would change what it calls
+with megatron_on(device):
+    assert torch.cuda.current_device() == npu and not torch.cuda.is_available()
+    for made in (torch.empty(2, device="cuda"), torch.empty(2).to("cuda:0"), torch.empty(2).cuda(),
+                 torch.nn.Linear(2, 2, device="meta").to_empty(device="cuda").weight):
+        assert made.device == npu, made.device
+    assert torch.empty(2, device="cuda").type() == "torch.cuda.FloatTensor"
+    torch.cuda.synchronize()
+    torch.cuda.manual_seed(3)
+    torch.cuda.set_rng_state(torch.cuda.get_rng_state())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        stream.wait_stream(torch.cuda.default_stream())
+    with torch.device("meta"):
+        assert torch.empty(1).device.type == "meta"
+    thread = threading.Thread(target=bind_thread, args=(npu,))
+    thread.start()
+    thread.join()
+assert torch.cuda.synchronize is outer and torch.cuda.current_device() == 0
+print("transferred")
+"""
+
+
+def test_megatrons_redirection_over_transfer_to_npu():
+    command = [sys.executable, "-W", "ignore", "-c", TRANSFERRED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout.endswith("transferred\n"), done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Our NPU implementations against the real torch_npu without an NPU: bash tests/accelerator/real_torch_npu.sh [FOLDER]
-# Installs the wheel that matches the active environment's torch (44 MB) into FOLDER (by default a temporary one), where
-# it cannot disturb other tests, and builds C stubs of the ACL runtime beside it (acl_stubs/ascendcl.c; needs gcc).
+# Installs the wheel that matches the active environment's torch (44 MB; TORCH_NPU names another version) into FOLDER (by
+# default a temporary one), where it cannot disturb other tests, and builds C stubs of the ACL runtime beside it
+# (acl_stubs/ascendcl.c; needs gcc).
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
@@ -9,8 +10,12 @@ folder="${1:-$(mktemp -d)}"
 [ $# -gt 0 ] || trap 'rm -rf "$folder"' EXIT
 mkdir -p "$folder/stubs"
 
-version="$(python -c 'import torch; print(torch.__version__.partition("+")[0])')"
-[ -d "$folder/torch_npu" ] || python -m pip install --quiet --no-deps --target "$folder" "torch_npu==$version"
+torch="$(python -c 'import torch; print(torch.__version__.partition("+")[0])')"
+case "$torch" in
+    2.7.1) matching=2.7.1.post4 ;;    # of the wheels for torch 2.7.1, the one for CANN 9.0
+    *) matching="$torch" ;;
+esac
+[ -d "$folder/torch_npu" ] || python -m pip install --quiet --no-deps --target "$folder" "torch_npu==${TORCH_NPU:-$matching}"
 # torch_npu looks for functions in each of these libraries by name.
 for library in ascendcl hccl acl_op_compiler ge_runner graph acl_tdt_channel; do
     gcc -w -shared -fPIC -o "$folder/stubs/lib$library.so" "$here/acl_stubs/ascendcl.c"

@@ -92,12 +92,105 @@ def test_two_tensor_parallel_ranks(data: Path, on_cpu: Path, tmp_path: Path) -> 
     assert_same_metrics(save, on_cpu)
 
 
+# Gives HCCL's name to gloo, by way of the host's memory; each group's ranks and settings are written down.
+HCCL = """
+import atexit, json, os, sys, torch, torch_npu
+from torch import distributed
+from torch.distributed.distributed_c10d import ProcessGroupGloo
+from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.runtime.host_collectives import stage_through_host
+
+made = []
+
+def create(group, options):
+    assert options is None or isinstance(options, torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options)
+    made.append([list(group.global_ranks_in_group), None if options is None else options.hccl_config])
+    return ProcessGroupGloo(group.store, group.group_rank, group.group_size, group.timeout)
+
+distributed.Backend.register_backend("hccl", create, extended_api=True, devices=["npu", "cpu"])
+stage_through_host("npu")
+code = main(sys.argv[1:])
+if os.environ["RANK"] == "0":
+    open(os.environ["GROUPS"], "w").write(json.dumps(made))
+sys.exit(code)
+"""
+
+
+def test_the_recipes_flags_in_bf16_on_two_replicas(data: Path, tmp_path: Path) -> None:
+    """What the Ascend scripts run, and each group of HCCL's with the buffer that was asked for."""
+    script, groups = tmp_path / "hccl.py", tmp_path / "groups.json"
+    script.write_text(HCCL)
+    flags = ["--data-path", data, "--bf16", "--ema-decay=0.9", "--recompute-granularity=skip_attention",
+             "--train-iters=4", "--save-interval=4"]
+    run([*COMMAND, *flags, "--device=cpu", "--save", tmp_path / "cpu"])
+    report = run(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *COMMAND[2:], *flags,
+         "--device=npu", "--save", tmp_path / "npu", "--use-distributed-optimizer", "--overlap-grad-reduce",
+         "--overlap-param-gather", "--hccl-buffer-sizes=world:10,dp_cp:400,default:50"],
+        {**emulated_npus(1), "ASCEND_RT_VISIBLE_DEVICES": "0", "GROUPS": str(groups)},
+    )
+    assert "64 GiB, hccl, torch" in report and "kernel attention: npu_fusion_attention" in report
+    assert_same_metrics(tmp_path / "npu", tmp_path / "cpu", relative=4e-3)  # one rounding of bf16
+    made = [(tuple(ranks), config["hccl_buffer_size"]) for ranks, config in json.loads(groups.read_text())]
+    assert made[0] == ((), 10)  # all ranks, without being named
+    assert made.count(((0, 1), 400)) == 1 and {size for _, size in made[1:]} == {400, 50}
+
+
+def test_two_pipeline_ranks_with_two_chunks_each(data: Path, tmp_path: Path) -> None:
+    flags = ["--data-path", data, "--num-layers=4", "--global-batch-size=4", "--train-iters=4"]
+    run([*COMMAND, *flags, "--device=cpu", "--save", tmp_path / "cpu"])
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *COMMAND, *flags, "--device=npu",
+         "--distributed-backend=gloo", "--save", tmp_path / "npu", "--pipeline-model-parallel-size=2",
+         "--num-virtual-stages-per-pipeline-rank=2"],
+        {**emulated_npus(1), "ASCEND_RT_VISIBLE_DEVICES": "0"})
+    assert_same_metrics(tmp_path / "npu", tmp_path / "cpu")
+
+
+THREADS = """
+import sys, torch
+from pathlib import Path
+from megatron_flashi2v.checkpoint.peers import Peers
+from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import BatchArguments, CheckpointArguments, DataArguments
+from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.saver import CheckpointSaver
+
+data = PreparedDataset(Path(sys.argv[1]))
+channels, text_dim, text_length = map(int, sys.argv[2:])
+model = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2,
+                    latent_channels=channels, text_dim=text_dim, text_length=text_length)
+device = resolve_device("npu", local_rank=1)
+from torch_npu.device import pinned_by
+
+source = MicrobatchSource(Blend([data], [1.0], batch=2, seed=7), model, DataArguments(), BatchArguments(),
+                          dp_rank=0, dp_size=1, device=device.torch_device, ahead=2, end=4)
+assert len(list(source.iteration(0, 2))) == 2
+source.close()
+read = len(pinned_by)
+saves = CheckpointArguments(save=Path("."), async_save=True, save_interval=1)
+saver = CheckpointSaver(saves, model, Peers(0, 1), device)
+saver.reserve(lambda: [TensorPiece.whole("weight", torch.zeros(5))])
+saver._reserving.join()
+assert 0 < read < len(pinned_by) and set(pinned_by) == {1}, (read, pinned_by)
+"""
+
+
+def test_threads_use_the_card_of_their_rank(data: Path) -> None:
+    """Those that read ahead and that reserve memory for checkpoints, in the process of local rank 1 of 2."""
+    run(["-c", THREADS, data, LATENT_SHAPE[0], TEXT_DIM, TEXT_LENGTH], emulated_npus(2))
+
+
 COLLECTIVES = """
 import torch, torch_npu, torch.distributed as dist
 from megatron_flashi2v.runtime.host_collectives import stage_through_host
 assert stage_through_host("npu") is stage_through_host("npu")
 dist.init_process_group("gloo")
 rank, npu = dist.get_rank(), torch.device("npu", 0)
+torch.npu.set_device(npu)
 mine = torch.tensor([1.0, 2.0], device=npu) * (rank + 1)
 
 def check(tensor, *expected):

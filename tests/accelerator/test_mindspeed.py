@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from helpers.layouts import assert_same_metrics
 from helpers.stand_in import emulated_npus
 from helpers.synthetic_data import write_synthetic
 from helpers.train_command import FLAGS, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
+
+from megatron_flashi2v.runtime.mindspeed import find_replaced
 
 STAND_IN = Path(__file__).parent / "stand_in_mindspeed"
 COMMAND = ["-m", "megatron_flashi2v", "train",
@@ -30,6 +34,9 @@ import torch, importlib.metadata
 from flashi2v_kernels.registry import specs_of, _package_obstacle
 assert importlib.metadata.version("transformer_engine") == "0.0" and "transformer_engine" in sys.modules
 assert torch.compile.__module__ == "mindspeed.megatron_adaptor"
+# what torch_npu put into torch.cuda is there again, after our own exchange
+assert torch.cuda.synchronize is torch.npu.synchronize and torch.cuda.current_device() == 0
+assert torch.ones(1, device="cuda").to("cuda:0").is_cuda
 [spec] = [spec for spec in specs_of("attention") if spec.name == "transformer_engine"]
 assert "not installed" in (_package_obstacle(spec) or ""), _package_obstacle(spec)
 from mindspeed.megatron_adaptor import ARGS
@@ -105,3 +112,16 @@ def test_mindspeed_that_cannot_be_loaded(tmp_path: Path) -> None:
     (broken / "mindspeed" / "megatron_adaptor.py").write_text("from megatron.core import nothing_of_this_name\n")
     line = refused(with_mindspeed(broken))
     assert "MindSpeed 0.16.0 cannot be loaded (ImportError: " in line and "core_r0.16.0" in line
+
+
+@pytest.mark.parametrize("changes, is_dummy", [
+    ({"__file__": "mindspeed.dummy_module.py", "__spec__": ModuleSpec("a_dummy", None)}, True),  # core_r0.16.0
+    ({}, True),  # a bare module
+    ({"__spec__": ModuleSpec("a_dummy", None)}, False),  # a namespace package, until Python 3.10
+])
+def test_empty_modules_are_told(monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], is_dummy: bool) -> None:
+    before = set(sys.modules)
+    module = ModuleType("a_dummy")
+    vars(module).update(changes)
+    monkeypatch.setitem(sys.modules, "a_dummy", module)
+    assert find_replaced(before).dummies == (("a_dummy",) if is_dummy else ())

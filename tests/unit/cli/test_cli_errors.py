@@ -17,6 +17,10 @@ from megatron_flashi2v.config.errors import ConfigError, DataError, PeerError, U
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 
 LOST = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34470."
+# https://github.com/vllm-project/vllm-ascend/issues/486
+LOST_HCCL = """InnerRunOpApi:OpParamMaker.cpp:281 OPS function error: HcclAllreduce, error code is 6
+[ERROR] (PID:1, Device:1, RankID:1) ERR01100 OPS call acl api failed.
+EI0006: [PID: 1] Getting socket times out. Reason: Remote Rank did not send the data in time."""
 
 
 def torchrun(rank: int, world_size: int = 2) -> dict[str, str]:
@@ -95,6 +99,8 @@ def test_ctrl_c_is_no_traceback(
 
 @pytest.mark.parametrize("world_size, error, raised", [
     (2, RuntimeError(LOST), PeerError),
+    (2, RuntimeError(LOST_HCCL), PeerError),
+    (2, RuntimeError("EI0003: Invalid_Argument_Collective_Communication_Operator"), RuntimeError),
     (1, RuntimeError(LOST), RuntimeError),
     (2, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
     (2, DataError("shard"), DataError),
@@ -109,7 +115,55 @@ def test_a_lost_connection_points_to_the_process_that_failed(
         raise error
     assert type(caught.value) is raised
     if raised is PeerError:
-        assert "rank 1 lost the other processes" in str(caught.value) and LOST in str(caught.value)
+        assert "rank 1 lost the other processes" in str(caught.value)
+        assert str(error).splitlines()[0] in str(caught.value)
+
+
+# A process of HCCL's, whose package waits at exit for what is queued on the device.
+WAITING_AT_EXIT = """
+import atexit, sys, time
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from megatron_flashi2v.cli import train
+from megatron_flashi2v.cli.errors import leaving_group
+from megatron_flashi2v.cli.main import run_command
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
+
+def wait():
+    sys.stdout.write("waits")
+    sys.stdout.flush()
+    time.sleep(100 if ERROR else 0)
+
+def main(argv):
+    dist.init_process_group("hccl", store=FakeStore(), rank=0, world_size=2)
+    with leaving_group(LaunchEnvironment()):
+        sys.stdout.write("done ")
+        if ERROR:
+            raise ERROR
+    return 0
+
+ERROR = eval(sys.argv[1])
+fake = dist.Backend._plugins["FAKE"]
+dist.Backend.register_backend("hccl", fake.creator_fn, extended_api=fake.extended_api, devices=["cpu"])
+atexit.register(wait)
+train.main = main
+sys.exit(run_command("train", []))
+"""
+
+
+@pytest.mark.parametrize("error, code, told", [
+    ("ValueError('planted')", 1, "ValueError: planted"),
+    ("ConfigError('--lr')", 2, "flashi2v train: error: --lr"),
+    ("KeyboardInterrupt()", 130, "flashi2v train: interrupted"),
+    ("SystemExit(7)", 7, ""),
+    ("None", 0, ""),
+])
+def test_a_rank_that_fails_with_hccl_does_not_wait_for_its_device(error: str, code: int, told: str) -> None:
+    done = subprocess.run([sys.executable, "-c", WAITING_AT_EXIT, error], capture_output=True, text=True, timeout=60,
+                          check=False)  # fmt: skip
+    assert done.returncode == code and told in done.stderr, done.stderr
+    assert done.stdout == ("done " if code else "done waits")
 
 
 @pytest.mark.parametrize("argv, said", [

@@ -13,10 +13,17 @@ def test_sizes_by_megatrons_description() -> None:
     }
 
 
+def test_the_world_and_both_levels_of_usp() -> None:
+    assert parse_buffer_sizes("world:10,cp:100") == {
+        "default_pg": 10, "CONTEXT_PARALLEL_GROUP": 100,
+        "HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L0": 100, "HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L1": 100,
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("tq:200", "no group 'tq'; choose from tp, pp"), ("tp:0", "tp is given '0'"), ("tp", "write MB, such as tp:200"),
-     ("tp:1,tp:2", "tp is given twice"), ("tp:1.5", "'1.5'")],
+    [("tq:200", "no group 'tq'; choose from world, tp, pp"), ("tp:0", "tp is given '0'"),
+     ("tp", "write MB, such as tp:200"), ("tp:1,tp:2", "tp is given twice"), ("tp:1.5", "'1.5'")],
 )
 def test_mistakes(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"--hccl-buffer-sizes {text}.*{message}"):

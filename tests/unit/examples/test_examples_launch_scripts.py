@@ -151,8 +151,27 @@ def test_several_nodes_need_an_address_and_a_rank(tmp_path: Path) -> None:
 
 
 def test_ascend_needs_cann(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"set_env\.sh of CANN"):
-        start(EXAMPLES / "ascend" / "pretrain_1.3b.sh", tmp_path, ASCEND_HOME_PATH="")
+    both = r"set_env\.sh of CANN.*/usr/local/Ascend/cann .*/usr/local/Ascend/ascend-toolkit"
+    with pytest.raises(AssertionError, match=both):
+        start(EXAMPLES / "ascend" / "pretrain_1.3b.sh", tmp_path, ASCEND_HOME_PATH="", HOME=str(tmp_path))
+
+
+@pytest.mark.parametrize("places, found", [
+    (["cann"], "cann"), (["ascend-toolkit"], "ascend-toolkit"), (["ascend-toolkit", "cann"], "cann"),
+])
+def test_ascend_finds_cann(places: list[str], found: str, tmp_path: Path) -> None:
+    for place in places:
+        folder = tmp_path / "Ascend" / place
+        folder.mkdir(parents=True)
+        # CANN's own prepends to what may not be set, and ends with whatever its last test says
+        (folder / "set_env.sh").write_text(f"export ASCEND_HOME_PATH={folder}${{NOBODY_SETS_THIS}}\n[ -d /nowhere ]\n")
+    start(EXAMPLES / "ascend" / "pretrain_1.3b.sh", tmp_path, ASCEND_HOME_PATH="", HOME=str(tmp_path))
+    assert f"ASCEND_HOME_PATH={tmp_path}/Ascend/{found}\n" in (tmp_path / "caught.env").read_text()
+    script = tmp_path / "script.sh"
+    script.write_text(f"set -eu\nunset ASCEND_HOME_PATH\n. {EXAMPLES}/ascend/environment.sh\nfalse\necho 'goes on'\n")
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")  # a script that stops at errors still does
 
 
 def test_platforms_share_recipes(tmp_path: Path) -> None:
@@ -208,14 +227,43 @@ def test_container_recipe(dockerfile: Path) -> None:
     assert {line.split()[0] for line in text.splitlines() if line.strip()} <= known
 
 
+def test_ascends_container_has_no_cuda() -> None:
+    """torch is installed first, apart, from the index without CUDA on x86; nothing after it may choose another."""
+    text = (EXAMPLES / "ascend" / "Dockerfile").read_text().replace("\\\n", " ")
+    first, *later = re.findall(r"^RUN (.*pip install.*)$", text, re.MULTILINE)
+    on_x86 = r'x86_64 \];\s+then\s+pip install \S+ --index-url "\$\{TORCH_INDEX_X86\}" torch==\$\{TORCH\};'
+    assert re.search(on_x86, first)
+    assert "ARG TORCH_INDEX_X86=https://download.pytorch.org/whl/cpu\n" in text
+    assert "-c constraints.txt -e . torch==${TORCH}" in later[0]
+
+
 @pytest.mark.parametrize("page", PAGES := [ROOT / "README.md", *sorted(EXAMPLES.glob("*/README.md"))],
                          ids=[str(page.relative_to(ROOT)) for page in PAGES])  # fmt: skip
 def test_commands_of_the_pages(page: Path) -> None:
-    """Indented command lines with a recipe have flags that exist; files that a page names in examples/ are there."""
-    text = page.read_text().replace("\\\n", " ")
-    for name in set(re.findall(r"examples/[\w./-]+\w", text)):
+    """Command lines with a recipe have flags that exist; files that a page names in examples/ are there."""
+    for name in set(re.findall(r"examples/[\w./-]+\w", page.read_text())):
         assert (ROOT / name).exists(), name
+    commands_of(page)
+
+
+def commands_of(page: Path) -> list[TrainConfig]:
+    """What the page's indented, or quoted, command lines with a recipe mean."""
+    text = page.read_text().replace("\\\n", " ")
+    found = []
     for line in re.findall(r"^(?: {4,}|.*`)(.*--config examples/recipes/.*)$", text, re.MULTILINE):
         command = line.partition("`")[0].partition("  #")[0].replace("...", "")
         flags = shlex.split(command[command.index("--config") :])
-        parse(TrainConfig, absolute(flags), prog="flashi2v train", description="")
+        found.append(parse(TrainConfig, absolute(flags), prog="flashi2v train", description=""))
+    return found
+
+
+def test_runs_that_are_compared_resume_nothing() -> None:
+    """The recipe's --load would go on with the quickstart's run, and train nothing; no folder serves two commands."""
+    commands = commands_of(EXAMPLES / "ascend" / "README.md")
+    assert {config.runtime.device for config in commands} == {"npu", "cpu"}
+    recipe = parse(TrainConfig, ["--config", str(EXAMPLES / "recipes" / "tiny.yaml")], prog="", description="")
+    folders = [recipe.checkpoint.save, *(config.checkpoint.save for config in commands)]
+    assert [config.checkpoint.load for config in commands] == folders[1:]
+    assert len(set(folders)) == len(folders)
+    for config in commands:
+        check_train(config, resolve_model(config.model), 1)

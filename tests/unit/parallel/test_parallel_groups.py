@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_flashi2v.config.hccl import GROUP_DESCRIPTIONS
 from megatron_flashi2v.config.train import ParallelArguments
-from megatron_flashi2v.parallel.groups import destroy_groups, make_groups
+from megatron_flashi2v.parallel.groups import Groups, destroy_groups, make_groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.redirect import megatron_on
 
 
-def members(rank: int, world: int, **parallel: object) -> dict[str, list[int]]:
-    """Global ranks of the groups that ``rank`` is in; [] where it has none."""
+@contextlib.contextmanager
+def groups_of(rank: int, world: int, **parallel: object) -> Iterator[Groups]:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         with megatron_on(resolve_device("cpu")):
-            groups = make_groups(ParallelArguments(**parallel))  # type: ignore[arg-type]
-            found = {"cp": groups.cp, "ulysses": groups.ulysses, "ring": groups.ring}
-            return {
-                name: [] if group is None else torch.distributed.get_process_group_ranks(group)
-                for name, group in found.items()
-            }
+            yield make_groups(ParallelArguments(**parallel))  # type: ignore[arg-type]
     finally:
         destroy_groups()
         torch.distributed.destroy_process_group()
+
+
+def members(rank: int, world: int, **parallel: object) -> dict[str, list[int]]:
+    """Global ranks of the groups that ``rank`` is in; [] where it has none."""
+    with groups_of(rank, world, **parallel) as groups:
+        found = {"cp": groups.cp, "ulysses": groups.ulysses, "ring": groups.ring}
+        return {
+            name: [] if group is None else torch.distributed.get_process_group_ranks(group)
+            for name, group in found.items()
+        }
 
 
 USP = {"context_parallel_algo": "usp", "ulysses_degree": 2}
@@ -49,3 +58,15 @@ def test_ulysses_ranks_are_neighbours_and_the_ring_is_across(
     rank: int, world: int, parallel: dict[str, object], expected: tuple[list[int], list[int], list[int]]
 ) -> None:
     assert members(rank, world, **parallel) == dict(zip(("cp", "ulysses", "ring"), expected, strict=True))
+
+
+def test_buffer_sizes_reach_the_groups_that_their_names_say() -> None:
+    """By the descriptions that torch and megatron-core really give."""
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "context_parallel_size": 4}
+    with groups_of(0, 32, **layout, **USP) as groups:
+        world = torch.distributed.distributed_c10d._get_default_group()
+        assert (world.group_desc,) == GROUP_DESCRIPTIONS["world"]
+        context = {group.group_desc for group in (groups.cp, groups.ulysses, groups.ring) if group is not None}
+        assert context == set(GROUP_DESCRIPTIONS["cp"])
+        for name in ("tp", "pp", "dp", "dp_cp", "mp", "tp_cp", "tp_dp_cp"):
+            assert (getattr(groups.collection, name).group_desc,) == GROUP_DESCRIPTIONS[name]

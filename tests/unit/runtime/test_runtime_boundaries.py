@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-FILES = sorted(
-    path for folder in ("megatron_flashi2v", "kernels", "examples") for path in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("megatron_flashi2v", "kernels", "examples", "tools")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 VENDOR_PACKAGES = {"torch_npu", "mindspeed"}
 RUNTIME, KERNELS = ROOT / "megatron_flashi2v" / "runtime", ROOT / "kernels"
 CONFIG = ROOT / "megatron_flashi2v" / "config"
@@ -50,6 +49,13 @@ def device_names(tree: ast.AST) -> Iterator[str]:
 
 def parsed(path: Path) -> ast.AST:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_every_folder_is_looked_at() -> None:
+    """All Python of the repository, but for its tests and its set-up."""
+    found = {path.relative_to(ROOT).parts[0] for path in ROOT.glob("*/**/*.py")
+             if not path.relative_to(ROOT).parts[0].startswith(".")}  # fmt: skip
+    assert found - {"tests", "runs", "build"} == set(FOLDERS)
 
 
 def test_vendor_packages_are_imported_in_runtime_and_npu_kernels_alone() -> None:

@@ -137,6 +137,8 @@ def test_hccl_buffers_per_group(npu_cards: SimpleNamespace) -> None:
     assert device.group_options("TENSOR_MODEL_PARALLEL_GROUP").hccl_config == {"hccl_buffer_size": 300}
     assert device.group_options("DATA_PARALLEL_GROUP").hccl_config == {"hccl_buffer_size": 50}
     assert device.group_options(None).hccl_config == {"hccl_buffer_size": 50}
+    with pytest.raises(ValueError, match="no setting 'hccl_bufer'"):
+        device.group_options(None).hccl_config = {"hccl_bufer": 1}
     assert resolve_device("npu").group_options("TENSOR_MODEL_PARALLEL_GROUP") is None
     assert resolve_device("npu", backend="gloo", hccl_buffer_sizes=sizes).group_options(None) is None
     assert resolve_device("cpu", hccl_buffer_sizes=sizes).group_options(None) is None

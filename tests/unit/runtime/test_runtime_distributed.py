@@ -105,6 +105,21 @@ def test_parting_never_waits_for_a_thread_that_waits_for_us(tmp_path: Path) -> N
     run_ranks(meet_and_part, 2, tmp_path, tmp_path, timeout=120)
 
 
+@pytest.mark.parametrize("launch", [
+    LaunchEnvironment(),
+    LaunchEnvironment(world_size=2, local_world_size=2, master_addr="a", master_port=1, launcher="torchrun"),
+])
+def test_the_group_of_all_ranks_has_the_devices_options(
+    launch: LaunchEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **settings: given.update(settings))
+    device = CpuDevice()
+    monkeypatch.setattr(device, "group_options", lambda description: f"options of {description}")
+    init_distributed(launch, device)
+    assert given["pg_options"] == "options of default_pg"
+
+
 def test_ranks_that_never_meet_say_so() -> None:
     launch = LaunchEnvironment(
         rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="127.0.0.1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -82,6 +83,39 @@ def test_slurm_ports_agree_within_a_step_and_differ_between_steps() -> None:
 def test_slurm_honours_a_given_master() -> None:
     launch = detect_launch({**SLURM, "MASTER_ADDR": "ib0-gpu003", "MASTER_PORT": "1234", "WORLD_SIZE": "7"})
     assert (launch.master_addr, launch.master_port, launch.launcher) == ("ib0-gpu003", 1234, "slurm")
+
+
+# What enroot's hook for PyTorch, and many wrappers, add to a task: no LOCAL_WORLD_SIZE.
+HOOK = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "7", "MASTER_ADDR": "gpu003", "MASTER_PORT": "61711"}
+
+
+def test_slurm_with_torchruns_names_on_top() -> None:
+    launch = detect_launch({**SLURM, **HOOK})
+    assert launch == dataclasses.replace(detect_launch(SLURM), master_port=61711)
+    assert detect_launch({**SLURM, "RANK": "5"}) == detect_launch({**SLURM, "LOCAL_RANK": "1"}) == detect_launch(SLURM)
+
+
+@pytest.mark.parametrize("shell", [{}, {"SLURM_PTY_PORT": "40000"}])
+def test_slurms_only_task_with_torchruns_names_is_one_process(shell: dict[str, str]) -> None:
+    alone = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    hook = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert detect_launch({**SLURM, **HOOK, **shell, **alone, **hook}) == LaunchEnvironment()
+
+
+@pytest.mark.parametrize("name, slurm", [
+    ("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
+])
+def test_torchruns_names_that_contradict_slurm_are_refused(name: str, slurm: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is '3', but srun started this process with {slurm}=.*unset RANK"):
+        detect_launch({**SLURM, **HOOK, name: "3"})
+
+
+@pytest.mark.parametrize("change", [
+    {"SLURM_STEP_ID": "4294967291"}, {"SLURM_PTY_PORT": "40000"}, {"TORCHELASTIC_RUN_ID": "x"},
+])
+def test_half_a_torchrun_outside_slurms_tasks_is_refused(change: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="^LOCAL_WORLD_SIZE is not set"):
+        detect_launch({**SLURM, **HOOK, **change})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,17 @@ def test_a_failing_profiler_does_not_stop_the_run(
     assert train("--save", tmp_path, "--profile", "--profile-step-start", 1, "--profile-step-end", 2) == 0
     assert len(metrics(tmp_path)) == 4
     assert "no trace: RuntimeError: no profiler today; the run goes on" in capsys.readouterr().err
+
+
+def test_a_profiler_that_writes_nothing_has_no_success_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch_npu's catches its own errors."""
+    monkeypatch.setattr(FakeProfiler, "export_chrome_trace", lambda self, path: None)
+    caplog.set_level("INFO", logger="megatron_flashi2v")
+    assert run(tmp_path, PLANNED, iterations=range(6)) == {}
+    assert "traced" not in caplog.text
+    assert re.search(r"no trace: FileNotFoundError: the profiler has not written .*rank_0\.json", caplog.text)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -19,10 +19,35 @@ for _name in operators.SCHEMAS:
 
 
 class _HcclOptions:
-    """``ProcessGroupHCCL.Options``: refuses settings that HCCL does not know."""
+    """``ProcessGroupHCCL.Options``: refuses what HCCL does not know.
+
+    torch_npu's class has these attributes alone, and reads these settings alone: it would overlook others.
+    Source: torch_npu/csrc/distributed/Init.cpp and ProcessGroupHCCL.cpp of v2.7.1.
+    """
+
+    __slots__ = ("_config", "_timeout", "global_ranks_in_group", "group_id", "is_high_priority_stream", "op_timeout")
+    _SETTINGS = {
+        "group_name": str, "hccl_algo": str, "hccl_buffer_name": str, "hccl_buffer_size": int, "hccl_exec_timeout": int,
+        "hccl_job_id": int, "hccl_op_expansion_mode": int, "hccl_retry_enable": str,
+        "hccl_sdma_qos": int, "hccl_world_rank_id": int, "qos_service_level": int, "qos_traffic_class": int,
+    }  # fmt: skip
 
     def __init__(self) -> None:
-        self.hccl_config: dict[str, object] = {}
+        self._config: dict[str, object] = {}
+
+    @property
+    def hccl_config(self) -> dict[str, object]:
+        """A copy, as of C++'s map: what is put into it has no effect."""
+        return dict(self._config)
+
+    @hccl_config.setter
+    def hccl_config(self, config: dict[str, object]) -> None:
+        for name, value in config.items():
+            if name not in self._SETTINGS:
+                raise ValueError(f"HCCL knows no setting {name!r}")
+            if type(value) is not self._SETTINGS[name]:
+                raise TypeError(f"HCCL's setting {name} cannot be {value!r}")
+        self._config = dict(config)
 
 
 _C = SimpleNamespace(_distributed_c10d=SimpleNamespace(ProcessGroupHCCL=SimpleNamespace(Options=_HcclOptions)))

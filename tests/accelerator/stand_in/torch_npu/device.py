@@ -1,7 +1,8 @@
 """Devices ``npu:0`` ... on the CPU: torch's PrivateUse1 with a Python fallback that computes on the host's memory.
 
 A tensor on an emulated NPU and its twin on the CPU share their bytes, by way of DLPack, whose capsules differ in the
-device alone. So views, in-place operators and ``.data`` behave as on a device of its own.
+device alone. So views, in-place operators and ``.data`` behave as on a device of its own. Threads must choose their
+device, as on the real one; all tensors are on ``npu:0``, because torch counts one device of a backend in Python.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _DLPACK_CPU, _DLPACK_EXTENSION = 1, 12
 _NAME = "Ascend910B3"
 _MEMORY = 64 * 1024**3
+
+pinned_by: list[int] = []
+"""Device of the thread that pinned memory, for each time."""
 
 _current = threading.local()
 _address_of = ctypes.pythonapi.PyCapsule_GetPointer
@@ -52,7 +56,7 @@ def install(count: int) -> None:
     aten = torch.library.Library("aten", "IMPL")
     aten.impl("convolution_overrideable", _convolution, "PrivateUse1")
     aten.impl("convolution_backward_overrideable", _convolution_backward, "PrivateUse1")
-    aten.impl("_pin_memory", lambda tensor, device=None: tensor.clone(), "CPU")
+    aten.impl("_pin_memory", _pin_memory, "CPU")
     _libraries.extend((library, aten))
 
 
@@ -62,6 +66,23 @@ def _twin(tensor: Tensor, kind: int) -> Tensor:
     # struct DLTensor { void* data; struct { int32 device_type; int32 device_id; } device; ... }
     ctypes.c_int32.from_address(_address_of(capsule, b"dltensor") + 8).value = kind
     return torch._C._from_dlpack(capsule)
+
+
+def _require_chosen_device() -> None:
+    """ACL's context belongs to a thread: one that chooses no device makes a context on device 0, whosever that is.
+
+    Raises:
+        RuntimeError: in such a thread. Threads that torch itself has started, for backward, choose by themselves.
+    """
+    own = not isinstance(threading.current_thread(), threading._DummyThread)  # type: ignore[attr-defined]
+    if own and getattr(_current, "index", None) is None:
+        raise RuntimeError(f"the thread {threading.current_thread().name!r} uses an NPU and has chosen none")
+
+
+def _pin_memory(tensor: Tensor, device: Any = None) -> Tensor:
+    _require_chosen_device()
+    pinned_by.append(_current.index)
+    return tensor.clone()
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
@@ -108,6 +129,7 @@ def _run_on_host(operator: Any, *args: Any, **kwargs: Any) -> Any:
             return original
         return _twin(value, _DLPACK_EXTENSION)
 
+    _require_chosen_device()
     host_args, host_kwargs = list(_map(enter, args)), _map(enter, kwargs)
     for place, (argument, value) in enumerate(zip(operator._schema.arguments, host_args, strict=False)):
         if isinstance(value, (int, float)) and isinstance(argument.type, torch.TensorType):

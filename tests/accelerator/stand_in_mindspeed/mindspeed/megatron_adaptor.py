@@ -1,8 +1,8 @@
 """Does, when it is imported, what MindSpeed's adaptor does to a process.
 
 It reads the command line (even -h), keeps unknown values as strings, merges them into every TransformerConfig, makes
-torch.compile do nothing, puts empty modules in place of transformer_engine and apex, and wraps functions of torch,
-importlib and megatron-core.
+torch.compile do nothing, lets torch_npu turn torch.cuda into the NPU's, puts empty modules in place of
+transformer_engine and apex, and wraps functions of torch, importlib and megatron-core.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
-import torch_npu  # noqa: F401  (as MindSpeed does)
+from torch_npu.contrib import transfer_to_npu  # noqa: F401  (as MindSpeed does)
 
 
 def _wrap(owner, name, wrapper):
@@ -72,7 +73,9 @@ import megatron.core.pipeline_parallel.schedules  # noqa: E402
 from megatron.core.transformer import transformer_config  # noqa: E402
 
 for _name in ("transformer_engine", "transformer_engine.pytorch", "apex"):
-    sys.modules[_name] = ModuleType(_name)
+    _module = sys.modules[_name] = ModuleType(_name)
+    # mindspeed/patch_utils.py of core_r0.16.0
+    _module.__file__, _module.__spec__ = "mindspeed.dummy_module.py", ModuleSpec(_name, None)
 
 
 def _merge(post_init):

@@ -1,0 +1,1 @@
+"""Of torch_npu's extras, the one that MindSpeed imports."""
