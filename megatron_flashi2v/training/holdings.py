@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import model_ranks, virtual_stages
@@ -53,7 +54,8 @@ def _holding(
 ) -> Holding:
     nowhere = CpuDevice()
     nowhere.torch_device = torch.device("meta")
-    torch.distributed.init_process_group("fake", rank=rank, world_size=world)
+    # With a store of its own: torch 2.7 would look for one by the launcher's variables.
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         with megatron_on(nowhere):
             spec = make_spec(
