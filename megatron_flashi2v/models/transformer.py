@@ -44,14 +44,15 @@ class DiTInputs:
 
     Attributes:
         noisy_BCTHW: sigma * noise + (1 - sigma) * latents, fp32, not shifted.
-        timestep_B: 1000 * sigma, fp32.
+        sinusoid_BF: :func:`~megatron_flashi2v.flow.sinusoid.timestep_sinusoid` of 1000 * sigma, fp32. It comes from the
+            host, and is made beforehand so that the device is not waited for here.
         text_BLX: text rows, zero-padded to the model's text length.
         image_latents_BC1HW: normalised latents of the condition image, fp32.
         extras: the paradigm's own draws and settings by name, one row per sample.
     """
 
     noisy_BCTHW: Tensor
-    timestep_B: Tensor
+    sinusoid_BF: Tensor
     text_BLX: Tensor
     image_latents_BC1HW: Tensor
     extras: Extras
@@ -119,7 +120,7 @@ class DiffusionTransformer(MegatronModule):
         return pack(hidden_SBD, text_TBD.to(hidden_SBD.dtype), conditioning_7BD)
 
     def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, text rows and conditioning rows from latents, text and timestep."""
+        """Tokens, text rows and conditioning rows from latents, text and the timestep's sinusoid."""
         groups, patch_size = self.spec.groups, self.spec.config.patch_size
         conditioned = self.conditioning(inputs.noisy_BCTHW, inputs.image_latents_BC1HW, inputs.extras)
         patches = shard_tokens(patchify(conditioned.latents_BCTHW, patch_size), groups)
@@ -128,7 +129,7 @@ class DiffusionTransformer(MegatronModule):
             guidance = shard_tokens(patchify(conditioned.guidance_BCTHW, patch_size), groups)
             hidden_SBD = hidden_SBD + self.conditioning.embed_guidance(guidance)
         text_TBD = self.text_embedding(shard_rows(inputs.text_BLX.transpose(0, 1), groups))
-        conditioning_7BD = sum_in_backward(self.time_embedding(inputs.timestep_B), groups)
+        conditioning_7BD = sum_in_backward(self.time_embedding(inputs.sinusoid_BF), groups)
         return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
 
     def run_blocks(

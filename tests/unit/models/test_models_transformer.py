@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.flow.loss import mean_squared_error
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import make_spec
@@ -238,9 +239,10 @@ def test_what_is_computed_in_which_precision(make: Callable[..., DiffusionTransf
 def test_timesteps_are_not_rounded_under_bf16(make: Callable[..., DiffusionTransformer]) -> None:
     """bf16 would take 875.0 and 876.0 for the same."""
     model = make(bf16=True)
-    rows = model.time_embedding(torch.tensor([875.0, 876.0]))
+    sinusoid_BF = timestep_sinusoid(torch.tensor([875.0, 876.0]), CONFIG.freq_dim)
+    rows = model.time_embedding(sinusoid_BF)
     assert (rows[:, 0] - rows[:, 1]).abs().amax(dim=-1).min() > 1e-3
-    assert torch.equal(rows, make().time_embedding(torch.tensor([875.0, 876.0])))
+    assert torch.equal(rows, make().time_embedding(sinusoid_BF))
 
 
 def test_bf16_is_close_to_fp32(make: Callable[..., DiffusionTransformer]) -> None:
