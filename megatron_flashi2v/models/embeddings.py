@@ -30,7 +30,7 @@ class TextEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """MLP of the timestep's sinusoid and six-way projection, in fp32 on every rank; the projection's rows are sharded."""
+    """MLP and six-way projection of the timestep's sinusoid, in fp32 on every rank; the projection is sharded."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()

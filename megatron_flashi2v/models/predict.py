@@ -53,7 +53,7 @@ def predict_velocity(
 
 
 def _sinusoid(spec: ModelSpec, timestep_B: Tensor) -> Tensor:
-    """The timestep's features [B, F] on the model's device; from pinned memory, whose copy the host does not wait for."""
+    """The timestep's features [B, F] on the model's device; the host does not wait for a copy from pinned memory."""
     sinusoid_BF = timestep_sinusoid(timestep_B, spec.config.freq_dim)
     return sinusoid_BF if spec.device.type == "cpu" else sinusoid_BF.pin_memory().to(spec.device, non_blocking=True)
 

@@ -13,7 +13,7 @@ from megatron_flashi2v.flow.interpolation import euler_step
 from megatron_flashi2v.flow.sigmas import timesteps_of
 
 StateVelocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""``(state_BCTHW, timestep_B) -> velocity_BCTHW``: a velocity whose conditions are already bound; timesteps on the host."""
+"""``(state_BCTHW, timestep_B) -> velocity_BCTHW`` with its conditions bound already; timesteps are on the host."""
 
 StepCallback = Callable[[int, int, torch.Tensor], None]
 """``(steps_done, num_steps, state_BCTHW)``, called after every step."""

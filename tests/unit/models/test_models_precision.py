@@ -215,7 +215,7 @@ def captured(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -> di
 
 
 def test_the_flows_numbers_are_those_of_an_fp32_run(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise and sigma by way of x_t; the timestep's sinusoid, target and phi as they are. Rounding any of them to bf16 would show."""
+    """Noise and sigma by way of x_t; the sinusoid, target and phi as they are. Rounding any to bf16 would show."""
     rounded, exact = (captured(build(groups, bf16=bf16), monkeypatch) for bf16 in (True, False))
     follow = {"prediction", "loss"}  # they follow the matrix products
     for name in exact.keys() - follow:
