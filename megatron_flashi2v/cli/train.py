@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.hccl import parse_buffer_sizes
+from megatron_flashi2v.config.layout import model_ranks
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values, parse
-from megatron_flashi2v.config.rules import check_train, hang_timeout_s, model_ranks
+from megatron_flashi2v.config.rules import check_train, hang_timeout_s
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
@@ -72,7 +73,8 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, launch: LaunchEnviro
     import yaml
 
     from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-    from megatron_flashi2v.config.rules import data_parallel_size, num_microbatches
+    from megatron_flashi2v.config.layout import data_parallel_size
+    from megatron_flashi2v.config.rules import num_microbatches
 
     parallel = config.parallel
     world = max(launch.world_size, model_ranks(parallel))
@@ -113,7 +115,7 @@ def chosen_kernels(config: TrainConfig, model: ModelConfig) -> list[str]:
 
     from flashi2v_kernels.registry import describe
     from megatron_flashi2v.config.errors import ConfigError
-    from megatron_flashi2v.config.rules import ring_degree
+    from megatron_flashi2v.config.layout import ring_degree
     from megatron_flashi2v.models.spec import choose_kernels
     from megatron_flashi2v.runtime.device import resolve_device
 

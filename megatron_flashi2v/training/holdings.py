@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 
+from megatron_flashi2v.config.layout import model_ranks, virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.rules import model_ranks, virtual_stages
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.stages import Stage

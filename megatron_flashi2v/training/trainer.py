@@ -24,9 +24,10 @@ from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import DataError, DivergenceError
+from megatron_flashi2v.config.layout import virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.rules import num_microbatches, virtual_stages
+from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
