@@ -37,6 +37,10 @@ from megatron_flashi2v.parallel.regions import (
 CONDITIONING_ROWS = 7
 """Rows that travel beside the tokens: the time embedding and its six projections."""
 
+KEPT_GRIDS = 8
+"""Grids whose rotary tables are kept, so that buckets of resolutions do not make theirs anew at each change; a grid of
+20,000 tokens takes 10 MB."""
+
 
 @dataclass(frozen=True)
 class DiTInputs:
@@ -160,11 +164,13 @@ class DiffusionTransformer(MegatronModule):
         )
 
     def rotary(self, grid: Grid, device: torch.device) -> Rotary:
-        """Where the tokens of this context-parallel rank stand in the grid, kept for the next call."""
+        """Where the tokens of this context-parallel rank stand in the grid, kept for the next calls."""
         if (grid, device) not in self._rotary:
             tables = rope_tables(grid, self.spec.config.head_dim)
             cos_SR, sin_SR = (context_block(table_SR, self.spec.groups).to(device) for table_SR in tables)
-            self._rotary = {(grid, device): Rotary(cos_SR, sin_SR, math.prod(grid))}
+            if len(self._rotary) == KEPT_GRIDS:
+                del self._rotary[next(iter(self._rotary))]  # the oldest
+            self._rotary[grid, device] = Rotary(cos_SR, sin_SR, math.prod(grid))
         return self._rotary[grid, device]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.flow.loss import mean_squared_error
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
+from megatron_flashi2v.models import transformer
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import make_spec
@@ -271,3 +272,19 @@ def test_both_orders_of_phi_differ_for_a_kernel_over_time_only(make: Callable[..
                 for order in ("conv_then_broadcast", "repeat_then_conv")
             )
         assert torch.allclose(first, second, atol=1e-5) == equal
+
+
+def test_rotary_tables_of_several_grids_are_kept(
+    make: Callable[..., DiffusionTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+    tables = transformer.rope_tables
+    monkeypatch.setattr(transformer, "rope_tables", lambda grid, dim: made.append(grid) or tables(grid, dim))
+    model, device = make(), torch.device("cpu")
+    grids = [(1, 2, width) for width in range(1, transformer.KEPT_GRIDS + 2)]
+    for grid in (*grids[:-1], *grids[:-1]):
+        assert model.rotary(grid, device).cos_SR.shape[0] == grid[1] * grid[2]
+    assert made == grids[:-1]
+    model.rotary(grids[-1], device)
+    model.rotary(grids[0], device)  # gave way to the newest
+    assert made == [*grids, grids[0]] and len(model._rotary) == transformer.KEPT_GRIDS

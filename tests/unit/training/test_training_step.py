@@ -144,3 +144,19 @@ def test_mean_over_replicas_and_copies(
     if not sequence_parallel:
         assert loss.samples_by_sigma == (4, 0, 0, 0, 0, 0, 0, 4)
         assert loss.by_sigma == (pytest.approx(5.0), *[None] * 6, pytest.approx(3.0))
+
+
+@pytest.mark.parametrize(("pipeline", "microbatches", "group"), [
+    (2, 2, 2), (2, 3, 3), (2, 4, 2), (2, 5, 3), (2, 7, 4),
+    (4, 4, 4), (4, 5, 5), (4, 6, 6), (4, 7, 7), (4, 8, 4), (4, 9, 5),
+])
+def test_groups_of_microbatches_are_the_smallest_that_the_interleaved_schedule_takes(
+    pipeline: int, microbatches: int, group: int
+) -> None:
+    """By what megatron-core's schedules.py refuses: a size out of [PP, M], or a last group of 1 to PP - 1."""
+
+    def is_taken(size: int) -> bool:
+        return pipeline <= size <= microbatches and not 0 < microbatches % size < pipeline
+
+    found = step.microbatch_group(microbatches, pipeline)
+    assert found == group == min(filter(is_taken, range(1, microbatches + 1)))
