@@ -34,6 +34,11 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
         ConfigError: a rule is broken; the message names the flag, its value and the nearest valid choice.
     """
     _check_positive(config)
+    if config.runtime.world_size not in (None, world_size):
+        raise ConfigError(
+            f"--world-size is {config.runtime.world_size}, but {world_size} processes were started; it is what "
+            "--dry-run plans for: leave it out"
+        )
     _check_saving(config)
     check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
@@ -83,6 +88,7 @@ def _check_positive(config: TrainConfig) -> None:
         "global_batch_size": config.batch.global_batch_size,
         "train_iters": config.batch.train_iters,
         "log_interval": config.runtime.log_interval,
+        "world_size": config.runtime.world_size,
         "save_interval": config.checkpoint.save_interval,
         "exit_interval": config.checkpoint.exit_interval,
         "keep_last": config.checkpoint.keep_last,
