@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.flags import parse_flags
-from megatron_flashi2v.config.rules import check_layout, check_tokens, model_ranks
+from megatron_flashi2v.config.layout import check_layout, model_ranks
+from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 from megatron_flashi2v.runtime.logging import setup_logging

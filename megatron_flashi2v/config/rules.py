@@ -6,6 +6,7 @@ import math
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.hccl import parse_buffer_sizes
+from megatron_flashi2v.config.layout import check_layout, data_parallel_size, require_at_least_one, virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.recipe import flat_values
@@ -13,7 +14,6 @@ from megatron_flashi2v.config.train import (
     SLOW_PHASES,
     FaultArguments,
     OptimizerArguments,
-    ParallelArguments,
     RecomputeArguments,
     TrainConfig,
 )
@@ -34,6 +34,11 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
         ConfigError: a rule is broken; the message names the flag, its value and the nearest valid choice.
     """
     _check_positive(config)
+    if config.runtime.world_size not in (None, world_size):
+        raise ConfigError(
+            f"--world-size is {config.runtime.world_size}, but {world_size} processes were started; it is what "
+            "--dry-run plans for: leave it out"
+        )
     _check_saving(config)
     check_layout(config.parallel, model, world_size)
     _check_batch(config, world_size)
@@ -53,121 +58,11 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _ = config.checkpoint.load_weights_source
 
 
-def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:
-    """Check that a model divides over the ranks, and that there are ranks for whole replicas.
-
-    Raises:
-        ConfigError: names the rule and the nearest valid choice.
-    """
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name, count in (("num_attention_heads", model.num_attention_heads),
-                        ("ffn_hidden_size", model.ffn_hidden_size)):
-        if count % tensor:
-            raise ConfigError(
-                f"--tensor-model-parallel-size {tensor} must divide {name} {count}; "
-                f"choose {_nearest_divisor(count, tensor)}"
-            )
-    stage_layer_counts(parallel, model.num_layers)
-    if parallel.sequence_parallel and model.text_length % tensor:
-        raise ConfigError(
-            f"--sequence-parallel shards text_length {model.text_length} over --tensor-model-parallel-size {tensor}, "
-            f"which must divide it; choose {_nearest_divisor(math.gcd(model.text_length, tensor), tensor)}, or leave "
-            "--sequence-parallel out"
-        )
-    ranks = model_ranks(parallel)
-    if world_size % ranks:
-        raise ConfigError(
-            f"{world_size} processes were started, but tensor {tensor} x pipeline {pipeline} x context "
-            f"{parallel.context_parallel_size} parallel takes {ranks} for each replica; start a multiple of {ranks}"
-        )
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
-        raise ConfigError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
-    _check_context(parallel, model)
-
-
-def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:
-    """Replicas that see different samples."""
-    return world_size // model_ranks(parallel)
-
-
-def model_ranks(parallel: ParallelArguments) -> int:
-    """Ranks that one replica of the model takes."""
-    return (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
-
-
-def ulysses_degree(parallel: ParallelArguments) -> int:
-    """Context-parallel ranks that trade tokens for heads with one another."""
-    whole = parallel.context_parallel_size
-    return {"ulysses": whole, "ring": 1, "usp": parallel.ulysses_degree or whole}[parallel.context_parallel_algo]
-
-
-def ring_degree(parallel: ParallelArguments) -> int:
-    """Context-parallel ranks that pass keys and values around, one of each Ulysses group."""
-    return parallel.context_parallel_size // ulysses_degree(parallel)
-
-
 def num_microbatches(config: TrainConfig, world_size: int) -> int:
     """Microbatches that each replica runs in one iteration."""
     return config.batch.global_batch_size // (
         config.batch.micro_batch_size * data_parallel_size(config.parallel, world_size)
     )
-
-
-def virtual_stages(parallel: ParallelArguments) -> int:
-    """Model chunks that each pipeline rank holds."""
-    return parallel.num_virtual_stages_per_pipeline_rank or 1
-
-
-def stage_layer_counts(parallel: ParallelArguments, num_layers: int) -> tuple[int, ...]:
-    """Blocks of every pipeline stage, in the activation's order.
-
-    Where the blocks do not divide evenly, the middle stages hold one more than the first and the last one, which
-    embed and project; the first is the fullest, so it gets its extra block last.
-
-    Raises:
-        ConfigError: more stages than blocks, or a ``pipeline_layer_split`` that does not fit.
-    """
-    pipeline, virtual = parallel.pipeline_model_parallel_size, virtual_stages(parallel)
-    stages = pipeline * virtual
-    if virtual > 1 and pipeline == 1:
-        raise ConfigError(
-            f"--num-virtual-stages-per-pipeline-rank {virtual} divides the work of pipeline ranks, but "
-            "--pipeline-model-parallel-size is 1; leave it out, or choose at least 2 pipeline ranks"
-        )
-    if parallel.pipeline_layer_split is not None:
-        return _given_split(parallel.pipeline_layer_split, stages, num_layers)
-    if stages > num_layers:
-        kind = "--pipeline-model-parallel-size" if virtual == 1 else (
-            "--pipeline-model-parallel-size x --num-virtual-stages-per-pipeline-rank"
-        )
-        raise ConfigError(
-            f"{kind} makes {stages} stages of num_layers {num_layers}, and each needs a block; choose at most "
-            f"{num_layers // virtual} pipeline ranks"
-        )
-    counts = [num_layers // stages] * stages
-    by_room = [*range(1, stages - 1), stages - 1, 0]  # the middle stages, then the head's, then the embeddings'
-    for stage in by_room[: num_layers % stages]:
-        counts[stage] += 1
-    return tuple(counts)
-
-
-def _given_split(split: str, stages: int, num_layers: int) -> tuple[int, ...]:
-    problem = f"--pipeline-layer-split {split}"
-    try:
-        counts = tuple(int(part) for part in split.split(","))
-    except ValueError:
-        raise ConfigError(f"{problem} must be whole numbers with commas between, such as 7,8,8,7") from None
-    if len(counts) != stages:
-        raise ConfigError(f"{problem} names {len(counts)} stages, but the layout has {stages}; name that many")
-    if min(counts) < 1:
-        raise ConfigError(f"{problem} leaves a stage without a block; each needs at least 1")
-    if sum(counts) != num_layers:
-        raise ConfigError(f"{problem} adds up to {sum(counts)} blocks, but the model has {num_layers}; they must agree")
-    return counts
 
 
 def check_tokens(model: ModelConfig, latent_shape: tuple[int, int, int]) -> None:
@@ -188,15 +83,12 @@ def check_tokens(model: ModelConfig, latent_shape: tuple[int, int, int]) -> None
 
 
 def _check_positive(config: TrainConfig) -> None:
-    values = {
-        "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
-        "context_parallel_size": config.parallel.context_parallel_size,
-        "num_virtual_stages_per_pipeline_rank": config.parallel.num_virtual_stages_per_pipeline_rank,
+    require_at_least_one({
         "micro_batch_size": config.batch.micro_batch_size,
         "global_batch_size": config.batch.global_batch_size,
         "train_iters": config.batch.train_iters,
         "log_interval": config.runtime.log_interval,
+        "world_size": config.runtime.world_size,
         "save_interval": config.checkpoint.save_interval,
         "exit_interval": config.checkpoint.exit_interval,
         "keep_last": config.checkpoint.keep_last,
@@ -204,10 +96,7 @@ def _check_positive(config: TrainConfig) -> None:
         "recompute_num_layers": config.recompute.recompute_num_layers,
         "lr_decay_iters": config.optimizer.lr_decay_iters,
         "spike_window": config.faults.spike_window,
-    }
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    })
 
 
 def _check_saving(config: TrainConfig) -> None:
@@ -224,46 +113,19 @@ def _check_saving(config: TrainConfig) -> None:
         raise ConfigError(f"--exit-duration-minutes is {minutes}; it must be more than 0")
 
 
-def _check_context(parallel: ParallelArguments, model: ModelConfig) -> None:
-    whole, algo = parallel.context_parallel_size, parallel.context_parallel_algo
-    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
-    held = f"the {heads} heads of a tensor-parallel rank"
-    if algo != "usp" and parallel.ulysses_degree is not None:
-        raise ConfigError(
-            f"--ulysses-degree {parallel.ulysses_degree} belongs to --context-parallel-algo usp, not to {algo}; "
-            "leave it out, or choose usp"
-        )
-    if algo == "ulysses" and heads % whole:
-        raise ConfigError(
-            f"--context-parallel-algo ulysses divides {held} over --context-parallel-size {whole}; choose "
-            f"{_nearest_divisor(heads, whole)}, or --context-parallel-algo ring, or usp with --ulysses-degree "
-            f"{_nearest_divisor(math.gcd(heads, whole), whole)}"
-        )
-    if algo == "usp":
-        degree, fits = parallel.ulysses_degree, math.gcd(heads, whole)
-        if degree is None:
-            raise ConfigError(
-                f"--context-parallel-algo usp needs --ulysses-degree, a divisor of --context-parallel-size {whole} and "
-                f"of {held}; choose {fits}"
-            )
-        if degree < 1 or fits % degree:
-            raise ConfigError(
-                f"--ulysses-degree {degree} must divide --context-parallel-size {whole} and {held}; choose "
-                f"{_nearest_divisor(fits, degree)}"
-            )
-
-
 def _check_batch(config: TrainConfig, world_size: int) -> None:
     micro, whole = config.batch.micro_batch_size, config.batch.global_batch_size
     replicas = data_parallel_size(config.parallel, world_size)
+    pipeline = config.parallel.pipeline_model_parallel_size
+    least = pipeline if virtual_stages(config.parallel) > 1 else 1
     if whole % (micro * replicas):
-        fits = max(round(whole / (micro * replicas)), 1) * micro * replicas
+        fits = max(round(whole / (micro * replicas)), least) * micro * replicas
         raise ConfigError(
             f"--global-batch-size {whole} must be a multiple of --micro-batch-size {micro} x {replicas} data-parallel "
             f"replicas; choose {fits}"
         )
-    pipeline, count = config.parallel.pipeline_model_parallel_size, whole // (micro * replicas)
-    if virtual_stages(config.parallel) > 1 and count < pipeline:
+    count = whole // (micro * replicas)
+    if count < least:
         raise ConfigError(
             f"the interleaved schedule of --num-virtual-stages-per-pipeline-rank needs at least as many microbatches "
             f"as --pipeline-model-parallel-size {pipeline}, but --global-batch-size {whole} makes {count} of "
@@ -272,14 +134,18 @@ def _check_batch(config: TrainConfig, world_size: int) -> None:
 
 
 def _check_recompute(recompute: RecomputeArguments) -> None:
-    granularity = recompute.recompute_granularity
-    if granularity in ("selective", "skip_attention") and recompute != RecomputeArguments(
-        recompute_granularity=granularity
-    ):
-        raise ConfigError(
-            f"--recompute-method and --recompute-num-layers belong to --recompute-granularity full; {granularity} "
-            "covers every block: leave them out"
-        )
+    granularity, default = recompute.recompute_granularity, RecomputeArguments()
+    if granularity == "full":
+        return
+    for name in ("recompute_method", "recompute_num_layers"):
+        value = getattr(recompute, name)
+        if value != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{flag} {value} belongs to --recompute-granularity full, "
+                + (f"which is not given; add it, or leave {flag} out" if granularity is None
+                   else f"but {granularity} covers every block; leave {flag} out")
+            )
 
 
 def _check_fp8(config: TrainConfig) -> None:
@@ -402,8 +268,3 @@ def _check_online_encoding(config: TrainConfig) -> None:
         return
     require_given(config.encoding, ["annotations", "vae", "text_encoder", "tokenizer"], "train")
     check_clips(config.encoding)
-
-
-def _nearest_divisor(count: int, wanted: int) -> int:
-    divisors = [divisor for divisor in range(1, count + 1) if count % divisor == 0]
-    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))

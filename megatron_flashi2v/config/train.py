@@ -274,7 +274,9 @@ class RuntimeArguments:
     log_interval: int = 1
     """Iterations between progress lines."""
     dry_run: bool = False
-    """Print the resolved configuration and stop."""
+    """Print the resolved configuration and what each rank would hold, and stop."""
+    world_size: int | None = None
+    """Processes that --dry-run plans for; by default those that were started, or as many as one replica takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

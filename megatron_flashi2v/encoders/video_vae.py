@@ -7,6 +7,8 @@ Shapes: B batch, C channels, T frames or latent frames, H rows, W columns. Frame
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,64 @@ from megatron_flashi2v.encoders.folders import read_model_config, require_all_we
 
 CHUNK_FRAMES = 4
 """diffusers encodes the first frame and then chunks of four; frames that do not fill a chunk are silently lost."""
+
+
+@dataclass(frozen=True)
+class Strides:
+    """Video frames and pixels for each latent frame after the first, and for each latent row and column."""
+
+    temporal: int
+    spatial: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Strides:
+        """Those of an AutoencoderKLWan with this configuration."""
+        return cls(
+            temporal=2 ** sum(bool(halves) for halves in config["temperal_downsample"]),
+            spatial=2 ** (len(config["dim_mult"]) - 1) * (config.get("patch_size") or 1),
+        )
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a clip.
+
+        Args:
+            frames: video frames.
+            height: pixels.
+            width: pixels.
+
+        Raises:
+            ConfigError: the sizes do not fit the strides.
+        """
+        if frames < 1 or (frames - 1) % self.temporal:
+            below = 1 + max(0, frames - 1) // self.temporal * self.temporal
+            raise ConfigError(
+                f"num_frames is {frames}; this VAE's temporal stride is {self.temporal}, so it must be "
+                f"1 + k * {self.temporal}, such as {below} or {below + self.temporal}"
+            )
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % self.spatial:
+                raise ConfigError(
+                    f"{name} is {size}; this VAE's spatial stride is {self.spatial}, so it must be a multiple "
+                    f"of {self.spatial}"
+                )
+        return 1 + (frames - 1) // self.temporal, height // self.spatial, width // self.spatial
+
+
+WAN_STRIDES = Strides(temporal=4, spatial=8)
+"""Of Wan 2.1's VAE, which the released models take."""
+
+
+def read_strides(folder: Path) -> Strides:
+    """The strides of a VAE's folder, without its weights.
+
+    Raises:
+        ConfigError: ``config.json`` is missing or malformed, or of another model.
+    """
+    config = read_model_config(folder, "VAE")
+    try:
+        return Strides.of(config)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"VAE folder {folder}: config.json is not an AutoencoderKLWan's ({error!r})") from error
 
 
 class VideoVAE:
@@ -32,8 +92,8 @@ class VideoVAE:
         self._source = source
         config = model.config
         self.latent_channels: int = config.z_dim
-        self.temporal_stride: int = 2 ** sum(bool(halves) for halves in config.temperal_downsample)
-        self.spatial_stride: int = 2 ** (len(config.dim_mult) - 1) * (config.get("patch_size") or 1)
+        self.strides = Strides.of(config)
+        self.temporal_stride, self.spatial_stride = self.strides.temporal, self.strides.spatial
         if CHUNK_FRAMES % self.temporal_stride:
             raise ConfigError(
                 f"VAE {source}: temporal stride {self.temporal_stride}; diffusers encodes chunks of {CHUNK_FRAMES} "
@@ -96,24 +156,7 @@ class VideoVAE:
         Raises:
             ConfigError: the sizes do not fit the strides.
         """
-        if frames < 1 or (frames - 1) % self.temporal_stride:
-            below = 1 + max(0, frames - 1) // self.temporal_stride * self.temporal_stride
-            raise ConfigError(
-                f"num_frames is {frames}; this VAE's temporal stride is {self.temporal_stride}, so it must be "
-                f"1 + k * {self.temporal_stride}, such as {below} or {below + self.temporal_stride}"
-            )
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % self.spatial_stride:
-                raise ConfigError(
-                    f"{name} is {size}; this VAE's spatial stride is {self.spatial_stride}, so it must be a multiple "
-                    f"of {self.spatial_stride}"
-                )
-        return (
-            self.latent_channels,
-            1 + (frames - 1) // self.temporal_stride,
-            height // self.spatial_stride,
-            width // self.spatial_stride,
-        )
+        return self.latent_channels, *self.strides.latent_grid(frames, height, width)
 
     @torch.no_grad()
     def encode(self, video_BCTHW: torch.Tensor) -> torch.Tensor:

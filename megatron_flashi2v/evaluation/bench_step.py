@@ -35,6 +35,7 @@ from megatron_flashi2v.evaluation.benchmark import (
 )
 from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
 from megatron_flashi2v.flow.sigmas import timesteps_of
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.flops import forward_flops, training_flops
 from megatron_flashi2v.models.patches import token_grid
 from megatron_flashi2v.models.presets import PRESETS
@@ -280,10 +281,12 @@ def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: i
 
     config = spec.config
     image = (samples, config.latent_channels, 1, *latent_shape[1:])
+    sigma_B = torch.full((samples,), 0.5)
     return Microbatch(
         latents_BCTHW=normal(samples, config.latent_channels, *latent_shape),
         noise_BCTHW=normal(samples, config.latent_channels, *latent_shape),
-        sigma_B=torch.full((samples,), 0.5, device=spec.device),
+        sigma_B=sigma_B.to(spec.device),
+        sinusoid_BF=timestep_sinusoid(timesteps_of(sigma_B), config.freq_dim).to(spec.device),
         text_BLX=normal(samples, config.text_length, config.text_dim).to(torch.bfloat16),
         extras={
             "cutoff_ratio": torch.full((samples,), 0.1, device=spec.device),

@@ -12,15 +12,15 @@ def timestep_sinusoid(timesteps_B: Tensor, dim: int, *, dtype: torch.dtype = tor
     """``[cos(t * w_i) | sin(t * w_i)]`` with ``w_i = 10000^(-i / (dim/2))``, computed in fp64 on the host.
 
     Timesteps reach 1000, where fp32 angles would lose three digits. Not every accelerator has fp64, hence the
-    host; there are only a few numbers.
+    host; there are only a few numbers. Timesteps of a device would have to be waited for: keep them on the host.
 
     Args:
         timesteps_B: timesteps (1000 * sigma), [B].
         dim: number of features, even.
-        dtype: dtype of the result; fp64 only where the device has it.
+        dtype: dtype of the result.
 
     Returns:
-        [B, dim] on the device of ``timesteps_B``; not differentiable.
+        [B, dim] on the host; not differentiable.
 
     Raises:
         ValueError: ``dim`` is odd or below 2.
@@ -30,4 +30,4 @@ def timestep_sinusoid(timesteps_B: Tensor, dim: int, *, dtype: torch.dtype = tor
     half = dim // 2
     frequencies_F = torch.pow(_MAX_PERIOD, -torch.arange(half, dtype=torch.float64) / half)
     angles_BF = torch.outer(timesteps_B.detach().to("cpu", torch.float64), frequencies_F)
-    return torch.cat([angles_BF.cos(), angles_BF.sin()], dim=1).to(dtype).to(timesteps_B.device)
+    return torch.cat([angles_BF.cos(), angles_BF.sin()], dim=1).to(dtype)

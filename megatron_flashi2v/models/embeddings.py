@@ -7,7 +7,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.linear import column_parallel, replicated_fp32, row_parallel
 
@@ -31,26 +30,24 @@ class TextEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoid, MLP and the six-way projection, in fp32 on every rank; the projection's rows are sharded."""
+    """MLP and six-way projection of the timestep's sinusoid, in fp32 on every rank; the projection is sharded."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         width = spec.config.hidden_size
-        self.freq_dim = spec.config.freq_dim
-        self.linear_1 = nn.Linear(self.freq_dim, width, dtype=torch.float32)
+        self.linear_1 = nn.Linear(spec.config.freq_dim, width, dtype=torch.float32)
         self.linear_2 = nn.Linear(width, width, dtype=torch.float32)
         # Transformer Engine's linears do not gather their outputs.
         self.projection = column_parallel(
             ColumnParallelLinear, width, 6 * width, replicated_fp32(spec.megatron), spec.groups, gather_output=True
         )
 
-    def forward(self, timestep_B: Tensor) -> Tensor:
+    def forward(self, sinusoid_BF: Tensor) -> Tensor:
         """Conditioning rows [7, B, d], fp32: the time embedding and its six projections.
 
         Args:
-            timestep_B: 1000 * sigma, fp32.
+            sinusoid_BF: :func:`~megatron_flashi2v.flow.sinusoid.timestep_sinusoid` of the timesteps, fp32.
         """
-        sinusoid = timestep_sinusoid(timestep_B, self.freq_dim).to(self.linear_1.weight.device)
-        time_BD = self.linear_2(F.silu(self.linear_1(sinusoid)))
+        time_BD = self.linear_2(F.silu(self.linear_1(sinusoid_BF)))
         projected, _ = self.projection(F.silu(time_BD))
         return torch.cat([time_BD.unsqueeze(0), projected.unflatten(-1, (6, -1)).transpose(0, 1)])

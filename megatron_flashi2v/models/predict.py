@@ -10,7 +10,9 @@ import torch.distributed
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.interface import Extras
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.patches import unpatchify
+from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
 from megatron_flashi2v.parallel.regions import gather_tokens
 
@@ -31,14 +33,14 @@ def predict_velocity(
     Args:
         chunks: the stages that this rank holds, in the order of the activation; a model of one stage may stand alone.
         latents_BCTHW: the noisy latents, fp32.
-        timestep_B: 1000 * sigma, fp32.
+        timestep_B: 1000 * sigma, fp32, on the host: a device's would be waited for.
         text_BLX: text rows, zero-padded to the model's text length.
         image_latents_BC1HW: normalised latents of the condition image, fp32.
         extras: the paradigm's own settings.
     """
     chunks = [chunks] if isinstance(chunks, DiffusionTransformer) else chunks
     spec = chunks[0].spec
-    inputs = DiTInputs(latents_BCTHW, timestep_B, text_BLX, image_latents_BC1HW, extras)
+    inputs = DiTInputs(latents_BCTHW, _sinusoid(spec, timestep_B), text_BLX, image_latents_BC1HW, extras)
     grid = chunks[0].grid(tuple(latents_BCTHW.shape[2:]))
     for chunk in chunks:
         if not chunk.stage.is_first:
@@ -48,6 +50,12 @@ def predict_velocity(
             _send(chunk, output)
     patches_SBP = _from_last_stage(chunks[-1], output, grid, len(timestep_B))
     return unpatchify(gather_tokens(patches_SBP, math.prod(grid), spec.groups), grid, spec.config.patch_size)
+
+
+def _sinusoid(spec: ModelSpec, timestep_B: Tensor) -> Tensor:
+    """The timestep's features [B, F] on the model's device; the host does not wait for a copy from pinned memory."""
+    sinusoid_BF = timestep_sinusoid(timestep_B, spec.config.freq_dim)
+    return sinusoid_BF if spec.device.type == "cpu" else sinusoid_BF.pin_memory().to(spec.device, non_blocking=True)
 
 
 def _neighbour(chunk: DiffusionTransformer, step: int) -> int:

@@ -162,8 +162,11 @@ def make_spec(
         bf16=bf16,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
-        # An accelerator's streams keep a sent tensor's memory until it is sent; gloo's threads would read freed memory.
-        deallocate_pipeline_outputs=device.type != "cpu",
+        # The batched exchange waits for each of its requests. By default the host would then wait for the whole device
+        # too, for the sake of a fault that torch no longer has (pytorch/pytorch#82450).
+        batch_p2p_sync=False,
+        # A hop's memory is freed when it is sent. The interleaved schedule would free it when the sending has begun.
+        deallocate_pipeline_outputs=not interleaved,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **backend.megatron_fields(),

@@ -37,6 +37,10 @@ from megatron_flashi2v.parallel.regions import (
 CONDITIONING_ROWS = 7
 """Rows that travel beside the tokens: the time embedding and its six projections."""
 
+KEPT_GRIDS = 8
+"""Grids whose rotary tables are kept, so that buckets of resolutions do not make theirs anew at each change; a grid of
+20,000 tokens takes 10 MB."""
+
 
 @dataclass(frozen=True)
 class DiTInputs:
@@ -44,14 +48,15 @@ class DiTInputs:
 
     Attributes:
         noisy_BCTHW: sigma * noise + (1 - sigma) * latents, fp32, not shifted.
-        timestep_B: 1000 * sigma, fp32.
+        sinusoid_BF: :func:`~megatron_flashi2v.flow.sinusoid.timestep_sinusoid` of 1000 * sigma, fp32. It comes from the
+            host, and is made beforehand so that the device is not waited for here.
         text_BLX: text rows, zero-padded to the model's text length.
         image_latents_BC1HW: normalised latents of the condition image, fp32.
         extras: the paradigm's own draws and settings by name, one row per sample.
     """
 
     noisy_BCTHW: Tensor
-    timestep_B: Tensor
+    sinusoid_BF: Tensor
     text_BLX: Tensor
     image_latents_BC1HW: Tensor
     extras: Extras
@@ -119,7 +124,7 @@ class DiffusionTransformer(MegatronModule):
         return pack(hidden_SBD, text_TBD.to(hidden_SBD.dtype), conditioning_7BD)
 
     def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, text rows and conditioning rows from latents, text and timestep."""
+        """Tokens, text rows and conditioning rows from latents, text and the timestep's sinusoid."""
         groups, patch_size = self.spec.groups, self.spec.config.patch_size
         conditioned = self.conditioning(inputs.noisy_BCTHW, inputs.image_latents_BC1HW, inputs.extras)
         patches = shard_tokens(patchify(conditioned.latents_BCTHW, patch_size), groups)
@@ -128,7 +133,7 @@ class DiffusionTransformer(MegatronModule):
             guidance = shard_tokens(patchify(conditioned.guidance_BCTHW, patch_size), groups)
             hidden_SBD = hidden_SBD + self.conditioning.embed_guidance(guidance)
         text_TBD = self.text_embedding(shard_rows(inputs.text_BLX.transpose(0, 1), groups))
-        conditioning_7BD = sum_in_backward(self.time_embedding(inputs.timestep_B), groups)
+        conditioning_7BD = sum_in_backward(self.time_embedding(inputs.sinusoid_BF), groups)
         return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
 
     def run_blocks(
@@ -159,11 +164,13 @@ class DiffusionTransformer(MegatronModule):
         )
 
     def rotary(self, grid: Grid, device: torch.device) -> Rotary:
-        """Where the tokens of this context-parallel rank stand in the grid, kept for the next call."""
+        """Where the tokens of this context-parallel rank stand in the grid, kept for the next calls."""
         if (grid, device) not in self._rotary:
             tables = rope_tables(grid, self.spec.config.head_dim)
             cos_SR, sin_SR = (context_block(table_SR, self.spec.groups).to(device) for table_SR in tables)
-            self._rotary = {(grid, device): Rotary(cos_SR, sin_SR, math.prod(grid))}
+            if len(self._rotary) == KEPT_GRIDS:
+                del self._rotary[next(iter(self._rotary))]  # the oldest
+            self._rotary[grid, device] = Rotary(cos_SR, sin_SR, math.prod(grid))
         return self._rotary[grid, device]
 
 

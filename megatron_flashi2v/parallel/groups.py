@@ -9,7 +9,7 @@ import torch.distributed
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_flashi2v.config.rules import ring_degree, ulysses_degree
+from megatron_flashi2v.config.layout import ring_degree, ulysses_degree
 from megatron_flashi2v.config.train import ParallelArguments
 
 

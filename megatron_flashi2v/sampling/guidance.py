@@ -15,7 +15,8 @@ from megatron_flashi2v.conditioning.interface import Extras
 VelocityFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Extras], torch.Tensor]
 """``(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, extras) -> velocity_BCTHW``.
 
-What the pipeline knows of a model: ``models.predict.predict_velocity`` with the model bound, for instance.
+What the pipeline knows of a model: ``models.predict.predict_velocity`` with the model bound, for instance. Timesteps
+are on the host, where the model's features of them are made; all else is where the model is.
 """
 
 

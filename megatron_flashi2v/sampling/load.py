@@ -13,8 +13,8 @@ from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_
 from megatron_flashi2v.checkpoint.state import holds_weights, shard_grid
 from megatron_flashi2v.checkpoint.state import load_model as load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.layout import stage_layer_counts
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.rules import stage_layer_counts
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec

@@ -62,7 +62,7 @@ class ImageToVideoPipeline:
     """Samples videos that start from an image and follow a prompt.
 
     Args:
-        velocity: the model, see :data:`VelocityFunction`; called with fp32 tensors on ``device``.
+        velocity: the model, see :data:`VelocityFunction`; called with fp32 tensors on ``device``, timesteps excepted.
         vae: makes the image's latents and decodes the video's.
         text_encoder: makes the text rows.
         model_config: the model's dimensions, its text length and how its captions were cleaned.

@@ -13,7 +13,7 @@ from megatron_flashi2v.flow.interpolation import euler_step
 from megatron_flashi2v.flow.sigmas import timesteps_of
 
 StateVelocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""``(state_BCTHW, timestep_B) -> velocity_BCTHW``: a velocity whose conditions are already bound."""
+"""``(state_BCTHW, timestep_B) -> velocity_BCTHW`` with its conditions bound already; timesteps are on the host."""
 
 StepCallback = Callable[[int, int, torch.Tensor], None]
 """``(steps_done, num_steps, state_BCTHW)``, called after every step."""
@@ -35,7 +35,7 @@ def solve_euler(
     Args:
         velocity: estimate of ``noise - clean`` at a state and a timestep in [0, 1000].
         noise_BCTHW: the state at ``sigmas[0]``; computed with in fp32 whatever its dtype.
-        sigmas: fp32 ``[N + 1]``, the schedule from 1 (noise) to 0 (clean).
+        sigmas: fp32 ``[N + 1]`` on the host, the schedule from 1 (noise) to 0 (clean).
         callback: told about every finished step.
 
     Returns:
@@ -43,7 +43,7 @@ def solve_euler(
     """
     state_BCTHW = noise_BCTHW.float()
     num_steps = len(sigmas) - 1
-    timesteps = timesteps_of(sigmas).to(state_BCTHW.device)
+    timesteps = timesteps_of(sigmas)
     for index in range(num_steps):
         timestep_B = timesteps[index].expand(state_BCTHW.shape[0])
         velocity_BCTHW = velocity(state_BCTHW, timestep_B).float()

@@ -20,7 +20,8 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BatchArguments, DataArguments
 from megatron_flashi2v.data.blend import BadPosition, Blend
 from megatron_flashi2v.data.prepared import PreparedSample, pad_text_rows
-from megatron_flashi2v.flow.sigmas import dynamic_shift, logit_normal_sigmas, shift_sigmas, uniform_sigmas
+from megatron_flashi2v.flow.sigmas import dynamic_shift, logit_normal_sigmas, shift_sigmas, timesteps_of, uniform_sigmas
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.runtime.device import bind_thread
 from megatron_flashi2v.runtime.random import keyed_generator
 from megatron_flashi2v.training.prefetch import Prefetcher
@@ -34,6 +35,7 @@ class Microbatch:
         latents_BCTHW: normalised latents of the clips, fp32; frame 0 is the condition image's.
         noise_BCTHW: standard normal, fp32.
         sigma_B: noise levels after the shift, fp32.
+        sinusoid_BF: features of the timesteps 1000 * sigma, fp32.
         text_BLX: text rows, zero-padded, bf16.
         extras: the paradigm's own draws by name, one row per sample, fp32.
     """
@@ -41,6 +43,7 @@ class Microbatch:
     latents_BCTHW: Tensor
     noise_BCTHW: Tensor
     sigma_B: Tensor
+    sinusoid_BF: Tensor
     text_BLX: Tensor
     extras: Extras
 
@@ -151,9 +154,9 @@ class MicrobatchSource:
         """Shapes without values; what only the first stage looks at is left out."""
         size, meta = self.batch.micro_batch_size, torch.device("meta")
         latents = torch.empty(size, *self.data.latent_shape(position), device=meta)
-        scalars = torch.empty(size, device=meta)
+        sigma, sinusoid = torch.empty(size, device=meta), torch.empty(size, self.model.freq_dim, device=meta)
         text = torch.empty(size, self.model.text_length, self.model.text_dim, device=meta)
-        return Microbatch(latents, latents, scalars, text, {})
+        return Microbatch(latents, latents, sigma, sinusoid, text, {})
 
     def load(self, positions: Sequence[int]) -> LoadedMicrobatch:
         """The samples at these positions of the global order, with their draws, on the host."""
@@ -186,10 +189,13 @@ class MicrobatchSource:
         shape = samples[0].latents_CTHW.shape
         channels, _, height, width = shape
         image_shape = (channels, 1, height, width)
+        sigma_B = self.sigmas(positions, (height, width))
         return Microbatch(
             latents_BCTHW=torch.stack([sample.latents_CTHW for sample in samples]),
             noise_BCTHW=torch.stack([torch.randn(shape, generator=self._generator("noise", p)) for p in positions]),
-            sigma_B=self.sigmas(positions, (height, width)),
+            sigma_B=sigma_B,
+            # Here, where the sigmas are on the host anyway: made in the forward pass, the device would be waited for.
+            sinusoid_BF=timestep_sinusoid(timesteps_of(sigma_B), self.model.freq_dim),
             text_BLX=torch.stack(text),
             extras=stack_extras([self._extras(position, image_shape) for position in positions]),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_flashi2v.config.rules import stage_layer_counts
+from megatron_flashi2v.config.layout import stage_layer_counts
 from megatron_flashi2v.config.train import RecomputeArguments, TrainConfig
 from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import ModelSpec

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
 from megatron_flashi2v.flow.loss import squared_error_sum
-from megatron_flashi2v.flow.sigmas import timesteps_of
 from megatron_flashi2v.models.patches import output_patches
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
@@ -38,7 +37,7 @@ def forward_step(
     batch = next(batches)
     inputs = DiTInputs(
         noisy_BCTHW=interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B),
-        timestep_B=timesteps_of(batch.sigma_B),
+        sinusoid_BF=batch.sinusoid_BF,
         text_BLX=batch.text_BLX,
         image_latents_BC1HW=batch.latents_BCTHW[:, :, :1],
         extras=batch.extras,

@@ -24,16 +24,16 @@ from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import DataError, DivergenceError
+from megatron_flashi2v.config.layout import virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.rules import num_microbatches, virtual_stages
+from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.parallel.groups import make_groups
-from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
@@ -46,6 +46,7 @@ from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import fit_model_to_data, open_data, open_validation_data, share_encoding
 from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
+from megatron_flashi2v.training.holdings import held_by_all, holding_of
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics
 from megatron_flashi2v.training.norms import NormsByPart
@@ -373,16 +374,18 @@ class Trainer:
 
     def announce(self) -> None:
         """Write what this run is made of, to the log and as config.yaml."""
-        tokens = max(math.prod(self.chunks[0].grid(shape[1:])) for shape in self.data.latent_shapes)
-        held = sum(parameter.numel() for _, parameter in self.named_parameters())
+        shapes = [shape[1:] for shape in self.data.latent_shapes]
+        tokens = max(math.prod(self.chunks[0].grid(shape)) for shape in shapes)
+        held = holding_of(self.chunks, shapes)
         logger.info("%s, launched by %s; %d processes", self.device.describe(), self.launch.launcher,
                     self.launch.world_size)
-        rows = rows_per_rank(tokens, self.groups)
-        padded = rows * self.groups.token_parts
+        padded = held.tokens * self.groups.token_parts
         logger.info("data: %d samples of %d visual tokens%s from %s", len(self.data), tokens,
                     f", padded to {padded}," if padded > tokens else "", self.data.name)
-        logger.info("rank 0 holds %s parameters and %d tokens; %d microbatches of %d samples each iteration",
-                    f"{held:,}", rows, self.num_microbatches, self.config.batch.micro_batch_size)
+        for line in held_by_all(held, self.groups.pp.rank(), self.device.torch_device):
+            logger.info("%s", line)
+        logger.info("%d microbatches of %d samples each iteration on each of %d replicas", self.num_microbatches,
+                    self.config.batch.micro_batch_size, self.groups.dp.size())
         for operator, implementation, why_not in describe(self.spec.kernels.chosen):
             logger.info("kernel %s: %s%s", operator, implementation, f" ({why_not})" if why_not else "")
         if self.launch.rank == 0 and self.config.checkpoint.save is not None:

@@ -26,7 +26,6 @@ from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
 from megatron_flashi2v.flow.loss import mean_squared_error
 from megatron_flashi2v.flow.sigmas import dynamic_shift, logit_normal_sigmas, shift_sigmas, timesteps_of
 from megatron_flashi2v.models.predict import predict_velocity
-from megatron_flashi2v.models.transformer import DiTInputs
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import single_process
@@ -65,14 +64,15 @@ def run(request: pytest.FixtureRequest, goldens: Path, groups: Groups) -> Traini
         logit_normal_sigmas(stored["normal_draws"], data.sigma_logit_mean, data.sigma_logit_std),
         dynamic_shift(*stored["latents"].shape[-2:]),
     )
-    inputs = DiTInputs(
-        noisy_BCTHW=interpolate(stored["latents"], stored["noise"], sigma_B),
-        timestep_B=timesteps_of(sigma_B),
-        text_BLX=stored["text_embeddings"],
-        image_latents_BC1HW=stored["start_frame_latents"],
-        extras={"cutoff_ratio": cutoff_ratios(stored["uniform_draws"], data.cutoff_ratio_min, data.cutoff_ratio_max)},
+    ratio_B = cutoff_ratios(stored["uniform_draws"], data.cutoff_ratio_min, data.cutoff_ratio_max)
+    output = predict_velocity(
+        model,
+        interpolate(stored["latents"], stored["noise"], sigma_B),
+        timesteps_of(sigma_B),
+        stored["text_embeddings"],
+        stored["start_frame_latents"],
+        {"cutoff_ratio": ratio_B},
     )
-    output = predict_velocity(model, *vars(inputs).values())
     target = velocity_target(stored["latents"], stored["noise"])
     loss = mean_squared_error(output, target)
     loss.backward()
@@ -80,7 +80,7 @@ def run(request: pytest.FixtureRequest, goldens: Path, groups: Groups) -> Traini
     assert conditioned.guidance_BCTHW is not None
     ours = {
         "sigmas": sigma_B.view(-1, 1, 1, 1, 1),
-        "timesteps": inputs.timestep_B,
+        "timesteps": timesteps_of(sigma_B),
         "start_frame_proj": seen["shift"],
         "x_t": conditioned.latents_BCTHW,
         "fourier_features": conditioned.guidance_BCTHW,

@@ -128,6 +128,8 @@ def test_flags_win_over_the_recorded_size_and_a_video_gives_the_image(models, tm
         ({"output": "a.gif"}, "output is a.gif; it must end in .mp4"),
         ({"strip": "a.jpg"}, "strip is a.jpg; it must end in .png"),
         ({"attention-backend": "none"}, "none"),
+        ({"tensor-model-parallel-size": 0}, "--tensor-model-parallel-size is 0; it must be at least 1"),
+        ({"context-parallel-size": -1}, "--context-parallel-size is -1; it must be at least 1"),
     ],
 )
 def test_one_line_names_what_is_wrong(changes, message, models, tmp_path, capsys, monkeypatch):

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.layout import model_ranks
 from megatron_flashi2v.config.recipe import flat_values, parse
-from megatron_flashi2v.config.rules import check_train, model_ranks
+from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import PRESETS, resolve_model
 

@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.layout import ring_degree, stage_layer_counts, ulysses_degree
 from megatron_flashi2v.config.recipe import parse
-from megatron_flashi2v.config.rules import (
-    check_tokens,
-    check_train,
-    hang_timeout_s,
-    num_microbatches,
-    ring_degree,
-    stage_layer_counts,
-    ulysses_degree,
-)
+from megatron_flashi2v.config.rules import check_tokens, check_train, hang_timeout_s, num_microbatches
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 
@@ -32,15 +25,22 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
 @pytest.mark.parametrize("argv, world, words", [
     (["--tensor-model-parallel-size", "3"], 3, ["--tensor-model-parallel-size 3", "num_attention_heads 8", "choose 2"]),
     (["--pipeline-model-parallel-size", "5"], 5, ["5 stages of num_layers 4", "choose at most 4"]),
-    ([*VIRTUAL, "--pipeline-model-parallel-size", "3"], 3, ["6 stages of num_layers 4", "choose at most 2"]),
-    (VIRTUAL, 1, ["--pipeline-model-parallel-size is 1", "at least 2"]),
+    ([*VIRTUAL, "--pipeline-model-parallel-size", "3"], 3,
+     ["6 stages of num_layers 4", "choose 2 pipeline ranks, or leave"]),
+    (VIRTUAL, 1, ["--pipeline-model-parallel-size is 1", "leave it out, or choose 2 pipeline"]),
     ([*VIRTUAL, "--pipeline-model-parallel-size", "2", "--global-batch-size", "2"], 4,
      ["at least as many microbatches", "choose at least 4"]),
-    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "1,1,2"], 2, ["names 3 stages", "has 2"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "1,1,2"], 2,
+     ["names 3 stages", "has 2", "such as 2,2"]),
     (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "1,2"], 2, ["adds up to 3", "the model has 4"]),
     (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "4,0"], 2, ["needs at least 1"]),
-    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "a,b"], 2, ["whole numbers", "7,8,8,7"]),
-    (["--recompute-granularity", "selective", "--recompute-num-layers", "2"], 1, ["belong to", "leave them out"]),
+    (["--pipeline-model-parallel-size", "2", "--pipeline-layer-split", "a,b"], 2, ["whole numbers", "such as 2,2"]),
+    (["--recompute-granularity", "selective", "--recompute-num-layers", "2"], 1,
+     ["--recompute-num-layers 2 belongs to", "leave --recompute-num-layers out"]),
+    (["--recompute-num-layers", "2"], 1, ["--recompute-num-layers 2", "granularity full, which is not given; add it"]),
+    (["--recompute-method", "block"], 1, ["--recompute-method block", "granularity full, which is not given; add it"]),
+    (["--recompute-granularity", "skip_attention", "--recompute-method", "block"], 1,
+     ["--recompute-method block", "skip_attention covers every block"]),
     (["--tensor-model-parallel-size", "2"], 3, ["3 processes", "multiple of 2"]),
     (["--global-batch-size", "3"], 2, ["--global-batch-size 3", "2 data-parallel", "choose 4"]),
     (["--global-batch-size", "4", "--micro-batch-size", "3"], 1, ["--global-batch-size 4", "choose 3"]),

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from megatron_flashi2v.config.layout import model_ranks
 from megatron_flashi2v.config.recipe import parse
-from megatron_flashi2v.config.rules import check_train, model_ranks
+from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 

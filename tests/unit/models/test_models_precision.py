@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
@@ -134,8 +135,10 @@ def build(groups: Groups, **precision: bool) -> DiffusionTransformer:
 def make_batch() -> Microbatch:
     generator = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(2, 4, 3, 4, 6, generator=generator) for _ in range(2))
+    sigma_B = torch.rand(2, generator=generator)
     return Microbatch(
-        latents_BCTHW=latents, noise_BCTHW=noise, sigma_B=torch.rand(2, generator=generator),
+        latents_BCTHW=latents, noise_BCTHW=noise, sigma_B=sigma_B,
+        sinusoid_BF=timestep_sinusoid(1000 * sigma_B, CONFIG.freq_dim),
         text_BLX=torch.randn(2, 6, 12, generator=generator),
         extras={"cutoff_ratio": torch.rand(2, generator=generator)},
     )
@@ -197,7 +200,6 @@ def captured(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -> di
 
     model.conditioning.register_forward_hook(keep_conditioned)
     model.conditioning.phi.register_forward_hook(lambda module, inputs, output: seen.update(phi=output))
-    model.time_embedding.register_forward_pre_hook(keep_input("timestep"))
     model.time_embedding.linear_1.register_forward_pre_hook(keep_input("sinusoid"))
     error = step.squared_error_sum
     with monkeypatch.context() as patch:
@@ -213,7 +215,7 @@ def captured(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) -> di
 
 
 def test_the_flows_numbers_are_those_of_an_fp32_run(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise and sigma by way of x_t; timestep, target and phi as they are. Rounding any of them to bf16 would show."""
+    """Noise and sigma by way of x_t; the sinusoid, target and phi as they are. Rounding any to bf16 would show."""
     rounded, exact = (captured(build(groups, bf16=bf16), monkeypatch) for bf16 in (True, False))
     follow = {"prediction", "loss"}  # they follow the matrix products
     for name in exact.keys() - follow:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.flow.loss import mean_squared_error
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
+from megatron_flashi2v.models import transformer
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import make_spec
@@ -238,9 +240,10 @@ def test_what_is_computed_in_which_precision(make: Callable[..., DiffusionTransf
 def test_timesteps_are_not_rounded_under_bf16(make: Callable[..., DiffusionTransformer]) -> None:
     """bf16 would take 875.0 and 876.0 for the same."""
     model = make(bf16=True)
-    rows = model.time_embedding(torch.tensor([875.0, 876.0]))
+    sinusoid_BF = timestep_sinusoid(torch.tensor([875.0, 876.0]), CONFIG.freq_dim)
+    rows = model.time_embedding(sinusoid_BF)
     assert (rows[:, 0] - rows[:, 1]).abs().amax(dim=-1).min() > 1e-3
-    assert torch.equal(rows, make().time_embedding(torch.tensor([875.0, 876.0])))
+    assert torch.equal(rows, make().time_embedding(sinusoid_BF))
 
 
 def test_bf16_is_close_to_fp32(make: Callable[..., DiffusionTransformer]) -> None:
@@ -269,3 +272,19 @@ def test_both_orders_of_phi_differ_for_a_kernel_over_time_only(make: Callable[..
                 for order in ("conv_then_broadcast", "repeat_then_conv")
             )
         assert torch.allclose(first, second, atol=1e-5) == equal
+
+
+def test_rotary_tables_of_several_grids_are_kept(
+    make: Callable[..., DiffusionTransformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+    tables = transformer.rope_tables
+    monkeypatch.setattr(transformer, "rope_tables", lambda grid, dim: made.append(grid) or tables(grid, dim))
+    model, device = make(), torch.device("cpu")
+    grids = [(1, 2, width) for width in range(1, transformer.KEPT_GRIDS + 2)]
+    for grid in (*grids[:-1], *grids[:-1]):
+        assert model.rotary(grid, device).cos_SR.shape[0] == grid[1] * grid[2]
+    assert made == grids[:-1]
+    model.rotary(grids[-1], device)
+    model.rotary(grids[0], device)  # gave way to the newest
+    assert made == [*grids, grids[0]] and len(model._rotary) == transformer.KEPT_GRIDS

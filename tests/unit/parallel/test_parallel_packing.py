@@ -16,6 +16,7 @@ def test_round_trip_and_gradients_are_exact(dtype: torch.dtype) -> None:
     shape = PackedShape(tokens=5, text=3, conditioning=7, dtype=dtype)
     packed = pack(tokens, text, rows)
     assert packed.dtype == dtype and packed.shape == (shape.rows, 2, 4)
+    assert packed._base is None  # megatron-core frees it when it is sent, which a view would not do
 
     received = packed.detach().clone().requires_grad_()  # what the next stage holds
     out_tokens, out_text, out_rows = unpack(received, shape)

@@ -14,6 +14,7 @@ from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.data.loader import GlobalOrder
 from megatron_flashi2v.data.prepared import PreparedDataset, pad_text_rows
 from megatron_flashi2v.flow.sigmas import dynamic_shift, shift_sigmas
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.training.batch import Microbatch, MicrobatchSource, microbatch_positions
 
 SAMPLES, SHAPE, TEXT_DIM, TEXT_LENGTH = 5, (2, 2, 4, 6), 6, 4
@@ -78,8 +79,8 @@ def test_every_division_sees_the_same_numbers(dataset: PreparedDataset, dp_size:
 def test_shapes_and_dtypes(dataset: PreparedDataset) -> None:
     batch = make_source(dataset, size=3).load([0, 1, 2]).batch
     shapes = {
-        "latents_BCTHW": (3, *SHAPE), "noise_BCTHW": (3, *SHAPE), "sigma_B": (3,), "cutoff_ratio": (3,),
-        "text_BLX": (3, MODEL.text_length, TEXT_DIM),
+        "latents_BCTHW": (3, *SHAPE), "noise_BCTHW": (3, *SHAPE), "sigma_B": (3,),
+        "sinusoid_BF": (3, MODEL.freq_dim), "cutoff_ratio": (3,), "text_BLX": (3, MODEL.text_length, TEXT_DIM),
     }
     assert {name: tuple(value(batch, name).shape) for name in FIELDS} == shapes
     for name in FIELDS:
@@ -144,6 +145,11 @@ def test_shift_follows_the_resolution_unless_it_is_given(dataset: PreparedDatase
     fixed = make_source(dataset, sigma_shift=3.0).load(range(20)).batch.sigma_B
     assert torch.equal(by_resolution, shift_sigmas(unshifted, dynamic_shift(*SHAPE[2:])))
     assert torch.equal(fixed, shift_sigmas(unshifted, 3.0)) and not torch.equal(fixed, unshifted)
+
+
+def test_sinusoids_are_those_of_the_timesteps(dataset: PreparedDataset) -> None:
+    batch = make_source(dataset).load(range(5)).batch
+    assert torch.equal(batch.sinusoid_BF, timestep_sinusoid(1000 * batch.sigma_B, MODEL.freq_dim))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.patches import output_patches, token_grid, unpatchify
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.models.transformer import DiTInputs
@@ -34,8 +35,10 @@ def spec() -> Iterator[ModelSpec]:
 def make_batch(size: int, seed: int = 0) -> Microbatch:
     generator = torch.Generator().manual_seed(seed)
     latents, noise = (torch.randn(size, 3, 2, 4, 6, generator=generator) for _ in range(2))
+    sigma_B = torch.rand(size, generator=generator)
     return Microbatch(
-        latents_BCTHW=latents, noise_BCTHW=noise, sigma_B=torch.rand(size, generator=generator),
+        latents_BCTHW=latents, noise_BCTHW=noise, sigma_B=sigma_B,
+        sinusoid_BF=timestep_sinusoid(1000 * sigma_B, CONFIG.freq_dim),
         text_BLX=torch.randn(size, 4, 5, generator=generator),
         extras={"cutoff_ratio": torch.rand(size, generator=generator)},
     )
@@ -57,7 +60,7 @@ def test_the_model_is_given_the_noisy_latents_and_the_first_frame(spec: ModelSpe
     for index, sigma in enumerate(batch.sigma_B.tolist()):
         noisy = sigma * batch.noise_BCTHW[index] + (1 - sigma) * batch.latents_BCTHW[index]
         torch.testing.assert_close(inputs.noisy_BCTHW[index], noisy)
-    torch.testing.assert_close(inputs.timestep_B, 1000 * batch.sigma_B)
+    assert inputs.sinusoid_BF is batch.sinusoid_BF
     assert torch.equal(inputs.image_latents_BC1HW, batch.latents_BCTHW[:, :, :1])
     assert inputs.text_BLX is batch.text_BLX and inputs.extras is batch.extras
     assert torch.equal(velocity, prediction(2))
@@ -141,3 +144,19 @@ def test_mean_over_replicas_and_copies(
     if not sequence_parallel:
         assert loss.samples_by_sigma == (4, 0, 0, 0, 0, 0, 0, 4)
         assert loss.by_sigma == (pytest.approx(5.0), *[None] * 6, pytest.approx(3.0))
+
+
+@pytest.mark.parametrize(("pipeline", "microbatches", "group"), [
+    (2, 2, 2), (2, 3, 3), (2, 4, 2), (2, 5, 3), (2, 7, 4),
+    (4, 4, 4), (4, 5, 5), (4, 6, 6), (4, 7, 7), (4, 8, 4), (4, 9, 5),
+])
+def test_groups_of_microbatches_are_the_smallest_that_the_interleaved_schedule_takes(
+    pipeline: int, microbatches: int, group: int
+) -> None:
+    """By what megatron-core's schedules.py refuses: a size out of [PP, M], or a last group of 1 to PP - 1."""
+
+    def is_taken(size: int) -> bool:
+        return pipeline <= size <= microbatches and not 0 < microbatches % size < pipeline
+
+    found = step.microbatch_group(microbatches, pipeline)
+    assert found == group == min(filter(is_taken, range(1, microbatches + 1)))

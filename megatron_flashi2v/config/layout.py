@@ -1,0 +1,213 @@
+"""Whether a model divides over ranks as a layout asks: a value that is suggested is one that these rules accept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import ParallelArguments
+
+
+def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:
+    """Check that a model divides over the ranks, and that there are ranks for whole replicas.
+
+    Raises:
+        ConfigError: names the rule and the nearest valid choice.
+    """
+    require_at_least_one({
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "num_virtual_stages_per_pipeline_rank": parallel.num_virtual_stages_per_pipeline_rank,
+    })
+    _check_tensor(parallel, model)
+    stage_layer_counts(parallel, model.num_layers)
+    _check_context(parallel, model)
+    ranks = model_ranks(parallel)
+    if world_size % ranks:
+        raise ConfigError(
+            f"{world_size} processes were started, but tensor {parallel.tensor_model_parallel_size} x pipeline "
+            f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} parallel takes "
+            f"{ranks} for each replica; start a multiple of {ranks}"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ConfigError(
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them, or leave it "
+            "out"
+        )
+
+
+def require_at_least_one(values: Mapping[str, int | None]) -> None:
+    """Refuse values below 1; None is one that was not given.
+
+    Args:
+        values: by the field's name.
+
+    Raises:
+        ConfigError: names the flag.
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:
+    """Replicas that see different samples."""
+    return world_size // model_ranks(parallel)
+
+
+def model_ranks(parallel: ParallelArguments) -> int:
+    """Ranks that one replica of the model takes."""
+    return (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def ulysses_degree(parallel: ParallelArguments) -> int:
+    """Context-parallel ranks that trade tokens for heads with one another."""
+    whole = parallel.context_parallel_size
+    return {"ulysses": whole, "ring": 1, "usp": parallel.ulysses_degree or whole}[parallel.context_parallel_algo]
+
+
+def ring_degree(parallel: ParallelArguments) -> int:
+    """Context-parallel ranks that pass keys and values around, one of each Ulysses group."""
+    return parallel.context_parallel_size // ulysses_degree(parallel)
+
+
+def virtual_stages(parallel: ParallelArguments) -> int:
+    """Model chunks that each pipeline rank holds."""
+    return parallel.num_virtual_stages_per_pipeline_rank or 1
+
+
+def stage_layer_counts(parallel: ParallelArguments, num_layers: int) -> tuple[int, ...]:
+    """Blocks of every pipeline stage, in the activation's order.
+
+    Raises:
+        ConfigError: more stages than blocks, or a ``pipeline_layer_split`` that does not fit.
+    """
+    pipeline, virtual = parallel.pipeline_model_parallel_size, virtual_stages(parallel)
+    if virtual > 1 and pipeline == 1:
+        most = num_layers // virtual
+        raise ConfigError(
+            f"--num-virtual-stages-per-pipeline-rank {virtual} divides the work of pipeline ranks, but "
+            "--pipeline-model-parallel-size is 1; leave it out"
+            + (f", or choose {_from_two(most)} pipeline ranks" if most > 1 else "")
+        )
+    if pipeline * virtual > num_layers:
+        kind = "--pipeline-model-parallel-size" if virtual == 1 else (
+            "--pipeline-model-parallel-size x --num-virtual-stages-per-pipeline-rank"
+        )
+        raise ConfigError(
+            f"{kind} makes {pipeline * virtual} stages of num_layers {num_layers}, and each needs a block; "
+            f"{_fewer_stages(pipeline, virtual, num_layers)}"
+        )
+    if parallel.pipeline_layer_split is not None:
+        return _given_split(parallel.pipeline_layer_split, pipeline * virtual, num_layers)
+    return _even_split(pipeline * virtual, num_layers)
+
+
+def _even_split(stages: int, num_layers: int) -> tuple[int, ...]:
+    """Where the blocks do not divide evenly, the middle stages hold one more than the first and the last one, which
+    embed and project; the first is the fullest, so it gets its extra block last."""
+    counts = [num_layers // stages] * stages
+    by_room = [*range(1, stages - 1), stages - 1, 0]  # the middle stages, then the head's, then the embeddings'
+    for stage in by_room[: num_layers % stages]:
+        counts[stage] += 1
+    return tuple(counts)
+
+
+def _given_split(split: str, stages: int, num_layers: int) -> tuple[int, ...]:
+    problem = f"--pipeline-layer-split {split}"
+    fits = ",".join(map(str, _even_split(stages, num_layers)))
+    try:
+        counts = tuple(int(part) for part in split.split(","))
+    except ValueError:
+        raise ConfigError(f"{problem} must be whole numbers with commas between, such as {fits}") from None
+    if len(counts) != stages:
+        raise ConfigError(
+            f"{problem} names {len(counts)} stages, but the layout has {stages}; name that many, such as {fits}"
+        )
+    if min(counts) < 1:
+        raise ConfigError(f"{problem} leaves a stage without a block; each needs at least 1, such as {fits}")
+    if sum(counts) != num_layers:
+        raise ConfigError(
+            f"{problem} adds up to {sum(counts)} blocks, but the model has {num_layers}; they must agree, such as "
+            f"{fits}"
+        )
+    return counts
+
+
+def _fewer_stages(pipeline: int, virtual: int, num_layers: int) -> str:
+    """Every single change that leaves each stage a block."""
+    if virtual == 1:
+        return f"choose at most {num_layers} pipeline ranks"
+    ranks, chunks = num_layers // virtual, num_layers // pipeline
+    cures = [f"choose {_from_two(ranks)} pipeline ranks"] if ranks > 1 else []
+    cures += [f"choose {_from_two(chunks)} virtual stages"] if chunks > 1 else []
+    cures += ["leave --num-virtual-stages-per-pipeline-rank out"
+              + (f" with at most {num_layers} pipeline ranks" if pipeline > num_layers else "")]
+    return ", or ".join(cures)
+
+
+def _check_tensor(parallel: ParallelArguments, model: ModelConfig) -> None:
+    """One suggestion for all that is divided, and for Ulysses' degree where there is one that it divides by."""
+    tensor = parallel.tensor_model_parallel_size
+    heads = model.num_attention_heads
+    common = math.gcd(heads, model.ffn_hidden_size, model.text_length if parallel.sequence_parallel else 0)
+    degree = max(1, ulysses_degree(parallel))
+    fits = [size for size in _divisors(common) if heads // size % degree == 0] or _divisors(common)
+    for name, count in (("num_attention_heads", heads), ("ffn_hidden_size", model.ffn_hidden_size)):
+        if count % tensor:
+            raise ConfigError(
+                f"--tensor-model-parallel-size {tensor} must divide {name} {count}; choose {_nearest(fits, tensor)}"
+            )
+    if parallel.sequence_parallel and model.text_length % tensor:
+        raise ConfigError(
+            f"--sequence-parallel shards text_length {model.text_length} over --tensor-model-parallel-size {tensor}, "
+            f"which must divide it; choose {_nearest(fits, tensor)}, or leave --sequence-parallel out"
+        )
+
+
+def _check_context(parallel: ParallelArguments, model: ModelConfig) -> None:
+    whole, algo, degree = parallel.context_parallel_size, parallel.context_parallel_algo, parallel.ulysses_degree
+    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+    held = f"the {heads} heads of a tensor-parallel rank"
+    degrees = _divisors(math.gcd(heads, whole))
+    if algo != "usp" and degree is not None:
+        raise ConfigError(
+            f"--ulysses-degree {degree} belongs to --context-parallel-algo usp, not to {algo}; leave it out"
+            + (", or choose usp" if degree in degrees else "")
+        )
+    if algo == "ulysses" and heads % whole:
+        raise ConfigError(
+            f"--context-parallel-algo ulysses divides {held} over --context-parallel-size {whole}; choose "
+            f"{_nearest(_divisors(heads), whole)}, or --context-parallel-algo ring, or usp with --ulysses-degree "
+            f"{degrees[-1]}"
+        )
+    if algo == "usp" and degree is None:
+        raise ConfigError(
+            f"--context-parallel-algo usp needs --ulysses-degree, a divisor of --context-parallel-size {whole} and "
+            f"of {held}; choose {degrees[-1]}"
+        )
+    if algo == "usp" and degree is not None and degree not in degrees:
+        raise ConfigError(
+            f"--ulysses-degree {degree} must divide --context-parallel-size {whole} and {held}; choose "
+            f"{_nearest(degrees, degree)}"
+        )
+
+
+def _divisors(count: int) -> list[int]:
+    return [divisor for divisor in range(1, count + 1) if count % divisor == 0]
+
+
+def _nearest(choices: Sequence[int], wanted: int) -> int:
+    """The choice that is nearest; the smaller of two as near."""
+    return min(choices, key=lambda choice: (abs(choice - wanted), choice))
+
+
+def _from_two(most: int) -> str:
+    return "2" if most == 2 else f"2 to {most}"

@@ -1,0 +1,155 @@
+"""``--dry-run``: what a run would be made of, told without its devices and, where there are none yet, its data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import yaml
+
+from flashi2v_kernels.registry import describe
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.config.blend import parse_blend
+from megatron_flashi2v.config.errors import ConfigError, DataError
+from megatron_flashi2v.config.layout import data_parallel_size, ring_degree
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.recipe import flat_values
+from megatron_flashi2v.config.rules import check_tokens, num_microbatches
+from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.encoders.video_vae import WAN_STRIDES, read_strides
+from megatron_flashi2v.models.spec import choose_kernels
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.training.holdings import planned_holdings
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """Samples of a run, as far as they are known before it.
+
+    Attributes:
+        latent_shapes: latent frames, rows and columns, one for each size.
+        temporal_stride: video frames for each latent frame after the first; None where it is not known.
+        source: where that was read.
+    """
+
+    latent_shapes: tuple[tuple[int, int, int], ...]
+    temporal_stride: int | None
+    source: str
+
+
+def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> str:
+    """The resolved configuration, exact parameter counts, the layout and what its ranks hold, as YAML with comments.
+
+    Args:
+        config: flags and recipe, checked.
+        model: resolved dimensions.
+        world_size: processes of the run.
+
+    Raises:
+        ConfigError: the samples' size does not divide into the model's patches.
+    """
+    data = planned_data(config)
+    for shape in data.latent_shapes:
+        check_tokens(model, shape)
+    if data.temporal_stride is not None:
+        model = paradigm_of(model).fit_to_data(model, data.temporal_stride)
+    parallel = config.parallel
+    total = _parameters(model)
+    without = _parameters(dataclasses.replace(model, conditioning="text_to_video"))
+    replicas = data_parallel_size(parallel, world_size)
+    lines = [
+        "# resolved configuration",
+        yaml.safe_dump(flat_values(config), sort_keys=False).rstrip(),
+        "",
+        "# model",
+        yaml.safe_dump(model.to_json(), sort_keys=False, default_flow_style=None).rstrip(),
+        "",
+        "# parameters",
+        f"total: {total:,}",
+        f"text_to_video_part: {without:,}",
+        f"{model.conditioning}_part: {total - without:,}",
+        "",
+        "# layout" + (" of one replica: --world-size plans for more" if replicas == 1 else ""),
+        f"processes: {world_size}",
+        f"tensor: {parallel.tensor_model_parallel_size}"
+        + (" with sequence parallelism" if parallel.sequence_parallel else ""),
+        f"pipeline: {parallel.pipeline_model_parallel_size}",
+        f"context: {parallel.context_parallel_size}",
+        f"data: {replicas}" + (" with distributed optimizer" if parallel.use_distributed_optimizer else ""),
+        f"microbatches: {num_microbatches(config, world_size)} of {config.batch.micro_batch_size}",
+    ]
+    lines += ["", *held_by_ranks(config, model, data, replicas), "", *chosen_kernels(config, model)]
+    return "\n".join(lines) + "\n"
+
+
+def planned_data(config: TrainConfig) -> PlannedData:
+    """Of the prepared folders, or by the flags of online encoding; of the released models, before there are data."""
+    if config.data.online_encoding:
+        return _of_online_encoding(config)
+    try:
+        infos = [PreparedDataset(part.folder).info for part in parse_blend(config.data.data_path)]
+    except (ConfigError, DataError):
+        source = "49 frames of 480 x 832 in Wan's VAE, as there are no prepared data yet"
+        return PlannedData((WAN_STRIDES.latent_grid(49, 480, 832),), None, source)
+    shapes = tuple(dict.fromkeys(info.latent_shape[1:] for info in infos))
+    return PlannedData(shapes, infos[0].temporal_stride, f"the largest sample of {' '.join(config.data.data_path)}")
+
+
+def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, replicas: int) -> list[str]:
+    """What each rank holds, one entry for each place in the pipeline."""
+    tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    lines = [
+        "# held by each rank",
+        f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
+    ]
+    for place, held in enumerate(planned_holdings(config, model, data.latent_shapes)):
+        parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
+        if held.stages[0].is_first:
+            parts.insert(0, "embeddings")
+        if held.stages[-1].is_last:
+            parts.append("head")
+        lines += [
+            f"pipeline_{place}:", f"  holds: {', '.join(parts)}", f"  parameters: {held.parameters:,}",
+            f"  visual_tokens: {held.tokens:,}  # {data.source}",
+        ]
+    return lines
+
+
+def chosen_kernels(config: TrainConfig, model: ModelConfig) -> list[str]:
+    """Which implementation of every operator this machine would run, and why not a preferred one.
+
+    A dry run may happen where the training's devices are not: then it says so.
+    """
+    try:
+        device = resolve_device(config.runtime.device)
+        kernels = choose_kernels(
+            device.torch_device, torch.bfloat16 if config.batch.bf16 else torch.float32, model,
+            config.runtime.attention_backend, ring=ring_degree(config.parallel) > 1,
+            tensor_parallel=config.parallel.tensor_model_parallel_size > 1,
+        )
+    except ConfigError as error:
+        return [f"# kernels: not those of the training, for on this machine: {error}"]
+    rows = describe(kernels.chosen)
+    return [f"# kernels on this machine's {device.name}",
+            *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "") for operator, name, why_not in rows)]
+
+
+def _of_online_encoding(config: TrainConfig) -> PlannedData:
+    clip, whose = config.encoding, "the VAE of --vae"
+    try:
+        strides = WAN_STRIDES if clip.vae is None else read_strides(clip.vae)
+    except ConfigError:
+        strides, whose = WAN_STRIDES, "Wan's VAE, as --vae is not there yet"
+    shape = strides.latent_grid(clip.num_frames, clip.height, clip.width)
+    return PlannedData(
+        (shape,), strides.temporal, f"{clip.num_frames} frames of {clip.height} x {clip.width} in {whose}"
+    )
+
+
+def _parameters(model: ModelConfig) -> int:
+    """Values in all tensors of the whole model."""
+    return sum(math.prod(shape) for shape in parameter_shapes(model).values())
