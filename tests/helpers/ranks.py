@@ -26,7 +26,7 @@ def run_ranks(
     Args:
         function: of a module; what it raises fails the test with its traceback.
         world: processes.
-        folder: for what they print, in files ``world-WORLD-rank-RANK.log``.
+        folder: for what they print, see :func:`log_of`.
         *arguments: picklable.
         timeout: seconds until they are killed.
     """
@@ -51,7 +51,7 @@ def run_ranks(
 def _run(
     rank: int, function: Callable[..., None], world: int, port: int, folder: Path, arguments: tuple[Any, ...]
 ) -> None:
-    with open(_log(folder, world, rank), "ab", buffering=0) as log:
+    with open(log_of(folder, world, rank), "ab", buffering=0) as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     os.environ.update(
@@ -62,10 +62,11 @@ def _run(
     function(rank, *arguments)
 
 
-def _log(folder: Path, world: int, rank: int) -> Path:
+def log_of(folder: Path, world: int, rank: int) -> Path:
+    """What a rank printed, in this launch and those before it."""
     return folder / f"world-{world}-rank-{rank}.log"
 
 
 def _printed(folder: Path, world: int) -> str:
-    logs = (_log(folder, world, rank) for rank in range(world))
+    logs = (log_of(folder, world, rank) for rank in range(world))
     return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in logs if log.exists())

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.ranks import log_of, run_ranks
 from helpers.synthetic_data import write_synthetic
 from helpers.tiny_models import make_tiny_vae
 from helpers.train_command import FLAGS, TEXT_DIM, TEXT_LENGTH
+
+from megatron_flashi2v.cli.main import main
 
 MODEL = [part for name, value in {**FLAGS, "num-layers": 5}.items() for part in (f"--{name}", str(value))]
 LAYOUTS = {
@@ -44,16 +45,18 @@ def dry_run(run_command: Callable[..., int], capsys: pytest.CaptureFixture[str])
     return dry_run
 
 
+def train(rank: int, flags: list[str]) -> None:
+    assert main(["train", *flags]) == 0
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_dry_run_tells_what_the_ranks_of_a_run_hold(
     layout: str, blend: list[str], dry_run: Callable[..., dict], tmp_path: Path
 ) -> None:
     flags = [*blend, *LAYOUTS[layout], "--micro-batch-size", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
-               "-m", "megatron_flashi2v", "train", *MODEL, *flags, "--train-iters", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    held = [tuple(int(number.replace(",", "")) for number in found) for found in LINE.findall(done.stderr)]
+    run_ranks(train, 4, tmp_path, [*MODEL, *flags, "--train-iters", "1"])
+    told = log_of(tmp_path, 4, 0).read_text()
+    held = [tuple(int(number.replace(",", "")) for number in found) for found in LINE.findall(told)]
     report = dry_run(*flags, "--world-size", "4")
     places = [name for name in report if re.fullmatch(r"pipeline_\d+", name)]
     assert [row[0] for row in held] == list(range(len(places))) and {row[1] for row in held} == {4 // len(places)}
@@ -62,7 +65,7 @@ def test_a_dry_run_tells_what_the_ranks_of_a_run_hold(
     for place, row in zip(places, held, strict=True):
         numbers = [int(str(report[place][name]).replace(",", "")) for name in ("parameters", "visual_tokens")]
         assert numbers == list(row[3:])
-    ((microbatches, replicas),) = WORK.findall(done.stderr)
+    ((microbatches, replicas),) = WORK.findall(told)
     assert str(report["data"]).split()[0] == replicas and report["microbatches"] == f"{microbatches} of 1"
 
 
