@@ -3,8 +3,9 @@
 # Makes the package importable with the extras that $1 names ('.' or '.[test]'), in the active virtual environment or,
 # without one, in .venv. What was installed before for the same files is not installed again.
 ensure_environment() {
-    local target="$1" python stamp wanted pins
+    local target="$1" own="" python stamp wanted pins
     if [ -z "${VIRTUAL_ENV:-}" ]; then
+        own=1
         if [ ! -x .venv/bin/python ]; then
             python="$(command -v python3 || command -v python)" || { echo "error: no python3 found" >&2; return 1; }
             "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
@@ -21,8 +22,10 @@ ensure_environment() {
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing $target into $VIRTUAL_ENV (a few minutes the first time) ..."
         pins=(-c constraints.txt)
-        # A torch that is there stays: on Ascend it is torch_npu's, in a container the vendor's.
-        if ! python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+        # A torch that was there in an environment of yours stays: on Ascend it is torch_npu's.
+        if [ -n "$own" ] || [ -e "$VIRTUAL_ENV/.our-torch" ] \
+            || ! python -c 'import importlib.metadata as m; m.version("torch")' 2>/dev/null; then
+            touch "$VIRTUAL_ENV/.our-torch"
             pins+=(-c constraints-torch.txt)
             python -m pip install --quiet --disable-pip-version-check "${pins[@]}" torch
         fi

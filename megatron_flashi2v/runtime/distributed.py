@@ -99,7 +99,8 @@ def shutdown(*, failed: bool = False, exit_code: int = 1) -> None:
     Args:
         failed: this rank stops because of an error, and waits for nobody. With gloo and NCCL it drops its connections,
             so that the other ranks' collectives fail at once instead of running into the timeout. With HCCL it leaves
-            the group as it is, and the process will end without its other exit handlers; the launcher stops the others.
+            the group as it is, and the process will end without its other exit handlers; the launcher stops the others
+            (srun if started with ``--kill-on-bad-exit=1``).
         exit_code: of the process that fails, with HCCL.
     """
     if not torch.distributed.is_initialized():

@@ -77,6 +77,7 @@ class Profiling:
         try:
             profiler.stop()
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of a run that was here before
             profiler.export_chrome_trace(str(path))
             if not path.exists():  # torch_npu's profiler only prints what went wrong
                 raise FileNotFoundError(f"the profiler has not written {path}; what it printed says why")

@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "1e-2", "--ema-decay", "0.9",
         "--save-interval", "2",
     ]  # fmt: skip
-    return run_layouts(layouts, folder, common, timeout=1200)
+    return run_layouts(layouts, folder, common)
 
 
 @pytest.mark.parametrize("name", ONCE)

@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         Layout("bf16-cp2-ulysses", 2, (*adam, "--bf16", CP, "2")),
         Layout("bf16-cp2-ring", 2, (*adam, "--bf16", CP, "2", *RING)),
     ]
-    return run_layouts(layouts, folder, [*common_flags(data), *SGD], timeout=600)
+    return run_layouts(layouts, folder, [*common_flags(data), *SGD])
 
 
 @pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS + FEW])

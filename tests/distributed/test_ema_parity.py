@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "--micro-batch-size", "2", "--global-batch-size", "4", "--lr", "1e-2", "--adam-eps", "1e-3",
         "--ema-decay", "0.3",  # a large epsilon keeps Adam from making a rounding a step
     ]
-    return run_layouts(layouts, folder, common, timeout=1200)
+    return run_layouts(layouts, folder, common)
 
 
 def averages(save: Path) -> dict[str, torch.Tensor]:

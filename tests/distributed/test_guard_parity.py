@@ -37,7 +37,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     layouts = [Layout(f"{name}-{fault}", 2, more, fault=fault)
                for name, more in LAYOUTS.items() for fault in (*FAULTS, "left_out")]
     layouts.append(Layout("slow", 2, ("--train-iters", "11"), fault="slow_rank"))
-    return run_layouts(layouts, tmp_path_factory.mktemp("runs"), flags(data), timeout=900)
+    return run_layouts(layouts, tmp_path_factory.mktemp("runs"), flags(data))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

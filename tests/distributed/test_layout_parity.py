@@ -23,8 +23,6 @@ from helpers.synthetic_data import write_synthetic
 
 from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
 
-pytestmark = pytest.mark.timeout(3600)  # the first test that needs a run makes all of its kind
-
 TP, PP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
 CP, ALGO = "--context-parallel-size", "--context-parallel-algo"
 VIRTUAL = ("--num-virtual-stages-per-pipeline-rank", "2")
@@ -130,7 +128,7 @@ class Runs:
         if run.name not in self.saves:
             wanted = {of(other, micro, count) for other in together for of in (self._single, self._run)}
             missing = [other for other in wanted if other.name not in self.saves]
-            self.saves |= run_layouts(missing, self.folder, self.common, timeout=1800)
+            self.saves |= run_layouts(missing, self.folder, self.common)
         return self.saves[run.name], self.saves[single.name]
 
     def _run(self, layout: Layout, micro: int, count: int) -> Layout:
@@ -202,7 +200,7 @@ def interleaved_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         for name, (world, flags, count) in INTERLEAVED.items()
     }
     common = [*common_flags(data, 3), "--num-layers", "7", *SGD]
-    return run_layouts(list(layouts), tmp_path_factory.mktemp("interleaved"), common, timeout=900)
+    return run_layouts(list(layouts), tmp_path_factory.mktemp("interleaved"), common)
 
 
 @pytest.mark.parametrize("name", INTERLEAVED)

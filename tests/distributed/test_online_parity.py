@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     common = ["--model", "tiny", "--device", "cpu", "--train-iters", "5", "--seed", SEED, "--micro-batch-size", "1",
               "--global-batch-size", "4", "--optimizer", "sgd", "--lr", "0.05"]
-    return run_layouts(layouts, folder, common, timeout=600)
+    return run_layouts(layouts, folder, common)
 
 
 def encodings(save: Path) -> list[int]:

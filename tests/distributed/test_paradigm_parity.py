@@ -45,7 +45,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     # And one that starts from text-to-video weights, which a launch before has trained.
     start = ("--conditioning", "inpainting", "--load-weights", f"megatron:{folder / 'text_to_video-single'}")
     layouts += [Layout("started-single", 1, start), Layout("started-divided", 4, (*start, *DIVIDED))]
-    return run_layouts(layouts, folder, common, timeout=900)
+    return run_layouts(layouts, folder, common)
 
 
 @pytest.mark.parametrize("name, layout", [

@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         Layout(f"{name}-{mode}", world, (*flags, *more))
         for name, (world, flags) in LAYOUTS.items() for mode, more in {"none": (), **MODES}.items()
     ]
-    return run_layouts(layouts, folder, common, timeout=900)
+    return run_layouts(layouts, folder, common)
 
 
 @pytest.mark.parametrize("mode", MODES)

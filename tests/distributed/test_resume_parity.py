@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "--model", "tiny", "--data-path", str(data), "--device", "cpu", "--seed", "7", "--lr-warmup-iters", "0",
             "--train-iters", str(iterations), "--micro-batch-size", "1", "--global-batch-size", str(BATCH), *KEPT,
         ]  # fmt: skip
-        return run_layouts(layouts, folder, [*common, *flags], timeout=1200)
+        return run_layouts(layouts, folder, [*common, *flags])
 
     def part(name: str, world: int, *flags: str) -> Layout:
         return Layout(name, world, (*flags, "--load", str(folder / name), "--exit-interval", str(EVERY)))

@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 
 from megatron_flashi2v.runtime.files import read_jsonl
 
-pytestmark = pytest.mark.timeout(1800)  # the first test makes all runs
-
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 LAYOUTS = [
     Layout("tp2", 2, (TP, "2")),
@@ -39,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
              "--sample-interval", "4", "--sample-count", "3", "--sample-num-steps", "2"]
     (folder / TRACED).mkdir()
     (folder / TRACED / "profile").touch()
-    return run_layouts([Layout("single", 1), *LAYOUTS], folder, flags, timeout=1500)
+    return run_layouts([Layout("single", 1), *LAYOUTS], folder, flags)
 
 
 @pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS])

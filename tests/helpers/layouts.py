@@ -39,7 +39,7 @@ class Layout:
     saves_again: bool = False
 
 
-def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout: int = 300) -> dict[str, Path]:
+def run_layouts(layouts: list[Layout], folder: Path, common: list[str], timeout: int = 900) -> dict[str, Path]:
     """Train every layout, one launch per world size; the ``--save`` folder of each by name."""
     saves = {layout.name: folder / layout.name for layout in layouts}
     for world in sorted({layout.world for layout in layouts}):

@@ -94,7 +94,7 @@ def write_velocity(trainer, folder: Path) -> None:
 
 
 def make_trainer(flags: list[str], launch, device) -> Trainer:
-    config = parse(TrainConfig, flags, prog="run_layouts", description="")
+    config = parse(TrainConfig, flags, prog="run_plan", description="")
     model = resolve_model(config.model)
     check_train(config, model, launch.world_size)
     return Trainer(config, model, launch, device)

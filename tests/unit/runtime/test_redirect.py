@@ -220,11 +220,16 @@ assert calls == calls_expected, calls
 """
 
 
-def test_in_a_fresh_process() -> None:
+@pytest.mark.parametrize("script", [
+    FIRST_USE,
+    pytest.param(FIRST_USE + NPU, marks=pytest.mark.skipif(
+        not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch cannot emulate a device in Python",
+    )),
+], ids=["first_use", "npu"])
+def test_in_a_fresh_process(script: str) -> None:
     """What cannot be tried here: torch's tables are filled already, and a device's name is for good."""
-    emulates = hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend")  # torch 2.7 cannot
-    command = [sys.executable, "-c", FIRST_USE + (NPU if emulates else "")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
