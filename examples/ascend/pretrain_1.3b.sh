@@ -3,7 +3,7 @@
 # Several, on each: NNODES=4 HEAD=10.0.0.1 bash examples/ascend/pretrain_1.3b.sh [flags of flashi2v train]
 #
 # The recipe's layout: a replica on each NPU. On 8 NPUs it holds 1.42 G parameters x (6 + 16/8) bytes = 11 GB and, with
-# attention kept, 9 GB of activations: well inside 64 GB, so nothing of the model is divided.
+# attention kept, 13 GB of activations: well inside 64 GB, so nothing of the model is divided.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . examples/ascend/environment.sh

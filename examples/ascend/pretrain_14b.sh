@@ -3,7 +3,7 @@
 # Several, on each: NNODES=4 HEAD=10.0.0.1 bash examples/ascend/pretrain_14b.sh [flags of flashi2v train]
 #
 # The recipe's layout: tensor 8 with sequence parallelism, inside a node. An NPU holds 14.3 G / 8 = 1.84 G parameters x
-# 22 bytes = 40 GB on one node, x (6 + 16/4) = 18 GB on four, with 5 GB of activations: inside 64 GB.
+# 22 bytes = 40 GB on one node, x (6 + 16/4) = 18 GB on four, with 7 GB of activations: inside 64 GB.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . examples/ascend/environment.sh

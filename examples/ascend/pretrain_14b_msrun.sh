@@ -6,7 +6,7 @@
 # Tensor 4 with half the traffic of tensor 8, and two pipeline ranks, since 64 GB are too little for tensor 4 alone on
 # one node. Four chunks of 5 blocks on each rank make the pipeline's bubble a quarter of its plain size: with 8 nodes,
 # 8 microbatches of a replica pass through, and it is 1 part in 4 x 8. An NPU holds at most 1.86 G parameters: x 22
-# bytes = 41 GB on one node, x (6 + 16/8) = 15 GB on eight; nine chunks are on their way at once, with 12 GB of
+# bytes = 41 GB on one node, x (6 + 16/8) = 15 GB on eight; nine chunks are on their way at once, with 16 GB of
 # activations.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -4,7 +4,7 @@
 #
 # Tensor 4 x context 2 fill a node, so that both talk over NVLink; half the tensor-parallel traffic of tensor 8. A GPU
 # holds 14.3 G / 4 = 3.62 G parameters x (6 + 16/2) bytes = 51 GB on one node, where the optimizer is divided over the 2
-# context ranks, and x (6 + 16/8) = 29 GB on four, with 5 GB of activations: inside 80 GB.
+# context ranks, and x (6 + 16/8) = 29 GB on four, with 7 GB of activations: inside 80 GB.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . examples/gpu/environment.sh

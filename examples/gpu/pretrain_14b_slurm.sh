@@ -9,7 +9,7 @@
 #
 # Tensor 4 x context 2 fill a node, so that both talk over NVLink; half the tensor-parallel traffic of tensor 8. With
 # 8 replicas a GPU holds 14.3 G / 4 = 3.62 G parameters x (6 + 16/16) bytes = 25 GB (the optimizer is divided over
-# replicas and context ranks), with 5 GB of activations: inside 80 GB.
+# replicas and context ranks), with 7 GB of activations: inside 80 GB.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 . examples/gpu/environment.sh
