@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_flashi2v.config.layout import model_ranks, virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
@@ -94,6 +93,8 @@ def planned_holdings(
 def _planned(
     config: TrainConfig, model: ModelConfig, latent_shapes: Sequence[tuple[int, int, int]], rank: int, world: int
 ) -> Holding:
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend; no run needs it
+
     nowhere = CpuDevice()
     nowhere.torch_device = torch.device("meta")
     # With a store of its own: torch 2.7 would look for one by the launcher's variables.
