@@ -14,7 +14,8 @@ KEY_PADDING = "key_padding"
 LOG_SUM_EXP = "log_sum_exp"
 BLOCK_BACKWARD = "block_backward"
 
-# In the order of their published speeds on an H100 at 16 to 32 thousand tokens; on other cards torch's own is the safe choice.
+# In the order of their published speeds on an H100 at 16 to 32 thousand tokens; on other cards torch's own is the safe
+# choice.
 SPECS = (
     KernelSpec(
         operator="attention",

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# By published figures cuDNN's kernel is 1.6 times as fast as torch's flash kernel on an H100; the others where it does not fit.
+# By published figures cuDNN's kernel is 1.6 times as fast as torch's flash kernel on an H100; the others where it does
+# not fit.
 _CUDA_ORDER = [
     SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 ]  # fmt: skip
