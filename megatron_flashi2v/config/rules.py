@@ -34,7 +34,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
         ConfigError: a rule is broken; the message names the flag, its value and the nearest valid choice.
     """
     _check_positive(config)
-    if config.runtime.world_size not in (None, world_size):
+    if config.runtime.world_size is not None and not config.runtime.dry_run:
         raise ConfigError(
             f"--world-size is {config.runtime.world_size}, but {world_size} processes were started; it is what "
             "--dry-run plans for: leave it out"
@@ -145,6 +145,7 @@ def _check_recompute(recompute: RecomputeArguments) -> None:
                 f"{flag} {value} belongs to --recompute-granularity full, "
                 + (f"which is not given; add it, or leave {flag} out" if granularity is None
                    else f"but {granularity} covers every block; leave {flag} out")
+                + f" (where a recipe gives it: {flag} {getattr(default, name)})"
             )
 
 

@@ -50,7 +50,8 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         world_size: processes of the run.
 
     Raises:
-        ConfigError: the samples' size does not divide into the model's patches.
+        ConfigError: the samples' size does not divide into the model's patches, or flags or files that name the data
+            are malformed.
     """
     data = planned_data(config)
     for shape in data.latent_shapes:
@@ -90,13 +91,20 @@ def planned_data(config: TrainConfig) -> PlannedData:
     """Of the prepared folders, or by the flags of online encoding; of the released models, before there are data."""
     if config.data.online_encoding:
         return _of_online_encoding(config)
-    try:
-        infos = [PreparedDataset(part.folder).info for part in parse_blend(config.data.data_path)]
-    except (ConfigError, DataError):
+    infos = {}
+    missing = []
+    for part in parse_blend(config.data.data_path) if config.data.data_path else ():
+        try:
+            infos[part.folder] = PreparedDataset(part.folder).info
+        except DataError:
+            missing.append(part.folder)
+    if not infos:
         source = "49 frames of 480 x 832 in Wan's VAE, as there are no prepared data yet"
         return PlannedData((WAN_STRIDES.latent_grid(49, 480, 832),), None, source)
-    shapes = tuple(dict.fromkeys(info.latent_shape[1:] for info in infos))
-    return PlannedData(shapes, infos[0].temporal_stride, f"the largest sample of {' '.join(config.data.data_path)}")
+    shapes = tuple(dict.fromkeys(info.latent_shape[1:] for info in infos.values()))
+    source = f"the largest sample of {' '.join(map(str, infos))}"
+    source += f"; no prepared data yet in {' '.join(map(str, missing))}" if missing else ""
+    return PlannedData(shapes, next(iter(infos.values())).temporal_stride, source)
 
 
 def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, replicas: int) -> list[str]:
@@ -140,9 +148,9 @@ def chosen_kernels(config: TrainConfig, model: ModelConfig) -> list[str]:
 
 def _of_online_encoding(config: TrainConfig) -> PlannedData:
     clip, whose = config.encoding, "the VAE of --vae"
-    try:
-        strides = WAN_STRIDES if clip.vae is None else read_strides(clip.vae)
-    except ConfigError:
+    if clip.vae is not None and clip.vae.exists():
+        strides = read_strides(clip.vae)
+    else:
         strides, whose = WAN_STRIDES, "Wan's VAE, as --vae is not there yet"
     shape = strides.latent_grid(clip.num_frames, clip.height, clip.width)
     return PlannedData(

@@ -80,6 +80,20 @@ def test_a_dry_run_of_online_encoding_goes_by_the_clips_that_it_encodes(
     assert dry_run(*flags, "--vae", vae)["pipeline_0"]["visual_tokens"] == 5 * 4 * 8  # strides of 2 and 4
 
 
+def test_a_plan_goes_by_the_data_that_are_there_and_refuses_what_a_run_would(
+    blend: list[str], dry_run: Callable[..., dict], run_command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert dry_run(*blend[:-1], tmp_path / "absent")["pipeline_0"]["visual_tokens"] == 8  # of the first folder
+    assert run_command(*MODEL, *blend[:-1], "--dry-run") == 2
+    assert "--data-path" in capsys.readouterr().err
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    online = ["--online-encoding", "--annotations", "a.json", "--text-encoder", "t", "--tokenizer", "t"]
+    assert run_command(*MODEL, *online, "--vae", tmp_path / "vae", "--dry-run") == 2
+    assert "config.json" in capsys.readouterr().err
+
+
 def test_a_plan_without_a_launcher(dry_run: Callable[..., dict]) -> None:
     flags = ["--tensor-model-parallel-size", "2", "--global-batch-size", "32"]
     assert (dry_run(*flags)["processes"], dry_run(*flags)["microbatches"]) == (2, "16 of 2")
