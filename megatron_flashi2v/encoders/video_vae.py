@@ -146,16 +146,7 @@ class VideoVAE:
         }
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(C, T, H, W) of a clip's latents.
-
-        Args:
-            frames: video frames.
-            height: pixels.
-            width: pixels.
-
-        Raises:
-            ConfigError: the sizes do not fit the strides.
-        """
+        """(C, T, H, W) of a clip's latents; arguments and errors are those of :meth:`Strides.latent_grid`."""
         return self.latent_channels, *self.strides.latent_grid(frames, height, width)
 
     @torch.no_grad()
