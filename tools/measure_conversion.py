@@ -32,7 +32,7 @@ def make_source(folder: Path, model: str) -> Path:
 
     from megatron_flashi2v.checkpoint.key_table import mappings
     from megatron_flashi2v.checkpoint.tensor_file import TensorSpec
-    from megatron_flashi2v.checkpoint.weights import TensorGroup, write_hub_folder
+    from megatron_flashi2v.conversion.weights import TensorGroup, write_hub_folder
     from megatron_flashi2v.models.presets import PRESETS
 
     config = dataclasses.replace(PRESETS[model], conditioning="text_to_video")
@@ -67,7 +67,7 @@ def plain_copy(source: Path, target: Path) -> float:
 
 CHILD = """
 import json, resource, sys, time
-from megatron_flashi2v.checkpoint.convert import convert
+from megatron_flashi2v.conversion.convert import convert
 from pathlib import Path
 
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_flashi2v.checkpoint.checkpoint import load_model_config
+from megatron_flashi2v.checkpoint.folders import load_model_config
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.data.transforms import resize_and_crop

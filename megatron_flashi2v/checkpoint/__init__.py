@@ -1,1 +1,1 @@
-"""Sharded safetensors checkpoints, the key table, and converters."""
+"""Our sharded safetensors checkpoints, the key table, and the state of models and optimizers."""

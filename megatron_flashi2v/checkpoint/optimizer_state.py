@@ -24,7 +24,7 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_flashi2v.checkpoint.index import Index, read_index
-from megatron_flashi2v.checkpoint.state import (
+from megatron_flashi2v.checkpoint.model_state import (
     MASTER_PREFIX,
     MODEL_PREFIX,
     NamedParameters,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_flashi2v.checkpoint.checkpoint import (
+from megatron_flashi2v.checkpoint.folders import (
     MODEL_CONFIG_NAME,
     STATE_NAME,
     TRACKER_NAME,
@@ -28,9 +28,9 @@ from megatron_flashi2v.checkpoint.checkpoint import (
 from megatron_flashi2v.checkpoint.index import Index, read_index, write_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.manifest import write_manifest
+from megatron_flashi2v.checkpoint.model_state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention, delete_checkpoint
-from megatron_flashi2v.checkpoint.state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.storage import TensorPiece, merge_parts, write_rank_file
 from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.config.model import ModelConfig
@@ -49,7 +49,7 @@ class CheckpointSave:
     Args:
         root: the run's ``--save`` folder, on a file system that all ranks share.
         iteration: iterations done.
-        pieces: what this rank holds (see ``checkpoint.state`` and ``checkpoint.optimizer_state``).
+        pieces: what this rank holds (see ``checkpoint.model_state`` and ``checkpoint.optimizer_state``).
         model_config: written as ``model_config.json``.
         state: JSON-ready values that are the same on all ranks, such as the iteration, the samples consumed,
             the schedule's and the optimizer's scalars; rank 0's are written.

@@ -13,8 +13,8 @@ from megatron_flashi2v.config.convert import ConvertConfig
 from megatron_flashi2v.config.flags import parse_flags
 
 if TYPE_CHECKING:
-    from megatron_flashi2v.checkpoint.convert import Check, Converted, Finish
-    from megatron_flashi2v.checkpoint.weights import Weights
+    from megatron_flashi2v.conversion.convert import Check, Converted, Finish
+    from megatron_flashi2v.conversion.weights import Weights
 
 _MB = 1_000_000
 
@@ -45,7 +45,7 @@ def run(config: ConvertConfig) -> Converted:
     """
     import torch
 
-    from megatron_flashi2v.checkpoint.convert import convert
+    from megatron_flashi2v.conversion.convert import convert
     from megatron_flashi2v.runtime.files import atomic_write_json
     from megatron_flashi2v.runtime.logging import setup_logging
 

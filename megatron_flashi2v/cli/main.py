@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_flashi2v import __version__
 from megatron_flashi2v.cli.errors import tell_error, tell_interrupt
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.version import __version__
 
 COMMANDS = {
     "prepare": "annotations and video files to filtered, encoded shards",

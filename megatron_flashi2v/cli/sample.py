@@ -64,7 +64,7 @@ def run(config: SampleConfig, launch: LaunchEnvironment) -> None:
     """
     import torch
 
-    from megatron_flashi2v.checkpoint.checkpoint import load_model_config, load_state
+    from megatron_flashi2v.checkpoint.folders import load_model_config, load_state
     from megatron_flashi2v.encoders.text import TextEncoder
     from megatron_flashi2v.encoders.video_vae import VideoVAE
     from megatron_flashi2v.runtime.device import resolve_device

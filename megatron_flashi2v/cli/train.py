@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         check_train(config, model, world)
         if launch.rank == 0:
             setup_logging(0)
-            from megatron_flashi2v.training.dry_run import dry_run_report
+            from megatron_flashi2v.planning.dry_run import dry_run_report
 
             sys.stdout.write(dry_run_report(config, model, world))
         return 0

@@ -12,7 +12,7 @@ import torch
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.data.description import DataInfo
-from megatron_flashi2v.data.loader import BlendOrder
+from megatron_flashi2v.data.order import BlendOrder
 from megatron_flashi2v.data.prepared import BadSample, PreparedSample
 
 MAX_SUBSTITUTES = 100

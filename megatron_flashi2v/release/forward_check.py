@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from megatron_flashi2v.checkpoint.converters.diffusers import CONDITIONING, TRANSFORMER
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count
-from megatron_flashi2v.checkpoint.weights import Weights
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.formats.diffusers import CONDITIONING, TRANSFORMER
+from megatron_flashi2v.conversion.weights import Weights
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.files import read_json
 from megatron_flashi2v.sampling.load import build_model, single_process, velocity_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_flashi2v.checkpoint.key_table import parameter_count
-from megatron_flashi2v.checkpoint.weights import Weights
+from megatron_flashi2v.conversion.weights import Weights
 
 CARD_NAME = "README.md"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_model_config
-from megatron_flashi2v.checkpoint.state import holds_weights, shard_grid
-from megatron_flashi2v.checkpoint.state import load_model as load_parameters
+from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
+from megatron_flashi2v.checkpoint.model_state import holds_weights, shard_grid
+from megatron_flashi2v.checkpoint.model_state import load_model as load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.layout import stage_layer_counts
 from megatron_flashi2v.config.model import ModelConfig

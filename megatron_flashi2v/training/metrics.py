@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_flashi2v.config.errors import WriteError
 from megatron_flashi2v.runtime.files import append_jsonl, atomic_write_text, read_jsonl
-from megatron_flashi2v.training.throughput import Throughput
+from megatron_flashi2v.training.watching.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 

@@ -12,16 +12,15 @@ import yaml
 from torch import nn
 
 from flashi2v_kernels.registry import describe
-from megatron_flashi2v.checkpoint.checkpoint import (
+from megatron_flashi2v.checkpoint.folders import (
     find_checkpoint,
     has_checkpoint,
     load_model_config,
     require_same_model,
 )
-from megatron_flashi2v.checkpoint.initial_weights import load_initial_weights, open_initial_weights
+from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces, shard_grid
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.state import load_model, model_pieces, shard_grid
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import DataError, DivergenceError
 from megatron_flashi2v.config.layout import virtual_stages
@@ -29,6 +28,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.initialization import initialize_weights
@@ -49,16 +49,16 @@ from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.holdings import held_by_all, holding_of
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics
-from megatron_flashi2v.training.norms import NormsByPart
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import load_training_state, provenance
-from megatron_flashi2v.training.samples import Samples
 from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.step import TrainingStep
-from megatron_flashi2v.training.stragglers import ReplicaClock
-from megatron_flashi2v.training.validation import VALIDATION_SEED, Validation, make_validation
 from megatron_flashi2v.training.watch import Watch
-from megatron_flashi2v.training.writers import require_packages
+from megatron_flashi2v.training.watching.norms import NormsByPart
+from megatron_flashi2v.training.watching.previews import Samples
+from megatron_flashi2v.training.watching.stragglers import ReplicaClock
+from megatron_flashi2v.training.watching.validation import VALIDATION_SEED, Validation, make_validation
+from megatron_flashi2v.training.watching.writers import require_packages
 
 MICROBATCHES_AHEAD = 4
 """Read while the present one is computed; a few even out slow reads, and more only cost memory."""

@@ -19,13 +19,13 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics, MetricsLog, ProgressLine
-from megatron_flashi2v.training.norms import NormsByPart
-from megatron_flashi2v.training.profiling import Profiling
-from megatron_flashi2v.training.samples import Samples
-from megatron_flashi2v.training.stragglers import ReplicaClock, StragglerWatch
-from megatron_flashi2v.training.throughput import MICROSECONDS, PerReplica, Throughput, ThroughputMeter
-from megatron_flashi2v.training.validation import VALIDATION_FILE, Validation
-from megatron_flashi2v.training.writers import Writers
+from megatron_flashi2v.training.watching.norms import NormsByPart
+from megatron_flashi2v.training.watching.previews import Samples
+from megatron_flashi2v.training.watching.profiling import Profiling
+from megatron_flashi2v.training.watching.stragglers import ReplicaClock, StragglerWatch
+from megatron_flashi2v.training.watching.throughput import MICROSECONDS, PerReplica, Throughput, ThroughputMeter
+from megatron_flashi2v.training.watching.validation import VALIDATION_FILE, Validation
+from megatron_flashi2v.training.watching.writers import Writers
 
 logger = logging.getLogger(__name__)
 

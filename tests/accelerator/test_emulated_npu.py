@@ -13,7 +13,7 @@ from helpers.layouts import assert_same_metrics
 from helpers.stand_in import emulated_npus
 from helpers.synthetic_data import write_synthetic
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),

@@ -11,7 +11,7 @@ from helpers.checkpoints import checkpoint
 from helpers.layouts import Layout, run_layouts, weights
 from helpers.synthetic_data import write_synthetic
 
-from megatron_flashi2v.checkpoint.convert import FORMATS, convert
+from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.models.presets import PRESETS
 
 DIVIDED = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel")

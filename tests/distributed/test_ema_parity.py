@@ -10,7 +10,7 @@ import torch
 from helpers.layouts import Layout, run_layouts, tensors
 from helpers.synthetic_data import write_synthetic
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.index import read_index
 
 DISTRIBUTED = "--use-distributed-optimizer"

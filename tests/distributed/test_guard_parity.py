@@ -12,7 +12,7 @@ import torch
 from helpers.layouts import Layout, metrics, run_layouts, tensors, without_times
 from helpers.synthetic_data import write_synthetic
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 
 LAYOUTS = {
     "dp2": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),

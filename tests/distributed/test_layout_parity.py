@@ -21,7 +21,7 @@ from helpers.layouts import (
 )
 from helpers.synthetic_data import write_synthetic
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 
 TP, PP, SP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--sequence-parallel"
 CP, ALGO = "--context-parallel-size", "--context-parallel-algo"

@@ -9,7 +9,7 @@ import pytest
 from helpers.layouts import Layout, metrics, run_layouts
 from helpers.synthetic_data import write_synthetic
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint, load_state
+from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_state
 
 EVERY = 2
 """Iterations between two interruptions."""

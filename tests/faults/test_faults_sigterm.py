@@ -13,7 +13,7 @@ from helpers.processes import launched
 from helpers.synthetic_data import write_synthetic
 from helpers.train_command import FLAGS, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 
 GRACE_S = 30.0
 """After which torchrun kills."""

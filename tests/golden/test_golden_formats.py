@@ -12,9 +12,9 @@ import torch.distributed.checkpoint as dcp
 from helpers.reference_weights import GOLDEN_CASES, golden_config, golden_weights
 from safetensors.torch import load_file, save_file
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
-from megatron_flashi2v.checkpoint.convert import convert
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.conditioning.interface import ConditionedInput
+from megatron_flashi2v.conversion.convert import convert
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups

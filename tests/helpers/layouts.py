@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from helpers.ranks import run_ranks
 from helpers.run_plan import run_plan
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.storage import read_full, read_index
 
 

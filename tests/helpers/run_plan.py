@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from helpers.planted_bugs import planted
 from helpers.planted_faults import faulty
 from megatron_flashi2v.checkpoint.index import write_index
+from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.state import model_pieces
 from megatron_flashi2v.checkpoint.storage import merge_parts, write_rank_file
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train

@@ -23,13 +23,13 @@ from megatron.core.transformer import TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_flashi2v.checkpoint.index import write_index
+from megatron_flashi2v.checkpoint.model_state import ShardGrid, load_model, model_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import (
     load_optimizer,
     optimizer_common_state,
     optimizer_pieces,
     optimizer_shards,
 )
-from megatron_flashi2v.checkpoint.state import ShardGrid, load_model, model_pieces
 from megatron_flashi2v.checkpoint.storage import keys, merge_parts, read_full, write_rank_file
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.runtime.device import resolve_device

@@ -14,16 +14,16 @@ import torch.distributed as dist
 from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import saving, tensor_file
-from megatron_flashi2v.checkpoint.checkpoint import (
+from megatron_flashi2v.checkpoint.folders import (
     find_checkpoint,
     load_model_config,
     load_state,
     require_same_model,
 )
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.model_state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.saving import CheckpointSave, save_checkpoint
-from megatron_flashi2v.checkpoint.state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_full
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig

@@ -13,7 +13,7 @@ from helpers.checkpoints import ODD, checkpoint, names
 from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import manifest
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.manifest import verify
 from megatron_flashi2v.checkpoint.peers import Peers

@@ -14,7 +14,7 @@ from helpers.synthetic_data import write_synthetic
 from megatron_flashi2v.config.blend import parse_blend
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.data.blend import MAX_SUBSTITUTES, Blend
-from megatron_flashi2v.data.loader import BLOCK, Apportionment, BlendOrder, GlobalOrder, block_counts
+from megatron_flashi2v.data.order import BLOCK, Apportionment, BlendOrder, GlobalOrder, block_counts
 from megatron_flashi2v.data.prepared import PreparedDataset
 
 SHAPE = (2, 2, 4, 6)

@@ -13,7 +13,7 @@ import pytest
 from helpers.layouts import metrics
 
 from megatron_flashi2v.checkpoint import tensor_file
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.config.errors import UserError, WriteError
 from megatron_flashi2v.training import interrupts as interrupts_module
 from megatron_flashi2v.training import metrics as metrics_module

@@ -13,7 +13,7 @@ from helpers.layouts import metrics, tensors, weights
 from helpers.synthetic_data import write_synthetic
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 
 Train = Callable[..., int]
 TRACKER = "latest_checkpointed_iteration.txt"

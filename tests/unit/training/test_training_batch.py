@@ -11,7 +11,7 @@ from helpers.synthetic_data import write_synthetic
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BatchArguments, DataArguments
 from megatron_flashi2v.data.blend import Blend
-from megatron_flashi2v.data.loader import GlobalOrder
+from megatron_flashi2v.data.order import GlobalOrder
 from megatron_flashi2v.data.prepared import PreparedDataset, pad_text_rows
 from megatron_flashi2v.flow.sigmas import dynamic_shift, shift_sigmas
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid

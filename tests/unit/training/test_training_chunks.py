@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_flashi2v.checkpoint.state import shard_grid
+from megatron_flashi2v.checkpoint.model_state import shard_grid
 from megatron_flashi2v.config.train import RecomputeArguments
 from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.training.chunks import recompute_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.layouts import metrics, weights
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.config.train import OptimizerArguments
 from megatron_flashi2v.training.clipping import Clip, Clipper, make_clipper, scale_gradients
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers.layouts import tensors
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
-from megatron_flashi2v.checkpoint.converters.megatron import open_weights
-from megatron_flashi2v.checkpoint.weights import ReadOptions
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.formats.megatron import open_weights
+from megatron_flashi2v.conversion.weights import ReadOptions
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import load_stages, resolve_checkpoint, single_process
 from megatron_flashi2v.training.ema import decay_of_update

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.layouts import metrics, tensors, without_times
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.train import FaultArguments
 from megatron_flashi2v.training.guard import UpdateGuard

@@ -12,7 +12,7 @@ import pytest
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.training import metrics
 from megatron_flashi2v.training.metrics import METRICS_FILE, IterationMetrics, MetricsLog, ProgressLine, clock
-from megatron_flashi2v.training.throughput import Throughput
+from megatron_flashi2v.training.watching.throughput import Throughput
 
 
 def row(iteration: int, loss: float = 1.0, **throughput: float | None) -> IterationMetrics:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.layouts import metrics, tensors
 
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.training import step
 
 Train = Callable[..., int]

@@ -15,7 +15,7 @@ import torch
 from helpers.layouts import metrics
 
 from megatron_flashi2v.checkpoint import saving
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.host_copies import HostCopies
 from megatron_flashi2v.config.errors import WriteError
 from megatron_flashi2v.training import saver as saver_module

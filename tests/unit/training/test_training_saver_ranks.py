@@ -17,7 +17,7 @@ from helpers.checkpoints import ODD, tensors_of
 from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import saving
-from megatron_flashi2v.checkpoint.checkpoint import find_checkpoint
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.index import Index
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import TensorPiece, keys, read_full

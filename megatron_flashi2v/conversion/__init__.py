@@ -1,0 +1,1 @@
+"""Weights that others wrote, and weights for others: readers of foreign files, formats, conversion."""

@@ -1,0 +1,184 @@
+"""Weights from one format to another, one tensor at a time, published when whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_flashi2v.checkpoint.key_table import parameter_count
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.comparison import require_equal_weights
+from megatron_flashi2v.conversion.formats import diffusers, megatron
+from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
+from megatron_flashi2v.conversion.report import Report, make_report
+from megatron_flashi2v.conversion.weights import OnBytes, ReadOptions, Weights
+from megatron_flashi2v.runtime.files import require_space, staged_folder
+
+# Headers, indices and configurations, generously.
+_OVERHEAD_BYTES = 16_000_000
+
+
+def _no_caveats(config: ModelConfig) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How to read and write one format.
+
+    Attributes:
+        open: the weights at a path.
+        write: fill an empty folder with weights, in files of at most so many bytes.
+        is_ours: whether a folder may be replaced, as something that this format's ``write`` left.
+        names: what each of our tensors is called there.
+        caveats: what software of the format would get wrong about such a model.
+    """
+
+    open: Callable[[Path, ReadOptions], Weights]
+    write: Callable[[Path, Weights, int, OnBytes | None], None]
+    is_ours: Callable[[Path], bool]
+    names: Callable[[ModelConfig], Mapping[str, tuple[str, ...]]]
+    caveats: Callable[[ModelConfig], tuple[str, ...]] = _no_caveats
+
+
+FORMATS: Mapping[str, Format] = {
+    "megatron": Format(
+        open=megatron.open_weights, write=megatron.write_weights, is_ours=megatron.is_ours, names=megatron.names
+    ),
+    "diffusers": Format(
+        open=diffusers.open_weights, write=diffusers.write_weights, is_ours=diffusers.is_ours, names=diffusers.names
+    ),
+    **{
+        original.name: Format(
+            open=original.open, write=original.write, is_ours=original.is_ours, names=original.names,
+            caveats=original.caveats,
+        )
+        for original in (WAN, FLASHI2V_NPU, FLASHI2V_GPU)
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a conversion did."""
+
+    config: ModelConfig
+    parameters: int
+    bytes: int
+    report: Report
+
+
+Finish = Callable[[Path, Weights], None]
+"""Adds to a written folder before it is published; gets the folder and what was written into it."""
+
+Check = Callable[[Weights, Weights, Path], str]
+"""Compares the source with what was written, opened anew, in a folder; gives a line for the report, or raises."""
+
+
+def convert(
+    source: tuple[str, Path],
+    target: tuple[str, Path],
+    *,
+    dtype: torch.dtype | None = None,
+    weights: str = "model",
+    num_attention_heads: int | None = None,
+    phi_order: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    verify: bool = False,
+    extra_bytes: int = 0,
+    finish: Finish | None = None,
+    check: Check | None = None,
+    on_start: Callable[[str, int], None] | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Converted:
+    """Convert the weights of a model.
+
+    Args:
+        source: format and path to read.
+        target: format and path of the folder to write.
+        dtype: of all tensors written; None keeps each one's own.
+        weights: ``model`` or ``ema``.
+        num_attention_heads: for sources that do not tell.
+        phi_order: likewise.
+        max_shard_bytes: largest file, in bytes of tensors.
+        overwrite: replace an earlier output of the target's format.
+        verify: before anything is published, read both sides again and compare every tensor.
+        extra_bytes: what ``finish`` will add.
+        finish: called with the written folder before it is published.
+        check: called when verifying, after the tensors were compared.
+        on_start: hears of what begins, and of the bytes that it will go over.
+        on_bytes: hears of bytes as they are written, or compared.
+
+    Raises:
+        UserError: the source is missing or damaged, the target exists, the disk is full or too small, or verifying
+            found a difference. Nothing is left under the target's name then, and an earlier output there is as it was.
+    """
+    read, write = format_named(source[0]), format_named(target[0])
+    _check_target(source[1], target[1], write, overwrite)
+    opened = read.open(
+        source[1],
+        ReadOptions(dtype=dtype, weights=weights, num_attention_heads=num_attention_heads, phi_order=phi_order),
+    )
+    total = opened.total_bytes()
+    require_space(target[1], total + extra_bytes + _OVERHEAD_BYTES, "the conversion")
+    if on_start is not None:
+        on_start("convert", total)
+    digests: Mapping[str, str] = {}
+    forward = ""
+    with staged_folder(target[1], overwrite=overwrite) as folder:
+        write.write(folder, opened, max_shard_bytes, on_bytes)
+        if finish is not None:
+            finish(folder, opened)
+        if verify:
+            if on_start is not None:
+                on_start("verify", total)
+            # Read anew on both sides, from the files alone.
+            written = write.open(folder, ReadOptions())
+            digests = require_equal_weights(opened, written, on_bytes)
+            forward = check(opened, written, folder) if check is not None else ""
+    report = make_report(
+        source, target, opened, write.names(opened.config), write.caveats(opened.config), digests, forward
+    )
+    return Converted(
+        config=opened.config, parameters=parameter_count(opened.config), bytes=total, report=report
+    )
+
+
+def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
+    """The weights at a path of any format.
+
+    Raises:
+        UserError: as the format's own ``open``.
+    """
+    return format_named(format_name).open(path, options)
+
+
+def format_named(name: str) -> Format:
+    """A format by its name on the command line.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"format {name!r} is not available; choose one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _check_target(source: Path, target: Path, write: Format, overwrite: bool) -> None:
+    inner, outer = source.resolve(), target.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise ConfigError(f"{source} and {target} must not lie in one another")
+    if target.suffix in (".pt", ".pth", ".safetensors"):
+        raise ConfigError(f"{target} is to be a folder, of safetensors and JSON files; leave out {target.suffix}")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists; choose another path, or give --overwrite")
+    if not (target.is_dir() and write.is_ours(target)):
+        # A mistyped path must not cost a training run or a home folder.
+        raise CheckpointError(f"{target} is not an earlier conversion to this format; it is not replaced")

@@ -1,0 +1,207 @@
+"""The format ``diffusers``: a folder whose ``transformer/`` is diffusers' ``WanTransformer3DModel``.
+
+What diffusers' model has no place for, FlashI2V's own tensors and the settings that shapes cannot tell, lies
+in the sibling ``image_conditioning/``, under the names of FlashI2V's main branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_flashi2v.checkpoint.key_table import Mapped, external_name, mappings
+from megatron_flashi2v.conditioning.build import input_channels
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.sources import open_safetensors_folder
+from megatron_flashi2v.conversion.weights import (
+    ExternalWeights,
+    OnBytes,
+    ReadOptions,
+    Weights,
+    external_groups,
+    write_hub_folder,
+)
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json
+
+TRANSFORMER, CONDITIONING, SCHEDULER = "transformer", "image_conditioning", "scheduler"
+PIPELINE_NAME = "model_index.json"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "README.md")
+"""What a release adds to the folder."""
+TRANSFORMER_CLASS, CONDITIONING_CLASS = "WanTransformer3DModel", "FlashI2VImageConditioning"
+SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
+
+# What our model is, among the things that diffusers' class can be.
+_FIXED: Mapping[str, Any] = {
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+
+
+def transformer_config(config: ModelConfig) -> dict[str, Any]:
+    """``transformer/config.json``."""
+    return {
+        "_class_name": TRANSFORMER_CLASS,
+        "_diffusers_version": metadata.version("diffusers"),
+        "patch_size": list(config.patch_size),
+        "num_attention_heads": config.num_attention_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": input_channels(config),
+        "out_channels": config.latent_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_hidden_size,
+        "num_layers": config.num_layers,
+        "eps": config.norm_eps,
+        **_FIXED,
+    }
+
+
+def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
+    """Write the folder's files."""
+    config = weights.config
+    inside, beside = table(config)
+    for name in (TRANSFORMER, CONDITIONING):
+        (folder / name).mkdir()
+    write_hub_folder(folder / TRANSFORMER, WEIGHTS_STEM, external_groups(weights, inside), max_bytes, on_bytes)
+    atomic_write_json(folder / TRANSFORMER / "config.json", transformer_config(config))
+    if beside:
+        write_hub_folder(
+            folder / CONDITIONING, WEIGHTS_STEM, external_groups(weights, beside), max_bytes, on_bytes
+        )
+    atomic_write_json(
+        folder / CONDITIONING / "config.json", {"_class_name": CONDITIONING_CLASS, **config.to_json()}
+    )
+    version = metadata.version("diffusers")
+    (folder / SCHEDULER).mkdir()
+    atomic_write_json(
+        folder / SCHEDULER / "scheduler_config.json",
+        {"_class_name": SCHEDULER_CLASS, "_diffusers_version": version, "num_train_timesteps": 1000, "shift": 7.0},
+    )
+    atomic_write_json(
+        folder / PIPELINE_NAME,
+        {
+            "_class_name": "FlashI2VPipeline",
+            "_diffusers_version": version,
+            TRANSFORMER: ["diffusers", TRANSFORMER_CLASS],
+            # The module's own path, as diffusers itself writes it for classes of other libraries.
+            CONDITIONING: ["megatron_flashi2v.release.image_conditioning", CONDITIONING_CLASS],
+            SCHEDULER: ["diffusers", SCHEDULER_CLASS],
+        },
+    )
+
+
+def table(config: ModelConfig) -> tuple[list[Mapped], list[Mapped]]:
+    """What lies in the transformer, and what beside it: all that diffusers has no place for."""
+    inside = list(mappings(config, "diffusers"))
+    held = {entry.ours for entry in inside}
+    return inside, [entry for entry in mappings(config, "wan") if entry.ours not in held]
+
+
+def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """What each of our tensors is called, after its folder's name."""
+    return {
+        entry.ours: tuple(f"{folder}/{name}" for name in entry.external)
+        for folder, entries in zip((TRANSFORMER, CONDITIONING), table(config), strict=True)
+        for entry in entries
+    }
+
+
+def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
+    """The model of a folder: from the conditioning's settings, checked against the transformer's.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, they contradict each other, or it is another kind of
+            model.
+    """
+    path = transformer / "config.json"
+    stored = _object(path)
+    if stored.get("_class_name") != TRANSFORMER_CLASS:
+        raise CheckpointError(
+            f"{path}: _class_name is {stored.get('_class_name')!r}, it must be {TRANSFORMER_CLASS!r}"
+        )
+    for key, value in _FIXED.items():
+        # An absent key has the class's default, which is what ours is.
+        if key != "rope_max_seq_len" and stored.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key} is {stored[key]!r}, this model family has {value!r}")
+    try:
+        beside = conditioning / "config.json"
+        if not beside.exists():
+            return _from_transformer(stored)
+        settings = {key: value for key, value in _object(beside).items() if not key.startswith("_")}
+        config = ModelConfig.from_json(settings, source=str(beside))
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        reason = f"{path}: no key {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(reason) from error
+    for key, value in transformer_config(config).items():
+        if not key.startswith("_") and key not in _FIXED and stored.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key} is {stored[key]!r}, but {beside} makes it {value!r}")
+    return config
+
+
+def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
+    """What a plain transformer folder describes: a text-to-video model, or Wan's inpainting by its wider input."""
+    channels = stored["in_channels"]
+    latents = stored["out_channels"] or channels  # diffusers takes none for as many
+    mask_channels = channels - 2 * latents
+    if channels != latents and mask_channels < 1:
+        raise ConfigError(
+            f"in_channels is {channels} and out_channels {latents}: equal ones are a text-to-video model, and more "
+            f"than {2 * latents} inpainting; another paradigm needs the {CONDITIONING}/ folder of its export"
+        )
+    paradigm = {} if channels == latents else {"mask_channels": mask_channels}
+    return ModelConfig(
+        num_layers=stored["num_layers"],
+        hidden_size=stored["num_attention_heads"] * stored["attention_head_dim"],
+        ffn_hidden_size=stored["ffn_dim"],
+        num_attention_heads=stored["num_attention_heads"],
+        latent_channels=latents,
+        patch_size=tuple(stored["patch_size"]),
+        freq_dim=stored["freq_dim"],
+        text_dim=stored["text_dim"],
+        norm_eps=stored["eps"],
+        conditioning="inpainting" if paradigm else "text_to_video",
+        **paradigm,
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path, error=CheckpointError)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def open_weights(path: Path, options: ReadOptions) -> Weights:
+    """The weights of an exported folder, or of a ``WanTransformer3DModel`` folder.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another model; or EMA weights are asked for.
+    """
+    if options.weights == "ema":
+        raise CheckpointError(f"{path}: the format diffusers holds one set of weights; leave out --weights ema")
+    transformer = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
+    conditioning = path / CONDITIONING if transformer != path else path.parent / CONDITIONING
+    config = read_config(transformer, conditioning)
+    options.require_agreement(config, transformer / "config.json")
+    inside, beside = table(config)
+    tensors = open_safetensors_folder(transformer, WEIGHTS_STEM)
+    if external_name("head.linear.weight", "wan") in tensors:
+        raise CheckpointError(f"{transformer} holds tensors under the original Wan names, which is the format wan")
+    if beside:
+        tensors |= open_safetensors_folder(conditioning, WEIGHTS_STEM)
+    return ExternalWeights(path, config, inside + beside, tensors, options.dtype)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds what :func:`write_weights` wrote, perhaps with a release's parts, and nothing else."""
+    found = {path.name for path in folder.iterdir()}
+    required = {TRANSFORMER, CONDITIONING, SCHEDULER, PIPELINE_NAME}
+    return required <= found <= required | set(RELEASE_PARTS)

@@ -1,0 +1,141 @@
+"""The format ``megatron``: what ``flashi2v train`` saves and loads."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_flashi2v.checkpoint.arrangements import Box
+from megatron_flashi2v.checkpoint.folders import (
+    MODEL_CONFIG_NAME,
+    TRACKER_NAME,
+    find_checkpoint,
+    iteration_folder,
+    load_model_config,
+    load_state,
+)
+from megatron_flashi2v.checkpoint.index import Index, StoredPiece, StoredTensor, read_index, write_index
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.model_state import (
+    EMA_PREFIX,
+    MODEL_PREFIX,
+    holds_weights,
+    most_exact_key,
+    require_ema,
+)
+from megatron_flashi2v.checkpoint.saving import finish_folder, write_tracker
+from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces, tensor_file_name
+from megatron_flashi2v.checkpoint.tensor_file import FileRecord, TensorSpec
+from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.sources import box_shape, whole_box
+from megatron_flashi2v.conversion.weights import (
+    OnBytes,
+    ReadOptions,
+    TensorGroup,
+    Weights,
+    cast,
+    plan_shards,
+    require_tensors,
+    write_shard,
+)
+
+
+class MegatronWeights(Weights):
+    """The tensors of one ``iter_*`` folder; of the model, fp32 master copies where fp32 is asked for."""
+
+    def __init__(self, folder: Path, options: ReadOptions) -> None:
+        self.source = folder
+        self.config = load_model_config(folder)
+        options.require_agreement(self.config, folder / MODEL_CONFIG_NAME)
+        self.facts = load_state(folder)
+        self._index = read_index(folder)
+        self._wanted = options.dtype
+        self._prefix = EMA_PREFIX if options.weights == "ema" else MODEL_PREFIX
+        found = {
+            key.removeprefix(self._prefix): tensor.shape
+            for key, tensor in self._index.tensors.items()
+            if key.startswith(self._prefix)
+        }
+        if options.weights == "ema":
+            require_ema(folder, self._index)
+        require_tensors(folder, parameter_shapes(self.config), found)
+        self.names = {name: (self._prefix + name,) for name in found}
+        self.left_out = tuple(key for key in self._index.tensors if not key.startswith(self._prefix))
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        return (self._index.tensors[self._prefix + name].dtype,)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._wanted or self.stored_dtypes(name)[0]
+
+    def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or self.dtype(name)
+        key = self._prefix + name if self._prefix == EMA_PREFIX else most_exact_key(self._index, name, dtype)
+        stored = self._index.tensors[key]
+        box = whole_box(stored.shape) if box is None else box
+        values = torch.empty(box_shape(box), dtype=stored.dtype)
+        piece = TensorPiece(
+            key=key, global_shape=stored.shape, offset=tuple(side.start for side in box), shape=box_shape(box),
+            data=values,
+        )
+        read_pieces(self.source, [piece], index=self._index)
+        return cast(name, values, dtype)
+
+
+def open_weights(path: Path, options: ReadOptions) -> Weights:
+    """The weights of a ``--save`` folder's newest good checkpoint, or of an ``iter_*`` folder.
+
+    The files that hold them are verified first.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or it holds no EMA weights though they are asked for.
+    """
+    folder = find_checkpoint(path, needs=partial(holds_weights, options.weights))
+    if folder is None:
+        raise CheckpointError(f"{path} holds no checkpoint; give a folder written by `flashi2v train --save`")
+    return MegatronWeights(folder, options)
+
+
+def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """What each of our tensors is called in a checkpoint."""
+    return {name: (MODEL_PREFIX + name,) for name in parameter_shapes(config)}
+
+
+def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
+    """Write a ``--load`` folder: iteration 0, no samples consumed, no optimizer, loadable at any layout."""
+    checkpoint = folder / iteration_folder(0)
+    checkpoint.mkdir()
+    groups = [
+        TensorGroup(
+            specs=(TensorSpec(name=MODEL_PREFIX + name, dtype=weights.dtype(name), shape=shape),),
+            load=partial(_read_one, weights, name),
+        )
+        for name, shape in parameter_shapes(weights.config).items()
+    ]
+    shards = plan_shards(groups, max_bytes)
+    files: dict[str, FileRecord] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for number, shard in enumerate(shards):
+        name = tensor_file_name(number, len(shards))
+        files[name] = write_shard(checkpoint / name, shard, on_bytes)
+        for spec in (spec for group in shard for spec in group.specs):
+            piece = StoredPiece(
+                file=name, name=spec.name, offset=(0,) * len(spec.shape), shape=spec.shape, flat_range=None
+            )
+            tensors[spec.name] = StoredTensor(dtype=spec.dtype, shape=spec.shape, pieces=(piece,))
+    write_index(checkpoint, Index(tensors=tensors, files=files))
+    finish_folder(checkpoint, weights.config, {"iteration": 0, "consumed_samples": 0})
+    write_tracker(folder, 0)
+
+
+def _read_one(weights: Weights, name: str) -> tuple[torch.Tensor]:
+    return (weights.read(name),)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds what :func:`write_weights` wrote and nothing else, such as a run's
+    checkpoints."""
+    return {path.name for path in folder.iterdir()} == {iteration_folder(0), TRACKER_NAME}

@@ -1,0 +1,129 @@
+"""What a conversion did with every tensor: for people in a few lines, for programs as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.conversion.weights import Weights, listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorReport:
+    """One tensor of the model.
+
+    Attributes:
+        source: its names in the source; several where it is in parts there.
+        target: its names in what was written.
+        shape: ours.
+        stored: dtypes in the source.
+        written: dtype in the target.
+        sha256: of its bytes as written, in our arrangement; empty unless both sides were compared.
+    """
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    shape: tuple[int, ...]
+    stored: tuple[str, ...]
+    written: str
+    sha256: str
+
+    @property
+    def renamed(self) -> bool:
+        """Whether it is called, or divided, otherwise than before."""
+        return self.source != self.target
+
+    @property
+    def cast(self) -> bool:
+        """Whether its precision changed."""
+        return any(dtype != self.written for dtype in self.stored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A whole conversion.
+
+    Attributes:
+        source: format and path.
+        target: format and path.
+        model: the model's configuration.
+        tensors: every tensor of the model, by our name.
+        left_out: what the source holds besides them.
+        notes: what was assumed, and what to beware of.
+        verified: whether both sides were read again and compared.
+        forward: what a forward pass on both sides gave, if there was one.
+    """
+
+    source: tuple[str, str]
+    target: tuple[str, str]
+    model: Mapping[str, Any]
+    tensors: Mapping[str, TensorReport]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    verified: bool
+    forward: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The gist."""
+        renamed = [tensor for tensor in self.tensors.values() if tensor.renamed]
+        cast = [tensor for tensor in self.tensors.values() if tensor.cast]
+        lines = [f"{len(self.tensors)} tensors mapped, {len(renamed)} of them renamed, fused or split"]
+        if cast:
+            pairs = sorted({f"{dtype} to {tensor.written}" for tensor in cast for dtype in tensor.stored})
+            lines.append(f"{len(cast)} tensors cast ({', '.join(pairs)})")
+        if self.left_out:
+            lines.append(f"{len(self.left_out)} entries of the source left out ({listed(self.left_out)})")
+        if self.verified:
+            lines.append(f"verified: all {len(self.tensors)} tensors read again on both sides, equal bit for bit")
+        if self.forward:
+            lines.append(self.forward)
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+
+def make_report(
+    source: tuple[str, Path],
+    target: tuple[str, Path],
+    weights: Weights,
+    names: Mapping[str, tuple[str, ...]],
+    caveats: tuple[str, ...],
+    digests: Mapping[str, str],
+    forward: str,
+) -> Report:
+    """Put together what is known when everything is written.
+
+    Args:
+        source: format and path.
+        target: format and path.
+        weights: what was read.
+        names: the target's names by ours.
+        caveats: the target's.
+        digests: of every tensor, if both sides were compared.
+        forward: what a forward pass told.
+    """
+    return Report(
+        source=(source[0], str(source[1])),
+        target=(target[0], str(target[1])),
+        model=weights.config.to_json(),
+        tensors={
+            name: TensorReport(
+                source=weights.names[name],
+                target=names[name],
+                shape=shape,
+                stored=tuple(str(dtype).removeprefix("torch.") for dtype in weights.stored_dtypes(name)),
+                written=str(weights.dtype(name)).removeprefix("torch."),
+                sha256=digests.get(name, ""),
+            )
+            for name, shape in parameter_shapes(weights.config).items()
+        },
+        left_out=weights.left_out,
+        notes=(*weights.notes, *caveats),
+        verified=bool(digests),
+        forward=forward,
+    )

@@ -1,0 +1,286 @@
+"""What converters exchange: a model's weights under our names, and folders of safetensors shards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_flashi2v.checkpoint.arrangements import Box, Shape
+from megatron_flashi2v.checkpoint.key_table import Mapped, parameter_shapes
+from megatron_flashi2v.checkpoint.tensor_file import FileRecord, TensorSpec, write_tensor_file
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.sources import SourceTensor, whole_box
+from megatron_flashi2v.runtime.files import atomic_write_json
+
+OnBytes = Callable[[int], None]
+
+_LISTED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How weights are to be read.
+
+    Attributes:
+        dtype: of all tensors; None keeps each one's own.
+        weights: ``model`` or ``ema``, where the source holds both.
+        num_attention_heads: for sources that do not tell; must agree with those that do.
+        phi_order: likewise.
+        assume: where neither the source nor these tell, it is as in this model.
+    """
+
+    dtype: torch.dtype | None = None
+    weights: str = "model"
+    num_attention_heads: int | None = None
+    phi_order: str | None = None
+    assume: ModelConfig | None = None
+
+    def require_agreement(self, config: ModelConfig, source: Path) -> None:
+        """Refuse a flag that contradicts what a source says of itself.
+
+        Raises:
+            ConfigError: names the flag and both values.
+        """
+        for name, flag in (("num_attention_heads", self.num_attention_heads), ("phi_order", self.phi_order)):
+            if flag is not None and flag != getattr(config, name):
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option} is {flag}, but {source} says {getattr(config, name)}; leave out {option}")
+
+
+class Weights(ABC):
+    """A model's weights under our global names, read one tensor, or a part of one, at a time.
+
+    Attributes:
+        config: the model that they are of.
+        source: where they come from, for messages.
+        names: each tensor's name or names in the source, by our name.
+        left_out: what the source holds besides them.
+        notes: what was assumed while opening them.
+        facts: what the source tells of the training, JSON-ready.
+    """
+
+    config: ModelConfig
+    source: Path
+    names: Mapping[str, tuple[str, ...]]
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = {}
+
+    @abstractmethod
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        """Dtypes of the tensors in the source that hold a tensor."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in which :meth:`read` gives a tensor."""
+
+    @abstractmethod
+    def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, on the host, of the shape in ``parameter_shapes(config)``.
+
+        Args:
+            name: our name.
+            box: only this part, of which little more is read.
+            dtype: other than :meth:`dtype`; the source's most exact values of it.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(
+            TensorSpec(name=name, dtype=self.dtype(name), shape=shape).nbytes
+            for name, shape in parameter_shapes(self.config).items()
+        )
+
+
+class ExternalWeights(Weights):
+    """Weights in files of another format, by the key table.
+
+    Args:
+        source: folder or file that they come from.
+        config: the model.
+        entries: what the table says of the format.
+        tensors: what the files hold, by external name; just what ``entries`` names.
+        dtype: as in :class:`ReadOptions`.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, of another shape, or of dtypes that cannot be fused.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        config: ModelConfig,
+        entries: Sequence[Mapped],
+        tensors: Mapping[str, SourceTensor],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.source, self.config = source, config
+        self.names = {entry.ours: entry.external for entry in entries}
+        self._entries = {entry.ours: entry for entry in entries}
+        self._tensors, self._wanted = tensors, dtype
+        require_tensors(
+            source, {name: entry.external_shape for entry in entries for name in entry.external}, tensors
+        )
+        for entry in entries:
+            dtypes = sorted({str(tensors[name].dtype) for name in entry.external})
+            if len(dtypes) > 1 and dtype is None:
+                raise CheckpointError(
+                    f"{source}: the tensors {', '.join(entry.external)} are fused and must have one dtype, "
+                    f"not {', '.join(dtypes)}; give --dtype"
+                )
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        return tuple(self._tensors[external].dtype for external in self.names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._wanted or self.stored_dtypes(name)[0]
+
+    def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        entry, dtype = self._entries[name], dtype or self.dtype(name)
+
+        def read(external: str, part: Box) -> torch.Tensor:
+            return cast(external, self._tensors[external].read(part), dtype)
+
+        return entry.read(read, whole_box(entry.shape) if box is None else box)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorGroup:
+    """Tensors of a file that are made together, such as the three projections that one fused tensor holds."""
+
+    specs: tuple[TensorSpec, ...]
+    load: Callable[[], Sequence[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(spec.nbytes for spec in self.specs)
+
+
+def external_groups(weights: Weights, entries: Sequence[Mapped]) -> list[TensorGroup]:
+    """What a format holds of some weights, each group made from one tensor of ours."""
+    return [
+        TensorGroup(
+            specs=tuple(
+                TensorSpec(name=name, dtype=weights.dtype(entry.ours), shape=entry.external_shape)
+                for name in entry.external
+            ),
+            load=partial(_split, weights, entry),
+        )
+        for entry in entries
+    ]
+
+
+def _split(weights: Weights, entry: Mapped) -> tuple[torch.Tensor, ...]:
+    return entry.to_external(weights.read(entry.ours))
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        CheckpointError: a finite value is too large for it.
+    """
+    converted = tensor.to(dtype)
+    if dtype == torch.float16 and bool((converted.isinf() & tensor.isfinite()).any()):
+        raise CheckpointError(f"tensor {name} holds values too large for float16; choose bfloat16 or float32")
+    return converted
+
+
+def plan_shards(groups: Sequence[TensorGroup], max_bytes: int) -> list[list[TensorGroup]]:
+    """Deal groups out, in order, to files of at most ``max_bytes``; a larger group gets a file of its own."""
+    shards: list[list[TensorGroup]] = []
+    size = 0
+    for group in groups:
+        if not shards or size + group.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(group)
+        size += group.nbytes
+    return shards
+
+
+def write_shard(
+    path: Path, groups: Sequence[TensorGroup], on_bytes: OnBytes | None = None, *, hashed: bool = True
+) -> FileRecord:
+    """Write groups to one safetensors file, with two groups in memory at a time."""
+    specs = [spec for group in groups for spec in group.specs]
+    return write_tensor_file(path, specs, _loaded(groups), on_bytes=on_bytes, hashed=hashed)
+
+
+def _loaded(groups: Sequence[TensorGroup]) -> Iterator[torch.Tensor]:
+    """Each group's tensors; the next group is read while these are written."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ahead = [pool.submit(group.load) for group in groups[:1]]
+        for following in range(1, len(groups) + 1):
+            tensors = ahead.pop().result()
+            ahead += [pool.submit(group.load) for group in groups[following : following + 1]]
+            yield from tensors
+
+
+def write_hub_folder(
+    folder: Path, stem: str, groups: Sequence[TensorGroup], max_bytes: int, on_bytes: OnBytes | None = None
+) -> None:
+    """Write tensors as Hugging Face libraries load them: one file, or numbered shards with their index.
+
+    Args:
+        folder: an existing folder.
+        stem: file name without its ending, such as ``diffusion_pytorch_model``.
+        groups: all tensors.
+        max_bytes: largest file, in bytes of tensors.
+        on_bytes: hears of the bytes written.
+    """
+    shards = plan_shards(groups, max_bytes)
+    if len(shards) <= 1:
+        write_shard(folder / f"{stem}.safetensors", groups, on_bytes, hashed=False)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder / name, shard, on_bytes, hashed=False)
+        weight_map.update({spec.name: name for group in shard for spec in group.specs})
+    total = sum(group.nbytes for group in groups)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    atomic_write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of many names, for an error message."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def require_tensors(source: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape | SourceTensor]) -> None:
+    """Compare the names and shapes that a file should hold with those it holds.
+
+    Raises:
+        CheckpointError: names tensors that are missing, unexpected, or of another shape, and the file of the latter.
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} tensors are missing ({listed(missing)})")
+    if unexpected:
+        faults.append(f"{len(unexpected)} tensors are unexpected ({listed(unexpected)})")
+    wrong = []
+    for name, shape in expected.items():
+        tensor = found.get(name, shape)
+        has, place = (tensor.shape, f" in {tensor.path.name}") if isinstance(tensor, SourceTensor) else (tensor, "")
+        if has != shape:
+            wrong.append(f"{name}{place} has shape {has} instead of {shape}")
+    if wrong:
+        faults.append(listed(wrong))
+    if faults:
+        raise CheckpointError(f"{source} does not fit its configuration: {'; '.join(faults)}")

@@ -1,0 +1,1 @@
+"""Plans of runs, made without training: what a layout takes."""

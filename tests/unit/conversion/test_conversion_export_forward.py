@@ -1,0 +1,63 @@
+"""An exported transformer computes in diffusers what ours computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.model_state import ShardGrid, load_model
+from megatron_flashi2v.checkpoint.saving import save_checkpoint
+from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.convert import convert
+from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.load import build_model, single_process
+
+CONFIG = ModelConfig(
+    num_layers=2, hidden_size=96, ffn_hidden_size=160, num_attention_heads=3, freq_dim=32, text_dim=24,
+    text_length=7,
+)  # fmt: skip
+INPUT_CHANNELS = {"text_to_video": 16, "repeat_concat": 32, "zero_pad_concat": 32, "inpainting": 36}
+
+
+@pytest.mark.parametrize("conditioning", INPUT_CHANNELS)
+def test_forward_of_the_export(tmp_path: Path, conditioning: str) -> None:
+    """diffusers' model is fed what our paradigm makes of the latents and the image."""
+    config = dataclasses.replace(CONFIG, conditioning=conditioning)
+    generator = torch.Generator().manual_seed(0)
+    pieces = [
+        TensorPiece.whole(
+            f"model.{name}", torch.randn(shape, generator=generator) * (0.1 if len(shape) > 1 else 1)
+        )
+        for name, shape in parameter_shapes(config).items()
+    ]
+    checkpoint = save_checkpoint(tmp_path / "run", 1, pieces=pieces, model_config=config, state={})
+    convert(("megatron", tmp_path / "run"), ("diffusers", tmp_path / "export"))
+    exported, info = WanTransformer3DModel.from_pretrained(
+        tmp_path / "export" / "transformer", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert exported.config.in_channels == INPUT_CHANNELS[conditioning]
+
+    latents_BCTHW = torch.randn(2, 16, 3, 4, 6, generator=generator)
+    timestep_B = torch.tensor([500.0, 37.0])
+    text_BLD = torch.randn(2, 7, 24, generator=generator)
+    image_BC1HW, noise_BC1HW = torch.randn(2, 2, 16, 1, 4, 6, generator=generator)
+    extras = {"image_noise_level": torch.tensor([0.1, 0.5]), "image_noise": noise_BC1HW}
+    device = resolve_device("cpu")
+    with single_process(device) as groups, torch.no_grad():
+        model = build_model(config, groups, device)
+        names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        assert names == parameter_shapes(config)
+        load_model(checkpoint, model.named_parameters(), ShardGrid())
+        ours = predict_velocity(model, latents_BCTHW, timestep_B, text_BLD, image_BC1HW, extras)
+        input_BCTHW = model.conditioning(latents_BCTHW, image_BC1HW, extras).latents_BCTHW
+        theirs = exported(input_BCTHW, timestep_B, text_BLD, return_dict=False)[0]
+    assert theirs.std() > 0.1
+    assert torch.allclose(ours, theirs, atol=1e-4)
