@@ -1,14 +1,16 @@
 """Package metadata; tools are configured in pyproject.toml."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = runpy.run_path(str(ROOT / "megatron_flashi2v" / "version.py"))["__version__"]
 
 setup(
     name="megatron-flashi2v",
-    version="0.1.0",
+    version=VERSION,
     description="Large-scale training of FlashI2V image-to-video diffusion transformers on megatron-core",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_flashi2v import __version__
-from megatron_flashi2v.checkpoint.checkpoint import STATE_NAME, load_state
+from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_state
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.provenance import source_commit
+from megatron_flashi2v.version import __version__
 
 
 def provenance(config: TrainConfig, data: Blend, launch: LaunchEnvironment) -> dict[str, Any]:
