@@ -31,9 +31,10 @@ from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
+from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.parallel.groups import make_groups
+from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
@@ -41,7 +42,6 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
-from megatron_flashi2v.training.chunks import build_chunks
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.datasets import fit_model_to_data, open_data, open_validation_data, share_encoding
 from megatron_flashi2v.training.ema import WeightAverage
@@ -69,11 +69,12 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Builds this rank's part of a run, resumes it if there is something to resume, and trains.
 
-    torch.distributed must be initialised, and megatron-core redirected to ``device``.
+    It lives inside :func:`~megatron_flashi2v.parallel.world.world`.
 
     Args:
         config: flags and recipe, already checked by ``config.rules.check_train``.
         model_config: resolved dimensions.
+        groups: of the configuration's layout.
         launch: this process's place.
         device: what it runs on.
         hang_watch: is told what the run does; by default nothing is watched.
@@ -83,10 +84,10 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, launch: LaunchEnvironment, device: Device,
-        hang_watch: HangWatch | None = None,
+        self, config: TrainConfig, model_config: ModelConfig, groups: Groups, launch: LaunchEnvironment,
+        device: Device, hang_watch: HangWatch | None = None,
     ) -> None:
-        self.config, self.launch, self.device = config, launch, device
+        self.config, self.groups, self.launch, self.device = config, groups, launch, device
         self.hang_watch = hang_watch or HangWatch(0.0, None, launch, device.torch_device)
         self.interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
         if launch.rank == 0:
@@ -98,7 +99,6 @@ class Trainer:
             self.validation_data = open_validation_data(config, self.data, VALIDATION_SEED)
             fit_model_to_data(self.model_config, self.validation_data)
         self.hang_watch.enter("building the model", SLOW)
-        self.groups = make_groups(config.parallel)
         share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
         self.grid = shard_grid(self.groups)
         self.spec = make_spec(
@@ -111,7 +111,7 @@ class Trainer:
                 fp8_recipe=config.runtime.fp8_recipe,
             ),
         )
-        self.chunks = build_chunks(self.spec, config, device)
+        self.chunks = build_stages(self.spec, config.parallel, config.recompute)
         peers = Peers(launch.rank, launch.world_size)
         self.hang_watch.enter("verifying the checkpoint", SLOW)
         resumed = None if config.checkpoint.load is None else find_checkpoint(config.checkpoint.load, peers=peers)
@@ -202,7 +202,7 @@ class Trainer:
         return MicrobatchSource(
             self.data, self.model_config, config.data, config.batch, dp_rank=self.groups.dp.rank(),
             dp_size=self.groups.dp.size(), device=self.device.torch_device,
-            shapes_only=self.step.reading_chunk is None,
+            shapes_only=self.step.reading_stage is None,
             ahead=self.num_microbatches if self.data.encodes_together else MICROBATCHES_AHEAD,
             end=self.consumed_samples + (last - self.iteration) * config.batch.global_batch_size,
         )

@@ -106,7 +106,7 @@ def make_validation(
     groups, iterations = step.spec.groups, config.watch.eval_iters
     source = ValidationSource(
         data, model, config.data, dataclasses.replace(config.batch, seed=VALIDATION_SEED), dp_rank=groups.dp.rank(),
-        dp_size=groups.dp.size(), device=device, shapes_only=step.reading_chunk is None, ahead=ahead,
+        dp_size=groups.dp.size(), device=device, shapes_only=step.reading_stage is None, ahead=ahead,
         end=iterations * config.batch.global_batch_size,
     )
     return Validation(source, step, iterations)
