@@ -47,14 +47,20 @@ def parse_flags(cls: type[Config], flags: Sequence[str], *, prog: str, **options
 
 def flag_types(cls: type) -> Iterator[tuple[str, Any]]:
     """Name, with underscores, and type of each flag that the dataclass and the dataclasses inside it define."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        kind = hints[field.name]
+    for _, name, kind in named_fields(cls):
         if dataclasses.is_dataclass(kind):
             yield from flag_types(typing.cast(type, kind))
         else:
-            names = (getattr(note, "name", None) for note in getattr(kind, "__metadata__", ()))
-            yield next(filter(None, names), field.name), kind
+            yield name, kind
+
+
+def named_fields(cls: type) -> Iterator[tuple[str, str, Any]]:
+    """Each field of the dataclass itself: its name, its flag's with underscores, and its type."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        names = (getattr(note, "name", None) for note in getattr(kind, "__metadata__", ()))
+        yield field.name, next(filter(None, names), field.name), kind
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

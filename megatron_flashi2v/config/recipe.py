@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import reprlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import tyro
 import yaml
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.flags import flag_types, parse_flags, suggestion
+from megatron_flashi2v.config.flags import flag_types, named_fields, parse_flags, suggestion
 
 Config = TypeVar("Config")
 
@@ -77,15 +77,42 @@ def recipe_flags(cls: type, path: Path) -> list[str]:
     return flags
 
 
+def from_values(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """The dataclass of dataclasses ``cls`` with fields set by their flat names; the others keep their defaults.
+
+    Args:
+        cls: as for :func:`parse`.
+        values: Python objects by the flag's name, such as ``{"lr": 1e-4}``; of their fields' types.
+
+    Raises:
+        ConfigError: a name is unknown (with a suggestion).
+    """
+    known = dict(flag_types(cls))
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown name {name!r}{suggestion(name, known)}")
+    return _built(cls, values)
+
+
+def _built(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    fields: dict[str, Any] = {}
+    for field, name, kind in named_fields(cls):
+        if dataclasses.is_dataclass(kind):
+            fields[field] = _built(typing.cast(type, kind), values)
+        elif name in values:
+            fields[field] = values[name]
+    return cls(**fields)
+
+
 def flat_values(config: Any) -> dict[str, Any]:
     """The configuration as one flat, YAML-ready mapping: what :func:`recipe_flags` reads back."""
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for field, name, _ in named_fields(type(config)):
+        value = getattr(config, field)
         if dataclasses.is_dataclass(value):
             values.update(flat_values(value))
         else:
-            values[field.name] = str(value) if isinstance(value, Path) else value
+            values[name] = str(value) if isinstance(value, Path) else value
     return values
 
 

@@ -262,10 +262,10 @@ def _check_faults(faults: FaultArguments) -> None:
 
 def _check_online_encoding(config: TrainConfig) -> None:
     if not config.data.online_encoding:
-        given = {"annotations": config.encoding.annotations, "encoding_cache": config.data.encoding_cache}
+        given = {"annotations": config.encoding.sources.annotations, "encoding_cache": config.data.encoding_cache}
         for name, value in given.items():
             if value is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is of no use without --online-encoding")
         return
-    require_given(config.encoding, ["annotations", "vae", "text_encoder", "tokenizer"], "train")
+    require_given(config.encoding.sources.missing(), "train")
     check_clips(config.encoding)

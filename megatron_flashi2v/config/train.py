@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_flashi2v.config.clips import EncodingArguments
 from megatron_flashi2v.config.convert import FORMATS
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.prepare import ClipArguments
 from megatron_flashi2v.config.watch import WatchArguments
 
 
@@ -285,7 +285,7 @@ class TrainConfig:
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)
-    encoding: ClipArguments = field(default_factory=ClipArguments)
+    encoding: EncodingArguments = field(default_factory=EncodingArguments)
     parallel: ParallelArguments = field(default_factory=ParallelArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)

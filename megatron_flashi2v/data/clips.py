@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_flashi2v.config.clips import ClipSettings, FilterSettings
 from megatron_flashi2v.data.annotations import Entry
-from megatron_flashi2v.data.filters import FilterSettings, clip_length, judge, with_measured
+from megatron_flashi2v.data.filters import clip_length, judge, with_measured
 from megatron_flashi2v.data.frames import FPS_TOLERANCE, choose_window, frame_indices, frame_interval
 from megatron_flashi2v.data.reasons import Drop
-from megatron_flashi2v.data.transforms import Interpolation, resize_and_crop, to_model_range
+from megatron_flashi2v.data.transforms import resize_and_crop, to_model_range
 from megatron_flashi2v.data.video import Video, VideoError, VideoFacts
 from megatron_flashi2v.runtime.random import keyed_seed
 
@@ -49,22 +50,7 @@ class Frames:
         return Clip(video_CTHW=to_model_range(self.frames_TCHW), indices=self.indices, facts=self.facts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipSettings:
-    """What decides a sample's pixels, besides its annotation and file.
-
-    Attributes:
-        wanted: what is wanted of a clip, and the size and rate of a sample.
-        seed: of the draws while preparing.
-        interpolation: how frames are resized.
-    """
-
-    wanted: FilterSettings
-    seed: int
-    interpolation: Interpolation
-
-
-def load_frames(entry: Entry, settings: ClipSettings) -> Frames | Drop:
+def load_frames(entry: Entry, settings: ClipSettings, seed: int) -> Frames | Drop:
     """Open the annotation's file, judge the clip by what the file says, and read one window of frames.
 
     The result depends on the arguments and the file alone; the window's place is keyed by (seed, the sample's key).
@@ -72,6 +58,7 @@ def load_frames(entry: Entry, settings: ClipSettings) -> Frames | Drop:
     Args:
         entry: the annotation.
         settings: the size, rate and place of the window.
+        seed: of the draws while preparing.
 
     Returns:
         The frames, or why the clip is dropped; nothing that is wrong with a file is raised.
@@ -79,7 +66,7 @@ def load_frames(entry: Entry, settings: ClipSettings) -> Frames | Drop:
     wanted = settings.wanted
     try:
         with Video(entry.file) as video:
-            indices = _window(entry, wanted, video.facts, settings.seed)
+            indices = _window(entry, wanted, video.facts, seed)
             if isinstance(indices, Drop):
                 return indices
             frames_TCHW = video.read(indices, entry.crop)
@@ -88,12 +75,6 @@ def load_frames(entry: Entry, settings: ClipSettings) -> Frames | Drop:
         return Drop(error.reason, str(error))
     frames_TCHW = resize_and_crop(frames_TCHW, wanted.height, wanted.width, settings.interpolation)
     return Frames(frames_TCHW=frames_TCHW, indices=tuple(indices), facts=facts)
-
-
-def load_clip(entry: Entry, settings: FilterSettings, *, seed: int, interpolation: Interpolation) -> Clip | Drop:
-    """:func:`load_frames` in the model's range."""
-    found = load_frames(entry, ClipSettings(wanted=settings, seed=seed, interpolation=interpolation))
-    return found if isinstance(found, Drop) else found.clip()
 
 
 def choose_caption(entry: Entry, *, seed: int) -> str:
@@ -117,12 +98,13 @@ def _window(entry: Entry, settings: FilterSettings, facts: VideoFacts, seed: int
         fps=facts.fps,
         num_frames=facts.num_frames,
     )
-    length = clip_length(measured, settings.rules) or 0
+    length = clip_length(measured, settings.filter_rules) or 0
+    annotated = clip_length(entry, settings.filter_rules) or 0
     drop = judge(measured, settings)
-    if drop is not None and drop.reason == "too_short" and length < (clip_length(entry, settings.rules) or 0):
+    if drop is not None and drop.reason == "too_short" and length < annotated:
         return Drop(
             "truncated",
-            f"{entry.source}: the clip ends at frame {entry.start_frame + (clip_length(entry, settings.rules) or 0)}, "
+            f"{entry.source}: the clip ends at frame {entry.start_frame + annotated}, "
             f"but {entry.file} ends at {facts.num_frames}",
         )
     if drop is not None:
@@ -138,6 +120,6 @@ def _window(entry: Entry, settings: FilterSettings, facts: VideoFacts, seed: int
         indices,
         settings.num_frames,
         lambda starts: keyed_seed(seed, "frame_window", entry.key) % starts,
-        settings.rules,
+        settings.filter_rules,
     )
     return [int(index) for index in chosen]

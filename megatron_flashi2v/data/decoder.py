@@ -14,9 +14,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_flashi2v.config.clips import ClipSettings
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.annotations import Entry
-from megatron_flashi2v.data.clips import ClipSettings, Frames, load_frames
+from megatron_flashi2v.data.clips import Frames, load_frames
 from megatron_flashi2v.data.decoder_process import encode_request, frames_from_json, settings_to_json
 from megatron_flashi2v.data.reasons import Drop
 
@@ -30,19 +31,20 @@ class Decoder:
 
     Args:
         settings: what decides a sample's pixels.
+        seed: of the draws while preparing.
         workers: processes that decode ahead; 0 decodes in this process, where nothing contains a crash or a hang.
         limit_s: seconds that one clip may take.
     """
 
-    def __init__(self, settings: ClipSettings, *, workers: int, limit_s: float) -> None:
-        self._settings = settings
-        self._processes = [DecoderProcess(settings, limit_s) for _ in range(workers)]
+    def __init__(self, settings: ClipSettings, seed: int, *, workers: int, limit_s: float) -> None:
+        self._settings, self._seed = settings, seed
+        self._processes = [DecoderProcess(settings, seed, limit_s) for _ in range(workers)]
 
     def decode(self, entries: Sequence[Entry]) -> Generator[Frames | Drop, None, None]:
         """Frames of each annotation, or why there are none."""
         if not self._processes:
             for entry in entries:
-                yield load_frames(entry, self._settings)
+                yield load_frames(entry, self._settings, self._seed)
             return
         count = len(self._processes)
         try:
@@ -67,8 +69,8 @@ class Decoder:
 class DecoderProcess:
     """One process with at most one clip in work; started when first needed, and again after it was lost."""
 
-    def __init__(self, settings: ClipSettings, limit_s: float) -> None:
-        self._settings, self._limit_s = settings, limit_s
+    def __init__(self, settings: ClipSettings, seed: int, limit_s: float) -> None:
+        self._settings, self._seed, self._limit_s = settings, seed, limit_s
         self._process: subprocess.Popen[bytes] | None = None
         self._entry: Entry | None = None
         self._deadline = 0.0
@@ -141,7 +143,7 @@ class DecoderProcess:
         assert self._process.stdin is not None
         self._deadline = time.monotonic() + START_LIMIT_S
         try:
-            self._process.stdin.write(encode_request(settings_to_json(self._settings, self._limit_s)))
+            self._process.stdin.write(encode_request(settings_to_json(self._settings, self._seed, self._limit_s)))
             self._process.stdin.flush()
             self._read_line()
         except (EOFError, TimeoutError, BrokenPipeError) as error:

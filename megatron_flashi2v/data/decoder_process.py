@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_flashi2v.config.clips import ClipSettings, FilterSettings
 from megatron_flashi2v.data.annotations import Entry
-from megatron_flashi2v.data.clips import ClipSettings, Frames, load_frames
-from megatron_flashi2v.data.filters import FilterSettings
+from megatron_flashi2v.data.clips import Frames, load_frames
 from megatron_flashi2v.data.reasons import Drop
 from megatron_flashi2v.data.video import VideoFacts
 
@@ -27,13 +27,13 @@ GRACE_S = 10
 
 
 def encode_request(value: Any) -> bytes:
-    """A line: of :class:`ClipSettings` and the time limit, or of an annotation."""
+    """A line: of :class:`ClipSettings`, the seed and the time limit, or of an annotation."""
     return json.dumps(value).encode() + b"\n"
 
 
-def settings_to_json(settings: ClipSettings, limit_s: float) -> dict[str, Any]:
+def settings_to_json(settings: ClipSettings, seed: int, limit_s: float) -> dict[str, Any]:
     """The first line's contents."""
-    return {**asdict(settings), "limit_s": limit_s}
+    return {"clips": asdict(settings), "seed": seed, "limit_s": limit_s}
 
 
 def entry_from_json(values: dict[str, Any]) -> Entry:
@@ -67,14 +67,13 @@ def frames_from_json(values: dict[str, Any], pixels: bytearray) -> Frames | Drop
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests until there are no more."""
     first = json.loads(requests.readline())
-    limit_s = first.pop("limit_s")
-    settings = ClipSettings(**{**first, "wanted": FilterSettings(**first["wanted"])})
+    settings = ClipSettings(**{**first["clips"], "wanted": FilterSettings(**first["clips"]["wanted"])})
     answers.write(b"ready\n")
     answers.flush()
     for line in requests:
         # The default action ends the process from the kernel, whatever the decoder is doing.
-        signal.setitimer(signal.ITIMER_REAL, limit_s + GRACE_S)
-        found = load_frames(entry_from_json(json.loads(line)), settings)
+        signal.setitimer(signal.ITIMER_REAL, first["limit_s"] + GRACE_S)
+        found = load_frames(entry_from_json(json.loads(line)), settings, first["seed"])
         signal.setitimer(signal.ITIMER_REAL, 0)
         answers.write(encode_request(frames_to_json(found)))
         if isinstance(found, Frames):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_flashi2v.config.clips import given
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.config.prepare import EncodingConfig, PrepareConfig
 from megatron_flashi2v.data.annotations import Entry
@@ -20,7 +21,6 @@ from megatron_flashi2v.data.clips import Frames, choose_caption
 from megatron_flashi2v.data.decoder import Decoder
 from megatron_flashi2v.data.description import DataInfo
 from megatron_flashi2v.data.reasons import Drop, DroppedEntry
-from megatron_flashi2v.data.selection import clip_settings
 from megatron_flashi2v.data.shards import ShardIndex, ShardWriter
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import clean_text
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 def make_decoder(config: EncodingConfig) -> Decoder:
     """What decodes this process's clips."""
-    return Decoder(clip_settings(config), workers=config.decode_workers, limit_s=config.decode_timeout_s)
+    clips, decoding = config.arguments.clips, config.arguments.decoding
+    return Decoder(clips, config.seed, workers=decoding.decode_workers, limit_s=decoding.decode_timeout_s)
 
 
 class Encoders:
@@ -47,41 +48,42 @@ class Encoders:
     """
 
     def __init__(self, config: EncodingConfig, device: torch.device) -> None:
-        self._config = config
-        self._inputs = config.sources()
+        self._text_length = config.text_length
+        self._sources, self._wanted = config.arguments.sources, config.arguments.clips.wanted
+        self._captions = config.arguments.captions
         self._device = device
 
     @functools.cached_property
     def vae(self) -> VideoVAE:
         """The video VAE in fp32; the sample's sizes fit its strides."""
-        vae = VideoVAE.load(self._inputs.vae, self._device)
-        vae.latent_shape(self._config.num_frames, self._config.height, self._config.width)
+        vae = VideoVAE.load(given(self._sources.vae, "--vae"), self._device)
+        vae.latent_shape(self._wanted.num_frames, self._wanted.height, self._wanted.width)
         return vae
 
     @functools.cached_property
     def text(self) -> TextEncoder:
         """The text encoder."""
         return TextEncoder.load(
-            self._inputs.text_encoder,
-            self._inputs.tokenizer,
-            self._config.text_length,
+            given(self._sources.text_encoder, "--text-encoder"),
+            given(self._sources.tokenizer, "--tokenizer"),
+            self._text_length,
             self._device,
-            getattr(torch, self._config.text_encoder_dtype),
+            getattr(torch, self._captions.text_encoder_dtype),
         )
 
     @functools.cached_property
     def info(self) -> DataInfo:
         """What all samples have in common."""
-        config = self._config
+        wanted = self._wanted
         return DataInfo(
-            latent_shape=self.vae.latent_shape(config.num_frames, config.height, config.width),
+            latent_shape=self.vae.latent_shape(wanted.num_frames, wanted.height, wanted.width),
             text_dim=self.text.text_dim,
-            text_length=config.text_length,
-            text_cleaning=config.text_cleaning,
-            fps=config.fps,
-            frames=config.num_frames,
-            height=config.height,
-            width=config.width,
+            text_length=self._text_length,
+            text_cleaning=self._captions.text_cleaning,
+            fps=wanted.fps,
+            frames=wanted.num_frames,
+            height=wanted.height,
+            width=wanted.width,
             vae=self.vae.settings,
             text_encoder=self.text.settings,
         )
@@ -115,7 +117,7 @@ class EncodedClip:
 def encode_clip(config: EncodingConfig, encoders: Encoders, entry: Entry, frames: Frames) -> EncodedClip | Drop:
     """A clip's frames and one of its captions through the encoders."""
     raw = choose_caption(entry, seed=config.seed)
-    caption = clean_text(raw, config.text_cleaning)
+    caption = clean_text(raw, config.arguments.captions.text_cleaning)
     latents_CTHW, text_rows_LD = encoders.latents(frames.clip().video_CTHW), encoders.text_rows(caption)
     for name, tensor in (("latents", latents_CTHW), ("text rows", text_rows_LD)):
         if not torch.isfinite(tensor).all():
@@ -138,7 +140,7 @@ class ShardWork:
         self, config: PrepareConfig, encoders: Encoders, folder: Path, fingerprint: str, report: ProgressReport
     ) -> None:
         self._config = config
-        self._decoder = make_decoder(config)
+        self._decoder = make_decoder(config.encoding)
         self._encoders = encoders
         self._folder = folder
         self._fingerprint = fingerprint
@@ -182,7 +184,7 @@ class ShardWork:
     def _add(self, writer: ShardWriter, entry: Entry, found: Frames | Drop) -> Drop | None:
         if isinstance(found, Drop):
             return found
-        encoded = encode_clip(self._config, self._encoders, entry, found)
+        encoded = encode_clip(self._config.encoding, self._encoders, entry, found)
         if isinstance(encoded, Drop):
             return encoded
         tensors = {"latents": encoded.latents_CTHW, "text": encoded.text_rows_LD}
@@ -208,7 +210,7 @@ class ShardWork:
             "text_rows": len(encoded.text_rows_LD),
             "entry": entry.index,
             "frames": list(frames.indices),
-            "fps": self._config.fps,
+            "fps": self._config.encoding.arguments.clips.wanted.fps,
             "source_fps": frames.facts.fps,
             "source_frames": frames.facts.num_frames,
             "source_height": frames.facts.height,

@@ -1,7 +1,7 @@
 """Which annotations are wanted: rules on an annotation's facts, in the reference's order (facts: section 3.2).
 
-``rules="reference"`` decides exactly as the reference does. ``rules="corrected"`` (the default) differs in this:
-a missing ``num_frames``, ``fps`` or ``resolution`` is read from the file instead of dropping the annotation or
+``filter_rules="reference"`` decides exactly as the reference does. ``filter_rules="corrected"`` (the default) differs
+in this: a missing ``num_frames``, ``fps`` or ``resolution`` is read from the file instead of dropping the annotation or
 failing; the end of ``cut`` is honoured; too slow and too fast are not swapped; the pixel floor is on the clip's own
 pixels, so that an exact 720x1280 clip passes a 720x1280 floor; size rules look at the picture after ``crop``.
 """
@@ -11,44 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from megatron_flashi2v.config.clips import FilterRules, FilterSettings
 from megatron_flashi2v.data.annotations import Entry
-from megatron_flashi2v.data.frames import Rules, frame_indices, frame_interval
+from megatron_flashi2v.data.frames import frame_indices, frame_interval
 from megatron_flashi2v.data.reasons import Drop
 
 REFERENCE_DEFAULT_FPS = 24.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilterSettings:
-    """What is wanted of a clip; defaults are the reference's.
-
-    Attributes:
-        num_frames: frames of a sample.
-        height: pixels of a sample.
-        width: pixels of a sample.
-        fps: frames per second of a sample.
-        min_aspect: least height / width of a clip.
-        max_aspect: greatest height / width of a clip.
-        min_pixels: least height * width of a clip.
-        too_long_factor: greatest length of a clip, in samples.
-        min_motion: least motion score.
-        max_motion: greatest motion score.
-        rules: "corrected" or "reference".
-    """
-
-    num_frames: int = 49
-    height: int = 480
-    width: int = 832
-    fps: float = 16.0
-    min_aspect: float = 0.5
-    max_aspect: float = 2.0
-    min_pixels: int = 399_360
-    too_long_factor: float = 5.0
-    min_motion: float = 0.0
-    max_motion: float = 1.0
-    rules: Rules = "corrected"
 
 
 def judge(entry: Entry, settings: FilterSettings) -> Drop | None:
@@ -78,10 +47,10 @@ def with_measured(
         fps: the file's frames per second.
         num_frames: frames that the file holds.
     """
-    if settings.rules == "reference":
+    if settings.filter_rules == "reference":
         return entry
     left = max(0, num_frames - entry.start_frame)
-    annotated = clip_length(entry, settings.rules)
+    annotated = clip_length(entry, settings.filter_rules)
     length = left if annotated is None else min(annotated, left)
     return dataclasses.replace(
         entry,
@@ -92,7 +61,7 @@ def with_measured(
     )
 
 
-def clip_length(entry: Entry, rules: Rules) -> int | None:
+def clip_length(entry: Entry, rules: FilterRules) -> int | None:
     """Frames of the file that belong to the clip, or None where the annotation does not say."""
     if rules == "reference" or entry.cut is None or entry.cut[1] is None:
         return entry.num_frames
@@ -101,7 +70,7 @@ def clip_length(entry: Entry, rules: Rules) -> int | None:
 
 
 def _broken_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]:
-    reference = settings.rules == "reference"
+    reference = settings.filter_rules == "reference"
     if entry.captions is None or (not reference and not any(caption.strip() for caption in entry.captions)):
         yield Drop("no_cap", f"{entry.source}: cap is missing or blank; a caption is needed")
     if entry.height is None or entry.width is None:
@@ -114,7 +83,7 @@ def _broken_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]:
 
 
 def _broken_size_rules(entry: Entry, settings: FilterSettings, height: int, width: int) -> Iterator[Drop]:
-    if settings.rules == "corrected" and entry.crop is not None:
+    if settings.filter_rules == "corrected" and entry.crop is not None:
         x_start, x_end, y_start, y_end = entry.crop
         height, width = y_end - y_start, x_end - x_start
     aspect = height / width
@@ -124,10 +93,10 @@ def _broken_size_rules(entry: Entry, settings: FilterSettings, height: int, widt
             f"{entry.source}: height / width is {height} / {width} = {aspect:.3f}; it must be "
             f"{settings.min_aspect:g} to {settings.max_aspect:g}",
         )
-    floor = settings.min_pixels
-    if settings.rules == "reference":
+    floor = settings.pixel_floor
+    if settings.filter_rules == "reference":
         wanted = settings.height / settings.width
-        floor = math.ceil(settings.min_pixels * max(aspect / wanted, wanted / aspect))
+        floor = math.ceil(settings.pixel_floor * max(aspect / wanted, wanted / aspect))
     if height * width < floor:
         yield Drop(
             "res_too_small",
@@ -136,9 +105,9 @@ def _broken_size_rules(entry: Entry, settings: FilterSettings, height: int, widt
 
 
 def _broken_time_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]:
-    reference = settings.rules == "reference"
+    reference = settings.filter_rules == "reference"
     fps = REFERENCE_DEFAULT_FPS if reference and entry.fps is None else entry.fps
-    length = clip_length(entry, settings.rules)
+    length = clip_length(entry, settings.filter_rules)
     if length is None and reference:
         yield Drop("malformed_entry", f"{entry.source}: num_frames is missing; the reference's rules need it")
         return
@@ -167,7 +136,7 @@ def _broken_time_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]
 def _broken_motion_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]:
     below, above = "too_slow", "too_fast"
     motion = entry.motion
-    if settings.rules == "reference":
+    if settings.filter_rules == "reference":
         below, above = above, below
         motion = 0.0 if motion is None else motion
     elif motion is None:

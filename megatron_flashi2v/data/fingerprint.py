@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_flashi2v.config.clips import given
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import EncodingConfig
+from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.reasons import DroppedEntry
 
@@ -21,10 +22,9 @@ WHOLE_FILE_BYTES = 16 * 2**20
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 2**18
 
-_UNRELATED = (
-    "annotations", "output", "vae", "text_encoder", "tokenizer", "device", "strict", "fresh", "min_pixels",
-    "decode_workers", "decode_timeout_s",
-)
+LATER_FIELDS: dict[str, Any] = {}
+"""Fields that older versions did not have, each with the value that means what those did. A field at that value is left
+out of the settings, so that data prepared by an older version stay whole; a new field gets a line here."""
 
 
 def data_settings(
@@ -46,15 +46,17 @@ def data_settings(
 
 def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
     """What decides a sample besides its annotation, JSON-ready."""
-    sources = config.sources()
-    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in _UNRELATED}
+    sources, clips = config.arguments.sources, config.arguments.clips
+    values = {**flat_values(clips), **flat_values(config.arguments.captions)}
     return {
         "pipeline_version": PIPELINE_VERSION,
-        **values,
-        "min_pixels": config.pixel_floor,
-        "vae": folder_hash(sources.vae, "VAE"),
-        "text_encoder": folder_hash(sources.text_encoder, "text encoder"),
-        "tokenizer": folder_hash(sources.tokenizer, "tokenizer"),
+        **{name: value for name, value in values.items() if name not in LATER_FIELDS or value != LATER_FIELDS[name]},
+        "text_length": config.text_length,
+        "seed": config.seed,
+        "min_pixels": clips.wanted.pixel_floor,
+        "vae": folder_hash(given(sources.vae, "--vae"), "VAE"),
+        "text_encoder": folder_hash(given(sources.text_encoder, "--text-encoder"), "text encoder"),
+        "tokenizer": folder_hash(given(sources.tokenizer, "--tokenizer"), "tokenizer"),
     }
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
-Rules = Literal["corrected", "reference"]
+from megatron_flashi2v.config.clips import FilterRules
 
 FPS_TOLERANCE = 0.1
 """Rates closer than this, in frames per second, count as equal (29.97 and 30)."""
@@ -34,7 +33,7 @@ def frame_indices(start: int, num_frames: int, interval: float) -> np.ndarray:
     return indices[indices < start + num_frames]
 
 
-def choose_window(indices: np.ndarray, size: int, pick: Callable[[int], int], rules: Rules) -> np.ndarray:
+def choose_window(indices: np.ndarray, size: int, pick: Callable[[int], int], rules: FilterRules) -> np.ndarray:
     """A contiguous window of ``size`` frames.
 
     Args:

@@ -68,9 +68,9 @@ class OnlineDataset:
         self, config: EncodingConfig, device: torch.device, *, memory_bytes: int, cache: Path | None = None
     ) -> None:
         self._config = config
-        selection = select(config)
+        selection = select(config.arguments)
         self._entries = selection.candidates
-        self.name = f"--annotations {config.annotations}"
+        self.name = f"--annotations {config.arguments.sources.annotations}"
         if not self._entries:
             raise ConfigError(f"{self.name}: none of {selection.total} annotations passes the filters")
         self._encoders = Encoders(config, device)

@@ -111,7 +111,7 @@ def prepare(
         _warn_of_malformed(plan)
         _claim_folder(output, plan, fresh=config.fresh)
     place.barrier()
-    encoders = Encoders(config, device)
+    encoders = Encoders(config.encoding, device)
     _write_shards(config, plan, place, encoders, console)
     place.barrier()
     return _finish(output, plan, encoders, config) if place.rank == 0 else None
@@ -123,11 +123,11 @@ def make_plan(config: PrepareConfig) -> Plan:
     Raises:
         DataError: the annotations are malformed (under ``--strict``: any of them).
     """
-    selection = select(config)
+    selection = select(config.encoding.arguments)
     if selection.malformed and config.strict:
         raise DataError(selection.malformed[0].detail)
     candidates, size = selection.candidates, config.samples_per_shard
-    facts = data_settings(config, selection.entries, selection.malformed)
+    facts = data_settings(config.encoding, selection.entries, selection.malformed) | {"samples_per_shard": size}
     return Plan(
         total=selection.total,
         shards=tuple(candidates[first : first + size] for first in range(0, len(candidates), size)),

@@ -160,7 +160,7 @@ def _bars(axes: Axes, counts: Sequence[tuple[str, int]], title: str) -> None:
 def _contact_sheet(data: PreparedDataset, config: PrepareConfig, entries: dict[int, Entry]) -> str:
     records = [data.record(index) for index in _spread(len(data), MAX_PICTURES)]
     chosen = [entries[record["entry"]] for record in records]
-    decoder = make_decoder(config)
+    decoder = make_decoder(config.encoding)
     figures = []
     for record, found in zip(records, decoder.decode(chosen), strict=True):
         # The file may be gone since.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_flashi2v.config.prepare import EncodingConfig
+from megatron_flashi2v.config.clips import EncodingArguments, given
 from megatron_flashi2v.data.annotations import Entry, read_annotations
-from megatron_flashi2v.data.clips import ClipSettings
-from megatron_flashi2v.data.filters import FilterSettings, judge
+from megatron_flashi2v.data.filters import judge
 from megatron_flashi2v.data.reasons import DroppedEntry
 
 
@@ -33,17 +32,16 @@ class Selection:
         return len(self.entries) + len(self.malformed)
 
 
-def select(config: EncodingConfig) -> Selection:
+def select(arguments: EncodingArguments) -> Selection:
     """Read and filter the annotations.
 
     Raises:
         DataError: an annotation file is missing or malformed.
     """
-    entries, malformed = read_annotations(config.sources().annotations)
-    settings = filter_settings(config)
+    entries, malformed = read_annotations(given(arguments.sources.annotations, "--annotations"))
     candidates, filtered = [], []
     for entry in entries:
-        drop = judge(entry, settings)
+        drop = judge(entry, arguments.clips.wanted)
         if drop is None:
             candidates.append(entry)
         else:
@@ -54,25 +52,3 @@ def select(config: EncodingConfig) -> Selection:
         candidates=tuple(candidates),
         filtered=tuple(filtered),
     )
-
-
-def filter_settings(config: EncodingConfig) -> FilterSettings:
-    """What the configuration wants of a clip."""
-    return FilterSettings(
-        num_frames=config.num_frames,
-        height=config.height,
-        width=config.width,
-        fps=config.fps,
-        min_aspect=config.min_aspect,
-        max_aspect=config.max_aspect,
-        min_pixels=config.pixel_floor,
-        too_long_factor=config.too_long_factor,
-        min_motion=config.min_motion,
-        max_motion=config.max_motion,
-        rules=config.filter_rules,
-    )
-
-
-def clip_settings(config: EncodingConfig) -> ClipSettings:
-    """What decides a sample's pixels."""
-    return ClipSettings(wanted=filter_settings(config), seed=config.seed, interpolation=config.interpolation)

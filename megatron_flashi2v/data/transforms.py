@@ -7,11 +7,10 @@ interpolation, ``bilinear`` its npu branch's.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 
-Interpolation = Literal["bicubic", "bilinear"]
+from megatron_flashi2v.config.clips import Interpolation
 
 
 def cover_size(height: int, width: int, target_height: int, target_width: int) -> tuple[int, int]:

@@ -147,9 +147,9 @@ def chosen_kernels(config: TrainConfig, model: ModelConfig) -> list[str]:
 
 
 def _of_online_encoding(config: TrainConfig) -> PlannedData:
-    clip, whose = config.encoding, "the VAE of --vae"
-    if clip.vae is not None and clip.vae.exists():
-        strides = read_strides(clip.vae)
+    clip, vae, whose = config.encoding.clips.wanted, config.encoding.sources.vae, "the VAE of --vae"
+    if vae is not None and vae.exists():
+        strides = read_strides(vae)
     else:
         strides, whose = WAN_STRIDES, "Wan's VAE, as --vae is not there yet"
     shape = strides.latent_grid(clip.num_frames, clip.height, clip.width)

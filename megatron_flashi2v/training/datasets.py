@@ -13,7 +13,7 @@ from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.blend import parse_blend
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.prepare import ClipArguments, EncodingConfig
+from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend, SampleSource, require_same_kind
@@ -130,12 +130,7 @@ def _open_prepared(data_path: Sequence[str], flag: str) -> tuple[list[SampleSour
 
 
 def _open_online(config: TrainConfig, model: ModelConfig, device: torch.device) -> OnlineDataset:
-    names = [field.name for field in dataclasses.fields(ClipArguments)]
-    encoding = EncodingConfig(
-        **{name: getattr(config.encoding, name) for name in names},
-        text_length=model.text_length,
-        seed=config.batch.seed,
-    )
+    encoding = EncodingConfig(arguments=config.encoding, text_length=model.text_length, seed=config.batch.seed)
     return OnlineDataset(
         encoding,
         device,

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_flashi2v.config.clips import FilterSettings
 from megatron_flashi2v.data.annotations import Entry, parse_entry
-from megatron_flashi2v.data.filters import FilterSettings, judge
+from megatron_flashi2v.data.filters import judge
 from megatron_flashi2v.data.frames import choose_window, frame_indices, frame_interval
 from megatron_flashi2v.data.transforms import centre_offsets, cover_size, resize_and_crop, to_model_range
 from megatron_flashi2v.encoders.text_cleaning import clean_text
@@ -46,7 +47,7 @@ def test_filter_decisions(data_filter: dict[str, Any]) -> None:
     assert data_filter["configs"]
     for name, config in data_filter["configs"].items():
         wanted = {FILTER_NAMES[key]: value for key, value in config["kwargs"].items()}
-        settings = FilterSettings(rules="reference", **wanted)
+        settings = FilterSettings(filter_rules="reference", **wanted)
         decisions = [decide(raw, settings) for raw in data_filter["entries"]]
         assert decisions == config["decisions"], name
         assert sum(decision["keep"] for decision in decisions) == config["kept"], name

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers.tiny_models import frame_number, make_video
 
+from megatron_flashi2v.config.clips import ClipSettings, FilterSettings
 from megatron_flashi2v.data.annotations import Entry, parse_entry
-from megatron_flashi2v.data.clips import Clip, choose_caption, load_clip
-from megatron_flashi2v.data.filters import FilterSettings
+from megatron_flashi2v.data.clips import Clip, choose_caption, load_frames
 from megatron_flashi2v.data.reasons import Drop
 
 WANTED = FilterSettings(num_frames=9, height=32, width=48, fps=8.0, min_pixels=32 * 48, too_long_factor=9.0)
@@ -31,7 +31,8 @@ def entry(folder: Path, **fields: Any) -> Entry:
 
 
 def load(folder: Path, settings: FilterSettings = WANTED, seed: int = 1, **fields: Any) -> Clip | Drop:
-    return load_clip(entry(folder, **fields), settings, seed=seed, interpolation="bicubic")
+    found = load_frames(entry(folder, **fields), ClipSettings(wanted=settings), seed)
+    return found if isinstance(found, Drop) else found.clip()
 
 
 def reason(folder: Path, **fields: Any) -> str:
@@ -78,7 +79,7 @@ def test_facts_are_read_from_the_file(folder: Path) -> None:
     settings = FilterSettings(num_frames=9, height=32, width=48, fps=8.0, min_pixels=10_000)
     result = load(folder, settings=settings, **small)
     assert isinstance(result, Drop) and result.reason == "res_too_small" and "48 * 64" in result.detail
-    assert reason(folder, settings=FilterSettings(num_frames=5, height=32, width=48, fps=8.0)) == "res_too_small"
+    assert reason(folder, settings=FilterSettings(num_frames=5, height=32, width=48, min_pixels=9999)) == "res_too_small"
     too_long = FilterSettings(num_frames=5, height=32, width=48, fps=8.0, min_pixels=0)
     assert reason(folder, settings=too_long) == "too_long"
 

@@ -11,18 +11,17 @@ import pytest
 import torch
 from helpers.tiny_models import make_video
 
+from megatron_flashi2v.config.clips import ClipSettings, FilterSettings
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.annotations import Entry, parse_entry
-from megatron_flashi2v.data.clips import ClipSettings, Frames, load_frames
+from megatron_flashi2v.data.clips import Frames, load_frames
 from megatron_flashi2v.data.decoder import Decoder
-from megatron_flashi2v.data.filters import FilterSettings
 from megatron_flashi2v.data.reasons import Drop
 
 SETTINGS = ClipSettings(
     wanted=FilterSettings(num_frames=5, height=16, width=24, fps=16.0, min_pixels=0, too_long_factor=50.0),
-    seed=3,
-    interpolation="bicubic",
 )
+SEED = 3
 LIMIT_S = 3.0
 EARLIER: set[int] = set()
 
@@ -82,8 +81,8 @@ def processes() -> list[int]:
 
 def test_the_frames_are_the_same_and_in_order(videos: Path) -> None:
     entries = entries_of(videos, *["a.mkv"] * 5, "text.mkv", "absent.mkv", "a.mkv")
-    expected = [load_frames(entry, SETTINGS) for entry in entries]
-    decoder = Decoder(SETTINGS, workers=2, limit_s=120)
+    expected = [load_frames(entry, SETTINGS, SEED) for entry in entries]
+    decoder = Decoder(SETTINGS, SEED, workers=2, limit_s=120)
     for _ in range(2):  # the processes go on from one list to the next
         found = list(decoder.decode(entries))
         assert len(processes()) == 2
@@ -102,7 +101,7 @@ def test_crashes_and_hangs_cost_one_clip(videos: Path, tmp_path: Path, monkeypat
     (tmp_path / "sitecustomize.py").write_text(TRAPS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     entries = entries_of(videos, "a.mkv", "segfault.mkv", "a.mkv", "hang.mkv", "a.mkv", "exit.mkv", "a.mkv")
-    decoder = Decoder(SETTINGS, workers=1, limit_s=LIMIT_S)
+    decoder = Decoder(SETTINGS, SEED, workers=1, limit_s=LIMIT_S)
     found = list(decoder.decode(entries))
     kinds = [one.reason if isinstance(one, Drop) else "frames" for one in found]
     assert kinds == ["frames", "decoder_crash", "frames", "decoder_hang", "frames", "decoder_crash", "frames"]
@@ -115,7 +114,7 @@ def test_crashes_and_hangs_cost_one_clip(videos: Path, tmp_path: Path, monkeypat
 
 
 def test_time_that_the_taker_spends_is_not_the_decoders(videos: Path) -> None:
-    decoder = Decoder(SETTINGS, workers=1, limit_s=1.0)
+    decoder = Decoder(SETTINGS, SEED, workers=1, limit_s=1.0)
     kinds = []
     for one in decoder.decode(entries_of(videos, *["a.mkv"] * 3)):
         kinds.append(type(one))
@@ -126,12 +125,12 @@ def test_time_that_the_taker_spends_is_not_the_decoders(videos: Path) -> None:
 
 def test_leaving_early_leaves_nothing_behind(videos: Path) -> None:
     entries = entries_of(videos, *["a.mkv"] * 4)
-    decoder = Decoder(SETTINGS, workers=1, limit_s=120)
+    decoder = Decoder(SETTINGS, SEED, workers=1, limit_s=120)
     clips = decoder.decode(entries)
     next(clips)
     clips.close()
     again = list(decoder.decode(entries[2:]))
-    assert [one.indices for one in again] == [load_frames(entry, SETTINGS).indices for entry in entries[2:]]
+    assert [one.indices for one in again] == [load_frames(entry, SETTINGS, SEED).indices for entry in entries[2:]]
     decoder.close()
     assert not processes()
 
@@ -140,4 +139,4 @@ def test_a_process_that_cannot_start_is_an_error(videos: Path, tmp_path: Path, m
     (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(DataError, match=r"did not start \(exit code 3\).*--decode-workers 0"):
-        list(Decoder(SETTINGS, workers=1, limit_s=5).decode(entries_of(videos, "a.mkv")))
+        list(Decoder(SETTINGS, SEED, workers=1, limit_s=5).decode(entries_of(videos, "a.mkv")))

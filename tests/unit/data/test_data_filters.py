@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_flashi2v.config.clips import FilterSettings
 from megatron_flashi2v.data.annotations import Entry, parse_entry
-from megatron_flashi2v.data.filters import FilterSettings, clip_length, judge, with_measured
+from megatron_flashi2v.data.filters import clip_length, judge, with_measured
 from megatron_flashi2v.data.frames import choose_window, frame_indices, frame_interval
 
 WANTED = FilterSettings(num_frames=9, height=64, width=112, fps=16.0, min_pixels=64 * 112)
-REFERENCE = FilterSettings(num_frames=9, height=64, width=112, fps=16.0, min_pixels=64 * 112, rules="reference")
+REFERENCE = FilterSettings(num_frames=9, height=64, width=112, fps=16.0, min_pixels=64 * 112, filter_rules="reference")
 FULL = {"path": "v.mp4", "cap": "a dog", "resolution": {"height": 72, "width": 128}, "fps": 16, "num_frames": 20}
 
 
@@ -61,7 +62,7 @@ def test_exact_720p_passes_a_720p_floor() -> None:
     sizes = {"resolution": {"height": 720, "width": 1280}, "num_frames": 60}
     floor = {"min_pixels": 720 * 1280, "min_aspect": 0.4, "max_aspect": 1.2}
     assert reason(FilterSettings(**floor), **sizes) is None
-    assert reason(FilterSettings(**floor, rules="reference"), **sizes) == "res_too_small"
+    assert reason(FilterSettings(**floor, filter_rules="reference"), **sizes) == "res_too_small"
 
 
 def test_motion_reasons_are_not_swapped() -> None:

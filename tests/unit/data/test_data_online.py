@@ -15,7 +15,7 @@ from helpers.tiny_corpus import make_corpus
 from megatron_flashi2v.cli.prepare import run as run_prepare
 from megatron_flashi2v.config.errors import ConfigError, UserError
 from megatron_flashi2v.config.prepare import EncodingConfig, PrepareConfig
-from megatron_flashi2v.config.recipe import parse
+from megatron_flashi2v.config.recipe import from_values, parse
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.data.encoding_cache import EncodingCache
 from megatron_flashi2v.data.online import OnlineDataset, Replica
@@ -41,7 +41,7 @@ def config_of(corpus: Path, **changes: Any) -> EncodingConfig:
         "tokenizer": corpus / "tokenizer", "num_frames": 5, "height": 16, "width": 24, "text_length": 32, "seed": 3,
         "decode_workers": 0,
     }
-    return EncodingConfig(**{**values, **changes})
+    return from_values(EncodingConfig, {**values, **changes})
 
 
 def online(corpus: Path, *, memory_bytes: int = 2**30, cache: Path | None = None, **changes: Any) -> OnlineDataset:

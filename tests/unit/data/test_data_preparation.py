@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -15,12 +14,12 @@ from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, mak
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig
+from megatron_flashi2v.config.recipe import from_values
 from megatron_flashi2v.data import decoder
 from megatron_flashi2v.data.annotations import read_annotations
-from megatron_flashi2v.data.clips import Clip, load_clip
+from megatron_flashi2v.data.clips import Frames, load_frames
 from megatron_flashi2v.data.preparation import Place, prepare
 from megatron_flashi2v.data.prepared import PreparedDataset
-from megatron_flashi2v.data.selection import filter_settings
 from megatron_flashi2v.data.summary import require_samples
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
@@ -52,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(world: Path, output: Path, **changes: Any) -> PrepareConfig:
-    config = PrepareConfig(
+    values = dict(
         annotations=world / "meta.json",
         output=output,
         vae=world / "vae",
@@ -67,7 +66,7 @@ def config_of(world: Path, output: Path, **changes: Any) -> PrepareConfig:
         text_length=6,
         decode_workers=0,
     )
-    return dataclasses.replace(config, **changes)
+    return from_values(PrepareConfig, values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +95,12 @@ def test_samples(world: Path, finished: Path) -> None:
     entries = {entry.key: entry for entry in read_annotations(world / "meta.json")[0]}
     kept = [key for key, entry in entries.items() if entry.index not in (3, 4, 9)]
     assert [data[index].key for index in range(len(data))] == kept
-    settings = filter_settings(config_of(world, finished))
+    settings = config_of(world, finished).encoding.arguments.clips
     for index in range(len(data)):
         sample, record = data[index], data.record(index)
-        clip = load_clip(entries[sample.key], settings, seed=1234, interpolation="bicubic")
-        assert isinstance(clip, Clip)
+        frames = load_frames(entries[sample.key], settings, 1234)
+        assert isinstance(frames, Frames)
+        clip = frames.clip()
         assert record["frames"] == list(clip.indices) and record["settings"] == data.fingerprint
         assert record["caption_raw"] in (entries[sample.key].captions or ())
         assert sample.caption == record["caption_raw"].lower()

@@ -11,8 +11,10 @@ import pytest
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
 
 from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.config.clips import FilterSettings
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
+from megatron_flashi2v.config.recipe import from_values
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.runtime import logging
 
@@ -70,7 +72,7 @@ def test_help_and_bad_flags_answer_without_torch() -> None:
         (["--num-framse", "5"], 2, "--num-frames"),
         (["--num-frames", "five"], 2, "five"),
         (["--num-frames", "0"], 2, "--num-frames is 0; it must be at least 1"),
-        ([], 2, "--annotations, --output, --vae, --text-encoder, --tokenizer must be given"),
+        ([], 2, "--annotations, --vae, --text-encoder, --tokenizer, --output must be given"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, "prepare", *arguments], capture_output=True, text=True, check=False
@@ -94,9 +96,9 @@ def test_help_and_bad_flags_answer_without_torch() -> None:
 )
 def test_impossible_values(values: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        check_prepare(PrepareConfig(**values))  # type: ignore[arg-type]
+        check_prepare(from_values(PrepareConfig, values))
 
 
 def test_pixel_floor_follows_the_sample() -> None:
-    assert PrepareConfig(height=10, width=20).pixel_floor == 200
-    assert PrepareConfig(height=10, width=20, min_pixels=0).pixel_floor == 0
+    assert FilterSettings(height=10, width=20).pixel_floor == 200
+    assert FilterSettings(height=10, width=20, min_pixels=0).pixel_floor == 0
