@@ -23,9 +23,7 @@ from megatron_flashi2v.data.blend import Blend, SampleSource
 from megatron_flashi2v.data.prepared import BadSample, PreparedSample
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
 from megatron_flashi2v.runtime.launch import detect_launch
-from megatron_flashi2v.runtime.redirect import megatron_on
 
 ROUNDS = 12
 ITERATIONS = 10
@@ -61,12 +59,11 @@ def main(argv: Sequence[str]) -> None:
     launch = detect_launch(os.environ)
     check_train(config, model, launch.world_size)
     device = resolve_device(config.runtime.device, launch.local_rank)
-    init_distributed(launch, device)
-    from megatron_flashi2v.parallel.groups import destroy_groups
+    from megatron_flashi2v.parallel.world import world
     from megatron_flashi2v.training.trainer import Trainer
 
-    with megatron_on(device):
-        trainer = Trainer(config, model, launch, device)
+    with world(device, launch, config.parallel) as groups:
+        trainer = Trainer(config, model, groups, launch, device)
         for model in trainer.models:
             model.train()
         held = Blend([HeldSample(trainer.data.datasets[0])], [1.0], batch=trainer.data.batch, seed=config.batch.seed)
@@ -90,8 +87,6 @@ def main(argv: Sequence[str]) -> None:
                         cpu_seconds[name] += time.process_time() - began
         for source in sources.values():
             source.close()
-        destroy_groups()
-    shutdown()
     totals = {name: sum(values) for name, values in seconds.items()}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     report = {

@@ -23,10 +23,8 @@ from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
 from megatron_flashi2v.runtime.launch import detect_launch
 from megatron_flashi2v.runtime.logging import setup_logging
-from megatron_flashi2v.runtime.redirect import megatron_on
 
 if TYPE_CHECKING:
     from megatron_flashi2v.training.batch import MicrobatchSource
@@ -48,16 +46,15 @@ def main(argv: Sequence[str]) -> None:
     check_train(config, model, launch.world_size)
     setup_logging(launch.rank)
     device = resolve_device(config.runtime.device, launch.local_rank)
-    init_distributed(launch, device)
     from megatron_flashi2v.checkpoint.peers import Peers
-    from megatron_flashi2v.parallel.groups import destroy_groups
+    from megatron_flashi2v.parallel.world import world
     from megatron_flashi2v.training.saver import CheckpointSaver
     from megatron_flashi2v.training.trainer import Trainer
 
-    with megatron_on(device):
-        trainer = Trainer(config, model, launch, device)
-        for chunk in trainer.models:
-            chunk.train()
+    with world(device, launch, config.parallel) as groups:
+        trainer = Trainer(config, model, groups, launch, device)
+        for model in trainer.models:
+            model.train()
         source = trainer.make_source()
         source.end = None
         trainer.bad_samples = trainer.make_bad_sample_ledger(source)
@@ -73,8 +70,6 @@ def main(argv: Sequence[str]) -> None:
                 trainer.run_iteration(source)
             report[name] = [measure(trainer, source) for _ in range(SAVES)]
         source.abandon()
-        destroy_groups()
-    shutdown()
     if launch.rank == 0:
         shutil.rmtree(folder)
         sys.stdout.write(json.dumps(report, indent=1) + "\n")

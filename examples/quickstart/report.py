@@ -81,8 +81,10 @@ def sample_all(
 ) -> dict[str, NDArray[np.uint8]]:
     """Frames [scene, T, H, W, C] of the trained model, the untrained one, and the trained with swapped images."""
     # These import megatron-core, which the log must be ready for.
+    from megatron_flashi2v.models.build import build_model
     from megatron_flashi2v.models.initialization import initialize_weights
-    from megatron_flashi2v.sampling.load import build_model, load_model, single_process, velocity_of
+    from megatron_flashi2v.parallel.world import single_process
+    from megatron_flashi2v.sampling.load import load_model, velocity_of
 
     config, info = load_model_config(folder), dataset.info
     text = TextEncoder.load(models / "text_encoder", models / "tokenizer", config.text_length, device.torch_device)

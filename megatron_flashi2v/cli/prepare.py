@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
@@ -41,8 +41,7 @@ def run(config: PrepareConfig, launch: LaunchEnvironment) -> None:
     console = Console(stderr=True)
     setup_logging(launch.rank, console=console)
     device = resolve_device(config.device, launch.local_rank)
-    barrier = _meet(launch)
-    with leaving_group(launch):
+    with _meeting(launch) as barrier:
         place = Place(rank=launch.rank, world_size=launch.world_size, barrier=barrier)
         summary = prepare(config, place=place, device=device.torch_device, console=console)
     if summary is not None:
@@ -51,15 +50,16 @@ def run(config: PrepareConfig, launch: LaunchEnvironment) -> None:
         require_samples(summary)
 
 
-def _meet(launch: LaunchEnvironment) -> Callable[[], None]:
+@contextlib.contextmanager
+def _meeting(launch: LaunchEnvironment) -> Iterator[Callable[[], None]]:
     """A barrier over all processes; over gloo, as some ranks may wait for hours until the others are done."""
     if launch.world_size == 1:
-        return lambda: None
+        yield lambda: None
+        return
     import torch.distributed
 
     from megatron_flashi2v.runtime.device import resolve_device
-    from megatron_flashi2v.runtime.distributed import init_distributed
+    from megatron_flashi2v.runtime.distributed import process_group
 
-    init_distributed(launch, resolve_device("cpu", launch.local_rank), WEEK_MINUTES)
-    return torch.distributed.barrier
-
+    with process_group(launch, resolve_device("cpu", launch.local_rank), WEEK_MINUTES):
+        yield torch.distributed.barrier

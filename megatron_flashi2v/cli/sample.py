@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.flags import parse_flags
 from megatron_flashi2v.config.layout import check_layout, model_ranks
 from megatron_flashi2v.config.rules import check_tokens
@@ -51,8 +50,7 @@ def main(argv: Sequence[str]) -> int:
     )
     launch = detect_launch(os.environ)
     setup_logging(launch.rank)
-    with leaving_group(launch):
-        run(config, launch)
+    run(config, launch)
     return 0
 
 
@@ -67,8 +65,9 @@ def run(config: SampleConfig, launch: LaunchEnvironment) -> None:
     from megatron_flashi2v.checkpoint.folders import load_model_config, load_state
     from megatron_flashi2v.encoders.text import TextEncoder
     from megatron_flashi2v.encoders.video_vae import VideoVAE
+    from megatron_flashi2v.parallel.world import world
     from megatron_flashi2v.runtime.device import resolve_device
-    from megatron_flashi2v.sampling.load import load_stages, replica, resolve_checkpoint, velocity_of
+    from megatron_flashi2v.sampling.load import load_stages, resolve_checkpoint, velocity_of
     from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
     # Cheap checks first: nobody should wait for 14 billion weights to hear of a misspelt file.
@@ -95,7 +94,7 @@ def run(config: SampleConfig, launch: LaunchEnvironment) -> None:
         folder,
         device.describe(),
     )
-    with replica(device, launch, config.parallel) as groups:
+    with world(device, launch, config.parallel) as groups:
         stages = load_stages(
             folder, groups, device, config.parallel, bf16=config.bf16, attention_backend=config.attention_backend,
             weights=config.weights,

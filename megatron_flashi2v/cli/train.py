@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_flashi2v.cli.errors import leaving_group
 from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.layout import model_ranks
 from megatron_flashi2v.config.model import ModelConfig
@@ -24,13 +23,13 @@ def main(argv: Sequence[str]) -> int:
     launch = detect_launch(os.environ)
     model = resolve_model(config.model)
     if config.runtime.dry_run:
-        world = config.runtime.world_size or max(launch.world_size, model_ranks(config.parallel))
-        check_train(config, model, world)
+        world_size = config.runtime.world_size or max(launch.world_size, model_ranks(config.parallel))
+        check_train(config, model, world_size)
         if launch.rank == 0:
             setup_logging(0)
             from megatron_flashi2v.planning.dry_run import dry_run_report
 
-            sys.stdout.write(dry_run_report(config, model, world))
+            sys.stdout.write(dry_run_report(config, model, world_size))
         return 0
     check_train(config, model, launch.world_size)
     run(config, model, launch)
@@ -38,13 +37,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> None:
-    """Initialise device and groups, train, and leave the groups in order."""
+    """Resolve the device, enter the world and train."""
     import torch
 
     from megatron_flashi2v.runtime.device import resolve_device
-    from megatron_flashi2v.runtime.distributed import init_distributed
     from megatron_flashi2v.runtime.hang_watch import HangWatch
-    from megatron_flashi2v.runtime.redirect import megatron_on
 
     setup_logging(launch.rank)
     device = resolve_device(
@@ -55,16 +52,12 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
         from megatron_flashi2v.runtime.mindspeed import load_mindspeed
 
         load_mindspeed(config)
-    torch.use_deterministic_algorithms(config.runtime.deterministic)
-    init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
-    watch = HangWatch(hang_timeout_s(config, launch.world_size), config.checkpoint.save, launch, device.torch_device)
-    with leaving_group(launch), watch:
-        # megatron-core compiles small functions while it is imported, which torch must do unredirected.
-        from megatron_flashi2v.parallel.groups import destroy_groups
-        from megatron_flashi2v.training.trainer import Trainer
+    # These import megatron-core, which MindSpeed must come before.
+    from megatron_flashi2v.parallel.world import world
+    from megatron_flashi2v.training.trainer import Trainer
 
-        with megatron_on(device):
-            try:
-                Trainer(config, model, launch, device, watch).train()
-            finally:
-                destroy_groups()
+    torch.use_deterministic_algorithms(config.runtime.deterministic)
+    watch = HangWatch(hang_timeout_s(config, launch.world_size), config.checkpoint.save, launch, device.torch_device)
+    timeout_minutes = config.parallel.distributed_timeout_minutes
+    with world(device, launch, config.parallel, timeout_minutes=timeout_minutes, watch=watch) as groups:
+        Trainer(config, model, groups, launch, device, watch).train()

@@ -1,4 +1,7 @@
-"""The one family of errors that a user can cause and cure."""
+"""The one family of errors that a user can cause and cure, and the exit codes of all."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the signal's number."""
 
 
 class UserError(Exception):
@@ -39,3 +42,14 @@ class WriteError(UserError):
 
 class PeerError(UserError):
     """This process stops only because another process of the job failed, whose own message says why."""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a process that this error ends."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    return 1

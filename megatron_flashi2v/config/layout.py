@@ -79,7 +79,7 @@ def ring_degree(parallel: ParallelArguments) -> int:
 
 
 def virtual_stages(parallel: ParallelArguments) -> int:
-    """Model chunks that each pipeline rank holds."""
+    """Stages that each pipeline rank holds."""
     return parallel.num_virtual_stages_per_pipeline_rank or 1
 
 
@@ -145,9 +145,9 @@ def _fewer_stages(pipeline: int, virtual: int, num_layers: int) -> str:
     """Every single change that leaves each stage a block."""
     if virtual == 1:
         return f"choose at most {num_layers} pipeline ranks"
-    ranks, chunks = num_layers // virtual, num_layers // pipeline
+    ranks, stages = num_layers // virtual, num_layers // pipeline
     cures = [f"choose {_from_two(ranks)} pipeline ranks"] if ranks > 1 else []
-    cures += [f"choose {_from_two(chunks)} virtual stages"] if chunks > 1 else []
+    cures += [f"choose {_from_two(stages)} virtual stages"] if stages > 1 else []
     cures += ["leave --num-virtual-stages-per-pipeline-rank out"
               + (f" with at most {num_layers} pipeline ranks" if pipeline > num_layers else "")]
     return ", or ".join(cures)

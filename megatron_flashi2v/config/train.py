@@ -86,7 +86,7 @@ class ParallelArguments:
     pipeline_model_parallel_size: int = 1
     """Stages of the pipeline."""
     num_virtual_stages_per_pipeline_rank: int | None = None
-    """Model chunks per pipeline rank: the interleaved schedule, with a smaller bubble and more communication."""
+    """Stages per pipeline rank: the interleaved schedule, with a smaller bubble and more communication."""
     pipeline_layer_split: str | None = None
     """Blocks of every stage in the activation's order, such as 7,8,8,7; by default as even as can be, with fewer on
     the first and the last stage, which hold the embeddings and the head."""

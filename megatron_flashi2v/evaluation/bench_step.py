@@ -36,16 +36,16 @@ from megatron_flashi2v.evaluation.benchmark import (
 from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
 from megatron_flashi2v.flow.sigmas import timesteps_of
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
+from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.flops import forward_flops, training_flops
 from megatron_flashi2v.models.patches import token_grid
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.peaks import peak_tflops
-from megatron_flashi2v.sampling.load import single_process
 from megatron_flashi2v.training.batch import Microbatch
-from megatron_flashi2v.training.chunks import build_chunks
 from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.optimizer import make_optimizer, wrap_data_parallel
 from megatron_flashi2v.training.step import TrainingStep, forward_step
@@ -169,14 +169,14 @@ class OurStep:
         self.spec = make_spec(
             config, groups, device.torch_device, bf16=options.bf16, attention_backend=options.attention_backend
         )
-        chunks = build_chunks(self.spec, train, device)
-        for chunk in chunks:
-            _fill(chunk)
-        models = wrap_data_parallel(chunks, train)
+        stages = build_stages(self.spec, train.parallel, train.recompute)
+        for stage in stages:
+            _fill(stage)
+        models = wrap_data_parallel(stages, train)
         for model in models:
             model.train()
         self.step = TrainingStep(
-            self.spec, chunks, models, make_optimizer(models, train, self.spec), make_clipper(train.optimizer),
+            self.spec, stages, models, make_optimizer(models, train, self.spec), make_clipper(train.optimizer),
             num_microbatches=1, micro_batch_size=options.micro_batch_size,
         )
         self.batch = random_batch(self.spec, options.latent_shape, options.micro_batch_size)

@@ -18,7 +18,7 @@ from megatron_flashi2v.parallel.regions import gather_tokens
 
 
 def predict_velocity(
-    chunks: Sequence[DiffusionTransformer] | DiffusionTransformer,
+    stages: Sequence[DiffusionTransformer] | DiffusionTransformer,
     latents_BCTHW: Tensor,
     timestep_B: Tensor,
     text_BLX: Tensor,
@@ -31,24 +31,24 @@ def predict_velocity(
     Gradients flow where the model has one stage.
 
     Args:
-        chunks: the stages that this rank holds, in the order of the activation; a model of one stage may stand alone.
+        stages: this rank's, in the order of the activation; a model of one stage may stand alone.
         latents_BCTHW: the noisy latents, fp32.
         timestep_B: 1000 * sigma, fp32, on the host: a device's would be waited for.
         text_BLX: text rows, zero-padded to the model's text length.
         image_latents_BC1HW: normalised latents of the condition image, fp32.
         extras: the paradigm's own settings.
     """
-    chunks = [chunks] if isinstance(chunks, DiffusionTransformer) else chunks
-    spec = chunks[0].spec
+    stages = [stages] if isinstance(stages, DiffusionTransformer) else stages
+    spec = stages[0].spec
     inputs = DiTInputs(latents_BCTHW, _sinusoid(spec, timestep_B), text_BLX, image_latents_BC1HW, extras)
-    grid = chunks[0].grid(tuple(latents_BCTHW.shape[2:]))
-    for chunk in chunks:
-        if not chunk.stage.is_first:
-            chunk.set_input_tensor(_receive(chunk, grid, len(timestep_B)))
-        output = chunk(inputs)
-        if not chunk.stage.is_last:
-            _send(chunk, output)
-    patches_SBP = _from_last_stage(chunks[-1], output, grid, len(timestep_B))
+    grid = stages[0].grid(tuple(latents_BCTHW.shape[2:]))
+    for model in stages:
+        if not model.stage.is_first:
+            model.set_input_tensor(_receive(model, grid, len(timestep_B)))
+        output = model(inputs)
+        if not model.stage.is_last:
+            _send(model, output)
+    patches_SBP = _from_last_stage(stages[-1], output, grid, len(timestep_B))
     return unpatchify(gather_tokens(patches_SBP, math.prod(grid), spec.groups), grid, spec.config.patch_size)
 
 
@@ -58,30 +58,30 @@ def _sinusoid(spec: ModelSpec, timestep_B: Tensor) -> Tensor:
     return sinusoid_BF if spec.device.type == "cpu" else sinusoid_BF.pin_memory().to(spec.device, non_blocking=True)
 
 
-def _neighbour(chunk: DiffusionTransformer, step: int) -> int:
+def _neighbour(model: DiffusionTransformer, step: int) -> int:
     """Global rank of the pipeline rank that many places on."""
-    pipeline = chunk.spec.groups.pp
+    pipeline = model.spec.groups.pp
     return torch.distributed.get_global_rank(pipeline, (pipeline.rank() + step) % pipeline.size())
 
 
-def _receive(chunk: DiffusionTransformer, grid: tuple[int, int, int], batch: int) -> Tensor:
-    rows, width = chunk.packed_shape(grid).rows, chunk.spec.config.hidden_size
-    hop = torch.empty(rows, batch, width, dtype=chunk.spec.residual_dtype, device=chunk.spec.device)
-    torch.distributed.recv(hop, _neighbour(chunk, -1), group=chunk.spec.groups.pp)
+def _receive(model: DiffusionTransformer, grid: tuple[int, int, int], batch: int) -> Tensor:
+    rows, width = model.packed_shape(grid).rows, model.spec.config.hidden_size
+    hop = torch.empty(rows, batch, width, dtype=model.spec.residual_dtype, device=model.spec.device)
+    torch.distributed.recv(hop, _neighbour(model, -1), group=model.spec.groups.pp)
     return hop
 
 
-def _send(chunk: DiffusionTransformer, hop: Tensor) -> None:
-    torch.distributed.send(hop.contiguous(), _neighbour(chunk, 1), group=chunk.spec.groups.pp)
+def _send(model: DiffusionTransformer, hop: Tensor) -> None:
+    torch.distributed.send(hop.contiguous(), _neighbour(model, 1), group=model.spec.groups.pp)
 
 
-def _from_last_stage(chunk: DiffusionTransformer, output: Tensor, grid: tuple[int, int, int], batch: int) -> Tensor:
+def _from_last_stage(model: DiffusionTransformer, output: Tensor, grid: tuple[int, int, int], batch: int) -> Tensor:
     """The last stage's patches [S, B, P] of this rank's tokens, on every pipeline rank."""
-    groups, config = chunk.spec.groups, chunk.spec.config
+    groups, config = model.spec.groups, model.spec.config
     if groups.pp.size() == 1:
         return output
-    patches = output if chunk.stage.is_last else torch.empty(
-        chunk.packed_shape(grid).tokens, batch, config.patch_dim, dtype=torch.float32, device=chunk.spec.device
+    patches = output if model.stage.is_last else torch.empty(
+        model.packed_shape(grid).tokens, batch, config.patch_dim, dtype=torch.float32, device=model.spec.device
     )
     last = torch.distributed.get_global_rank(groups.pp, groups.pp.size() - 1)
     torch.distributed.broadcast(patches, last, group=groups.pp)

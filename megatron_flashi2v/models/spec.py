@@ -132,7 +132,7 @@ def make_spec(
         bf16: matrix products in bfloat16.
         fp32_residual_connection: residual stream in fp32 although ``bf16``.
         attention_backend: implementation of attention, or auto.
-        virtual_stages: model chunks that each pipeline rank holds.
+        virtual_stages: stages that each pipeline rank holds.
         backend: whose linears, and their precision; megatron-core's own by default.
 
     Raises:

@@ -1,7 +1,7 @@
 """Which part of the model a rank holds: one stage, or several under the interleaved schedule.
 
 The blocks are cut into PP x V stages, numbered in the order in which the activation passes them. Rank p of PP pipeline
-ranks holds stages p, p + PP, p + 2 PP, ...: one model chunk for each of V rounds.
+ranks holds stages p, p + PP, p + 2 PP, ...: one for each of V rounds.
 """
 
 from __future__ import annotations

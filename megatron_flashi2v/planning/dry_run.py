@@ -22,8 +22,8 @@ from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.encoders.video_vae import WAN_STRIDES, read_strides
 from megatron_flashi2v.models.spec import choose_kernels
+from megatron_flashi2v.planning.holdings import planned_holdings
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.training.holdings import planned_holdings
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, re
         "# held by each rank",
         f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
     ]
-    for place, held in enumerate(planned_holdings(config, model, data.latent_shapes)):
+    for place, held in enumerate(planned_holdings(config.parallel, model, data.latent_shapes)):
         parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
         if held.stages[0].is_first:
             parts.insert(0, "embeddings")

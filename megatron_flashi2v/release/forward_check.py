@@ -14,9 +14,11 @@ from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.formats.diffusers import CONDITIONING, TRANSFORMER
 from megatron_flashi2v.conversion.weights import Weights
+from megatron_flashi2v.models.build import build_model
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.files import read_json
-from megatron_flashi2v.sampling.load import build_model, single_process, velocity_of
+from megatron_flashi2v.sampling.load import velocity_of
 
 TOLERANCE = 1e-4
 MAX_BYTES = 2_000_000_000

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
 
-from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.errors import ConfigError, PeerError, exit_code_of
 from megatron_flashi2v.config.hccl import WORLD
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.host_collectives import stage_through_host
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 
+DEFAULT_TIMEOUT_MINUTES = 10.0
 
-def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes: float = 10.0) -> None:
+
+def init_distributed(
+    launch: LaunchEnvironment, device: Device, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES
+) -> None:
     """Create the default process group; a single process without a launcher needs no port and no variables.
 
     Args:
@@ -31,35 +38,100 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
     """
     if timeout_minutes <= 0:
         raise ConfigError(f"the distributed timeout is {timeout_minutes} minutes; it must be more than 0")
-    timeout, options = timedelta(minutes=timeout_minutes), device.group_options(WORLD)
+    timeout = timedelta(minutes=timeout_minutes)
     if device.backend == "gloo" and device.name != "cpu":
         stage_through_host(device.name)
-    if launch.launcher == "none":
-        torch.distributed.init_process_group(
-            device.backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout,
-            pg_options=options,
-        )  # fmt: skip
-        return
-    address = launch.master_addr or ""
-    host = f"[{address}]" if ":" in address else address  # an IPv6 address inside a URL
     try:
-        # tcp:// takes the ranks as arguments: msrun and Slurm set none of the variables that env:// reads.
-        # Under torchrun it joins the agent's own store.
         torch.distributed.init_process_group(
-            device.backend,
-            init_method=f"tcp://{host}:{launch.master_port}",
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-            pg_options=options,
-        )
+            device.backend, store=_meeting_point(launch, timeout), rank=launch.rank, world_size=launch.world_size,
+            timeout=timeout, pg_options=device.group_options(WORLD),
+        )  # fmt: skip
     except torch.distributed.DistError as error:
         raise ConfigError(
             f"rank {launch.rank} of {launch.world_size} could not meet the others at "
-            f"{address}:{launch.master_port} (from {launch.launcher}) within {timeout_minutes:g} minutes: "
+            f"{launch.master_addr}:{launch.master_port} (from {launch.launcher}) within {timeout_minutes:g} minutes: "
             f"{error}; check that all processes were started, that the address is reachable and that the "
             "port is free (MASTER_ADDR, MASTER_PORT)"
         ) from error
+
+
+def init_without_peers(
+    launch: LaunchEnvironment, device: Device, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES
+) -> None:
+    """Create the default process group of one rank whose peers do not exist, to plan by; arguments as for
+    :func:`init_distributed`.
+
+    torch's fake backend knows every rank's place in every group; its collectives return at once and move nothing.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend; no run needs it
+
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=launch.rank, world_size=launch.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def process_group(
+    launch: LaunchEnvironment,
+    device: Device,
+    timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES,
+    *,
+    start: Callable[[LaunchEnvironment, Device, float], None] = init_distributed,
+) -> Iterator[None]:
+    """The default process group, left at the end: together, or at once if this process has failed.
+
+    The same processes can start it again afterwards, unless one has failed with HCCL (see :func:`shutdown`).
+
+    Args:
+        launch: this process's place.
+        device: decides the backend.
+        timeout_minutes: how long the ranks wait for one another, when meeting and in every collective.
+        start: what creates the group, such as :func:`init_without_peers`.
+
+    Raises:
+        ConfigError: the ranks did not meet.
+        PeerError: a collective failed because another process has left.
+    """
+    start(launch, device, timeout_minutes)
+    try:
+        yield
+        shutdown()
+    except BaseException as error:
+        if launch.world_size == 1 or not _is_lost_connection(error):
+            shutdown(failed=True, exit_code=exit_code_of(error))
+            raise
+        shutdown(failed=True, exit_code=PeerError.exit_code)
+        what = (str(error).splitlines() or [""])[0]
+        raise PeerError(
+            f"rank {launch.rank} lost the other processes ({what}); the one that failed first says why"
+        ) from error
+
+
+def _meeting_point(launch: LaunchEnvironment, timeout: timedelta) -> torch.distributed.Store:
+    """A store for one start of the process group, empty of what an earlier start in these processes left behind."""
+    if launch.launcher == "none":
+        return torch.distributed.HashStore()
+    address = launch.master_addr or ""
+    host = f"[{address}]" if ":" in address else address  # an IPv6 address inside a URL
+    # tcp:// takes the ranks as arguments: msrun and Slurm set none of the variables that env:// reads.
+    # Under torchrun it joins the agent's own store.
+    store = _store(f"tcp://{host}:{launch.master_port}", launch.rank, launch.world_size, timeout)
+    # torch uses the same keys each time: a rank that starts again would find its peers' old addresses.
+    starts = store.add(f"starts_of_rank_{launch.rank}", 1)
+    return torch.distributed.PrefixStore(f"default_pg_{starts}", store)
+
+
+@functools.cache
+def _store(url: str, rank: int, world_size: int, timeout: timedelta) -> torch.distributed.Store:
+    """The job's store, kept while the process lives.
+
+    Without an agent rank 0 serves it. If that ended with the process group, a rank that starts again could still reach
+    the old server and lose it.
+    """
+    store, _, _ = next(torch.distributed.rendezvous(url, rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return store
 
 
 def gather_bytes(
@@ -82,7 +154,6 @@ def gather_bytes(
     lengths = [int(other) for other in sizes]
     found = []
     for rank, length in enumerate(lengths):
-        mine = rank == torch.distributed.get_rank(group)
         if not length:
             found.append(b"")
             continue
@@ -112,7 +183,7 @@ def shutdown(*, failed: bool = False, exit_code: int = 1) -> None:
     if failed and backend == "nccl":
         # Destroying would wait for the collectives that are queued on the device.
         torch.distributed.distributed_c10d._abort_process_group()
-    elif not failed or alone or backend == "gloo":
+    elif not failed or alone or backend in ("gloo", "fake"):
         backends = _host_backends()
         torch.distributed.destroy_process_group()
         del backends
@@ -134,6 +205,15 @@ def _host_backends() -> list[torch._C._distributed_c10d.Backend]:
         for group in torch.distributed.distributed_c10d._world.pg_map
         if host in group._device_types
     ]
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process has left."""
+    # gloo and HCCL raise plain RuntimeErrors. The texts of the one begin with its source file; those of the other hold
+    # CANN's codes for a rank that did not take part in time, and for one that could not be connected to.
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and bool(re.search(r"gloo/transport|\bEI000[26]\b", str(error)))
+    )
 
 
 def _leave(exit_code: int) -> None:

@@ -24,12 +24,12 @@ from megatron_flashi2v.models.transformer import DiffusionTransformer
 
 
 def wrap_data_parallel(
-    chunks: list[DiffusionTransformer], config: TrainConfig, before_reduction: Callable[[], None] | None = None
+    stages: list[DiffusionTransformer], config: TrainConfig, before_reduction: Callable[[], None] | None = None
 ) -> list[DistributedDataParallel]:
     """This rank's stages with fp32 gradient buffers that are reduced over replicas, and the schedule's hooks set.
 
     Args:
-        chunks: the stages.
+        stages: this rank's.
         config: whether communication overlaps, and is sharded.
         before_reduction: called when an iteration's gradients are there and about to be reduced.
     """
@@ -39,7 +39,7 @@ def wrap_data_parallel(
             before_reduction()
         finalize_model_grads(*arguments, **options)
 
-    parallel, spec = config.parallel, chunks[0].spec
+    parallel, spec = config.parallel, stages[0].spec
     wrapped = [
         DistributedDataParallel(
             config=spec.megatron,
@@ -49,15 +49,15 @@ def wrap_data_parallel(
                 overlap_param_gather=parallel.overlap_param_gather,
                 use_distributed_optimizer=parallel.use_distributed_optimizer,
             ),
-            module=chunk,
-            # Later chunks of an interleaved schedule are reduced while the first is still running: whole is soon
+            module=stage,
+            # Later stages of an interleaved schedule are reduced while the first is still running: whole is soon
             # enough.
             disable_bucketing=index > 0,
             pg_collection=spec.groups.collection,
         )
-        for index, chunk in enumerate(chunks)
+        for index, stage in enumerate(stages)
     ]
-    no_sync = [chunk.no_sync for chunk in wrapped]
+    no_sync = [model.no_sync for model in wrapped]
     spec.megatron.finalize_model_grads_func = finalize
     spec.megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped

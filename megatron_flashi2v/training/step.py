@@ -65,7 +65,7 @@ class TrainingStep:
 
     Args:
         spec: what the model was built with.
-        chunks: this rank's stages.
+        stages: this rank's stages.
         models: the same, each wrapped in megatron-core's DistributedDataParallel.
         optimizer: megatron-core's optimizer over them.
         clipper: what happens to the gradients before they are applied.
@@ -76,7 +76,7 @@ class TrainingStep:
     def __init__(
         self,
         spec: ModelSpec,
-        chunks: list[DiffusionTransformer],
+        stages: list[DiffusionTransformer],
         models: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         clipper: Clipper,
@@ -84,30 +84,30 @@ class TrainingStep:
         num_microbatches: int,
         micro_batch_size: int,
     ) -> None:
-        self.spec, self.chunks, self.models, self.optimizer = spec, chunks, models, optimizer
+        self.spec, self.stages, self.models, self.optimizer = spec, stages, models, optimizer
         self.clipper = clipper
         self.num_microbatches, self.micro_batch_size = num_microbatches, micro_batch_size
         groups = spec.groups
-        interleaved = len(chunks) > 1
+        interleaved = len(stages) > 1
         if interleaved:
             spec.megatron.microbatch_group_size_per_vp_stage = microbatch_group(num_microbatches, groups.pp.size())
         self._schedule = get_forward_backward_func(
-            pp_size=groups.pp.size(), vp_size=len(chunks) if interleaved else None
+            pp_size=groups.pp.size(), vp_size=len(stages) if interleaved else None
         )
         self._communicator = P2PCommunicator(pp_group=groups.pp, config=spec.megatron)
 
     @property
-    def reading_chunk(self) -> int | None:
+    def reading_stage(self) -> int | None:
         """Which of this rank's stages needs samples: at most one embeds them or computes their loss."""
-        ends = (index for index, chunk in enumerate(self.chunks) if chunk.stage.is_first or chunk.stage.is_last)
+        ends = (index for index, model in enumerate(self.stages) if model.stage.is_first or model.stage.is_last)
         return next(ends, None)
 
     def batches(self, source: MicrobatchSource, position: int) -> list[Iterator[Microbatch]]:
         """For each of this rank's stages, the microbatches of the global batch that starts at ``position``."""
-        reader = self.reading_chunk or 0
+        reader = self.reading_stage or 0
         return [
             (source.iteration if index == reader else source.shapes)(position, self.num_microbatches)
-            for index in range(len(self.chunks))
+            for index in range(len(self.stages))
         ]
 
     def losses_and_gradients(
@@ -151,7 +151,7 @@ class TrainingStep:
         *,
         forward_only: bool = False,
     ) -> tuple[BatchLoss, dict[str, list[int]]]:
-        packed = self.chunks[0].packed_shape(self.chunks[0].grid(latent_shape))
+        packed = self.stages[0].packed_shape(self.stages[0].grid(latent_shape))
         groups = self.spec.groups
         parts = self._schedule(
             forward_step_func=partial(forward_step, self.spec),

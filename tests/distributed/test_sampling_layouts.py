@@ -18,8 +18,9 @@ from megatron_flashi2v.checkpoint.model_state import ShardGrid, model_pieces
 from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.build import build_model
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import build_model, single_process
 
 CONFIG = ModelConfig(
     num_layers=3, hidden_size=48, ffn_hidden_size=96, num_attention_heads=4, latent_channels=4, freq_dim=16,

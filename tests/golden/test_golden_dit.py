@@ -30,8 +30,8 @@ from megatron_flashi2v.models.patches import Grid
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from megatron_flashi2v.conversion.convert import convert
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import load_model, single_process
+from megatron_flashi2v.sampling.load import load_model
 
 # From main's names to npu's, as facts section 2.2 has them; written out apart from the key table on purpose.
 NPU_NAMES = (

@@ -20,8 +20,8 @@ from megatron_flashi2v.conditioning.interface import ConditionedInput
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from helpers.reference_weights import GOLDEN_CASES, build_golden_model, golden_f
 from safetensors.torch import load_file
 
 from megatron_flashi2v.flow.sigmas import inference_sigmas, timesteps_of
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.guidance import combine_guided, with_guidance
-from megatron_flashi2v.sampling.load import single_process, velocity_of
+from megatron_flashi2v.sampling.load import velocity_of
 from megatron_flashi2v.sampling.solvers import solve_euler
 
 ONE_ULP = torch.finfo(torch.float32).eps

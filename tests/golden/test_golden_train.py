@@ -27,8 +27,8 @@ from megatron_flashi2v.flow.loss import mean_squared_error
 from megatron_flashi2v.flow.sigmas import dynamic_shift, logit_normal_sigmas, shift_sigmas, timesteps_of
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 ONE_ULP = torch.finfo(torch.float32).eps
 

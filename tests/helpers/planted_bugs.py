@@ -63,7 +63,7 @@ def stray_copy() -> Any:
     def strayed(self: TrainingStep, *arguments: Any) -> Any:
         found = accumulate(self, *arguments)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            self.chunks[0].conditioning.phi.conv_out.bias.main_grad.mul_(1.001)
+            self.stages[0].conditioning.phi.conv_out.bias.main_grad.mul_(1.001)
         return found
 
     return mock.patch.object(TrainingStep, "losses_and_gradients", strayed)

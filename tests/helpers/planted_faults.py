@@ -58,7 +58,7 @@ def infinite_gradient() -> Any:
         calls.append(1)
         if len(calls) != ITERATION or not is_last_rank():
             return accumulate(self, *arguments)
-        hook = list(self.chunks[-1].parameters())[-1].register_hook(overflow)
+        hook = list(self.stages[-1].parameters())[-1].register_hook(overflow)
         try:
             return accumulate(self, *arguments)
         finally:

@@ -14,10 +14,10 @@ from torch import Tensor
 from helpers.plain_flashi2v import PlainFlashI2V
 from megatron_flashi2v.checkpoint.key_table import mappings
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import build_model
 
 GOLDEN_CASES = ("tiny_1x3x3", "tiny_3x3x3")
 """The reference's two tiny configurations: equal and unequal rotary splits, both of phi's kernels."""

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,9 @@ from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.presets import resolve_model
-from megatron_flashi2v.parallel.groups import destroy_groups
+from megatron_flashi2v.parallel.world import world
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
 from megatron_flashi2v.runtime.launch import detect_launch
-from megatron_flashi2v.runtime.redirect import megatron_on
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.trainer import Trainer
 
@@ -86,30 +85,30 @@ def write_velocity(trainer, folder: Path) -> None:
                               dp_rank=0, dp_size=1, device=trainer.spec.device)
     batch = source.load(range(2)).batch
     with torch.no_grad():
-        chunks = [chunk.eval() for chunk in trainer.chunks]
-        velocity = predict_velocity(chunks, batch.noise_BCTHW, 1000 * batch.sigma_B, batch.text_BLX,
+        stages = [stage.eval() for stage in trainer.chunks]
+        velocity = predict_velocity(stages, batch.noise_BCTHW, 1000 * batch.sigma_B, batch.text_BLX,
                                     batch.latents_BCTHW[:, :, :1], batch.extras)
     if trainer.launch.rank == 0:
         save_file({"velocity": velocity.contiguous()}, folder / "velocity.safetensors")
 
 
-def make_trainer(flags: list[str], launch, device) -> Trainer:
+@contextlib.contextmanager
+def make_trainer(flags: list[str], launch, device) -> Iterator[Trainer]:
     config = parse(TrainConfig, flags, prog="run_plan", description="")
     model = resolve_model(config.model)
     check_train(config, model, launch.world_size)
-    return Trainer(config, model, launch, device)
+    with world(device, launch, config.parallel, timeout_minutes=5) as groups:
+        yield Trainer(config, model, groups, launch, device)
 
 
-def save_again(flags: list[str], launch, device) -> None:
-    """Load a checkpoint, and write what was loaded."""
-    make_trainer(flags, launch, device).save()
-    destroy_groups()
+def save_again(trainer: Trainer) -> None:
+    """Write what was loaded."""
+    trainer.save()
 
 
-def train(flags: list[str], launch, device) -> None:
+def train(trainer: Trainer) -> None:
     """One training run, with the gradients of its last iteration kept."""
-    trainer = make_trainer(flags, launch, device)
-    config, step = trainer.config, trainer.step
+    config, launch, step = trainer.config, trainer.launch, trainer.step
     accumulate = step.losses_and_gradients
     disagreements: list[str] = []
 
@@ -134,7 +133,6 @@ def train(flags: list[str], launch, device) -> None:
         (config.checkpoint.save / "disagreements.json").write_text(json.dumps(disagreements))
     if config.data.online_encoding:
         (config.checkpoint.save / f"encodings-{launch.rank}.txt").write_text(str(len(calls)))
-    destroy_groups()
 
 
 @contextlib.contextmanager
@@ -189,9 +187,8 @@ def run_plan(rank: int, plan: list[Layout]) -> None:
     """Run the whole plan, as one of its ranks."""
     launch = detect_launch(os.environ)
     device = resolve_device("cpu", launch.local_rank)
-    init_distributed(launch, device, 5)
-    with megatron_on(device):
-        for layout in plan:
-            with planted(layout.bug), faulty(layout.fault):
-                (save_again if layout.saves_again else train)(list(layout.flags), launch, device)
-    shutdown()
+    for layout in plan:
+        with (
+            planted(layout.bug), faulty(layout.fault), make_trainer(list(layout.flags), launch, device) as trainer
+        ):
+            (save_again if layout.saves_again else train)(trainer)

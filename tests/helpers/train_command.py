@@ -29,7 +29,6 @@ def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_command() -> Iterator[Callable[..., int]]:
     """``flashi2v train`` with just these flags; its exit code."""
     from megatron_flashi2v.cli.main import main
-    from megatron_flashi2v.parallel.groups import destroy_groups
 
     root, package = logging.getLogger(), logging.getLogger("megatron_flashi2v")
     handlers, level = list(root.handlers), package.level
@@ -39,7 +38,6 @@ def run_command() -> Iterator[Callable[..., int]]:
             return main(["train", *map(str, flags)])
         finally:
             assert not torch.distributed.is_initialized()
-            destroy_groups()  # a process trains once; the tests train again
             for handler in set(root.handlers) - set(handlers):
                 root.removeHandler(handler)
             package.setLevel(level)

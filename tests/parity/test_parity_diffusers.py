@@ -11,10 +11,11 @@ from diffusers import WanTransformer3DModel
 from helpers.reference_weights import assert_same_gradient, external_gradients, fill
 
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import build_model, single_process
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
 from megatron_flashi2v.flow.loss import mean_squared_error
 from megatron_flashi2v.flow.sigmas import inference_sigmas, timesteps_of
+from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.guidance import with_guidance
-from megatron_flashi2v.sampling.load import build_model, single_process, velocity_of
+from megatron_flashi2v.sampling.load import velocity_of
 from megatron_flashi2v.sampling.solvers import solve_euler
 
 SAMPLE = {"latent_channels": 4, "freq_dim": 32, "text_dim": 24, "text_length": 7}

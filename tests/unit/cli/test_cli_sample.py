@@ -15,8 +15,9 @@ from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.cli.sample import VideoShape, video_shape
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.models.build import build_model
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import build_model, single_process
 
 CONFIG = ModelConfig(
     num_layers=1,

@@ -15,9 +15,10 @@ from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import convert
+from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import build_model, single_process
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=96, ffn_hidden_size=160, num_attention_heads=3, freq_dim=32, text_dim=24,

@@ -20,8 +20,8 @@ from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4,
                      text_dim=8, text_length=6)

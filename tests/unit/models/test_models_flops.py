@@ -9,13 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.flops import forward_flops, training_flops
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import build_model, single_process
 
 LATENT_SHAPE, BATCH = (3, 4, 6), 2
 TOKENS = 3 * 2 * 3

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
 from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.initialization import full_shape, initialize_weights, local_slice
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import build_model, single_process
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, latent_channels=4, freq_dim=32,

@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.norms import AffineLayerNorm, FullWidthRMSNorm
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 EPS = 3e-3
 CONFIG = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, norm_eps=EPS)

@@ -19,8 +19,8 @@ from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 from megatron_flashi2v.training import step
 from megatron_flashi2v.training.batch import Microbatch
 

@@ -18,8 +18,8 @@ from megatron_flashi2v.models.presets import PRESETS, resolve_model
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 META = torch.device("meta")
 KERNELS = {"1x3x3": (1, 3, 3), "3x3x3": (3, 3, 3)}

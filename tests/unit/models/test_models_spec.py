@@ -8,8 +8,8 @@ import torch
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.spec import choose_kernels, make_spec
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 CONFIG = ModelConfig(num_layers=1, hidden_size=128, ffn_hidden_size=128, num_attention_heads=1)
 

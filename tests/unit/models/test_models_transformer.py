@@ -19,8 +19,8 @@ from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 CONFIG = ModelConfig(
     num_layers=3, hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, latent_channels=4, freq_dim=32,

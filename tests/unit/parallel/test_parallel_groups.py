@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_flashi2v.config.hccl import GROUP_DESCRIPTIONS
 from megatron_flashi2v.config.train import ParallelArguments
-from megatron_flashi2v.parallel.groups import Groups, destroy_groups, make_groups
+from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import world
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.runtime.redirect import megatron_on
+from megatron_flashi2v.runtime.distributed import init_without_peers
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
 
 
-@contextlib.contextmanager
-def groups_of(rank: int, world: int, **parallel: object) -> Iterator[Groups]:
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        with megatron_on(resolve_device("cpu")):
-            yield make_groups(ParallelArguments(**parallel))  # type: ignore[arg-type]
-    finally:
-        destroy_groups()
-        torch.distributed.destroy_process_group()
+def groups_of(rank: int, world_size: int, **parallel: object) -> contextlib.AbstractContextManager[Groups]:
+    launch = LaunchEnvironment(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
+    layout = ParallelArguments(**parallel)  # type: ignore[arg-type]
+    return world(resolve_device("cpu"), launch, layout, start=init_without_peers)
 
 
-def members(rank: int, world: int, **parallel: object) -> dict[str, list[int]]:
+def members(rank: int, world_size: int, **parallel: object) -> dict[str, list[int]]:
     """Global ranks of the groups that ``rank`` is in; [] where it has none."""
-    with groups_of(rank, world, **parallel) as groups:
+    with groups_of(rank, world_size, **parallel) as groups:
         found = {"cp": groups.cp, "ulysses": groups.ulysses, "ring": groups.ring}
         return {
             name: [] if group is None else torch.distributed.get_process_group_ranks(group)
@@ -40,7 +35,7 @@ def members(rank: int, world: int, **parallel: object) -> dict[str, list[int]]:
 USP = {"context_parallel_algo": "usp", "ulysses_degree": 2}
 
 
-@pytest.mark.parametrize("rank, world, parallel, expected", [
+@pytest.mark.parametrize("rank, world_size, parallel, expected", [
     (0, 1, {}, ([0], [], [])),
     (1, 4, {"context_parallel_size": 2}, ([0, 1], [0, 1], [])),
     (1, 4, {"context_parallel_size": 2, "context_parallel_algo": "ring"}, ([0, 1], [], [0, 1])),
@@ -55,17 +50,17 @@ USP = {"context_parallel_algo": "usp", "ulysses_degree": 2}
      ([0, 1, 2, 3], [], [0, 1, 2, 3])),
 ])
 def test_ulysses_ranks_are_neighbours_and_the_ring_is_across(
-    rank: int, world: int, parallel: dict[str, object], expected: tuple[list[int], list[int], list[int]]
+    rank: int, world_size: int, parallel: dict[str, object], expected: tuple[list[int], list[int], list[int]]
 ) -> None:
-    assert members(rank, world, **parallel) == dict(zip(("cp", "ulysses", "ring"), expected, strict=True))
+    assert members(rank, world_size, **parallel) == dict(zip(("cp", "ulysses", "ring"), expected, strict=True))
 
 
 def test_buffer_sizes_reach_the_groups_that_their_names_say() -> None:
     """By the descriptions that torch and megatron-core really give."""
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "context_parallel_size": 4}
     with groups_of(0, 32, **layout, **USP) as groups:
-        world = torch.distributed.distributed_c10d._get_default_group()
-        assert (world.group_desc,) == GROUP_DESCRIPTIONS["world"]
+        everyone = torch.distributed.distributed_c10d._get_default_group()
+        assert (everyone.group_desc,) == GROUP_DESCRIPTIONS["world"]
         context = {group.group_desc for group in (groups.cp, groups.ulysses, groups.ring) if group is not None}
         assert context == set(GROUP_DESCRIPTIONS["cp"])
         for name in ("tp", "pp", "dp", "dp_cp", "mp", "tp_cp", "tp_dp_cp"):

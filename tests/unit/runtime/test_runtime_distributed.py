@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
 
-from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.errors import ConfigError, DataError, PeerError
+from megatron_flashi2v.runtime import distributed
 from megatron_flashi2v.runtime.device import CpuDevice
-from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
+from megatron_flashi2v.runtime.distributed import init_distributed, process_group, shutdown
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 
 # The ranks meet and add; then rank 1 fails while rank 0 waits for it in the next collective.
@@ -40,6 +41,13 @@ except BaseException:
     shutdown(failed=True)
     raise
 """
+
+
+LOST = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:34470."
+# https://github.com/vllm-project/vllm-ascend/issues/486
+LOST_HCCL = """InnerRunOpApi:OpParamMaker.cpp:281 OPS function error: HcclAllreduce, error code is 6
+[ERROR] (PID:1, Device:1, RankID:1) ERR01100 OPS call acl api failed.
+EI0006: [PID: 1] Getting socket times out. Reason: Remote Rank did not send the data in time."""
 
 
 def free_port() -> int:
@@ -113,6 +121,7 @@ def test_the_group_of_all_ranks_has_the_devices_options(
     launch: LaunchEnvironment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, object] = {}
+    monkeypatch.setattr(distributed, "_store", lambda *_: dist.HashStore())
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **settings: given.update(settings))
     device = CpuDevice()
     monkeypatch.setattr(device, "group_options", lambda description: f"options of {description}")
@@ -129,3 +138,25 @@ def test_ranks_that_never_meet_say_so() -> None:
         init_distributed(launch, CpuDevice(), timeout_minutes=0.02)
     with pytest.raises(ConfigError, match="timeout is 0 minutes"):
         init_distributed(launch, CpuDevice(), timeout_minutes=0)
+
+
+@pytest.mark.parametrize("world_size, error, raised", [
+    (2, RuntimeError(LOST), PeerError),
+    (2, RuntimeError(LOST_HCCL), PeerError),
+    (2, RuntimeError("EI0003: Invalid_Argument_Collective_Communication_Operator"), RuntimeError),
+    (1, RuntimeError(LOST), RuntimeError),
+    (2, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError),
+    (2, DataError("shard"), DataError),
+    (2, KeyboardInterrupt(), KeyboardInterrupt),
+])
+def test_a_lost_connection_points_to_the_process_that_failed(
+    world_size: int, error: BaseException, raised: type[BaseException]
+) -> None:
+    launch = LaunchEnvironment(rank=world_size - 1, world_size=world_size, local_rank=world_size - 1,
+                               local_world_size=world_size)
+    with pytest.raises(BaseException) as caught, process_group(launch, CpuDevice(), start=lambda *_: None):
+        raise error
+    assert type(caught.value) is raised
+    if raised is PeerError:
+        assert "rank 1 lost the other processes" in str(caught.value)
+        assert str(error).splitlines()[0] in str(caught.value)

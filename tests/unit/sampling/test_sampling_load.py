@@ -7,15 +7,11 @@ from megatron_flashi2v.checkpoint.model_state import ShardGrid, model_pieces
 from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.initialization import initialize_weights
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import (
-    build_model,
-    load_model,
-    resolve_checkpoint,
-    single_process,
-    velocity_of,
-)
+from megatron_flashi2v.sampling.load import load_model, resolve_checkpoint, velocity_of
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -119,13 +115,6 @@ def test_samples_of_a_batch_do_not_mix(device):
              for at in (0, 1)]
         )
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-
-
-def test_groups_end_with_the_context_and_can_be_made_again(device):
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="body"), single_process(device):
-            raise RuntimeError("body")
-        assert not torch.distributed.is_initialized()
 
 
 def test_initialised_model_needs_no_checkpoint(device):

@@ -15,8 +15,9 @@ from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.formats.megatron import open_weights
 from megatron_flashi2v.conversion.weights import ReadOptions
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import load_stages, resolve_checkpoint, single_process
+from megatron_flashi2v.sampling.load import load_stages, resolve_checkpoint
 from megatron_flashi2v.training.ema import decay_of_update
 
 Train = Callable[..., int]

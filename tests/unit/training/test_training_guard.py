@@ -128,7 +128,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, iterations: set[int], value: float = 
     def spoiled(self: TrainingStep, *arguments: Any) -> Any:
         result = accumulate(self, *arguments)
         if calls.pop(0) in iterations:
-            next(self.chunks[0].parameters()).main_grad.view(-1)[0] = value
+            next(self.stages[0].parameters()).main_grad.view(-1)[0] = value
         return result
 
     calls = list(range(1, 100))

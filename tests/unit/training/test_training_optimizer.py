@@ -15,8 +15,8 @@ from megatron_flashi2v.config.train import BatchArguments, OptimizerArguments, P
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 
 CONFIG = ModelConfig(

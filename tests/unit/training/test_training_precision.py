@@ -59,7 +59,7 @@ def test_masters_moments_and_gradients_are_in_fp32(
     apply, gradients = step.TrainingStep.apply, []
 
     def keep(self: step.TrainingStep, grad_norm: float) -> None:
-        gradients.extend(parameter.main_grad.dtype for parameter in self.chunks[0].parameters())
+        gradients.extend(parameter.main_grad.dtype for parameter in self.stages[0].parameters())
         apply(self, grad_norm)
 
     monkeypatch.setattr(step.TrainingStep, "apply", keep)

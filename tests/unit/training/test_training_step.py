@@ -15,8 +15,8 @@ from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.patches import output_patches, token_grid, unpatchify
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.models.transformer import DiTInputs
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 from megatron_flashi2v.training import step
 from megatron_flashi2v.training.batch import Microbatch
 from megatron_flashi2v.training.sigma_buckets import BatchLoss, loss_report

@@ -21,8 +21,9 @@ from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.data.prepared import PreparedDataset, pad_text_rows
 from megatron_flashi2v.flow.sigmas import shift_sigmas
 from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import load_model, single_process
+from megatron_flashi2v.sampling.load import load_model
 from megatron_flashi2v.sampling.noise import sample_noise
 from megatron_flashi2v.training.datasets import open_validation_data
 from megatron_flashi2v.training.watching.previews import Samples

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.data.prepared import PreparedDataset, pad_text_rows
 from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.files import read_jsonl
-from megatron_flashi2v.sampling.load import load_model, single_process
+from megatron_flashi2v.sampling.load import load_model
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.sigma_buckets import BatchLoss
 from megatron_flashi2v.training.step import TrainingStep

@@ -1,0 +1,47 @@
+"""What each rank of a planned run would hold, by building its stages without memory and without peers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from megatron_flashi2v.config.layout import model_ranks, virtual_stages
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.models.build import build_stages
+from megatron_flashi2v.models.spec import make_spec
+from megatron_flashi2v.parallel.world import world
+from megatron_flashi2v.runtime.device import CpuDevice
+from megatron_flashi2v.runtime.distributed import init_without_peers
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.training.holdings import Holding, holding_of
+
+
+def planned_holdings(
+    parallel: ParallelArguments, model: ModelConfig, latent_shapes: Sequence[tuple[int, int, int]]
+) -> list[Holding]:
+    """One entry for each pipeline rank, by building its stages on the meta device.
+
+    Args:
+        parallel: the layout; checked.
+        model: resolved dimensions.
+        latent_shapes: latent frames, rows and columns of the samples, one for each size.
+    """
+    # Replicas hold the same: one stands for all.
+    pipeline, ranks = parallel.pipeline_model_parallel_size, model_ranks(parallel)
+    return [_planned(parallel, model, latent_shapes, place * (ranks // pipeline), ranks) for place in range(pipeline)]
+
+
+def _planned(
+    parallel: ParallelArguments, model: ModelConfig, latent_shapes: Sequence[tuple[int, int, int]], rank: int,
+    world_size: int,
+) -> Holding:
+    meta = CpuDevice()
+    meta.torch_device = torch.device("meta")
+    launch = LaunchEnvironment(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
+    with world(meta, launch, parallel, start=init_without_peers) as groups:
+        # Kernels are chosen for a device that computes.
+        spec = make_spec(model, groups, torch.device("cpu"), virtual_stages=virtual_stages(parallel))
+        return holding_of(build_stages(dataclasses.replace(spec, device=meta.torch_device), parallel), latent_shapes)

@@ -1,0 +1,59 @@
+"""The builder: stages in order, on their device, recomputing as the flags ask."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import ParallelArguments, RecomputeArguments
+from megatron_flashi2v.models.build import build_stages, recompute_of
+from megatron_flashi2v.models.recompute import Recompute
+from megatron_flashi2v.models.spec import make_spec
+from megatron_flashi2v.parallel.world import world
+from megatron_flashi2v.runtime.device import CpuDevice
+from megatron_flashi2v.runtime.distributed import init_without_peers
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
+
+CONFIG = ModelConfig(
+    num_layers=5, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4, freq_dim=16,
+    text_dim=16, text_length=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity, method, count, expected", [
+    (None, "uniform", 1, Recompute(layers=0)),
+    ("full", "uniform", 1, Recompute(layers=4, group=1)),
+    ("full", "uniform", 3, Recompute(layers=4, group=3)),
+    ("full", "block", 3, Recompute(layers=3, group=1)),
+    ("full", "block", 9, Recompute(layers=4, group=1)),
+    ("selective", "uniform", 1, Recompute(inside="selective")),
+    ("skip_attention", "uniform", 1, Recompute(inside="skip_attention")),
+])
+def test_recomputed_blocks_of_a_stage_of_four(
+    granularity: str | None, method: str, count: int, expected: Recompute
+) -> None:
+    arguments = RecomputeArguments(
+        recompute_granularity=granularity, recompute_method=method, recompute_num_layers=count
+    )
+    assert recompute_of(arguments, 4) == expected
+
+
+@pytest.mark.parametrize("rank, layers", [(0, [range(0, 1), range(3, 4)]), (1, [range(1, 3), range(4, 5)])])
+def test_stages_of_a_rank_in_the_order_of_the_activation(rank: int, layers: list[range]) -> None:
+    parallel = ParallelArguments(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)
+    launch = LaunchEnvironment(rank=rank, world_size=2, local_rank=rank, local_world_size=2)
+    with world(CpuDevice(), launch, parallel, start=init_without_peers) as groups:
+        spec = make_spec(CONFIG, groups, torch.device("cpu"), virtual_stages=2)
+        stages = build_stages(spec, parallel, RecomputeArguments(recompute_granularity="full"))
+        assert [model.stage.layers for model in stages] == layers
+        assert [list(map(int, model.blocks)) for model in stages] == [list(stage) for stage in layers]
+        assert [model.recompute.layers for model in stages] == [len(stage) for stage in layers]
+        assert all(model.training for model in stages)
+        assert all(parameter.device == spec.device for model in stages for parameter in model.parameters())
+        (first, _) = build_stages(dataclasses.replace(spec, device=torch.device("meta")), parallel)
+        assert first.recompute == Recompute()
+        ours = [parameter for name, parameter in first.named_parameters() if "blocks" not in name]
+        assert all(parameter.is_meta for parameter in ours) and bool(ours) == (rank == 0)
