@@ -47,14 +47,19 @@ def parse_flags(cls: type[Config], flags: Sequence[str], *, prog: str, **options
 
 def flag_types(cls: type) -> Iterator[tuple[str, Any]]:
     """Name, with underscores, and type of each flag that the dataclass and the dataclasses inside it define."""
+    return ((flag, kind) for _, flag, kind in flag_fields(cls))
+
+
+def flag_fields(cls: type) -> Iterator[tuple[str, str, Any]]:
+    """Name of the field, name of its flag, with underscores, and type, of each flag as in :func:`flag_types`."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
-            yield from flag_types(typing.cast(type, kind))
+            yield from flag_fields(typing.cast(type, kind))
         else:
             names = (getattr(note, "name", None) for note in getattr(kind, "__metadata__", ()))
-            yield next(filter(None, names), field.name), kind
+            yield field.name, next(filter(None, names), field.name), kind
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.recipe import FlagNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,10 @@ class EncodingConfig(ClipArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig(EncodingConfig):
+class PrepareConfig(EncodingConfig, FlagNames):
     """What is prepared, from what, and with which encoders."""
+
+    command: ClassVar[str] = "flashi2v prepare"
 
     output: Path | None = None
     """Folder of the prepared data set; an unfinished one is continued."""

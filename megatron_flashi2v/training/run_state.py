@@ -16,7 +16,6 @@ from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.runtime.provenance import source_commit
 from megatron_flashi2v.version import __version__
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,12 @@ from megatron_flashi2v.checkpoint.folders import load_model_config, require_same
 from megatron_flashi2v.checkpoint.model_state import ShardGrid, load_model, model_pieces, shard_grid
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.storage import TensorPiece
-from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
-from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
-from megatron_flashi2v.models.build import build_stages
-from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
-from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 from megatron_flashi2v.runtime.logging import AGREED
-from megatron_flashi2v.training.clipping import Clipper, make_clipper
+from megatron_flashi2v.training.clipping import Clipper
 from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
-from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import Provenance, load_training_state, warn_of_changes
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -38,9 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class TrainState:
-    """This rank's part of a run; :func:`build_state` makes it.
+    """This rank's part of a run; :func:`~megatron_flashi2v.training.build.build_state` makes it.
 
     Attributes:
+        provenance: what checkpoints say of the run.
         stages: this rank's stages of the model.
         models: the same, each wrapped in megatron-core's DistributedDataParallel.
         optimizer: megatron-core's optimizer over them.
@@ -53,6 +47,7 @@ class TrainState:
         consumed_samples: positions of the global order that are consumed.
     """
 
+    provenance: Provenance
     stages: list[DiffusionTransformer]
     models: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -96,24 +91,20 @@ class TrainState:
         return [*model_pieces(parameters, grid), *optimizer_pieces(self.optimizer, parameters, grid),
                 *(self.average.pieces() if self.average else ())]
 
-    def to_json(self, provenance: Provenance) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The contents of state.json, the same on all ranks."""
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
-            **provenance.to_json(),
+            **self.provenance.to_json(),
             "optimizer": optimizer_common_state(self.optimizer),
             "clipper": self.clipper.state_dict(),
             "guard": self.guard.state_dict(),
             "ema": self.average.state_dict() if self.average else None,
         }
 
-    def resume(self, folder: Path, provenance: Provenance) -> None:
+    def resume(self, folder: Path) -> None:
         """Load weights, optimizer and position from a checkpoint of any layout.
-
-        Args:
-            folder: one checkpoint.
-            provenance: this run's; where the checkpoint's differs, a warning says so.
 
         Raises:
             CheckpointError: it is of another model, or damaged.
@@ -133,7 +124,7 @@ class TrainState:
             logger.warning("%s holds a moving average of the weights, which ends here: there is no --ema-decay", folder,
                            extra=AGREED)
         self.scheduler.step(increment=self.iteration)
-        warn_of_changes(folder, state, provenance)
+        warn_of_changes(folder, state, self.provenance)
         logger.info("resumed from %s at iteration %d", folder, self.iteration)
 
     def _resume_clipper(self, state: dict[str, Any] | None, folder: Path) -> None:
@@ -145,68 +136,6 @@ class TrainState:
         else:
             logger.warning("--clip-grad-method is %s, but %s was trained with %s: clipping starts anew",
                            self.clipper.method, folder, state["method"], extra=AGREED)
-
-
-def build_state(
-    config: TrainConfig,
-    spec: ModelSpec,
-    resumed: Path | None,
-    provenance: Provenance,
-    hang_watch: HangWatch,
-    before_reduction: Callable[[], None],
-) -> TrainState:
-    """Build this rank's part of a run: as the checkpoint has it, or with initial weights.
-
-    The order bears load. Initial weights come before the optimizer, which copies what it finds into its fp32 masters,
-    and the average, which begins as these; a checkpoint comes after both, as it fills all three.
-
-    Args:
-        config: flags and recipe, checked.
-        spec: dimensions, precision, groups and kernels of the stages.
-        resumed: the checkpoint to go on from; None starts anew.
-        provenance: of this run.
-        hang_watch: enters a phase for each part that takes long.
-        before_reduction: called when an iteration's gradients are about to be reduced over replicas.
-
-    Raises:
-        UserError: the checkpoint or the initial weights do not fit the model, or are damaged.
-    """
-    hang_watch.enter("building the model", SLOW)
-    stages = build_stages(spec, config.parallel, config.recompute)
-    if resumed is None:
-        set_initial_weights(stages, config.checkpoint, config.batch.seed)
-    hang_watch.enter("building the optimizer", SLOW)
-    models = wrap_data_parallel(stages, config.parallel, before_reduction)
-    optimizer = make_optimizer(models, config, spec)
-    decay = config.optimizer.ema_decay
-    state = TrainState(
-        stages=stages, models=models, optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config.optimizer, config.batch.train_iters),
-        clipper=make_clipper(config.optimizer), guard=UpdateGuard(config.faults),
-        average=None if decay is None else WeightAverage(
-            config.optimizer, optimizer, named_parameters(stages), shard_grid(spec.groups)
-        ),
-        gathers_late=config.parallel.overlap_param_gather,
-    )
-    if resumed is not None:
-        hang_watch.enter("loading the checkpoint", SLOW)
-        state.resume(resumed, provenance)
-    return state
-
-
-def set_initial_weights(stages: list[DiffusionTransformer], arguments: CheckpointArguments, seed: int) -> None:
-    """Draw the weights of a new run, and take from --load-weights those that it has.
-
-    Raises:
-        UserError: --load-weights is malformed, damaged, or of a model that does not fit.
-    """
-    for stage in stages:
-        initialize_weights(stage, seed)
-    source, spec = arguments.load_weights_source, stages[0].spec
-    if source is not None:
-        initial = open_initial_weights(source, spec.config, arguments.load_weights_kind)
-        logger.info("%s", initial.summary)
-        load_initial_weights(initial, named_parameters(stages), shard_grid(spec.groups))
 
 
 def named_parameters(stages: list[DiffusionTransformer]) -> NamedParameters:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from megatron_flashi2v.checkpoint.folders import iteration_folder
 from megatron_flashi2v.config.errors import DataError, DivergenceError
 from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.runtime.device import Device
@@ -15,7 +17,6 @@ from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics
-from megatron_flashi2v.training.run_state import Provenance
 from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.state import TrainState
 from megatron_flashi2v.training.step import TrainingStep
@@ -37,7 +38,6 @@ class Trainer:
         saver: writes checkpoints.
         interrupts: ask this rank to leave.
         hang_watch: enters a phase for each part of an iteration.
-        provenance: what checkpoints say of the run.
         checkpoints: when to save and to leave.
         train_iters: the run's length.
         device: what this rank runs on.
@@ -53,7 +53,6 @@ class Trainer:
     saver: CheckpointSaver
     interrupts: Interrupts
     hang_watch: HangWatch
-    provenance: Provenance
     checkpoints: CheckpointArguments
     train_iters: int
     device: Device
@@ -80,8 +79,6 @@ class Trainer:
             self.source.abandon()
             self.saver.abandon()
             raise
-        finally:
-            self.observers.close()
         self.hang_watch.enter("the end", SLOW)
         self.source.close()
         return row
@@ -149,6 +146,13 @@ class Trainer:
             step_time_s=seconds, loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma, skipped=skipped,
         ).to_row()
 
+    @property
+    def checkpoint(self) -> Path | None:
+        """The present iteration's checkpoint, if it is published."""
+        save = self.checkpoints.save
+        folder = None if save is None else save / iteration_folder(self.state.iteration)
+        return folder if folder is not None and folder.exists() else None
+
     def counts(self) -> dict[str, tuple[int, ...]]:
         """This rank's numbers that are summed over all ranks with the loss, once its microbatches were read."""
         return {
@@ -187,6 +191,5 @@ class Trainer:
             logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
                            streak, state.iteration - streak, extra=AGREED)
         # Weights that may be spoiled must not cost older ones.
-        self.saver.save(state.iteration, state.pieces(), state.to_json(self.provenance), last=last,
-                        delete_older=not streak)
+        self.saver.save(state.iteration, state.pieces(), state.to_json(), last=last, delete_older=not streak)
         self.save_is_due, self.saved_at = False, state.iteration

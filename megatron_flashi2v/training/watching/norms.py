@@ -97,10 +97,10 @@ class NormsByPart(Observer):
             self._squares([shard.weights for shard in shards], parts),
         ])
         torch.distributed.all_reduce(squares_2P)
-        gradients, parameters = squares_2P.sqrt().tolist()
+        of_gradients, of_parameters = squares_2P.sqrt().tolist()
         return Norms(
-            gradients=dict(zip(self.parts, gradients, strict=True)),
-            parameters=dict(zip(self.parts, parameters, strict=True)),
+            gradients=dict(zip(self.parts, of_gradients, strict=True)),
+            parameters=dict(zip(self.parts, of_parameters, strict=True)),
         )
 
     def _squares(self, tensors: Sequence[Tensor | None], parts: Sequence[int]) -> Tensor:

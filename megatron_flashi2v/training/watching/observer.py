@@ -66,9 +66,15 @@ class Observers(Observer):
 
     Args:
         observers: each may name its counts as it likes.
+
+    Raises:
+        TypeError: one is no :class:`Observer`.
     """
 
     def __init__(self, observers: Sequence[Observer]) -> None:
+        for observer in observers:
+            if not isinstance(observer, Observer):
+                raise TypeError(f"{observer!r} is no Observer: derive its class from megatron_flashi2v.Observer")
         self._observers = tuple(observers)
 
     def between_iterations(self, state: TrainState) -> None:

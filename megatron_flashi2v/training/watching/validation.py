@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BatchArguments, DataArguments
 from megatron_flashi2v.data.blend import Blend
-from megatron_flashi2v.runtime.random import keyed_seed
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.datasets import VALIDATION_SEED
 from megatron_flashi2v.training.sigma_buckets import BUCKETS, BatchLoss
 from megatron_flashi2v.training.step import TrainingStep
 from megatron_flashi2v.training.watching.observer import Observer, Row
@@ -27,9 +27,6 @@ from megatron_flashi2v.training.watching.schedule import Schedule
 
 if TYPE_CHECKING:
     from megatron_flashi2v.training.state import TrainState
-
-VALIDATION_SEED = keyed_seed(0, "validation")
-"""Keys the draws instead of the run's seed."""
 
 logger = logging.getLogger(__name__)
 
