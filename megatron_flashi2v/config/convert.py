@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.recipe import FlagNames
 
 FORMATS = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu")
 
@@ -17,8 +18,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(FlagNames):
     """Weights from one format to another."""
+
+    command: ClassVar[str] = "flashi2v convert"
 
     source: Annotated[tuple[str, Path], tyro.conf.arg(name="from", metavar="FORMAT PATH")]
     """What to read: `megatron` (a folder of `train --save`, or one iter_* in it), `diffusers` (a folder), or `wan`,

@@ -47,11 +47,16 @@ def parse_flags(cls: type[Config], flags: Sequence[str], *, prog: str, **options
 
 def flag_types(cls: type) -> Iterator[tuple[str, Any]]:
     """Name, with underscores, and type of each flag that the dataclass and the dataclasses inside it define."""
-    for _, name, kind in named_fields(cls):
+    return ((flag, kind) for _, flag, kind in flag_fields(cls))
+
+
+def flag_fields(cls: type) -> Iterator[tuple[str, str, Any]]:
+    """Name of the field, name of its flag, with underscores, and type, of each flag as in :func:`flag_types`."""
+    for name, flag, kind in named_fields(cls):
         if dataclasses.is_dataclass(kind):
-            yield from flag_types(typing.cast(type, kind))
+            yield from flag_fields(typing.cast(type, kind))
         else:
-            yield name, kind
+            yield name, flag, kind
 
 
 def named_fields(cls: type) -> Iterator[tuple[str, str, Any]]:

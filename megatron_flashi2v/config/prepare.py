@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_flashi2v.config.clips import EncodingArguments, given
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.recipe import FlagNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,10 @@ class EncodingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(FlagNames):
     """What is prepared, from what, and with which encoders."""
+
+    command: ClassVar[str] = "flashi2v prepare"
 
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     output: Path | None = None

@@ -8,15 +8,60 @@ import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import tyro
 import yaml
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.flags import flag_types, named_fields, parse_flags, suggestion
+from megatron_flashi2v.config.flags import flag_fields, flag_types, named_fields, parse_flags, suggestion
 
 Config = TypeVar("Config")
+
+
+class FlagNames:
+    """Gives a configuration constructors that take the flat names of flags and recipes."""
+
+    command: ClassVar[str]
+    """Whose ``--help`` explains the names, such as ``flashi2v train``."""
+
+    @classmethod
+    def from_flags(cls: type[Config], **values: Any) -> Config:
+        """Build it from values by the flags' names, such as ``train_iters=100``; the others keep their defaults.
+
+        Raises:
+            ConfigError: a name is unknown (with a suggestion), or a value malformed.
+        """
+        return parse_values(cls, values, None)
+
+    @classmethod
+    def from_recipe(cls: type[Config], recipe: str | Path, **values: Any) -> Config:
+        """Build it from a recipe as ``--config`` does, and values by the flags' names, which win over it.
+
+        Raises:
+            ConfigError: the recipe is missing or no YAML mapping; or as for :meth:`from_flags`.
+        """
+        path = Path(recipe)
+        return parse_values(cls, values, read_recipe(cls, path, getattr(cls, "command", "flashi2v")))
+
+
+def parse_values(cls: type[Config], values: Mapping[str, Any], default: Config | None) -> Config:
+    """Build the dataclass ``cls`` from values by the names of its fields, or of their flags.
+
+    Args:
+        cls: a dataclass, or a dataclass of dataclasses whose fields together name the flags.
+        values: by name; a path may be a string, and a sequence any.
+        default: where the others come from; by default the fields' own.
+
+    Raises:
+        ConfigError: a name is unknown (with a suggestion), or a value malformed.
+    """
+    flag_of = {field: flag for field, flag, _ in flag_fields(cls)}
+    named = {flag_of.get(name, name): value for name, value in values.items()}
+    options: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,)}
+    if default is not None:
+        options["default"] = default
+    return parse_flags(cls, value_flags(cls, named), prog=getattr(cls, "command", "flashi2v"), **options)
 
 
 def parse(cls: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
@@ -43,11 +88,19 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str, description: str
     }
     if known.config is None:
         return parse_flags(cls, flags, prog=prog, **options)
+    return parse_flags(cls, flags, default=read_recipe(cls, known.config, prog), prog=prog, **options)
+
+
+def read_recipe(cls: type[Config], path: Path, prog: str) -> Config:
+    """Build the dataclass ``cls`` from a recipe alone.
+
+    Raises:
+        ConfigError: as for :func:`parse`.
+    """
     try:
-        recipe = parse_flags(cls, recipe_flags(cls, known.config), prog=prog, **options)
+        return parse_flags(cls, recipe_flags(cls, path), prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     except ConfigError as error:
-        raise ConfigError(f"--config {known.config}: {error}") from error
-    return parse_flags(cls, flags, default=recipe, prog=prog, **options)
+        raise ConfigError(f"--config {path}: {error}") from error
 
 
 def recipe_flags(cls: type, path: Path) -> list[str]:
@@ -66,6 +119,15 @@ def recipe_flags(cls: type, path: Path) -> list[str]:
         raise ConfigError("is nested too deeply; it must be a flat mapping of flag names to values") from None
     if not isinstance(values, dict):
         raise ConfigError(f"must be a mapping of flag names to values, not {type(values).__name__}")
+    return value_flags(cls, values)
+
+
+def value_flags(cls: type, values: Mapping[Any, Any]) -> list[str]:
+    """Values by the flags' names, in either spelling, as command-line flags.
+
+    Raises:
+        ConfigError: a name is unknown, or a value no flag's.
+    """
     types = dict(flag_types(cls))
     flags: list[str] = []
     for key, value in values.items():
@@ -124,15 +186,22 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
-    """Refuse what would be told as a stray word once it is a flag; tyro checks the rest."""
+    """Refuse what would become a stray word as a flag; tyro checks the rest."""
     if kind is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} is {_shown(value)}; it must be true or false")
     if value is None and type(None) not in typing.get_args(kind):
         raise ConfigError(f"{name} has no value; give one, or leave the key out")
-    if isinstance(value, dict) or (isinstance(value, list) and typing.get_origin(kind) not in (list, tuple)):
+    several = isinstance(value, (list, tuple))
+    if isinstance(value, dict) or (several and _plain(kind) not in (list, tuple)):
         raise ConfigError(f"{name} is {_shown(value)}; it must be a single value")
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+    if several and any(isinstance(item, (dict, list, tuple)) for item in value):
         raise ConfigError(f"{name} is {_shown(value)}; it must be a list of single values")
+
+
+def _plain(kind: Any) -> Any:
+    """``tuple`` of ``tuple[str, ...]``, whatever it is annotated with."""
+    origin = typing.get_origin(kind)
+    return typing.get_origin(typing.get_args(kind)[0]) if origin is typing.Annotated else origin
 
 
 def _shown(value: Any) -> str:

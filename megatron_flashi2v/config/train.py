@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_flashi2v.config.clips import EncodingArguments
 from megatron_flashi2v.config.convert import FORMATS
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.watch import WatchArguments
 
 
@@ -280,8 +281,10 @@ class RuntimeArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(FlagNames):
     """Everything that a training run depends on, grouped by subject; flags and recipe keys are flat."""
+
+    command: ClassVar[str] = "flashi2v train"
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)

@@ -10,8 +10,10 @@ space), H and W rows and columns, L text rows, D text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -56,6 +58,19 @@ class SampledVideo:
     frames_BTHWC: NDArray[np.uint8] | None
     latents_BCTHW: torch.Tensor
     images_BHWC: NDArray[np.uint8] | None
+
+    def save(self, path: str | Path, fps: float, index: int = 0) -> None:
+        """Write one of the videos as an mp4; its folder is made if it is not there.
+
+        Raises:
+            ConfigError: the frames were not decoded.
+            UserError: the file cannot be written.
+        """
+        from megatron_flashi2v.sampling.video import write_mp4
+
+        if self.frames_BTHWC is None:
+            raise ConfigError("there are no frames to save: the pipeline was called with decode=False")
+        write_mp4(Path(path), self.frames_BTHWC[index], fps)
 
 
 class ImageToVideoPipeline:
@@ -107,6 +122,38 @@ class ImageToVideoPipeline:
         self.device = device
         self.batched_guidance = batched_guidance
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | Path,
+        *,
+        vae: str | Path,
+        text_encoder: str | Path,
+        tokenizer: str | Path,
+        device: str = "auto",
+        **options: Any,
+    ) -> AbstractContextManager[ImageToVideoPipeline]:
+        """Load a checkpoint's model for sampling in this process; the pipeline can be called inside the context.
+
+        Args:
+            checkpoint: folder of ``train --save`` (its newest checkpoint), or one of its ``iter_*``.
+            vae: folder of the VAE that prepared the training data.
+            text_encoder: folder of the text encoder that prepared them.
+            tokenizer: folder of its tokenizer.
+            device: auto, cuda, npu or cpu.
+            options: ``weights`` (model or ema), ``bf16``, ``attention_backend`` and ``batched_guidance``, as the flags
+                of ``flashi2v sample``.
+
+        Raises:
+            UserError: a folder is missing or damaged, or the parts do not fit together.
+        """
+        from megatron_flashi2v.sampling.load import open_pipeline
+
+        return open_pipeline(
+            Path(checkpoint), vae=Path(vae), text_encoder=Path(text_encoder), tokenizer=Path(tokenizer), device=device,
+            **options,
+        )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -130,8 +177,8 @@ class ImageToVideoPipeline:
         """Sample one video per (image, prompt) pair.
 
         Args:
-            images: PIL images or uint8 tensors ``[3, H, W]`` of any size; one image serves all prompts. None only
-                for a text-to-video model, which looks at no image.
+            images: PIL images, uint8 tensors ``[3, H, W]`` of any size, or files of pictures or videos; one image
+                serves all prompts. None only for a text-to-video model, which looks at no image.
             prompts: one prompt serves all images.
             num_frames: video frames, ``1 + k * temporal stride`` of the VAE.
             height: pixels; the image is resized to cover height x width and cropped at its centre.

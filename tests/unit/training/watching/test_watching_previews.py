@@ -25,9 +25,8 @@ from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import load_model
 from megatron_flashi2v.sampling.noise import sample_noise
-from megatron_flashi2v.training.datasets import open_validation_data
-from megatron_flashi2v.training.watching.previews import Samples
-from megatron_flashi2v.training.watching.validation import VALIDATION_SEED
+from megatron_flashi2v.training.datasets import VALIDATION_SEED, open_validation_data
+from megatron_flashi2v.training.watching.previews import Previews
 
 Train = Callable[..., int]
 
@@ -118,7 +117,7 @@ def test_videos_that_cannot_be_written_do_not_stop_the_run(
     def fail(*arguments: object) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(Samples, "_write", fail)
+    monkeypatch.setattr(Previews, "_write", fail)
     assert train("--save", tmp_path, *flags) == 0
     assert len(metrics(tmp_path)) == 4
     assert "samples of iteration 2 are not written: OSError: the disk is gone" in capsys.readouterr().err
