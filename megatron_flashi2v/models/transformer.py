@@ -12,7 +12,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from flashi2v_kernels.rope3d.tables import rope_tables
+from flashi2v_kernels.qk_norm_rope.tables import rope_tables
 from megatron_flashi2v.conditioning.build import build_conditioning
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.models.attention import Rotary
