@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +18,9 @@ class AffineLayerNorm(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.eps = spec.config.norm_eps
-        self.dtype = spec.dtype
-        self.kernel = spec.kernels.ada_layer_norm
+        self.kernel: Callable[..., Tensor] = partial(
+            spec.kernels.ada_layer_norm, eps=spec.config.norm_eps, dtype=spec.dtype
+        )
         self.weight = nn.Parameter(torch.empty(spec.config.hidden_size))
         self.bias = nn.Parameter(torch.empty(spec.config.hidden_size))
         mark_sequence_parallel(self)
@@ -26,7 +29,7 @@ class AffineLayerNorm(nn.Module):
         """Rows of the same shape in the dtype of matrix products."""
         samples = hidden_SBD.shape[1]
         shift_BD, scale_BD = self.bias.expand(samples, -1), (self.weight - 1.0).expand(samples, -1)
-        return self.kernel(hidden_SBD, shift_BD, scale_BD, self.eps, dtype=self.dtype)
+        return self.kernel(hidden_SBD, shift_BD, scale_BD)
 
 
 class FullWidthRMSNorm(nn.Module):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core.enums import ModelType
@@ -17,11 +15,15 @@ from megatron_flashi2v.conditioning.build import build_conditioning
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.backend import block_precision
-from megatron_flashi2v.models.block import TransformerBlock
-from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
+from megatron_flashi2v.models.embeddings import (
+    CONDITIONING_ROWS,
+    TextEmbedding,
+    TimeEmbedding,
+    time_and_modulation,
+)
 from megatron_flashi2v.models.head import Head
 from megatron_flashi2v.models.patches import Grid, patchify, token_grid
-from megatron_flashi2v.models.recompute import Recompute, recomputed
+from megatron_flashi2v.models.recompute import Recompute, build_block, run_blocks
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.stages import Stage, whole_model
 from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
@@ -33,9 +35,6 @@ from megatron_flashi2v.parallel.regions import (
     shard_tokens,
     sum_in_backward,
 )
-
-CONDITIONING_ROWS = 7
-"""Rows that travel beside the tokens: the time embedding and its six projections."""
 
 KEPT_GRIDS = 8
 """Grids whose rotary tables are kept, so that buckets of resolutions do not make theirs anew at each change; a grid of
@@ -99,7 +98,7 @@ class DiffusionTransformer(MegatronModule):
             self.text_embedding = TextEmbedding(spec)
             self.time_embedding = TimeEmbedding(spec)
         # Keys are global indices: a parameter's name is the same at every layout.
-        self.blocks = nn.ModuleDict({str(index): TransformerBlock(spec, self.recompute) for index in self.stage.layers})
+        self.blocks = nn.ModuleDict({str(index): build_block(spec, self.recompute) for index in self.stage.layers})
         if self.post_process:
             self.head = Head(spec)
 
@@ -117,10 +116,14 @@ class DiffusionTransformer(MegatronModule):
             # Not kept here: the received hop would otherwise outlive the backward pass.
             packed, self.input_tensor = self.input_tensor, None
             hidden_SBD, text_TBD, conditioning_7BD = unpack(packed, self.packed_shape(grid))
-        rotary = self.rotary(grid, hidden_SBD.device)
-        hidden_SBD = self.run_blocks(hidden_SBD, text_TBD.to(self.spec.dtype), conditioning_7BD[1:], rotary)
+        time_BD, modulation_6BD = time_and_modulation(conditioning_7BD)
+        with block_precision(self.spec.megatron):
+            hidden_SBD = run_blocks(
+                list(self.blocks.values()), self.recompute, hidden_SBD, text_TBD.to(self.spec.dtype), modulation_6BD,
+                self.rotary(grid, hidden_SBD.device),
+            )
         if self.post_process:
-            return self.head(hidden_SBD, conditioning_7BD[0])
+            return self.head(hidden_SBD, time_BD)
         return pack(hidden_SBD, text_TBD.to(hidden_SBD.dtype), conditioning_7BD)
 
     def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,18 +138,6 @@ class DiffusionTransformer(MegatronModule):
         text_TBD = self.text_embedding(shard_rows(inputs.text_BLX.transpose(0, 1), groups))
         conditioning_7BD = sum_in_backward(self.time_embedding(inputs.sinusoid_BF), groups)
         return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
-
-    def run_blocks(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary
-    ) -> Tensor:
-        """This stage's blocks in order, recomputed in backward as configured."""
-        blocks = list(self.blocks.values())
-        again = self.recompute.layers if self.training and torch.is_grad_enabled() else 0
-        with block_precision(self.spec.megatron):
-            for start in range(0, again, self.recompute.group):
-                run = partial(_run, blocks[start : min(start + self.recompute.group, again)])
-                hidden_SBD = recomputed(run, hidden_SBD, text_TBD, modulation_6BD, rotary)
-            return _run(blocks[again:], hidden_SBD, text_TBD, modulation_6BD, rotary)
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Tokens along time, height and width of latents (T, H, W)."""
@@ -173,8 +164,3 @@ class DiffusionTransformer(MegatronModule):
             self._rotary[grid, device] = Rotary(cos_SR, sin_SR, math.prod(grid))
         return self._rotary[grid, device]
 
-
-def _run(blocks: Sequence[nn.Module], hidden: Tensor, text: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
-    for block in blocks:
-        hidden = block(hidden, text, modulation, rotary)
-    return hidden
