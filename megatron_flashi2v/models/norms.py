@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.parallel.regions import mark_sequence_parallel, sum_both_ways
+from megatron_flashi2v.parallel.regions import sum_both_ways
 
 
 class AffineLayerNorm(nn.Module):
@@ -23,7 +23,6 @@ class AffineLayerNorm(nn.Module):
         )
         self.weight = nn.Parameter(torch.empty(spec.config.hidden_size))
         self.bias = nn.Parameter(torch.empty(spec.config.hidden_size))
-        mark_sequence_parallel(self)
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
         """Rows of the same shape in the dtype of matrix products."""
@@ -46,9 +45,6 @@ class FullWidthRMSNorm(nn.Module):
         self.eps = spec.config.norm_eps
         self.kernels = spec.kernels
         self.weight = nn.Parameter(torch.empty(self.full_width // self.group.size()))
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim = 0  # type: ignore[attr-defined]
-        self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
     def forward(
         self, heads_SBhD: Tensor, squares_SB: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from flashi2v_kernels.qk_norm_rope.tables import rope_tables
-from megatron_flashi2v.conditioning.build import build_conditioning
+from megatron_flashi2v.conditioning.build import build_conditioning, paradigm_of
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.backend import block_precision
@@ -23,13 +23,13 @@ from megatron_flashi2v.models.embeddings import (
 )
 from megatron_flashi2v.models.head import Head
 from megatron_flashi2v.models.patches import Grid, patchify, token_grid
+from megatron_flashi2v.models.placement import mark_parameters
 from megatron_flashi2v.models.recompute import Recompute, build_block, run_blocks
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.stages import Stage, whole_model
 from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
 from megatron_flashi2v.parallel.regions import (
     context_block,
-    mark_sequence_parallel,
     rows_per_rank,
     shard_rows,
     shard_tokens,
@@ -88,19 +88,17 @@ class DiffusionTransformer(MegatronModule):
 
         if self.pre_process:
             self.conditioning = build_conditioning(spec.config, spec.kernels.highpass, spec.dtype)
-            for module in self.conditioning.token_modules():
-                mark_sequence_parallel(module)
             patch_volume = spec.config.patch_dim // spec.config.latent_channels
             self.patch_embedding = nn.Linear(
                 self.conditioning.input_channels * patch_volume, spec.config.hidden_size, dtype=spec.dtype
             )
-            mark_sequence_parallel(self.patch_embedding)
             self.text_embedding = TextEmbedding(spec)
             self.time_embedding = TimeEmbedding(spec)
         # Keys are global indices: a parameter's name is the same at every layout.
         self.blocks = nn.ModuleDict({str(index): build_block(spec, self.recompute) for index in self.stage.layers})
         if self.post_process:
             self.head = Head(spec)
+        mark_parameters(self, paradigm_of(spec.config))
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
         """Take what the previous stage sent; megatron-core's schedules call this before :meth:`forward`."""
@@ -117,11 +115,8 @@ class DiffusionTransformer(MegatronModule):
             packed, self.input_tensor = self.input_tensor, None
             hidden_SBD, text_TBD, conditioning_7BD = unpack(packed, self.packed_shape(grid))
         time_BD, modulation_6BD = time_and_modulation(conditioning_7BD)
-        with block_precision(self.spec.megatron):
-            hidden_SBD = run_blocks(
-                list(self.blocks.values()), self.recompute, hidden_SBD, text_TBD.to(self.spec.dtype), modulation_6BD,
-                self.rotary(grid, hidden_SBD.device),
-            )
+        rotary = self.rotary(grid, hidden_SBD.device)
+        hidden_SBD = self.run_blocks(hidden_SBD, text_TBD.to(self.spec.dtype), modulation_6BD, rotary)
         if self.post_process:
             return self.head(hidden_SBD, time_BD)
         return pack(hidden_SBD, text_TBD.to(hidden_SBD.dtype), conditioning_7BD)
@@ -138,6 +133,12 @@ class DiffusionTransformer(MegatronModule):
         text_TBD = self.text_embedding(shard_rows(inputs.text_BLX.transpose(0, 1), groups))
         conditioning_7BD = sum_in_backward(self.time_embedding(inputs.sinusoid_BF), groups)
         return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
+
+    def run_blocks(self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary) -> Tensor:
+        """The residual stream after this stage's blocks."""
+        blocks = list(self.blocks.values())
+        with block_precision(self.spec.megatron):
+            return run_blocks(blocks, self.recompute, hidden_SBD, text_TBD, modulation_6BD, rotary)
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Tokens along time, height and width of latents (T, H, W)."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
-from megatron_flashi2v.checkpoint.model_state import holds_weights, shard_grid
+from megatron_flashi2v.checkpoint.model_state import holds_weights
 from megatron_flashi2v.checkpoint.model_state import load_model as load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.layout import stage_layer_counts
@@ -21,6 +21,7 @@ from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.stages import stages_of_rank
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups, destroy_groups, make_groups
+from megatron_flashi2v.parallel.placement import shard_grid
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch

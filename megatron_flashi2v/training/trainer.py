@@ -18,7 +18,7 @@ from megatron_flashi2v.checkpoint.folders import (
     load_model_config,
     require_same_model,
 )
-from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces, shard_grid
+from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import TensorPiece
@@ -34,6 +34,7 @@ from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.parallel.groups import make_groups
+from megatron_flashi2v.parallel.placement import shard_grid
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch

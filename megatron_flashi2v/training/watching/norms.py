@@ -12,9 +12,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import ShardGrid
 from megatron_flashi2v.checkpoint.optimizer_state import optimizer_shards
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.parallel.placement import ShardGrid
 
 BLOCK_GROUPS = 8
 """At most so many groups of neighbouring blocks."""

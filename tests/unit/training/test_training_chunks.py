@@ -1,20 +1,12 @@
-"""What the trainer makes of flags: recomputed blocks of a stage, and the checkpoint's view of a rank."""
+"""From flags to the recomputed blocks of a stage."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
-from megatron_flashi2v.checkpoint.model_state import shard_grid
 from megatron_flashi2v.config.train import RecomputeArguments
 from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.training.chunks import recompute_of
-
-
-def group(size: int, rank: int = 0) -> SimpleNamespace:
-    """Stands in for a process group."""
-    return SimpleNamespace(size=lambda: size, rank=lambda: rank)
 
 
 @pytest.mark.parametrize("granularity, method, count, expected", [
@@ -33,8 +25,3 @@ def test_recomputed_blocks_of_a_stage_of_four(
         recompute_granularity=granularity, recompute_method=method, recompute_num_layers=count
     )
     assert recompute_of(arguments, 4) == expected
-
-
-def test_a_ranks_place_as_checkpoints_see_it() -> None:
-    grid = shard_grid(SimpleNamespace(tp=group(4, 3), dp_cp=group(6, 5)))
-    assert (grid.tp_rank, grid.tp_size, grid.dp_rank, grid.dp_size) == (3, 4, 5, 6)
