@@ -32,6 +32,7 @@ from megatron_flashi2v.checkpoint.arrangements import (
 )
 from megatron_flashi2v.conditioning.build import input_channels
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.placement import fused_parts
 
 FORMATS = ("wan", "diffusers", "flashi2v_npu")
 
@@ -89,11 +90,9 @@ def _vectors(*names: str) -> dict[str, Tensor]:
     return {name: Tensor(shape=("d",)) for name in names}
 
 
-def _attention(
-    ours: str, original: str, diffusers: str, fused: str, parts: tuple[str, ...]
-) -> tuple[Module, ...]:
-    """The rows of one attention: ``parts`` are fused into ``fused``, a query left over has its own
-    projection."""
+def _attention(ours: str, original: str, diffusers: str, fused: str) -> tuple[Module, ...]:
+    """The rows of one attention: some projections are fused into ``fused``, a query left over has its own."""
+    parts = fused_parts(f"blocks.{{i}}.{ours}.{fused}.weight")
 
     def row(name: str, external: tuple[str, str, str], tensors: Mapping[str, Tensor]) -> Module:
         wan, diffusers_name, npu = external
@@ -168,7 +167,7 @@ BACKBONE: tuple[Module, ...] = (
         flashi2v_npu="blocks.{i}.modulation",
         tensors={"": Tensor(shape=(6, "d"), transform=Reshape((1, 6, "d")))},
     ),
-    *_attention("self_attention", "self_attn", "attn1", "linear_qkv", ("q", "k", "v")),
+    *_attention("self_attention", "self_attn", "attn1", "linear_qkv"),
     Module(
         ours="blocks.{i}.norm_cross",
         wan="blocks.{i}.norm3",
@@ -176,7 +175,7 @@ BACKBONE: tuple[Module, ...] = (
         flashi2v_npu="blocks.{i}.norm3",
         tensors=_vectors("weight", "bias"),
     ),
-    *_attention("cross_attention", "cross_attn", "attn2", "linear_kv", ("k", "v")),
+    *_attention("cross_attention", "cross_attn", "attn2", "linear_kv"),
     Module(
         ours="blocks.{i}.mlp.linear_fc1",
         wan="blocks.{i}.ffn.0",

@@ -71,6 +71,9 @@ class FlashI2V(ImageConditioning):
         dtype: dtype of the Fourier embedding's matrix products; phi and the high-pass are always fp32.
     """
 
+    token_modules = ("fourier_embedding",)
+    latent_modules = ("phi",)
+
     def __init__(
         self,
         config: ModelConfig,
@@ -109,7 +112,3 @@ class FlashI2V(ImageConditioning):
     def embed_guidance(self, patches_SBP: Tensor) -> Tensor:
         """E_F of the features' patches."""
         return self.fourier_embedding(patches_SBP)
-
-    def token_modules(self) -> list[nn.Module]:
-        """E_F acts on patches."""
-        return [self.fourier_embedding]

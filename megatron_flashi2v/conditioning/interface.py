@@ -50,11 +50,17 @@ class ImageConditioning(nn.Module, ABC):
 
     Attributes:
         uses_image: whether sampling needs a condition image.
+        token_modules: names of its modules that act on single tokens: under sequence parallelism their gradient on a
+            rank covers that rank's tokens alone.
+        latent_modules: names of its modules that act on whole latents, before they are divided over ranks. Each of its
+            modules with weights is in one of both.
         input_channels: channels of the patch embedding's input. The columns of its weight for channels past the
             latents' own start at zero, so that every paradigm starts as the text-to-video model.
     """
 
     uses_image: ClassVar[bool] = True
+    token_modules: ClassVar[tuple[str, ...]] = ()
+    latent_modules: ClassVar[tuple[str, ...]] = ()
     input_channels: int
 
     def __init__(
@@ -114,10 +120,6 @@ class ImageConditioning(nn.Module, ABC):
     def embed_guidance(self, patches_SBP: Tensor) -> Tensor:
         """Token features [S, B, d] of the guidance's patches; only called if :meth:`forward` gave guidance."""
         raise TypeError(f"{type(self).__name__} has no guidance to embed")
-
-    def token_modules(self) -> list[nn.Module]:
-        """Modules that act on single tokens, so that their gradient on one rank covers only that rank's tokens."""
-        return []
 
 
 def stack_extras(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from megatron_flashi2v.checkpoint.folders import require_same_model
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import NamedParameters, ShardGrid, parameter_box
+from megatron_flashi2v.checkpoint.model_state import NamedParameters
 from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
 from megatron_flashi2v.conversion.convert import open_weights
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
+from megatron_flashi2v.models.placement import parameter_box
+from megatron_flashi2v.parallel.placement import ShardGrid
 
 PATCH_WEIGHT = "patch_embedding.weight"
 # What any paradigm can start from: models whose patch embedding takes the latents alone.
@@ -96,11 +98,9 @@ def load_initial_weights(initial: InitialWeights, named_parameters: NamedParamet
     for name, parameter in named_parameters:
         if name not in shapes:
             continue
-        part = parameter_box(name, parameter, grid)
-        sides = list(zip(part.offset, part.shape, strict=True))
-        target = parameter.detach()
+        part = parameter_box(name, parameter.shape, grid)
+        slices, target = part.slices, parameter.detach()
         if name == PATCH_WEIGHT and part.global_shape != shapes[name]:
-            sides[1] = (0, shapes[name][1])
-            target = target[:, : shapes[name][1]]
-        box = tuple(slice(start, start + size) for start, size in sides)
-        target.copy_(initial.weights.read(name, box, parameter.dtype))
+            columns = shapes[name][1]
+            slices, target = (slices[0], slice(0, columns)), target[:, :columns]
+        target.copy_(initial.weights.read(name, slices, parameter.dtype))

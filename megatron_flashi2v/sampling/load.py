@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
-from megatron_flashi2v.checkpoint.model_state import holds_weights, shard_grid
+from megatron_flashi2v.checkpoint.model_state import holds_weights
 from megatron_flashi2v.checkpoint.model_state import load_model as load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import ParallelArguments
@@ -21,6 +21,7 @@ from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.placement import shard_grid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.sampling.guidance import VelocityFunction

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_flashi2v.checkpoint.model_state import shard_grid
 from megatron_flashi2v.config.layout import virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
@@ -17,6 +16,7 @@ from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.placement import shard_grid
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 from megatron_flashi2v.training.clipping import make_clipper

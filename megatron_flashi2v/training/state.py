@@ -13,11 +13,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_flashi2v.checkpoint.folders import load_model_config, require_same_model
-from megatron_flashi2v.checkpoint.model_state import ShardGrid, load_model, model_pieces, shard_grid
+from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.placement import ShardGrid, shard_grid
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.clipping import Clipper
 from megatron_flashi2v.training.ema import WeightAverage

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from helpers.planted_faults import is_last_rank, planted
-from megatron_flashi2v.models import block, norms
+from megatron_flashi2v.models import placement
 from megatron_flashi2v.parallel import packing, ring
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.watching.observer import Observer
@@ -18,12 +18,17 @@ from megatron_flashi2v.training.watching.observer import Observer
 
 def norm_weights() -> Any:
     """Each rank keeps the gradient of its own tokens alone for the affine norm's weight and bias."""
-    return mock.patch.object(norms, "mark_sequence_parallel", lambda module: None)
+    return unmarked("blocks.{i}.norm_cross.weight", "blocks.{i}.norm_cross.bias")
 
 
 def modulation() -> Any:
     """The same for the blocks' modulation tables."""
-    return mock.patch.object(block, "mark_sequence_parallel", lambda parameter: None)
+    return unmarked("blocks.{i}.modulation")
+
+
+def unmarked(*names: str) -> Any:
+    """The names are declared as if every rank's gradient covered all tokens."""
+    return mock.patch.dict(placement.PLACEMENTS, {name: placement.Placement() for name in names})
 
 
 def text_rows() -> Any:

@@ -13,9 +13,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import ShardGrid
 from megatron_flashi2v.checkpoint.optimizer_state import optimizer_shards
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.training.watching.observer import Observer, Row
 
 if TYPE_CHECKING:

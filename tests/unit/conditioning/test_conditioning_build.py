@@ -46,7 +46,7 @@ def test_text_to_video_has_no_parameters_and_passes_the_latents_on() -> None:
     noisy = torch.randn(1, 4, 2, 4, 4)
     conditioned = module(noisy, torch.randn(1, 4, 1, 4, 4), {})
     assert conditioned.latents_BCTHW is noisy and conditioned.guidance_BCTHW is None
-    assert not list(module.parameters()) and not module.token_modules()
+    assert not list(module.parameters()) and not module.token_modules
     with pytest.raises(TypeError, match="TextToVideo has no guidance"):
         module.embed_guidance(torch.zeros(1, 1, 16))
 
