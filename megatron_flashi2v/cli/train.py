@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     if config.runtime.dry_run:
         world = config.runtime.world_size or max(launch.world_size, model_ranks(config.parallel))
         check_train(config, model, world)
+        check_paradigm(model)
         if launch.rank == 0:
             setup_logging(0)
             from megatron_flashi2v.planning.dry_run import dry_run_report
@@ -33,8 +34,20 @@ def main(argv: Sequence[str]) -> int:
             sys.stdout.write(dry_run_report(config, model, world))
         return 0
     check_train(config, model, launch.world_size)
+    check_paradigm(model)
     run(config, model, launch)
     return 0
+
+
+def check_paradigm(model: ModelConfig) -> None:
+    """Refuse a ``--conditioning`` that no paradigm is registered for, once torch may be imported.
+
+    Raises:
+        ConfigError: lists the names, with the nearest.
+    """
+    from megatron_flashi2v.conditioning.build import paradigm_of
+
+    paradigm_of(model)
 
 
 def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> None:

@@ -14,10 +14,12 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.interface import MODULE
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.runtime.random import keyed_generator
 
-ZERO = ("head.linear.weight", "conditioning.phi.conv_out.weight", "conditioning.fourier_embedding.conv_out.weight")
+ZERO = "head.linear.weight"
 SMALL_NORMAL = ("text_embedding.linear_", "time_embedding.linear_")
 FUSED = {"linear_qkv.weight": 3, "linear_kv.weight": 2}
 
@@ -25,12 +27,14 @@ FUSED = {"linear_qkv.weight": 3, "linear_kv.weight": 2}
 @torch.no_grad()
 def initialize_weights(model: DiffusionTransformer, seed: int) -> None:
     """Draw this rank's share of every parameter, in place."""
-    group = model.spec.groups.tp
+    group, config = model.spec.groups.tp, model.spec.config
+    own_tensors = paradigm_of(config).own_tensors(config)
+    zero = {ZERO, *(f"{MODULE}.{name}" for name, tensor in own_tensors.items() if tensor.starts_at_zero)}
     for name, parameter in model.named_parameters():
         full = torch.zeros(full_shape(parameter, group.size()))
         if name == "patch_embedding.weight":
-            full[:, : model.spec.config.patch_dim] = _draw(name, (len(full), model.spec.config.patch_dim), seed)
-        else:
+            full[:, : config.patch_dim] = _draw(name, (len(full), config.patch_dim), seed)
+        elif name not in zero:
             full = _draw(name, tuple(full.shape), seed)
         parameter.copy_(local_slice(full, parameter, group))
 
@@ -53,7 +57,7 @@ def local_slice(full: Tensor, parameter: nn.Parameter, group: torch.distributed.
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     generator = keyed_generator(seed, "initial-weight", name)
-    if name.endswith("bias") or name in ZERO:
+    if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith("modulation"):
         return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.paradigms import PARADIGMS
 from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.initialization import full_shape, initialize_weights, local_slice
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.transformer import DiffusionTransformer
