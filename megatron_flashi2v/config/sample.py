@@ -11,10 +11,13 @@ from typing import Literal
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.train import ParallelArguments
 
+DEFAULT_SHIFT = 7.0
+"""Shift of the sampler's noise levels, everywhere: FlashI2V's, see its main branch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """What a user can set of how a video follows its image; each paradigm takes what it knows.
+    """A user's settings of how a video follows its image; each paradigm reads those that it knows.
 
     Attributes:
         cutoff_ratio: share of the image's spectrum, from the lowest frequencies, kept out of the Fourier guidance.
@@ -68,12 +71,12 @@ class SampleConfig:
     """Classifier-free guidance; 1 turns it off and halves the time."""
     batched_guidance: bool = False
     """Compute both guidance passes at once: faster on a large accelerator, twice the activations."""
-    shift: float = 7.0
+    shift: float = DEFAULT_SHIFT
     """Shift of the noise levels toward noise."""
     cutoff_ratio: float = 0.1
     """Share of the image's spectrum, from the lowest frequencies, kept out of the Fourier guidance."""
     image_noise: float = 0.02
-    """Level of the noise on the image's latents, for the paradigms that add it (repeat_concat, zero_pad_concat)."""
+    """Level of the noise on the image's latents, where the paradigm adds noise."""
     seed: int = 0
     """Keys all noise."""
     weights: Literal["model", "ema"] = "model"

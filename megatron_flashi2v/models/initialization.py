@@ -13,33 +13,37 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.interface import MODULE
 from megatron_flashi2v.models.placement import fused_parts, parameter_box
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.runtime.random import keyed_generator
 
-ZERO = ("head.linear.weight", "conditioning.phi.conv_out.weight", "conditioning.fourier_embedding.conv_out.weight")
+ZERO = "head.linear.weight"
 SMALL_NORMAL = ("text_embedding.linear_", "time_embedding.linear_")
 
 
 @torch.no_grad()
 def initialize_weights(model: DiffusionTransformer, seed: int) -> None:
     """Draw this rank's share of every parameter, in place."""
-    group = model.spec.groups.tp
+    group, config = model.spec.groups.tp, model.spec.config
     grid = ShardGrid(tp_rank=group.rank(), tp_size=group.size())
+    own_tensors = paradigm_of(config).own_tensors(config)
+    zero = {ZERO, *(f"{MODULE}.{name}" for name, tensor in own_tensors.items() if tensor.starts_at_zero)}
     for name, parameter in model.named_parameters():
         box = parameter_box(name, parameter.shape, grid)
         full = torch.zeros(box.global_shape)
         if name == "patch_embedding.weight":
-            full[:, : model.spec.config.patch_dim] = _draw(name, (len(full), model.spec.config.patch_dim), seed)
-        else:
+            full[:, : config.patch_dim] = _draw(name, (len(full), config.patch_dim), seed)
+        elif name not in zero:
             full = _draw(name, box.global_shape, seed)
         parameter.copy_(full[box.slices])
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     generator = keyed_generator(seed, "initial-weight", name)
-    if name.endswith("bias") or name in ZERO:
+    if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith("modulation"):
         return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])

@@ -11,7 +11,7 @@ import yaml
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.build import BASE, paradigm_of
 from megatron_flashi2v.config.blend import parse_blend
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.layout import data_parallel_size, ring_degree
@@ -53,14 +53,15 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         ConfigError: the samples' size does not divide into the model's patches, or flags or files that name the data
             are malformed.
     """
+    paradigm = paradigm_of(model)
     data = planned_data(config)
     for shape in data.latent_shapes:
         check_tokens(model, shape)
     if data.temporal_stride is not None:
-        model = paradigm_of(model).fit_to_data(model, data.temporal_stride)
+        model = paradigm.fit_to_data(model, data.temporal_stride)
     parallel = config.parallel
     total = _parameters(model)
-    without = _parameters(dataclasses.replace(model, conditioning="text_to_video"))
+    without = _parameters(dataclasses.replace(model, conditioning=BASE.name))
     replicas = data_parallel_size(parallel, world_size)
     lines = [
         "# resolved configuration",
@@ -71,7 +72,7 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         "",
         "# parameters",
         f"total: {total:,}",
-        f"text_to_video_part: {without:,}",
+        f"{BASE.name}_part: {without:,}",
         f"{model.conditioning}_part: {total - without:,}",
         "",
         "# layout" + (" of one replica: --world-size plans for more" if replicas == 1 else ""),

@@ -58,6 +58,10 @@ def train(config: TrainConfig, observers: Sequence[Observer] = ()) -> TrainResul
     if launch.is_scheduler:  # msrun starts the script once more, for a process that does not train
         return TrainResult(iteration=0, metrics=None, checkpoint=None)
     check_train(config, model, launch.world_size)
+    # It imports torch, which a command's --help must not.
+    from megatron_flashi2v.conditioning.build import paradigm_of
+
+    paradigm_of(model)  # refuses an unknown --conditioning
     with logging_to_stderr(launch.rank), entered_run(config, model, launch, observers) as trainer:
         row = trainer.train()
         return TrainResult(iteration=trainer.state.iteration, metrics=row, checkpoint=trainer.checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.conditioning.interface import stack_extras
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.sample import ImageSettings
+from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings
 from megatron_flashi2v.config.watch import WatchArguments
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.data.prepared import PreparedSample, pad_text_rows
@@ -24,12 +24,12 @@ from megatron_flashi2v.flow.sigmas import inference_sigmas
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_bytes
-from megatron_flashi2v.runtime.random import keyed_generator
+from megatron_flashi2v.sampling.denoise import Conditions, denoise
 from megatron_flashi2v.sampling.guidance import with_guidance
 from megatron_flashi2v.sampling.load import velocity_of
-from megatron_flashi2v.sampling.noise import sample_noise
+from megatron_flashi2v.sampling.noise import sample_extras, sample_noise
 from megatron_flashi2v.sampling.pipeline import to_frames
-from megatron_flashi2v.sampling.solvers import solve_euler
+from megatron_flashi2v.sampling.solvers import EulerSolver
 from megatron_flashi2v.sampling.video import StripRow, write_comparison, write_mp4
 from megatron_flashi2v.training.watching.observer import Observer
 from megatron_flashi2v.training.watching.schedule import Schedule
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 SAMPLE_FOLDER = "samples"
 SAMPLE_SEED = 0
-SHIFT = 7.0
-"""Of the noise levels: what ``flashi2v sample`` takes by default."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,22 +114,23 @@ class Previews(Observer):
         """A validation sample, and latents [1, C, T, H, W] made from its image and its text."""
         (sample,), _ = self._data.read([index])
         shape, device = sample.latents_CTHW.shape, self._device.torch_device
-        channels, _, height, width = shape
         text_BLD, empty_BLD = (
             pad_text_rows(rows_LD, self._model.text_length).unsqueeze(0).to(device)
             for rows_LD in (sample.text_rows_LD, self._data.empty_text_rows_LD)
         )
-        image_BC1HW = sample.latents_CTHW[:, :1].unsqueeze(0).to(device)
-        extras = paradigm_of(self._model).sampling_extras(
-            ImageSettings(), (channels, 1, height, width),
-            lambda purpose: keyed_generator(SAMPLE_SEED, f"sample-{purpose}", index),
-        )
-        extras_B = {name: value.to(device) for name, value in stack_extras([extras]).items()}
-        velocity = with_guidance(velocity_of(state.stages), empty_BLD, self._arguments.sample_guidance_scale)
-        latents_BCTHW = solve_euler(
-            lambda noisy, timestep: velocity(noisy, timestep, text_BLD, image_BC1HW, extras_B),
+        extras = sample_extras(paradigm_of(self._model), ImageSettings(), SAMPLE_SEED, [index], shape)
+        latents_BCTHW = denoise(
+            velocity_of(state.stages),
             sample_noise(SAMPLE_SEED, [index], shape).to(device),
-            inference_sigmas(self._arguments.sample_num_steps, SHIFT),
+            Conditions(
+                text_BLD=text_BLD,
+                image_latents_BC1HW=sample.latents_CTHW[:, :1].unsqueeze(0).to(device),
+                extras={name: value.to(device) for name, value in extras.items()},
+            ),
+            EulerSolver(inference_sigmas(self._arguments.sample_num_steps, DEFAULT_SHIFT)),
+            guidance=partial(
+                with_guidance, negative_text_BLD=empty_BLD, guidance_scale=self._arguments.sample_guidance_scale
+            ),
         )
         return sample, latents_BCTHW
 

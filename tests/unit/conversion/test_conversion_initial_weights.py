@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import ODD, checkpoint
+from helpers.paradigms import PARADIGMS
 
 from megatron_flashi2v.checkpoint import storage
 from megatron_flashi2v.checkpoint.arrangements import Box
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.config.errors import ConfigError, UserError
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights

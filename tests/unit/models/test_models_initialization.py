@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.paradigms import PARADIGMS
 from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.placement import parameter_box, sharded_dim
