@@ -1,8 +1,8 @@
-"""Which implementation of an operator runs here, and why not another one.
+"""Choose an operator's implementation for this machine, and say why the preferred ones cannot run here.
 
 Every operator is a sub-package whose ``SPECS`` lists its implementations in order of preference, the plain
-reference last. A spec is data: it names what the implementation needs, and where its function is; the
-function's module is imported only when it was chosen. Resolution happens once, when a model is built.
+reference last. A spec is data: the implementation's requirements and the place of its function, whose module is
+imported only when chosen. Resolve once, when a model is built.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class KernelUnavailable(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
-    """What one implementation of an operator is and needs.
+    """One implementation of an operator, and its requirements.
 
     Attributes:
         operator: name of the operator, one of :data:`OPERATORS`.
@@ -74,7 +74,7 @@ class Kernel:
     """A resolved implementation.
 
     Attributes:
-        spec: what was chosen.
+        spec: of the chosen implementation.
         function: the implementation; its signature is that of the operator's reference.
         backward: the implementation's own backward, with the signature of the reference's; None where there is none.
         why_not: one line for each implementation that is preferred but cannot run here ("name: reason").
@@ -88,7 +88,7 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class _Need:
-    """What a caller asks for, completed by what the machine is."""
+    """A caller's requirements, completed by the machine's properties."""
 
     device_type: str
     dtype: torch.dtype
@@ -132,8 +132,8 @@ def resolve(
         head_dim: size of an attention head, where the operator has heads.
         features: optional abilities that the caller uses, e.g. ("log_sum_exp",).
         needs_gradient: whether gradients must flow through the operator.
-        compute_capability: of the CUDA device; asked of the device when None.
-        soc: name of the NPU; asked of the device when None.
+        compute_capability: of the CUDA device; read from the device when None.
+        soc: name of the NPU; read from the device when None.
 
     Returns:
         the chosen kernel, with the reasons why preferred ones were passed over ("auto" only).

@@ -1,4 +1,4 @@
-"""Whose linears the blocks are made of, megatron-core's own or Transformer Engine's, and in which precision."""
+"""The library of the blocks' linears, megatron-core or Transformer Engine, and their precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_flashi2v.config.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The choice.
+    """A choice of library and FP8 format.
 
     Attributes:
         transformer_impl: local, or transformer_engine.
@@ -60,12 +60,12 @@ class Backend:
             "transformer_impl": self.transformer_impl,
             "fp8": self.fp8_format,
             "fp8_recipe": self.fp8_recipe,
-            # Else the first microbatch of a step would have to be announced to every linear: FP8 weights of earlier
-            # steps would be used without it.
+            # Otherwise every linear must be told which microbatch is a step's first, and would reuse FP8 weights of
+            # earlier steps if it were not.
             "disable_parameter_transpose_cache": True,
         }
 
 
 def block_precision(megatron: TransformerConfig) -> AbstractContextManager[Any]:
-    """Transformer Engine's FP8 around the blocks' products, if it was chosen; nothing otherwise."""
+    """Enter Transformer Engine's FP8 for the blocks' matrix products, if it was chosen."""
     return get_fp8_context(megatron)
