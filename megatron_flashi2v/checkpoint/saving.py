@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_flashi2v.checkpoint.folders import (
     MODEL_CONFIG_NAME,
     STATE_NAME,
@@ -161,45 +159,6 @@ class CheckpointSave:
         _rename(self._root, self._iteration, self._partial, self.folder)
         _set_later_aside(self._root, self._iteration)
         _delete_surplus(self._root, self._iteration, self._retention)
-
-
-def save_checkpoint(
-    root: Path,
-    iteration: int,
-    *,
-    pieces: Iterable[TensorPiece],
-    model_config: ModelConfig,
-    state: Mapping[str, Any],
-    retention: Retention = KEEP_ALL,
-    rank: int = 0,
-    world_size: int = 1,
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Write one checkpoint at once and make it the latest; every rank of ``group`` calls it with the pieces it holds.
-
-    Args:
-        root: as in :class:`CheckpointSave`, and so are the next ones.
-        iteration: iterations done.
-        pieces: what this rank holds.
-        model_config: the model.
-        state: JSON-ready values.
-        retention: which older checkpoints stay.
-        rank: this rank's place in ``group``.
-        world_size: ranks in ``group``.
-        group: process group that can exchange objects; None is the default group.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        CheckpointError: as :meth:`CheckpointSave.settle`.
-    """
-    save = CheckpointSave(
-        root, iteration, pieces=pieces, model_config=model_config, state=state, retention=retention,
-        peers=Peers(rank, world_size, group),
-    )  # fmt: skip
-    save.finish()
-    return save.folder
 
 
 def finish_folder(folder: Path, model_config: ModelConfig, state: Mapping[str, Any]) -> None:

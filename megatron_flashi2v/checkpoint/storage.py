@@ -302,18 +302,3 @@ def _copies(folder: Path, piece: TensorPiece, stored: StoredTensor) -> Iterable[
             f"{folder / INDEX_NAME}: the parts of tensor {piece.key} hold {copied} of the "
             f"{piece.data.numel()} values needed; the index is damaged"
         )
-
-
-def read_full(folder: Path, key: str, *, index: Index | None = None) -> torch.Tensor:
-    """One whole tensor, on the host, in its stored dtype.
-
-    Raises:
-        CheckpointError: as :func:`read_pieces`.
-    """
-    index = index or read_index(folder)
-    stored = index.tensors.get(key)
-    if stored is None:
-        raise CheckpointError(f"{folder / INDEX_NAME}: the checkpoint has no tensor {key}")
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    read_pieces(folder, [TensorPiece.whole(key, tensor)], index=index)
-    return tensor

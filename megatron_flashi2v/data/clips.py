@@ -90,12 +90,6 @@ def load_frames(entry: Entry, settings: ClipSettings) -> Frames | Drop:
     return Frames(frames_TCHW=frames_TCHW, indices=tuple(indices), facts=facts)
 
 
-def load_clip(entry: Entry, settings: FilterSettings, *, seed: int, interpolation: Interpolation) -> Clip | Drop:
-    """:func:`load_frames` in the model's range."""
-    found = load_frames(entry, ClipSettings(wanted=settings, seed=seed, interpolation=interpolation))
-    return found if isinstance(found, Drop) else found.clip()
-
-
 def choose_caption(entry: Entry, *, seed: int) -> str:
     """One of the entry's captions that are not blank, drawn by (seed, the sample's key)."""
     captions = [caption for caption in entry.captions or () if caption.strip()] or [""]

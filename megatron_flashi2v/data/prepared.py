@@ -180,10 +180,6 @@ class PreparedDataset:
             raise DataError(f"{tar} sample {sample.key}: its record is no JSON object")
         return record
 
-    def padded_text(self, index: int) -> torch.Tensor:
-        """The sample's text rows with zero rows appended: bf16 [text_length, text_dim]."""
-        return pad_text_rows(self[index].text_rows_LD, self.info.text_length)
-
     def _fetch_one(self, index: int) -> PreparedSample | BadSample:
         try:
             return self[index]

@@ -15,6 +15,7 @@ import megatron.core.optimizer
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.checkpoints import read_full
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -30,7 +31,7 @@ from megatron_flashi2v.checkpoint.optimizer_state import (
     optimizer_pieces,
     optimizer_shards,
 )
-from megatron_flashi2v.checkpoint.storage import keys, merge_parts, read_full, write_rank_file
+from megatron_flashi2v.checkpoint.storage import keys, merge_parts, write_rank_file
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.redirect import megatron_on

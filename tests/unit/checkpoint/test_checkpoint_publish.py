@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.checkpoints import read_full, save_checkpoint
 from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import saving, tensor_file
@@ -23,8 +24,8 @@ from megatron_flashi2v.checkpoint.folders import (
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.model_state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.saving import CheckpointSave, save_checkpoint
-from megatron_flashi2v.checkpoint.storage import TensorPiece, read_full
+from megatron_flashi2v.checkpoint.saving import CheckpointSave
+from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.runtime.distributed import shutdown

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import read_full
 from safetensors.torch import load_file
 
 from megatron_flashi2v.checkpoint import storage
@@ -17,7 +18,6 @@ from megatron_flashi2v.checkpoint.manifest import verify, write_manifest
 from megatron_flashi2v.checkpoint.storage import (
     TensorPiece,
     merge_parts,
-    read_full,
     read_pieces,
     write_rank_file,
 )

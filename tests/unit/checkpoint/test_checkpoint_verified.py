@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.checkpoints import ODD, checkpoint, names
+from helpers.checkpoints import ODD, checkpoint, names, save_checkpoint
 from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import manifest
@@ -18,7 +18,6 @@ from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.manifest import verify
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.retention import Retention
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import CheckpointError, StorageError
 from megatron_flashi2v.runtime.distributed import shutdown

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, tensors_of
+from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, save_checkpoint, tensors_of
 from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.checkpoint import tensor_file
@@ -26,7 +26,6 @@ from megatron_flashi2v.checkpoint.folders import (
 )
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count
 from megatron_flashi2v.checkpoint.manifest import verify
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.convert import FORMATS as ANNOUNCED

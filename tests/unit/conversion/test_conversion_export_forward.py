@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from helpers.checkpoints import save_checkpoint
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.model_state import ShardGrid, load_model
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import convert

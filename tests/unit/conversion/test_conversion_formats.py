@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, tensors_of
+from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, save_checkpoint, tensors_of
 from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.model import ModelConfig

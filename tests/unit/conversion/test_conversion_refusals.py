@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import ODD, checkpoint, model_tensors, names, tensors_of
+from helpers.checkpoints import ODD, checkpoint, model_tensors, names, save_checkpoint, tensors_of
 from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.manifest import write_manifest
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.errors import UserError

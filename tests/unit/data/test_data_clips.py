@@ -10,7 +10,7 @@ import torch
 from helpers.tiny_models import frame_number, make_video
 
 from megatron_flashi2v.data.annotations import Entry, parse_entry
-from megatron_flashi2v.data.clips import Clip, choose_caption, load_clip
+from megatron_flashi2v.data.clips import Clip, ClipSettings, choose_caption, load_frames
 from megatron_flashi2v.data.filters import FilterSettings
 from megatron_flashi2v.data.reasons import Drop
 
@@ -31,7 +31,9 @@ def entry(folder: Path, **fields: Any) -> Entry:
 
 
 def load(folder: Path, settings: FilterSettings = WANTED, seed: int = 1, **fields: Any) -> Clip | Drop:
-    return load_clip(entry(folder, **fields), settings, seed=seed, interpolation="bicubic")
+    wanted = ClipSettings(wanted=settings, seed=seed, interpolation="bicubic")
+    found = load_frames(entry(folder, **fields), wanted)
+    return found if isinstance(found, Drop) else found.clip()
 
 
 def reason(folder: Path, **fields: Any) -> str:

@@ -17,7 +17,7 @@ from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig
 from megatron_flashi2v.data import decoder
 from megatron_flashi2v.data.annotations import read_annotations
-from megatron_flashi2v.data.clips import Clip, load_clip
+from megatron_flashi2v.data.clips import ClipSettings, Frames, load_frames
 from megatron_flashi2v.data.preparation import Place, prepare
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.data.selection import filter_settings
@@ -96,11 +96,13 @@ def test_samples(world: Path, finished: Path) -> None:
     entries = {entry.key: entry for entry in read_annotations(world / "meta.json")[0]}
     kept = [key for key, entry in entries.items() if entry.index not in (3, 4, 9)]
     assert [data[index].key for index in range(len(data))] == kept
-    settings = filter_settings(config_of(world, finished))
+    wanted = filter_settings(config_of(world, finished))
+    settings = ClipSettings(wanted=wanted, seed=1234, interpolation="bicubic")
     for index in range(len(data)):
         sample, record = data[index], data.record(index)
-        clip = load_clip(entries[sample.key], settings, seed=1234, interpolation="bicubic")
-        assert isinstance(clip, Clip)
+        frames = load_frames(entries[sample.key], settings)
+        assert isinstance(frames, Frames)
+        clip = frames.clip()
         assert record["frames"] == list(clip.indices) and record["settings"] == data.fingerprint
         assert record["caption_raw"] in (entries[sample.key].captions or ())
         assert sample.caption == record["caption_raw"].lower()
