@@ -16,7 +16,7 @@ from megatron_flashi2v.checkpoint.manifest import MANIFEST_NAME, verify
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.runtime.files import read_json
+from megatron_flashi2v.runtime.files import read_json_object
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG_NAME = "model_config.json"
@@ -72,7 +72,7 @@ def find_checkpoint(
         except (CheckpointError, OSError) as caught:
             error = caught
     peers.agree(error, f"looking for a checkpoint in {root}")
-    candidates = peers.share(candidates)
+    candidates = [Path(path) for path in peers.share([str(path) for path in candidates])]
     faults: list[str] = []
     for folder in candidates:
         fault = _fault(folder, peers, needs)
@@ -171,7 +171,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or malformed.
     """
-    return _load_object(folder / STATE_NAME)
+    return read_json_object(folder / STATE_NAME, error=CheckpointError)
 
 
 def load_model_config(folder: Path) -> ModelConfig:
@@ -182,16 +182,9 @@ def load_model_config(folder: Path) -> ModelConfig:
     """
     path = folder / MODEL_CONFIG_NAME
     try:
-        return ModelConfig.from_json(_load_object(path), source=str(path))
+        return ModelConfig.from_json(read_json_object(path, error=CheckpointError), source=str(path))
     except (UserError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}" if isinstance(error, TypeError) else str(error)) from error
-
-
-def _load_object(path: Path) -> dict[str, Any]:
-    value = read_json(path, error=CheckpointError)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def require_same_model(stored: ModelConfig, wanted: ModelConfig, source: Path | str) -> None:

@@ -33,7 +33,7 @@ from megatron_flashi2v.checkpoint.arrangements import (
 from megatron_flashi2v.conditioning.build import input_channels
 from megatron_flashi2v.config.model import ModelConfig
 
-FORMATS = ("wan", "diffusers", "flashi2v_npu")
+COLUMNS = ("wan", "diffusers", "flashi2v_npu")
 
 _SAME = Same()
 
@@ -280,16 +280,16 @@ class Mapped:
         return self.transform.read_box(read, self.external, box, self.shape, self.external_shape, self.heads)
 
 
-def mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
+def mappings(config: ModelConfig, column: str) -> Iterator[Mapped]:
     """Every tensor of a model that an external format holds, in the model's order.
 
     Tensors whose module has no name in the format are left out (image conditioning, in diffusers).
     """
-    if external_format not in FORMATS:
-        raise ValueError(f"no such format: {external_format}; the table has {', '.join(FORMATS)}")
+    if column not in COLUMNS:
+        raise ValueError(f"no such column: {column}; the table has {', '.join(COLUMNS)}")
     sizes = _sizes(config)
     for module, block in _instances(config):
-        external = getattr(module, external_format)
+        external = getattr(module, column)
         if external is None:
             continue
         for key, tensor in module.tensors.items():
@@ -322,7 +322,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     }
 
 
-def external_name(ours: str, external_format: str) -> str:
+def external_name(ours: str, column: str) -> str:
     """What an external format calls one of our tensors that fuses nothing.
 
     Raises:
@@ -333,7 +333,7 @@ def external_name(ours: str, external_format: str) -> str:
     for module in (*BACKBONE, *(row for rows in CONDITIONING.values() for row in rows)):
         for key in module.tensors:
             if template == (f"{module.ours}.{key}" if key else module.ours):
-                return _name(getattr(module, external_format), key, block)
+                return _name(getattr(module, column), key, block)
     raise KeyError(ours)
 
 

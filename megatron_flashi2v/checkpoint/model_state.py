@@ -135,7 +135,7 @@ def require_ema(folder: Path, index: Index) -> None:
         )
 
 
-def load_model(
+def load_parameters(
     folder: Path, named_parameters: NamedParameters, grid: ShardGrid, *, weights: str = "model"
 ) -> None:
     """Fill this rank's parameters in place from a checkpoint of any layout.

@@ -23,7 +23,7 @@ from megatron_flashi2v.checkpoint.folders import (
     published_iterations,
     set_aside,
 )
-from megatron_flashi2v.checkpoint.index import Index, read_index, write_index
+from megatron_flashi2v.checkpoint.index import Index, index_text, parse_index, read_index, write_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.manifest import write_manifest
 from megatron_flashi2v.checkpoint.model_state import MODEL_PREFIX
@@ -76,7 +76,7 @@ class CheckpointSave:
         self._model_config, self._state = model_config, copy.deepcopy(dict(state))
         self._retention, self._peers = retention, peers
         self._part: Index | None = None
-        self._parts: list[Index] = []
+        self._parts: list[bytes] = []
         self._error: Exception | None = None
         self._abandoned = False
         self._steps = [self._begin, self._write, self._publish]
@@ -109,7 +109,7 @@ class CheckpointSave:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
         if self._part is not None:
-            self._parts, self._part = self._peers.gather(self._part), None
+            self._parts, self._part = self._peers.collect(index_text(self._part).encode()), None
         self._steps = self._steps[1:]
 
     def finish(self) -> None:
@@ -152,7 +152,8 @@ class CheckpointSave:
     def _publish(self) -> None:
         if self._peers.rank:
             return
-        write_index(self._partial, merge_parts(self._parts))
+        parts, self._parts = [parse_index(part.decode(), self._partial) for part in self._parts], []
+        write_index(self._partial, merge_parts(parts))
         _require_whole_model(self._partial, self._model_config)
         finish_folder(self._partial, self._model_config, self._state)
         _flush_folder(self._partial)

@@ -41,6 +41,7 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
     """Initialise device and groups, train, and leave the groups in order."""
     import torch
 
+    from megatron_flashi2v.parallel.agreement import gather_json
     from megatron_flashi2v.runtime.device import resolve_device
     from megatron_flashi2v.runtime.distributed import init_distributed
     from megatron_flashi2v.runtime.hang_watch import HangWatch
@@ -57,7 +58,7 @@ def run(config: TrainConfig, model: ModelConfig, launch: LaunchEnvironment) -> N
         load_mindspeed(config)
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     init_distributed(launch, device, config.parallel.distributed_timeout_minutes)
-    watch = HangWatch(hang_timeout_s(config, launch.world_size), config.checkpoint.save, launch, device.torch_device)
+    watch = HangWatch(hang_timeout_s(config, launch.world_size), config.checkpoint.save, launch, gather_json)
     with leaving_group(launch), watch:
         # megatron-core compiles small functions while it is imported, which torch must do unredirected.
         from megatron_flashi2v.parallel.groups import destroy_groups

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_flashi2v.config.convert import FORMATS
+from megatron_flashi2v.config.convert import FORMAT_NAMES
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import ClipArguments
 from megatron_flashi2v.config.watch import WatchArguments
@@ -244,10 +244,10 @@ class CheckpointArguments:
         if self.load_weights is None:
             return None
         name, colon, path = self.load_weights.partition(":")
-        if not colon or not path or name not in FORMATS:
+        if not colon or not path or name not in FORMAT_NAMES:
             raise ConfigError(
-                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMATS)}, such as "
-                f"megatron:{path or self.load_weights}"
+                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMAT_NAMES)}, "
+                f"such as megatron:{path or self.load_weights}"
             )
         return name, Path(path)
 

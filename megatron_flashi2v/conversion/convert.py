@@ -14,7 +14,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.comparison import require_equal_weights
 from megatron_flashi2v.conversion.formats import diffusers, megatron
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
-from megatron_flashi2v.conversion.report import Report, make_report
+from megatron_flashi2v.conversion.report import ConversionReport, make_report
 from megatron_flashi2v.conversion.weights import OnBytes, ReadOptions, Weights
 from megatron_flashi2v.runtime.files import require_space, staged_folder
 
@@ -69,7 +69,7 @@ class Converted:
     config: ModelConfig
     parameters: int
     bytes: int
-    report: Report
+    report: ConversionReport
 
 
 Finish = Callable[[Path, Weights], None]

@@ -43,7 +43,7 @@ class TensorReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ConversionReport:
     """A whole conversion.
 
     Attributes:
@@ -95,7 +95,7 @@ def make_report(
     caveats: tuple[str, ...],
     digests: Mapping[str, str],
     forward: str,
-) -> Report:
+) -> ConversionReport:
     """Put together what is known when everything is written.
 
     Args:
@@ -107,7 +107,7 @@ def make_report(
         digests: of every tensor, if both sides were compared.
         forward: what a forward pass told.
     """
-    return Report(
+    return ConversionReport(
         source=(source[0], str(source[1])),
         target=(target[0], str(target[1])),
         model=weights.config.to_json(),

@@ -12,7 +12,7 @@ import torch
 from megatron_flashi2v.checkpoint.arrangements import Box
 from megatron_flashi2v.checkpoint.tensor_file import DTYPES, open_tensor_file, read_tensor
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.runtime.files import read_json
+from megatron_flashi2v.runtime.files import read_json_object
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -101,8 +101,7 @@ def open_sharded(index: Path) -> dict[str, SourceTensor]:
     Raises:
         CheckpointError: the index is malformed, leads out of its folder, names a missing shard, or contradicts one.
     """
-    document = read_json(index, error=CheckpointError)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    weight_map = read_json_object(index, error=CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
     shards: dict[str, dict[str, SourceTensor]] = {}

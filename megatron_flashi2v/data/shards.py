@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 
 from megatron_flashi2v.config.errors import DataError
-from megatron_flashi2v.runtime.files import atomic_write_json, read_json, write_errors
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object, write_errors
 
 SHARD_FORMAT = "megatron_flashi2v-shard"
 SHARD_VERSION = 1
@@ -232,7 +232,7 @@ def read_index(path: Path) -> ShardIndex:
     """
     if not path.is_file():
         raise DataError(f"{path}: the shard's index is missing; run `flashi2v prepare` again to write it")
-    values = read_json(path, error=DataError)
+    values = read_json_object(path, error=DataError)
     try:
         if values["format"] != SHARD_FORMAT or values["version"] != SHARD_VERSION:
             raise DataError(

@@ -62,37 +62,6 @@ def init_distributed(launch: LaunchEnvironment, device: Device, timeout_minutes:
         ) from error
 
 
-def gather_bytes(
-    data: bytes, group: torch.distributed.ProcessGroup | None = None, device: torch.device | None = None
-) -> list[bytes]:
-    """Every rank's bytes, in the order of ranks; collective, and without pickling.
-
-    Args:
-        data: this rank's, of any length.
-        group: the ranks that take part; all by default.
-        device: where the group's backend wants tensors; the host by default.
-    """
-    count = torch.distributed.get_world_size(group)
-    if count == 1:
-        return [data]
-    device = device or torch.device("cpu")
-    size = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    sizes = [torch.empty_like(size) for _ in range(count)]
-    torch.distributed.all_gather(sizes, size, group=group)
-    lengths = [int(other) for other in sizes]
-    found = []
-    for rank, length in enumerate(lengths):
-        mine = rank == torch.distributed.get_rank(group)
-        if not length:
-            found.append(b"")
-            continue
-        mine = rank == torch.distributed.get_rank(group)
-        buffer = torch.frombuffer(bytearray(data if mine else length), dtype=torch.uint8).to(device)
-        torch.distributed.broadcast(buffer, group=group, group_src=rank)
-        found.append(data if mine else buffer.cpu().numpy().tobytes())
-    return found
-
-
 def shutdown(*, failed: bool = False, exit_code: int = 1) -> None:
     """Leave the process group; does nothing where there is none.
 

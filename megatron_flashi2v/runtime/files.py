@@ -178,6 +178,18 @@ def read_json(path: Path | str, *, error: type[UserError] = UserError) -> Any:
         raise error(f"{path}: nested too deeply for a file of this project") from None
 
 
+def read_json_object(path: Path | str, *, error: type[UserError] = UserError) -> dict[str, Any]:
+    """:func:`read_json` of a file that must hold a JSON object.
+
+    Raises:
+        UserError: (``error``) as :func:`read_json`, or the value is of another type.
+    """
+    value = read_json(path, error=error)
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
 def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
     """Append one row to a JSON-lines file, in one write; parent folders are made.
 

@@ -8,7 +8,6 @@ what hangs, nor a reply of the rank that is stopped: it is another rank of its h
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import tempfile
@@ -18,14 +17,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-
-import torch
+from typing import Any
 
 from megatron_flashi2v.config.train import SLOW_PHASES
-from megatron_flashi2v.runtime.distributed import gather_bytes
 from megatron_flashi2v.runtime.files import atomic_write_text
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.runtime.stacks import OwnStacks, Process, Report, main_thread_position, summary
+from megatron_flashi2v.runtime.stacks import OwnStacks, Process, RankReport, main_thread_position, summary
 
 HANG_EXIT_CODE = 124
 """As of ``timeout``."""
@@ -60,14 +57,18 @@ class HangWatch:
         timeout_s: seconds that a phase may take (``config.rules.hang_timeout_s``); 0 watches nothing.
         folder: ``--save``, on a file system that all hosts share; without one each host keeps its stacks to itself.
         launch: this process's place.
-        device: where the default group's backend wants tensors.
+        gather: gives all ranks the JSON-ready value of each (``parallel.agreement.gather_json``).
     """
 
     def __init__(
-        self, timeout_s: float, folder: Path | None, launch: LaunchEnvironment, device: torch.device
+        self,
+        timeout_s: float,
+        folder: Path | None,
+        launch: LaunchEnvironment,
+        gather: Callable[[Any], list[Any]],
     ) -> None:
         self._timeout_s, self._folder = timeout_s, folder
-        self._rank, self._world_size, self._device = launch.rank, launch.world_size, device
+        self._rank, self._world_size, self._gather = launch.rank, launch.world_size, gather
         self._phase = _Phase(0, "", 1.0, timeout_s)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -88,8 +89,7 @@ class HangWatch:
             return self
         self._stacks = OwnStacks()
         own = self._stacks.process(self._rank)
-        found = gather_bytes(json.dumps(asdict(own)).encode(), device=self._device)
-        self._processes = [Process(**json.loads(data)) for data in found]
+        self._processes = [Process(**fields) for fields in self._gather(asdict(own))]
         self._own = own
         first = self._processes[0]
         self._run = f"{first.host}:{first.pid}:{first.started}"
@@ -137,7 +137,7 @@ class HangWatch:
     def _tell(self, phase: _Phase) -> None:
         patience_s = min(self._timeout_s / 4, 15.0)
         where, waits = main_thread_position()
-        self._write(Report(run=self._run, process=self._own, point=phase.point, phase=phase.name, where=where,
+        self._write(RankReport(run=self._run, process=self._own, point=phase.point, phase=phase.name, where=where,
                            waits=waits), self._stacks.dump())
         host = [process for process in self._processes if process.host == self._own.host]
         self._wait(lambda: len(self._reports(host)) == len(host), patience_s)
@@ -146,7 +146,7 @@ class HangWatch:
         if speaks_for_host:
             silent = [process for process in host if process.rank not in self._reports(host)]
             for process in silent:
-                report = Report(run=self._run, process=process, silent=f"did not answer, and {process.state}")
+                report = RankReport(run=self._run, process=process, silent=f"did not answer, and {process.state}")
                 self._write(report, process.dump(min(self._timeout_s / 8 / len(silent), 2.0)))
         self._wait(lambda: len(self._reports(self._processes)) == self._world_size, patience_s)
         reports = self._reports(self._processes)
@@ -162,15 +162,15 @@ class HangWatch:
             for process in silent:
                 process.kill()
 
-    def _is_first_of(self, reports: dict[int, Report]) -> bool:
+    def _is_first_of(self, reports: dict[int, RankReport]) -> bool:
         """Whether this rank is the first of those that reported by themselves."""
         return self._rank == min(rank for rank, report in reports.items() if report.silent is None)
 
-    def _reports(self, processes: Iterable[Process]) -> dict[int, Report]:
-        found = ((process.rank, Report.read(self._file(process.rank), self._run)) for process in processes)
+    def _reports(self, processes: Iterable[Process]) -> dict[int, RankReport]:
+        found = ((process.rank, RankReport.read(self._file(process.rank), self._run)) for process in processes)
         return {rank: report for rank, report in found if report is not None}
 
-    def _write(self, report: Report, stacks: str) -> None:
+    def _write(self, report: RankReport, stacks: str) -> None:
         path = self._file(report.process.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, report.to_text(stacks))

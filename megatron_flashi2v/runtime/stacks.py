@@ -123,7 +123,7 @@ class OwnStacks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class RankReport:
     """What is known of one rank when its job hangs: the first line of its file of stacks.
 
     Attributes:
@@ -149,7 +149,7 @@ class Report:
         return json.dumps(asdict(self)) + "\n\n" + stacks
 
     @classmethod
-    def read(cls, path: Path, run: str) -> Report | None:
+    def read(cls, path: Path, run: str) -> RankReport | None:
         """A rank's report of this launch, if it is there."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
@@ -173,7 +173,7 @@ def main_thread_position() -> tuple[str, bool]:
     return f"{Path(ours.f_code.co_filename).name}:{ours.f_lineno} in {ours.f_code.co_name}", waits
 
 
-def summary(reports: dict[int, Report], world_size: int, limit: int = 8) -> str:
+def summary(reports: dict[int, RankReport], world_size: int, limit: int = 8) -> str:
     """Which ranks keep the others waiting, in one line.
 
     Args:

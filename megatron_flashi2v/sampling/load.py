@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
-from megatron_flashi2v.checkpoint.model_state import holds_weights, shard_grid
-from megatron_flashi2v.checkpoint.model_state import load_model as load_parameters
+from megatron_flashi2v.checkpoint.model_state import holds_weights, load_parameters, shard_grid
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.layout import stage_layer_counts
 from megatron_flashi2v.config.model import ModelConfig

@@ -17,6 +17,7 @@ from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.stages import Stage
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.groups import destroy_groups, make_groups
 from megatron_flashi2v.parallel.regions import rows_per_rank
 from megatron_flashi2v.runtime.device import CpuDevice
@@ -54,19 +55,15 @@ def holding_of(chunks: Sequence[DiffusionTransformer], latent_shapes: Sequence[t
     )
 
 
-def held_by_all(mine: Holding, place: int, device: torch.device) -> list[str]:
-    """One line for each place in the pipeline, of what its ranks really hold; collective: four numbers of each rank.
+def held_by_all(mine: Holding, place: int) -> list[str]:
+    """One line for each place in the pipeline, of what its ranks really hold; all ranks call it.
 
     Args:
         mine: this rank's.
         place: this rank's in the pipeline.
-        device: where the default group's backend wants tensors.
     """
     numbers = [place, sum(len(stage.layers) for stage in mine.stages), mine.parameters, mine.tokens]
-    row = torch.tensor(numbers, dtype=torch.int64, device=device)
-    rows = [torch.empty_like(row) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(rows, row)
-    alike = Counter(tuple(found) for found in torch.stack(rows).tolist())
+    alike = Counter(tuple(found) for found in gather_json(numbers))
     return [
         f"pipeline rank {where}: each of {count} ranks holds {blocks} blocks, {parameters:,} parameters and {tokens:,} "
         "visual tokens of a sample"

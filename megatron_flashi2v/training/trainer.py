@@ -18,7 +18,7 @@ from megatron_flashi2v.checkpoint.folders import (
     load_model_config,
     require_same_model,
 )
-from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces, shard_grid
+from megatron_flashi2v.checkpoint.model_state import load_parameters, model_pieces, shard_grid
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import TensorPiece
@@ -33,6 +33,7 @@ from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.spec import make_spec
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.groups import make_groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
@@ -87,7 +88,7 @@ class Trainer:
         hang_watch: HangWatch | None = None,
     ) -> None:
         self.config, self.launch, self.device = config, launch, device
-        self.hang_watch = hang_watch or HangWatch(0.0, None, launch, device.torch_device)
+        self.hang_watch = hang_watch or HangWatch(0.0, None, launch, gather_json)
         self.interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
         if launch.rank == 0:
             require_packages(config.watch)
@@ -99,7 +100,7 @@ class Trainer:
             fit_model_to_data(self.model_config, self.validation_data)
         self.hang_watch.enter("building the model", SLOW)
         self.groups = make_groups(config.parallel)
-        share_encoding(self.data, self.groups, device.torch_device, config.parallel.distributed_timeout_minutes)
+        share_encoding(self.data, self.groups, config.parallel.distributed_timeout_minutes)
         self.grid = shard_grid(self.groups)
         self.spec = make_spec(
             self.model_config, self.groups, device.torch_device, bf16=config.batch.bf16,
@@ -189,7 +190,7 @@ class Trainer:
         """What the ranks agree on about samples that cannot be used."""
         return BadSampleLedger(
             self.config.checkpoint.save, self.config.data.max_bad_samples, consumed=self.consumed_samples,
-            replica=self.groups.dp.rank(), reads=not source.shapes_only, device=self.device.torch_device,
+            replica=self.groups.dp.rank(), reads=not source.shapes_only,
         )
 
     def make_source(self) -> MicrobatchSource:
@@ -344,7 +345,7 @@ class Trainer:
         require_same_model(load_model_config(folder), self.model_config, folder)
         state = load_training_state(folder)
         parameters = self.named_parameters()
-        load_model(folder, parameters, self.grid)
+        load_parameters(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
         self.resume_clipper(state.get("clipper"), folder)
@@ -382,7 +383,7 @@ class Trainer:
         padded = held.tokens * self.groups.token_parts
         logger.info("data: %d samples of %d visual tokens%s from %s", len(self.data), tokens,
                     f", padded to {padded}," if padded > tokens else "", self.data.name)
-        for line in held_by_all(held, self.groups.pp.rank(), self.device.torch_device):
+        for line in held_by_all(held, self.groups.pp.rank()):
             logger.info("%s", line)
         logger.info("%d microbatches of %d samples each iteration on each of %d replicas", self.num_microbatches,
                     self.config.batch.micro_batch_size, self.groups.dp.size())

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed
-
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.parallel.agreement import share_numbers, sum_counts
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
@@ -62,7 +60,6 @@ class Watch:
         samples: Samples | None,
     ) -> None:
         self._config, self._norms, self._validation, self._samples = config, norms, validation, samples
-        self._device = device.torch_device
         self._interrupts, self._hang_watch = interrupts, hang_watch
         self._leaving: str | None = None
         self._extra: dict[str, Any] = {}
@@ -120,9 +117,7 @@ class Watch:
 
     def _from_rank_0(self, *mine: bool) -> list[bool]:
         """What rank 0, which has the files, finds."""
-        word = torch.tensor(mine, dtype=torch.float32, device=self._device)
-        torch.distributed.broadcast(word, 0)
-        return [bool(found) for found in word.tolist()]
+        return [bool(found) for found in share_numbers(mine)]
 
     def iteration_done(self, metrics: IterationMetrics) -> None:
         """Show an iteration."""
@@ -158,9 +153,7 @@ class Watch:
     def _go_on(self, doing: str) -> bool:
         """Begin the next part of looking, unless a rank was asked to leave."""
         self._hang_watch.enter(doing, SLOW)
-        counts = torch.tensor(self._interrupts.counts(), dtype=torch.float32, device=self._device)
-        torch.distributed.all_reduce(counts)
-        self._leaving = self._interrupts.reason([int(count) for count in counts.tolist()])
+        self._leaving = self._interrupts.reason(sum_counts(self._interrupts.counts()))
         return self._leaving is None
 
     def _validates_at(self, iteration: int) -> bool:

@@ -24,7 +24,7 @@ from megatron_flashi2v.conversion.weights import (
     external_groups,
     write_hub_folder,
 )
-from megatron_flashi2v.runtime.files import atomic_write_json, read_json
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 
 TRANSFORMER, CONDITIONING, SCHEDULER = "transformer", "image_conditioning", "scheduler"
 PIPELINE_NAME = "model_index.json"
@@ -122,7 +122,7 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
             model.
     """
     path = transformer / "config.json"
-    stored = _object(path)
+    stored = read_json_object(path, error=CheckpointError)
     if stored.get("_class_name") != TRANSFORMER_CLASS:
         raise CheckpointError(
             f"{path}: _class_name is {stored.get('_class_name')!r}, it must be {TRANSFORMER_CLASS!r}"
@@ -135,8 +135,10 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
         beside = conditioning / "config.json"
         if not beside.exists():
             return _from_transformer(stored)
-        settings = {key: value for key, value in _object(beside).items() if not key.startswith("_")}
-        config = ModelConfig.from_json(settings, source=str(beside))
+        settings = read_json_object(beside, error=CheckpointError)
+        config = ModelConfig.from_json(
+            {key: value for key, value in settings.items() if not key.startswith("_")}, source=str(beside)
+        )
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         reason = f"{path}: no key {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(reason) from error
@@ -170,13 +172,6 @@ def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
         conditioning="inpainting" if paradigm else "text_to_video",
         **paradigm,
     )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path, error=CheckpointError)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:

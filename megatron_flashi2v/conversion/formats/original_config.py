@@ -13,7 +13,7 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.sources import SourceTensor
 from megatron_flashi2v.conversion.weights import ReadOptions
-from megatron_flashi2v.runtime.files import read_json
+from megatron_flashi2v.runtime.files import read_json_object
 
 HEAD_DIM = 128
 """Channels of a head in all of Wan's and FlashI2V's releases."""
@@ -57,7 +57,7 @@ def read_config(
     folder = path if path.is_dir() else path.parent
     exact = folder / "model_config.json"
     if exact.is_file():
-        config = ModelConfig.from_json(_object(exact), source=str(exact))
+        config = ModelConfig.from_json(read_json_object(exact, error=CheckpointError), source=str(exact))
         options.require_agreement(config, exact)
         return config, ()
     notes: list[str] = []
@@ -101,7 +101,7 @@ def _stated(path: Path) -> Mapping[str, Any]:
     """What Wan's ``config.json`` says, if there is one."""
     if not path.is_file():
         return {}
-    stated = _object(path)
+    stated = read_json_object(path, error=CheckpointError)
     return stated if "num_heads" in stated or "dim" in stated else {}
 
 
@@ -144,10 +144,3 @@ def _from_shapes(path: Path, tensors: Mapping[str, SourceTensor], column: str) -
             "model_config.json of its export"
         )
     return fields | ({} if channels == latents else {"conditioning": "inpainting", "mask_channels": mask_channels})
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path, error=CheckpointError)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value

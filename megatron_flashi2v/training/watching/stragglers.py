@@ -8,15 +8,14 @@ slow, and it is the replica, with its hosts, that is named.
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import statistics
 from collections.abc import Sequence
 
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
-from megatron_flashi2v.runtime.distributed import gather_bytes
 from megatron_flashi2v.training.watching.throughput import MICROSECONDS, PerReplica
 
 SLOW = 1.3
@@ -60,9 +59,8 @@ class StragglerWatch:
         self._clock, self._own = clock, PerReplica(groups)
         self._seconds = 0.0
         self._slow_for = [0] * groups.dp.size()
-        mine = json.dumps([groups.dp.rank(), socket.gethostname()]).encode()
         self._hosts: list[dict[str, None]] = [{} for _ in self._slow_for]
-        for replica, host in map(json.loads, gather_bytes(mine, device=device.torch_device)):
+        for replica, host in gather_json([groups.dp.rank(), socket.gethostname()]):
             self._hosts[replica][host] = None
 
     def iteration_begins(self) -> None:
