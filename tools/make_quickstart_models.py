@@ -32,9 +32,7 @@ import argparse
 import ast
 import json
 import math
-import os
 import random
-import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +48,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from megatron_flashi2v.runtime.files import atomic_write_text
+from megatron_flashi2v.runtime.publishing import staged_folder
 
 FRAMES, HEIGHT, WIDTH = 9, 48, 80
 LATENT_CHANNELS = 16
@@ -82,18 +83,11 @@ console = Console(width=110)
 # Files
 # ------------------------------------------------------------------------------------------------------------
 def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary folder beside ``target``, then put it in ``target``'s place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    for folder in (fresh, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    write(fresh)
-    for path in fresh.iterdir():
-        path.chmod(0o644)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(fresh, target)
-    shutil.rmtree(old, ignore_errors=True)
+    """Let ``write`` fill a new folder, then publish it in ``target``'s place."""
+    with staged_folder(target, overwrite=True) as fresh:
+        write(fresh)
+        for path in fresh.iterdir():
+            path.chmod(0o644)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -529,9 +523,7 @@ def report(folder: Path, videos: dict[str, torch.Tensor]) -> None:
         text_length=TEXT_LENGTH,
         rows="\n".join(f"| {name} | {video:.2f} | {image:.2f} |" for name, video, image in scores),
     )
-    partial = folder / ".README.md.new"
-    partial.write_text(text)
-    os.replace(partial, folder / "README.md")
+    atomic_write_text(folder / "README.md", text)
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from megatron_flashi2v.conversion.formats import diffusers, megatron
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
 from megatron_flashi2v.conversion.report import ConversionReport, make_report
 from megatron_flashi2v.conversion.weights import OnBytes, ReadOptions, Weights
-from megatron_flashi2v.runtime.files import require_space, staged_folder
+from megatron_flashi2v.runtime.files import require_space
+from megatron_flashi2v.runtime.publishing import staged_folder
 
 # Headers, indices and configurations, generously.
 _OVERHEAD_BYTES = 16_000_000

@@ -98,7 +98,7 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
@@ -111,50 +111,13 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-@contextlib.contextmanager
-def staged_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that appears under its final name only when it is whole.
-
-    Yields ``.NAME.partial`` beside ``final`` to write into. When the body ends, its files are flushed to the
-    disk and the folder is renamed; when the body fails, the folder is removed. What a killed run left there
-    is removed on the next try, so at most one process may write one ``final`` at a time (in a distributed
-    job, rank 0 holds the context while the others write between two barriers).
-
-    Args:
-        final: where the folder is to stand; an empty folder there counts as none. Its parents are made.
-        overwrite: replace an existing folder, which stays whole until the new one is.
-
-    Raises:
-        UserError: ``final`` exists and may not be replaced, the disk is full, or the path cannot be written.
-    """
-    final = Path(final)
-    partial, previous = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.previous")
-    with write_errors(final):
-        if previous.exists() and not final.exists():
-            previous.rename(final)  # a run was killed between the two renames below
-        _refuse_existing(final, overwrite)
-        _remove(partial)
-        partial.mkdir(parents=True)
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk: a power failure may undo a rename that was not flushed."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with full_disk_named(final):
-            yield partial
-        with write_errors(final):
-            _sync_tree(partial)
-            _refuse_existing(final, overwrite)
-            _remove(previous)
-            if final.exists() and any(final.iterdir()):
-                final.rename(previous)
-            try:
-                partial.rename(final)
-            except OSError:
-                if previous.exists() and not final.exists():
-                    previous.rename(final)
-                raise
-            _sync_folder(final.parent)
-            _remove(previous)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path | str, *, error: type[UserError] = UserError) -> Any:
@@ -290,32 +253,3 @@ def _free_mib(path: Path) -> int:
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free // _MIB
-
-
-def _refuse_existing(final: Path, overwrite: bool) -> None:
-    if final.exists() and not final.is_dir():
-        raise UserError(f"{final}: a file is in the way of the folder; move it or choose another path")
-    if not overwrite and final.is_dir() and any(final.iterdir()):
-        raise UserError(f"{final}: the folder exists and is not empty; remove it or choose another path")
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            with open(Path(folder) / name, "rb") as file:
-                os.fsync(file.fileno())
-        _sync_folder(Path(folder))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, without which a rename may be lost with the power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
