@@ -89,10 +89,10 @@ def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a folder.
+    """Read the index of a folder.
 
     Raises:
-        CheckpointError: it is missing or malformed, from a newer version, or names files outside the folder.
+        CheckpointError: it is missing, malformed, from another version, or names files outside the folder.
     """
     path = folder / INDEX_NAME
     if not path.is_file():
@@ -101,11 +101,11 @@ def read_index(folder: Path) -> Index:
 
 
 def parse_index(text: str, source: Path) -> Index:
-    """The index that :func:`index_text` wrote.
+    """Read the text that :func:`index_text` made.
 
     Args:
         text: JSON.
-        source: names the text in errors.
+        source: name of the text in errors.
 
     Raises:
         CheckpointError: as :func:`read_index`.
@@ -129,7 +129,7 @@ def _from_document(document: dict[str, Any], path: Path) -> Index:
 
 
 def plain_file_name(name: str) -> str:
-    """``name``, if it names a file of the same folder: an index may come from anyone.
+    """Return ``name`` if it names a file of the same folder; an index may come from anyone.
 
     Raises:
         ValueError: it leads out of the folder, or is hidden.

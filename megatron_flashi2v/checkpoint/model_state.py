@@ -1,4 +1,4 @@
-"""Which part of which global tensor a rank's parameters are."""
+"""A rank's parameters as parts of global tensors: where they lie, and how a checkpoint fills them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_flashi2v.checkpoint.index import Index, read_index
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.errors import CheckpointError
 
-if TYPE_CHECKING:  # it imports megatron-core, for which converting a checkpoint need not wait
+if TYPE_CHECKING:  # importing megatron-core takes seconds, and converting a checkpoint does without
     from megatron_flashi2v.parallel.groups import Groups
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
@@ -47,7 +47,7 @@ class ShardGrid:
 
 
 def shard_grid(groups: Groups) -> ShardGrid:
-    """This rank's place as checkpoints see it."""
+    """This rank's place in the grid."""
     return ShardGrid(
         tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), dp_rank=groups.dp_cp.rank(), dp_size=groups.dp_cp.size()
     )
@@ -118,20 +118,20 @@ def _model_piece(key: str, name: str, parameter: torch.Tensor, grid: ShardGrid) 
 
 
 def holds_weights(weights: str, key: str) -> bool:
-    """Whether the tensor ``key`` is read for the weights ``model`` or ``ema``."""
+    """Whether loading the weights ``model`` or ``ema`` reads the tensor ``key``."""
     return key.startswith((EMA_PREFIX,) if weights == "ema" else (MODEL_PREFIX, MASTER_PREFIX))
 
 
 def require_ema(folder: Path, index: Index) -> None:
-    """Refuse a checkpoint without averaged weights where they are asked for.
+    """Refuse a checkpoint without averaged weights.
 
     Raises:
         CheckpointError: it holds none.
     """
     if not any(key.startswith(EMA_PREFIX) for key in index.tensors):
         raise CheckpointError(
-            f"{folder} holds no EMA weights (tensors {EMA_PREFIX}*); it was trained without --ema-decay, so leave out "
-            "--weights ema"
+            f"{folder} holds no EMA weights (tensors {EMA_PREFIX}*), since it was trained without --ema-decay; leave "
+            "out --weights ema"
         )
 
 
@@ -140,15 +140,19 @@ def load_parameters(
 ) -> None:
     """Fill this rank's parameters in place from a checkpoint of any layout.
 
-    Where the parameter and the stored tensor differ in precision the value is converted; an fp32 parameter
-    takes the stored fp32 master copy of a bf16 tensor, if there is one. ``weights`` is ``model``, or ``ema`` for the
-    averaged ones.
+    Converts values where the parameter and the stored tensor differ in precision. An fp32 parameter takes the stored
+    fp32 master copy of a bf16 tensor, if there is one. Afterwards update the fp32 copies of an existing mixed-precision
+    optimizer, by :func:`~megatron_flashi2v.checkpoint.optimizer_state.load_optimizer` or mcore's
+    ``reload_model_params``.
 
-    A mixed-precision optimizer that exists already must then be told, by
-    :func:`~megatron_flashi2v.checkpoint.optimizer_state.load_optimizer` or mcore's ``reload_model_params``.
+    Args:
+        folder: a checkpoint.
+        named_parameters: global names and this rank's parameters.
+        grid: this rank's place.
+        weights: ``model``, or ``ema`` for the averaged ones.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape, or a file is damaged.
+        CheckpointError: a tensor is missing or has another shape, or a file is damaged.
     """
     index = read_index(folder)
     averaged = weights == "ema"
@@ -164,8 +168,7 @@ def load_parameters(
 
 
 def most_exact_key(index: Index, name: str, dtype: torch.dtype) -> str:
-    """Key of the stored tensor that gives parameter ``name`` in ``dtype``: the model's, or its master
-    copy."""
+    """Key of the stored tensor to read parameter ``name`` in ``dtype`` from: the model's, or its master copy."""
     stored, master = index.tensors.get(MODEL_PREFIX + name), index.tensors.get(MASTER_PREFIX + name)
     if stored and master and dtype == master.dtype != stored.dtype:
         return MASTER_PREFIX + name

@@ -106,7 +106,7 @@ def test_a_run_killed_before_the_tracker_was_written_resumes(tmp_path: Path) -> 
         ),
         (
             lambda root: (root / "iter_0000010" / "index.json").unlink(),
-            "no checkpoint that is whole: .*index.json cannot be read",
+            "no whole checkpoint: .*index.json cannot be read",
         ),
         (lambda root: (root / "model_index.json").write_text("{}"), "exported model"),
     ],
@@ -337,7 +337,7 @@ def test_a_save_that_is_given_up_ends_with_the_next_tensor(tmp_path: Path) -> No
     given_up.abandon()
     given_up.work()
     written = sum(path.stat().st_size for path in (tmp_path / ".iter_0000010.partial").iterdir())
-    with pytest.raises(CheckpointError, match="given up"):
+    with pytest.raises(CheckpointError, match="abandoned"):
         given_up.settle()
     assert given_up.done and not names(tmp_path)
     file = save(tmp_path, 10) / "tensors-00000-of-00001.safetensors"
