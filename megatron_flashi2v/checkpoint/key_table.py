@@ -1,11 +1,10 @@
 """The one table of parameter names: ours, original Wan and FlashI2V main, diffusers, FlashI2V npu.
 
-``BACKBONE`` and ``CONDITIONING`` list every tensor of the model once: our name and shape, the names that the
-other formats give it, and how its values are arranged there. Everything that reads, writes or counts
-parameters is a loop over it. Source of the names: the state dicts of diffusers' ``WanTransformer3DModel`` and
-of both FlashI2V branches.
+``BACKBONE`` and ``CONDITIONING`` list every tensor of the model once: our name and shape, its names in the other
+formats, and the arrangement of its values there. Whatever reads, writes or counts parameters loops over it. Source of
+the names: the state dicts of diffusers' ``WanTransformer3DModel`` and of both FlashI2V branches.
 
-Sizes in shapes are symbols, made numbers by a :class:`ModelConfig`: d hidden, f feed-forward, c latent channels, P
+Sizes in shapes are symbols that a :class:`ModelConfig` gives values: d hidden, f feed-forward, c latent channels, P
 values in a patch of latents, in and P_in the same of the patch embedding's input (wider in paradigms that concatenate),
 h channels inside phi, text and freq input widths, pt ph pw the patch, kt kh kw phi's kernel.
 """
@@ -34,13 +33,14 @@ from megatron_flashi2v.conditioning.build import input_channels
 from megatron_flashi2v.config.model import ModelConfig
 
 COLUMNS = ("wan", "diffusers", "flashi2v_npu")
+"""The table's columns of external names; a format (``conversion/formats/``) uses one or two of them."""
 
 _SAME = Same()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One tensor of a module: our shape, and how other formats hold it."""
+    """One tensor of a module: our shape, and its arrangement in other formats."""
 
     shape: Sizes
     transform: Transform = _SAME
@@ -50,8 +50,8 @@ class Tensor:
 class Module:
     """One row of the table: a module's tensors and its names.
 
-    ``{i}`` is the block's number and ``{part}`` one of the projections that our tensor fuses. A name of None:
-    the format has no such module. A tensor's key of "" stands for a parameter that is not inside a module.
+    ``{i}`` is the block's number and ``{part}`` one of the projections that our tensor fuses. A name is None where the
+    format has no such module. A tensor's key "" is a parameter outside any module.
     """
 
     ours: str
@@ -62,7 +62,7 @@ class Module:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether every block has one."""
+        """Whether every block has this module."""
         return "{i}" in self.ours
 
 
@@ -74,7 +74,7 @@ def _linear(rows: Size, columns: Size, transform: Transform = _SAME) -> dict[str
 
 
 def _conv_as_linear(rows: Size, columns: Size, *external: Size) -> dict[str, Tensor]:
-    """A convolution whose stride is its kernel: a matrix product of ours."""
+    """A convolution whose stride is its kernel: ours is a matrix product."""
     return {
         "weight": Tensor(shape=(rows, columns), transform=Reshape(external)),
         "bias": Tensor(shape=(rows,)),
@@ -92,8 +92,7 @@ def _vectors(*names: str) -> dict[str, Tensor]:
 def _attention(
     ours: str, original: str, diffusers: str, fused: str, parts: tuple[str, ...]
 ) -> tuple[Module, ...]:
-    """The rows of one attention: ``parts`` are fused into ``fused``, a query left over has its own
-    projection."""
+    """The rows of one attention: ``fused`` fuses ``parts``; a query outside ``parts`` has its own projection."""
 
     def row(name: str, external: tuple[str, str, str], tensors: Mapping[str, Tensor]) -> Module:
         wan, diffusers_name, npu = external
@@ -249,14 +248,14 @@ CONDITIONING: Mapping[str, tuple[Module, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped:
-    """One tensor of a concrete model and what it is in one external format.
+    """One tensor of a concrete model and its counterparts in one column.
 
     Attributes:
         ours: our name.
         shape: our shape.
         external: the external tensors' names; several where ours fuses them.
         external_shape: shape of each of them.
-        transform: how the values are arranged.
+        transform: arrangement of the values.
         heads: attention heads of the model.
     """
 
@@ -268,22 +267,22 @@ class Mapped:
     heads: int
 
     def to_external(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The external tensors, in the order of ``external``, from ours."""
+        """Our tensor as the external ones, in the order of ``external``."""
         return self.transform.to_external(tensor, self.external_shape, self.heads)
 
     def to_ours(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Our tensor from the external ones, in the order of ``external``."""
+        """The external tensors, in the order of ``external``, as ours."""
         return self.transform.to_ours(tensors, self.shape, self.heads)
 
     def read(self, read: ReadBox, box: Box) -> torch.Tensor:
-        """``box`` of our tensor by way of ``read``, which gives boxes of the external ones."""
+        """Read ``box`` of our tensor; ``read`` reads boxes of the external ones."""
         return self.transform.read_box(read, self.external, box, self.shape, self.external_shape, self.heads)
 
 
 def mappings(config: ModelConfig, column: str) -> Iterator[Mapped]:
-    """Every tensor of a model that an external format holds, in the model's order.
+    """Yield every tensor of a model that a column names, in the model's order.
 
-    Tensors whose module has no name in the format are left out (image conditioning, in diffusers).
+    Leaves out the modules without a name there (image conditioning, in diffusers).
     """
     if column not in COLUMNS:
         raise ValueError(f"no such column: {column}; the table has {', '.join(COLUMNS)}")
@@ -323,7 +322,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def external_name(ours: str, column: str) -> str:
-    """What an external format calls one of our tensors that fuses nothing.
+    """External name of one of our tensors, which fuses nothing.
 
     Raises:
         KeyError: the table has no such tensor.
@@ -338,12 +337,12 @@ def external_name(ours: str, column: str) -> str:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Exact number of a model's parameters."""
+    """Number of a model's parameters."""
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def _instances(config: ModelConfig) -> Iterator[tuple[Module, int]]:
-    """A model's modules with their block's number (0 outside of blocks), in the model's order."""
+    """Yield a model's modules with their block's number (0 outside of blocks), in the model's order."""
     rows = BACKBONE + CONDITIONING[config.conditioning]
     first = next(index for index, row in enumerate(rows) if row.in_blocks)
     yield from ((row, 0) for row in rows[:first])

@@ -1,4 +1,4 @@
-"""The weights that a new run starts from, in any format: each rank reads the parts of tensors that it holds."""
+"""Initial weights of a new run, in any format: each rank reads its own parts of the tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_flashi2v.conversion.convert import open_weights
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
 
 PATCH_WEIGHT = "patch_embedding.weight"
-# What any paradigm can start from: models whose patch embedding takes the latents alone.
+# Any paradigm can start from models whose patch embedding takes the latents alone.
 _STARTS = (BASE_PARADIGM, "flashi2v")
 
 logger = logging.getLogger(__name__)
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """Where a run's first weights come from, and what they cover.
+    """Initial weights, and which tensors of the run's model they cover.
 
     Attributes:
         weights: opened, not read.
-        missing: tensors of the run's model that they lack, which stay as initialised.
-        unexpected: tensors that they hold and the run's model has no place for.
+        missing: tensors of the run's model without a counterpart, which stay as initialised.
+        unexpected: tensors without a counterpart in the run's model, which are left out.
     """
 
     weights: Weights
@@ -48,13 +48,13 @@ class InitialWeights:
 
 
 def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: str = "model") -> InitialWeights:
-    """Open what a run will start from, and compare it with the run's model.
+    """Open initial weights and compare them with the run's model.
 
     Text-to-video and FlashI2V weights suit every paradigm; others only their own.
 
     Args:
         source: format and path.
-        model: the run's; it gives the heads and phi's order where the source does not tell.
+        model: the run's; it gives the heads and phi's order where the source does not state them.
         weights: ``model`` or ``ema``.
 
     Raises:
@@ -65,7 +65,7 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
     starts = found.conditioning in _STARTS and found.conditioning != model.conditioning
     conditioning = BASE_PARADIGM if found.conditioning != model.conditioning else model.conditioning
     compared = dataclasses.replace(found, conditioning=BASE_PARADIGM) if starts else found
-    # What shapes no weight that is taken over may differ.
+    # Fields that shape no copied weight may differ.
     free = FREE_OF_WEIGHTS if found.conditioning == model.conditioning else FREE_OF_WEIGHTS + PARADIGM_FIELDS
     if found.phi_kernel_size[0] == 1:  # without a kernel over time both orders are the same
         free = (*free, "phi_order")
@@ -80,9 +80,9 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
 
 
 def load_initial_weights(initial: InitialWeights, named_parameters: NamedParameters, grid: ShardGrid) -> None:
-    """Fill this rank's parameters in place, as far as the weights cover them.
+    """Fill this rank's parameters in place from the weights that cover them.
 
-    Columns of the patch embedding for channels that the run's paradigm adds stay as they are.
+    Leaves the patch embedding's columns for channels that the run's paradigm adds.
 
     Args:
         initial: from :func:`open_initial_weights`.

@@ -1,4 +1,4 @@
-"""Writing files so that what stands under its final name is whole, and reading them with clear errors."""
+"""Writes files that are whole under their final name, and reads files with clear errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 def full_disk_named(path: Path | str) -> Iterator[None]:
     """Turn the error of a full disk into a :class:`WriteError` that names ``path`` and the free space.
 
-    Errors of libraries that wrap the operating system's (safetensors, torch's checkpoint writer) are looked
-    through. Other errors pass.
+    Recognises it also inside the errors of libraries (safetensors, torch's checkpoint writer). Other errors pass.
     """
     path = Path(path)
     try:
@@ -43,15 +42,15 @@ def full_disk_named(path: Path | str) -> Iterator[None]:
 
 
 def require_space(path: Path | str, needed: int, what: str) -> None:
-    """Refuse to begin what would fill the disk.
+    """Refuse to begin work that would fill the disk.
 
     Args:
-        path: what will be written.
+        path: the file or folder to write.
         needed: bytes.
-        what: what needs them, for the message.
+        what: the work, for the message.
 
     Raises:
-        UserError: fewer bytes are free where ``path`` will stand.
+        UserError: the disk of ``path`` has fewer bytes free.
     """
     free = _free_mib(Path(path))
     wanted = -(-needed // _MIB)
@@ -64,9 +63,9 @@ def require_space(path: Path | str, needed: int, what: str) -> None:
 
 @contextlib.contextmanager
 def write_errors(path: Path | str) -> Iterator[None]:
-    """As :func:`full_disk_named`, and any error of the operating system: a missing permission and the like.
+    """As :func:`full_disk_named`, and for any error of the operating system, such as a missing permission.
 
-    For a body that does nothing but write ``path``, since another file's error would be blamed on it.
+    The body must only write ``path``: the message would blame another file's error on it.
     """
     try:
         with full_disk_named(path):
@@ -80,10 +79,10 @@ def write_errors(path: Path | str) -> Iterator[None]:
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     """Write a file that appears under its name only when it is whole; replaces an older one.
 
-    Parent folders are made.
+    Makes missing parent folders.
 
     Raises:
-        UserError: the disk is full or the path cannot be written; an older file is still there then.
+        UserError: the disk is full or the path cannot be written; an older file is unchanged then.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -121,14 +120,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_json(path: Path | str, *, error: type[UserError] = UserError) -> Any:
-    """The value of a JSON file.
+    """Read the value of a JSON file.
 
     Args:
         path: a UTF-8 file.
         error: class of the errors raised, such as ``CheckpointError``.
 
     Raises:
-        UserError: (``error``) the file is missing, not readable, or not JSON; the message says where.
+        UserError: (``error``) the file is missing, cannot be read, or is not JSON; the message gives the place.
     """
     text = _read_text(Path(path), error)
     try:
@@ -142,10 +141,10 @@ def read_json(path: Path | str, *, error: type[UserError] = UserError) -> Any:
 
 
 def read_json_object(path: Path | str, *, error: type[UserError] = UserError) -> dict[str, Any]:
-    """:func:`read_json` of a file that must hold a JSON object.
+    """Read a file that must hold a JSON object.
 
     Raises:
-        UserError: (``error``) as :func:`read_json`, or the value is of another type.
+        UserError: (``error``) as :func:`read_json`, or the value has another type.
     """
     value = read_json(path, error=error)
     if not isinstance(value, dict):
@@ -154,12 +153,12 @@ def read_json_object(path: Path | str, *, error: type[UserError] = UserError) ->
 
 
 def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
-    """Append one row to a JSON-lines file, in one write; parent folders are made.
+    """Append one row to a JSON-lines file, in one write; makes missing parent folders.
 
-    A torn last line that a killed run left is removed first.
+    Removes a torn last line first, which a killed run left.
 
     Raises:
-        UserError: the disk is full or the path cannot be written; the file's earlier rows stay as they were.
+        UserError: the disk is full or the path cannot be written; the file's earlier rows are unchanged then.
     """
     path = Path(path)
     line = json.dumps(dict(row), ensure_ascii=False).encode("utf-8") + b"\n"
@@ -177,7 +176,7 @@ def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path | str, *, error: type[UserError] = UserError) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, without a torn last line (a run was killed while writing it).
+    """Read the rows of a JSON-lines file, without a torn last line, which a killed run left.
 
     Raises:
         UserError: (``error``) the file is missing, or another line than the last is not a JSON object; the
@@ -191,7 +190,7 @@ def read_jsonl(path: Path | str, *, error: type[UserError] = UserError) -> list[
         if row is not None:
             rows.append(row)
         elif number == numbered[-1][0]:
-            logger.warning("%s: line %d is torn and left out", path, number)
+            logger.warning("%s: line %d is torn; leaving it out", path, number)
         else:
             raise error(
                 f"{path}: line {number} is not a JSON object: {line[:60]!r}; mend the line or remove it"

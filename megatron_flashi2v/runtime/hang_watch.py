@@ -1,8 +1,8 @@
-"""Ends a job that makes no progress, and tells where each of its processes stands.
+"""Ends a job that makes no progress, and shows the position of each of its processes.
 
 Every rank watches itself: a thread notices when the main thread has begun no new phase for too long. The ranks wait for
-one another in every iteration, so when one hangs, all do, and all notice. None needs the network for it, which may be
-what hangs, nor a reply of the rank that is stopped: it is another rank of its host that takes its stacks.
+one another in every iteration, so when one hangs, all do, and all notice. No rank needs the network for it, which may
+be what hangs, nor a reply of a stopped rank: another rank of its host takes its stacks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_flashi2v.runtime.stacks import OwnStacks, Process, RankReport, mai
 HANG_EXIT_CODE = 124
 """As of ``timeout``."""
 SLOW = SLOW_PHASES
-"""Allowance of phases that take long by nature: starting, saving, leaving."""
+"""Allowance of long phases: starting, saving, leaving."""
 STACKS_FOLDER = "stacks"
 SUMMARY_NAME = "summary.txt"
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Phase:
-    """What the main thread does; ``point`` counts the phases, which are the same on all ranks."""
+    """A phase of the main thread; ``point`` counts the phases, which are the same on all ranks."""
 
     point: int
     name: str
@@ -45,17 +45,17 @@ class _Phase:
 
 
 class HangWatch:
-    """Within its context, ends this process, with :data:`HANG_EXIT_CODE`, when :meth:`enter` is not called for long.
+    """Ends this process, with :data:`HANG_EXIT_CODE`, when its context calls :meth:`enter` too late.
 
-    Before, the stacks of all ranks are written to ``stacks/rank_00000.txt`` and so on, and a line on standard error
-    names the ranks that the others wait for: within twice the time that is allowed. Only time in which this process ran
-    counts: a job or a machine that is suspended as a whole does not hang.
+    First writes the stacks of all ranks to ``stacks/rank_00000.txt`` and so on, and names the ranks that the others
+    wait for in a line on standard error, within twice the allowed time. Counts only time in which this process ran: a
+    job or a machine that is suspended as a whole does not hang.
 
-    All ranks enter the same phases in the same order; what one rank does alone belongs to a phase of all.
+    All ranks enter the same phases in the same order; work of one rank alone belongs to a phase of all.
 
     Args:
-        timeout_s: seconds that a phase may take (``config.rules.hang_timeout_s``); 0 watches nothing.
-        folder: ``--save``, on a file system that all hosts share; without one each host keeps its stacks to itself.
+        timeout_s: limit of a phase in seconds (``config.rules.hang_timeout_s``); 0 watches nothing.
+        folder: ``--save``, on a file system that all hosts share; without it each host writes to a local disk.
         launch: this process's place.
         gather: gives all ranks the JSON-ready value of each (``parallel.agreement.gather_json``).
     """
@@ -74,12 +74,12 @@ class HangWatch:
         self._thread: threading.Thread | None = None
 
     def enter(self, name: str, allowance: float = 1.0) -> None:
-        """Begin a phase; the one before is over.
+        """Begin a phase and end the one before.
 
         Args:
-            name: in words, such as "iteration 12".
-            allowance: how many times the timeout it may take. The phase after it may take as much: other ranks may
-                still finish this one.
+            name: such as "iteration 12".
+            allowance: limit of the phase in timeouts. The next phase may take as long: other ranks may still be
+                finishing this one.
         """
         before = self._phase
         self._phase = _Phase(before.point + 1, name, allowance, self._timeout_s * max(allowance, before.allowance))
@@ -122,19 +122,19 @@ class HangWatch:
                 self._give_up(phase)
 
     def _give_up(self, phase: _Phase) -> None:
-        """Write the stacks, tell who is late, and end this process, whatever else fails."""
-        # A file system that hangs too must not keep it: this needs no interpreter.
+        """Write the stacks, name the late ranks, and end this process, whatever fails."""
+        # Ends the process even if the file system hangs too; this needs no interpreter.
         faulthandler.dump_traceback_later(0.85 * self._timeout_s, exit=True, file=2)
         try:
-            self._tell(phase)
+            self._report(phase)
         except Exception:
-            logger.critical("no progress in %s for %g s, and the stacks cannot be kept", phase.name, phase.limit_s,
+            logger.critical("no progress in %s for %g s, and the stacks cannot be written", phase.name, phase.limit_s,
                             exc_info=True)
             faulthandler.dump_traceback(file=2)
         finally:
             os._exit(HANG_EXIT_CODE)
 
-    def _tell(self, phase: _Phase) -> None:
+    def _report(self, phase: _Phase) -> None:
         patience_s = min(self._timeout_s / 4, 15.0)
         where, waits = main_thread_position()
         self._write(RankReport(run=self._run, process=self._own, point=phase.point, phase=phase.name, where=where,
@@ -150,20 +150,22 @@ class HangWatch:
                 self._write(report, process.dump(min(self._timeout_s / 8 / len(silent), 2.0)))
         self._wait(lambda: len(self._reports(self._processes)) == self._world_size, patience_s)
         reports = self._reports(self._processes)
-        told = self._folder_of_run() / SUMMARY_NAME
+        summary_file = self._folder_of_run() / SUMMARY_NAME
         if self._is_first_of(reports):
             line = (f"no progress in {phase.name} for {phase.limit_s:g} s (--hang-timeout-s {self._timeout_s:g}): "
-                    f"{summary(reports, self._world_size)}; all stacks are in {told.parent}")
+                    f"{summary(reports, self._world_size)}; all stacks are in {summary_file.parent}")
             logger.critical("%s", line)
-            atomic_write_text(told, f"{self._run}\n{line}\n")
+            atomic_write_text(summary_file, f"{self._run}\n{line}\n")
         else:  # a launcher stops all processes when one has ended
-            self._wait(lambda: told.exists() and told.read_text().startswith(self._run), patience_s / 2)
+            self._wait(
+                lambda: summary_file.exists() and summary_file.read_text().startswith(self._run), patience_s / 2
+            )
         if speaks_for_host:
             for process in silent:
                 process.kill()
 
     def _is_first_of(self, reports: dict[int, RankReport]) -> bool:
-        """Whether this rank is the first of those that reported by themselves."""
+        """Whether this rank is the first of those that reported themselves."""
         return self._rank == min(rank for rank, report in reports.items() if report.silent is None)
 
     def _reports(self, processes: Iterable[Process]) -> dict[int, RankReport]:

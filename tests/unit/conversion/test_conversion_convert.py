@@ -270,10 +270,10 @@ def test_a_damaged_folder_is_named_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("weight_map", "words"),
     [
-        ({"a": "../../etc/passwd"}, "tensor a is said to be in .*, which is not a plain file name"),
+        ({"a": "../../etc/passwd"}, "says that tensor a is in .*, which is not a plain file name"),
         (
             {"a": "diffusion_pytorch_model-00009-of-00009.safetensors"},
-            "tensor a is said to be in .*00009-of-00009.safetensors, but there is no such file",
+            "says that tensor a is in .*00009-of-00009.safetensors, but there is no such file",
         ),
         (None, "no weight_map"),
     ],
@@ -304,10 +304,10 @@ def test_targets_are_not_lost(tmp_path: Path, run: Path) -> None:
     checkpoint(tmp_path / "other")
     (tmp_path / "export" / "notes.txt").write_text("mine")
     for target in (("megatron", tmp_path / "other"), export):
-        with pytest.raises(UserError, match="is not replaced"):
+        with pytest.raises(UserError, match="is not an earlier conversion"):
             convert(("megatron", run), target, overwrite=True)
     for target in (run, run / "export", tmp_path):
-        with pytest.raises(UserError, match="must not lie in one another"):
+        with pytest.raises(UserError, match="neither may lie in the other"):
             convert(("megatron", run), ("diffusers", target), overwrite=True)
     assert (tmp_path / "export" / "notes.txt").exists() and find_checkpoint(tmp_path / "other") is not None
 

@@ -104,7 +104,7 @@ def test_names_in_the_files_are_the_tables(tmp_path: Path, name: str) -> None:
     # Again onto itself; a folder with other things in it is kept.
     convert(("megatron", tmp_path / "run"), (name, tmp_path / "out"), overwrite=True)
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not replaced"):
+    with pytest.raises(UserError, match="is not an earlier conversion"):
         convert(("megatron", tmp_path / "run"), (name, tmp_path / "out"), overwrite=True)
 
 

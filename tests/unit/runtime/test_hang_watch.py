@@ -126,7 +126,7 @@ def test_it_ends_the_process_whatever_else_fails(tmp_path: Path, where: str) -> 
     assert time.monotonic() - float(done.stdout) < 10
     assert "no progress in iteration 2 for 1 s" in done.stderr
     if where == "refused":
-        assert "the stacks cannot be kept" in done.stderr and "<module>" in done.stderr
+        assert "the stacks cannot be written" in done.stderr and "<module>" in done.stderr
         return
     (path,) = tmp_path.rglob("rank_00000.txt")
     assert f"all stacks are in {path.parent}" in done.stderr and "<module>" in path.read_text()
@@ -179,7 +179,7 @@ def report(rank: int, **changed: object) -> RankReport:
     ({2: {"waits": False, "where": "batch.py:5 in load"}},
      ["rank 2 (process 102 on node) is busy at batch.py:5 in load", "the others are at"], ["rank 0 (", "rank 1 ("]),
     ({}, ["all ranks are at step.py:1 in f"], ["rank 0 (", "rank 1 (", "rank 2 ("]),
-    ({1: None}, ["rank 1 gave no sign"], ["rank 0 (", "rank 2 ("]),
+    ({1: None}, ["rank 1 did not report"], ["rank 0 (", "rank 2 ("]),
 ])
 def test_the_summary_names_the_ranks_that_are_late(changed: dict, words: list[str], silent_about: list[str]) -> None:
     kinds = {rank: changed.get(rank, {}) for rank in range(3)}
@@ -191,7 +191,7 @@ def test_the_summary_names_the_ranks_that_are_late(changed: dict, words: list[st
 
 def test_many_late_ranks_are_counted() -> None:
     text = summary({0: report(0)}, 100)
-    assert "rank 8 gave no sign" in text and "rank 9 gave" not in text and "and 91 more" in text
+    assert "rank 8 did not report" in text and "rank 9 did" not in text and "and 91 more" in text
 
 
 def test_reports_of_another_launch_do_not_count(tmp_path: Path) -> None:
