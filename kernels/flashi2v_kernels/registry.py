@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 
 OPERATORS = (
     "attention", "fourier_highpass", "ada_layer_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "qk_norm_rope",
@@ -238,22 +239,17 @@ def _package_obstacle(spec: KernelSpec) -> str | None:
         installed = importlib.metadata.distribution(spec.package).version
     except importlib.metadata.PackageNotFoundError:
         return f"needs {wanted}, which is not installed"
-    if spec.min_version and _release(installed) < _release(spec.min_version):
+    if spec.min_version and not _is_at_least(installed, spec.min_version):
         return f"needs {wanted}, installed is {installed}"
     return None
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """The leading whole numbers of a version: "2.7.4.post1+cu12" -> (2, 7, 4)."""
-    numbers: list[int] = []
-    for part in version.partition("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-        if digits != part:  # "0rc1": what follows is not part of the release
-            break
-    return tuple(numbers)
+def _is_at_least(installed: str, wanted: str) -> bool:
+    """Compare releases: pre-releases count as the release, since FlashAttention 3 is only published as 3.0.0b1."""
+    try:
+        return Version(Version(installed).base_version) >= Version(wanted)
+    except InvalidVersion:
+        return False
 
 
 def _compute_capability(device_type: str) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ import tyro
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.recipe import FlagNames
 
-FORMATS = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu")
+FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -56,8 +56,8 @@ class ConvertConfig(FlagNames):
 
     def __post_init__(self) -> None:
         for flag, (name, _) in (("from", self.source), ("to", self.target)):
-            if name not in FORMATS:
-                raise ConfigError(f"--{flag} {name}: no such format; available are {', '.join(FORMATS)}")
+            if name not in FORMAT_NAMES:
+                raise ConfigError(f"--{flag} {name}: no such format; available are {', '.join(FORMAT_NAMES)}")
         if self.num_attention_heads is not None and self.num_attention_heads < 1:
             raise ConfigError(f"--num-attention-heads is {self.num_attention_heads}; it must be at least 1")
         for flag, value in self.parts.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from megatron_flashi2v.config.clips import EncodingArguments
-from megatron_flashi2v.config.convert import FORMATS
+from megatron_flashi2v.config.convert import FORMAT_NAMES
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.watch import WatchArguments
@@ -245,10 +245,10 @@ class CheckpointArguments:
         if self.load_weights is None:
             return None
         name, colon, path = self.load_weights.partition(":")
-        if not colon or not path or name not in FORMATS:
+        if not colon or not path or name not in FORMAT_NAMES:
             raise ConfigError(
-                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMATS)}, such as "
-                f"megatron:{path or self.load_weights}"
+                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMAT_NAMES)}, "
+                f"such as megatron:{path or self.load_weights}"
             )
         return name, Path(path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from megatron.core.enums import ModelType
@@ -84,7 +85,7 @@ class DiffusionTransformer(MegatronModule):
         self.post_process = self.stage.is_last
         self.share_embeddings_and_output_weights = False
         self.input_tensor: Tensor | None = None
-        self._rotary: dict[tuple[Grid, torch.device], Rotary] = {}
+        self.rotary = lru_cache(maxsize=KEPT_GRIDS)(partial(rotary_of, spec))
 
         if self.pre_process:
             self.conditioning = build_conditioning(spec.config, spec.kernels.highpass, spec.dtype)
@@ -155,13 +156,10 @@ class DiffusionTransformer(MegatronModule):
             dtype=self.spec.residual_dtype,
         )
 
-    def rotary(self, grid: Grid, device: torch.device) -> Rotary:
-        """Rotary positions of this context-parallel rank's tokens in the grid, cached for the next calls."""
-        if (grid, device) not in self._rotary:
-            tables = rope_tables(grid, self.spec.config.head_dim)
-            cos_SR, sin_SR = (context_block(table_SR, self.spec.groups).to(device) for table_SR in tables)
-            if len(self._rotary) == KEPT_GRIDS:
-                del self._rotary[next(iter(self._rotary))]  # the oldest
-            self._rotary[grid, device] = Rotary(cos_SR, sin_SR, math.prod(grid))
-        return self._rotary[grid, device]
+
+def rotary_of(spec: ModelSpec, grid: Grid, device: torch.device) -> Rotary:
+    """Rotary tables of the grid positions that this context-parallel rank's tokens have."""
+    tables = rope_tables(grid, spec.config.head_dim)
+    cos_SR, sin_SR = (context_block(table_SR, spec.groups).to(device) for table_SR in tables)
+    return Rotary(cos_SR, sin_SR, math.prod(grid))
 
