@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import av
 import av.container
@@ -20,12 +20,10 @@ import torch
 from av.stream import Disposition
 from numpy.typing import NDArray
 
+from megatron_flashi2v.config.clips import FramePicking, PictureReading
 from megatron_flashi2v.data.reasons import FileError
 from megatron_flashi2v.data.rendering import Rendering, ShownPicture, StoredPicture, UnsupportedPictureError
 from megatron_flashi2v.data.timestamps import mean_rate, packet_stamps, times_from_stamps, typical_rate
-
-FramePicking = Literal["time", "index"]
-PictureReading = Literal["shown", "stored"]
 
 MAX_PIXELS = 2**26
 """Pictures beyond this (an 8K picture has half of it) are taken for damaged headers, and never allocated."""

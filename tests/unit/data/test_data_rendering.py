@@ -342,7 +342,7 @@ def test_a_cover_larger_than_the_video_is_left_out(tmp_path: Path) -> None:
         cover.disposition = av.stream.Disposition.attached_pic
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        still = av.VideoFrame.from_ndarray(np.zeros((240, 320, 3), np.uint8), format="rgb24").reformat(format="yuvj420p")
+        still = av.VideoFrame(320, 240, "yuvj420p")
         container.mux([*cover.encode(still), *cover.encode()])
         for number in range(4):
             frame = av.VideoFrame.from_ndarray(quarter(), format="rgb24")
