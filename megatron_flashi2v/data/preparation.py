@@ -18,8 +18,8 @@ from rich.console import Console
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
-from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.data.annotations import Entry
+from megatron_flashi2v.data.continuation import SETTINGS_FILE, as_begun, has_begun
 from megatron_flashi2v.data.description import (
     DATASET_FILE,
     EMPTY_TEXT_FILE,
@@ -30,7 +30,7 @@ from megatron_flashi2v.data.description import (
 )
 from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork
 from megatron_flashi2v.data.energon import has_energon_files, remove_energon_files, write_energon_files
-from megatron_flashi2v.data.fingerprint import LATER_FIELDS, data_settings, settings_hash
+from megatron_flashi2v.data.fingerprint import data_settings, settings_hash
 from megatron_flashi2v.data.reasons import ERROR_REASONS, DroppedEntry
 from megatron_flashi2v.data.report import REPORT_FILE, write_report
 from megatron_flashi2v.data.selection import select
@@ -46,8 +46,6 @@ from megatron_flashi2v.data.shards import (
 from megatron_flashi2v.data.summary import DROPPED_FILE, SUMMARY_FILE, read_summary, summarise, write_summary
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json, write_errors
 from megatron_flashi2v.runtime.progress import progress
-
-SETTINGS_FILE = "settings.json"
 
 logger = logging.getLogger(__name__)
 
@@ -120,33 +118,6 @@ def prepare(
     return _finish(output, plan, encoders, config) if place.rank == 0 else None
 
 
-def as_begun(config: PrepareConfig, output: Path) -> PrepareConfig:
-    """The configuration with which a folder is continued: fields that it was begun without keep their old meaning.
-
-    Args:
-        config: checked.
-        output: the data set's folder; an absent or empty one changes nothing.
-    """
-    path = output / SETTINGS_FILE
-    if config.fresh or not _begun(output) or not path.exists():
-        return config
-    found, asked = read_json(path, error=DataError), flat_values(config)
-    if not isinstance(found, dict):
-        return config
-    old = {name: value for name, value in LATER_FIELDS.items() if name not in found and asked[name] != value}
-    if not old:
-        return config
-    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in old.items())
-    logger.info("%s was begun with %s and is continued so", output, flags)
-    return with_values(config, old)
-
-
-def _begun(output: Path) -> bool:
-    """Whether a folder holds shards; before the first one stands (the last run failed over a flag, say) settings may
-    still change."""
-    return (output / DATASET_FILE).exists() or any((output / SHARD_FOLDER).glob("shard-*.json"))
-
-
 def make_plan(config: PrepareConfig) -> Plan:
     """Read and filter the annotations; touches no video file.
 
@@ -185,7 +156,7 @@ def _claim_folder(output: Path, plan: Plan, *, fresh: bool) -> None:
         _remove_data_set(output)
     path = output / SETTINGS_FILE
     found = read_json(path, error=DataError) if path.exists() else None
-    begun = _begun(output)
+    begun = has_begun(output)
     if begun and found is None:
         raise ConfigError(f"--output {output}: holds shards but no {SETTINGS_FILE}; {cure}")
     if begun and found != plan.settings:
