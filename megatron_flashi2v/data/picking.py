@@ -31,33 +31,44 @@ def pick_frames(entry: Entry, wanted: FilterSettings, video: Video, pick: Pick) 
     Returns:
         Ascending frame numbers, or why the clip is dropped.
     """
-    picking, facts = wanted.frame_picking, video.facts
-    if entry.fps is not None and not any(same_rate(entry.fps, rate, picking) for rate in video.rates):
+    if entry.fps is not None and not any(same_rate(entry.fps, rate, wanted.frame_picking) for rate in video.rates):
         return Drop(
             "fps_mismatch",
-            f"{entry.source}: fps is {entry.fps:g}, but {entry.file} has {facts.fps:g}; correct the annotation or "
-            "leave fps out",
+            f"{entry.source}: fps is {entry.fps:g}, but {entry.file} has {video.facts.fps:g}; correct the annotation "
+            "or leave fps out",
         )
-    measured = _measured(entry, wanted, video)
-    start, length = entry.start_frame, clip_length(measured, wanted.filter_rules) or 0
-    times_s = video.times_s[start : start + length]
-    if picking == "index" or is_regular(times_s, facts.fps):
-        interval = frame_interval(facts.fps, wanted.fps, picking)
-        drop = _judge(entry, measured, wanted, facts)
-        if drop is not None:
-            return drop
-        indices = frame_indices(start, length, interval)
-        if len(indices) < wanted.num_frames:
-            return _too_short(entry, wanted, f"{length} frames at the file's {facts.fps:g} fps are {len(indices)}")
-        chosen = choose_window(indices, wanted.num_frames, pick, wanted.filter_rules)
-    else:
-        drop = _judge(entry, _as_if_regular(measured, wanted, times_s), wanted, facts)
-        if drop is not None:
-            return drop
-        chosen = start + choose_by_time(times_s, wanted.num_frames, wanted.fps, pick, wanted.filter_rules)
-        if not len(chosen):
-            return _too_short(entry, wanted, f"{len(times_s)} frames over {np.ptp(times_s):.2f} s are too few")
-    return [int(index) for index in chosen]
+    length = clip_length(_measured(entry, wanted, video, video.facts.fps), wanted.filter_rules) or 0
+    times_s = video.times_s[entry.start_frame : entry.start_frame + length]
+    rate = _even_rate(times_s, video, wanted)
+    if rate is None:
+        return _pick_by_time(entry, wanted, video, times_s, pick)
+    drop = _judge(entry, _measured(entry, wanted, video, rate), wanted, video.facts)
+    if drop is not None:
+        return drop
+    indices = frame_indices(entry.start_frame, length, frame_interval(rate, wanted.fps, wanted.frame_picking))
+    if len(indices) < wanted.num_frames:
+        return _too_short(entry, wanted, f"{length} frames at the file's {rate:g} fps are {len(indices)}")
+    return choose_window(indices, wanted.num_frames, pick, wanted.filter_rules).tolist()
+
+
+def _even_rate(times_s: np.ndarray, video: Video, wanted: FilterSettings) -> float | None:
+    """The rate at which the clip's frames come evenly, so that numbers say the same as times; None where there is none."""
+    if wanted.frame_picking == "index":
+        return video.facts.fps
+    return next((rate for rate in video.rates if is_regular(times_s, rate)), None)
+
+
+def _pick_by_time(
+    entry: Entry, wanted: FilterSettings, video: Video, times_s: np.ndarray, pick: Pick
+) -> list[int] | Drop:
+    measured = _as_if_even(_measured(entry, wanted, video, video.facts.fps), wanted, times_s)
+    drop = _judge(entry, measured, wanted, video.facts)
+    if drop is not None:
+        return drop
+    chosen = choose_by_time(times_s, wanted.num_frames, wanted.fps, pick, wanted.filter_rules)
+    if not len(chosen):
+        return _too_short(entry, wanted, f"{len(times_s)} frames over {np.ptp(times_s):.2f} s are too few")
+    return (entry.start_frame + chosen).tolist()
 
 
 def pick_still(entry: Entry, wanted: FilterSettings, facts: VideoFacts) -> Drop | None:
@@ -75,21 +86,21 @@ def pick_still(entry: Entry, wanted: FilterSettings, facts: VideoFacts) -> Drop 
     return judge(measured, wanted)
 
 
-def _measured(entry: Entry, wanted: FilterSettings, video: Video) -> Entry:
+def _measured(entry: Entry, wanted: FilterSettings, video: Video, rate: float) -> Entry:
     """The annotation with what the file says of its size, its length and, by time, its rate."""
     facts = video.facts
     if wanted.filter_rules == "corrected":
         if wanted.frame_picking == "time":
-            entry = dataclasses.replace(entry, fps=facts.fps)
+            entry = dataclasses.replace(entry, fps=rate)
         if entry.crop is not None:
             height, width = video.crop_size(entry.crop)
             entry = dataclasses.replace(entry, crop=(0, width, 0, height))
     return with_measured(
-        entry, wanted, height=facts.height, width=facts.width, fps=facts.fps, num_frames=facts.num_frames
+        entry, wanted, height=facts.height, width=facts.width, fps=rate, num_frames=facts.num_frames
     )
 
 
-def _as_if_regular(measured: Entry, wanted: FilterSettings, times_s: np.ndarray) -> Entry:
+def _as_if_even(measured: Entry, wanted: FilterSettings, times_s: np.ndarray) -> Entry:
     """The clip with the frames that it would have if none were missing, so that all rules see its real length."""
     if wanted.filter_rules == "reference":
         return measured

@@ -62,11 +62,14 @@ def mean_rate(times_s: NDArray[np.float64], claimed: float | None) -> float | No
 
 def typical_rate(times_s: NDArray[np.float64]) -> float | None:
     """Frames per second where no frame is missing; None for fewer than two frames."""
-    distance = float(np.median(np.diff(times_s))) if len(times_s) > 1 else 0.0
-    return 1 / distance if distance > 0 else None
+    if len(times_s) < 2:
+        return None
+    distances = np.diff(times_s)
+    # A mean, as containers may round each time to a millisecond; of all that are no gaps.
+    return 1 / float(distances[distances <= 1.5 * np.median(distances)].mean())
 
 
-def times_from_stamps(stamps: Sequence[int], time_base: float) -> NDArray[np.float64]:
+def times_from_stamps(stamps: Sequence[int | None], time_base: float) -> NDArray[np.float64]:
     """Seconds from the first frame."""
     values = np.array(stamps, np.int64)
     return (values - values[0]) * time_base

@@ -7,6 +7,7 @@ numbers are exact for variable frame rates and wrong headers; decoding then star
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,12 @@ CONTAINERS = (
     "h264,hevc,m4v,obu,yuv4mpegpipe"
 )
 """Demuxers that read one file. Playlists and lists of files, in disguise, would open others, or the network."""
+
+AVI_CHECKED_FRAMES = 32
+"""More than decoders reorder."""
+
+_CLOCKLESS = ("h264", "hevc", "m4v", "mpegvideo", "obu")
+"""Demuxers of bare streams, which number frames at 25 frames per second; the stream itself may know better."""
 
 _DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, MemoryError, ZeroDivisionError, OverflowError)
 _NO_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -199,8 +206,15 @@ class Video:
 
     def _claimed_rate(self) -> float | None:
         """Frames per second that the header claims."""
-        rate = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
+        stream = self._stream
+        rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
+        if self._is_clockless():
+            rates.insert(0, stream.guessed_rate)
+        rate = next((rate for rate in rates if rate), None)
         return float(rate) if rate and rate > 0 else None
+
+    def _is_clockless(self) -> bool:
+        return self._by_time and self._container.format.name in _CLOCKLESS
 
     def _measure(self) -> tuple[Rendering, VideoFacts, NDArray[np.float64]]:
         """How frames become pictures, the facts, and each frame's time; decodes the first frame."""
@@ -208,9 +222,12 @@ class Video:
             first = next(frames, None)
             if first is None:
                 raise VideoError(self.path, "no_frames", "holds no frame that can be decoded")
+            if self._by_time and "avi" in self._container.format.name:
+                self._distrust_avi(first, frames)
             stamps: Sequence[int | None] | None = self._time_stamps
-            if stamps is None:
-                stamps = [first.pts, *(frame.pts for frame in frames)]
+        if stamps is None:
+            with contextlib.closing(self._all_frames()) as frames:
+                stamps = [frame.pts for frame in frames]
         self._coded_size = (first.height, first.width)
         rendering = self._render(first)
         times_s = self._times(stamps)
@@ -220,11 +237,16 @@ class Video:
         facts = VideoFacts(height=rendering.height, width=rendering.width, fps=rate or 0.0, num_frames=len(stamps))
         return rendering, facts, times_s
 
+    def _distrust_avi(self, first: av.VideoFrame, following: Iterator[av.VideoFrame]) -> None:
+        """Drop the time stamps if they are those of decoding, as AVI keeps no others."""
+        shown = [frame.pts for frame in (first, *itertools.islice(following, AVI_CHECKED_FRAMES))]
+        if None in shown or not _ascending(shown):
+            self._time_stamps = None
+
     def _times(self, stamps: Sequence[int | None]) -> NDArray[np.float64]:
         """Seconds from the first frame; counted at the header's rate where frames carry no time of their own."""
-        known = [stamp for stamp in stamps if stamp is not None]
-        if len(known) == len(stamps) and all(a < b for a, b in zip(known, known[1:], strict=False)):
-            return times_from_stamps(known, float(self._stream.time_base or 1))
+        if not self._is_clockless() and None not in stamps and _ascending(stamps):
+            return times_from_stamps(stamps, float(self._stream.time_base or 1))
         return np.arange(len(stamps)) / (self._claimed_rate() or 1.0)
 
     def _render(self, first: av.VideoFrame) -> Rendering:
@@ -332,6 +354,10 @@ class Video:
                 "undecodable",
                 f"its pixel format {frame.format.name} cannot be converted to RGB ({_plain(error)})",
             ) from error
+
+
+def _ascending(stamps: Sequence[Any]) -> bool:
+    return all(earlier < later for earlier, later in zip(stamps, stamps[1:], strict=False))
 
 
 def _size(stream: av.VideoStream) -> tuple[int, bool]:
