@@ -52,7 +52,7 @@ def pick_frames(entry: Entry, wanted: FilterSettings, video: Video, pick: Pick) 
 
 
 def _even_rate(times_s: np.ndarray, video: Video, wanted: FilterSettings) -> float | None:
-    """The rate at which the clip's frames come evenly, so that numbers say the same as times; None where there is none."""
+    """The rate at which the clip's frames come evenly, so that numbers say the same as times; None without one."""
     if wanted.frame_picking == "index":
         return video.facts.fps
     return next((rate for rate in video.rates if is_regular(times_s, rate)), None)

@@ -107,7 +107,7 @@ def test_missing_frames(tmp_path: Path, ending: str, fps: float) -> None:
 
 
 def test_jitter_neither_repeats_nor_skips_frames(tmp_path: Path) -> None:
-    """Phones stamp frames when they come; asked at their own rate and half of it, each frame or every other is taken."""
+    """Phones stamp frames when they come; at their own rate each frame is taken, at half of it every other."""
     jitter = np.random.default_rng(0).integers(-7, 8, 80)
     stamps = [max(0, round(1000 * n / 30) + int(jitter[n])) for n in range(80)]
     path = write_video(tmp_path / "a.mkv", patterns(80), rate=30, stamps=stamps, time_base=MILLISECOND)
@@ -150,7 +150,8 @@ def test_first_times_other_than_zero(tmp_path: Path, offset: int, name: str, cod
 
 
 @pytest.mark.parametrize(("name", "codec", "options"), [
-    ("stream.h264", "libx264", {}), ("stream.m2v", "mpeg2video", {"b": "4M"}), ("reordered.avi", "libx264", {"bf": "3"}), ("plain.avi", "libx264", {"bf": "0"}),
+    ("stream.h264", "libx264", {}), ("stream.m2v", "mpeg2video", {"b": "4M"}),
+    ("reordered.avi", "libx264", {"bf": "3"}), ("plain.avi", "libx264", {"bf": "0"}),
 ])  # fmt: skip
 def test_files_without_times_of_presentation(tmp_path: Path, name: str, codec: str, options: dict[str, str]) -> None:
     """Raw streams have none, AVI those of decoding: frames are counted in the order in which they are shown."""
