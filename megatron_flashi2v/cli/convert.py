@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_flashi2v.config.convert import ConvertConfig
-from megatron_flashi2v.config.flags import parse_flags
+from megatron_flashi2v.config.recipe import parse
 
 if TYPE_CHECKING:
     from megatron_flashi2v.conversion.convert import Check, Converted, Finish
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a path or a flag is wrong, or a file is damaged.
     """
-    config = parse_flags(
+    config = parse(
         ConvertConfig,
         argv,
         prog="flashi2v convert",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 from megatron_flashi2v.config.hccl import parse_buffer_sizes
+from megatron_flashi2v.config.help import show
 from megatron_flashi2v.config.layout import model_ranks
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import parse
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
             setup_logging(0)
             from megatron_flashi2v.planning.dry_run import dry_run_report
 
-            sys.stdout.write(dry_run_report(config, model, world_size))
+            show(dry_run_report(config, model, world_size))
         return 0
     check_train(config, model, launch.world_size)
     run(config, model, launch)

@@ -53,7 +53,7 @@ class ThroughputMeter:
     def __init__(self, config: TrainConfig, model: ModelConfig, device: Device, world_size: int) -> None:
         self._model, self._device, self._world_size = model, device, world_size
         self._samples = config.batch.global_batch_size
-        plain = config.batch.bf16 and config.runtime.fp8_format is None
+        plain = config.batch.bf16 and config.runtime.backend.fp8_format is None
         self._peak = peak_tflops(device, torch.bfloat16 if plain else torch.float32)
 
     def measure(self, latent_shape: tuple[int, int, int], seconds: float, data_wait_s: float) -> Throughput:

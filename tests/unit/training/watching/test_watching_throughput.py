@@ -13,7 +13,7 @@ from helpers.layouts import metrics
 from helpers.train_command import LATENT_SHAPE
 
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.train import BatchArguments, RuntimeArguments, TrainConfig
+from megatron_flashi2v.config.train import BackendArguments, BatchArguments, RuntimeArguments, TrainConfig
 from megatron_flashi2v.models.flops import forward_flops
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.training.batch import MicrobatchSource
@@ -29,7 +29,7 @@ def meter(name: str = "NVIDIA H100 80GB HBM3", bf16: bool = True, fp8: str | Non
     device.model_name = lambda: name  # type: ignore[method-assign]
     config = TrainConfig(
         batch=BatchArguments(global_batch_size=6, bf16=bf16),
-        runtime=RuntimeArguments(fp8_format=fp8),  # type: ignore[arg-type]
+        runtime=RuntimeArguments(backend=BackendArguments(fp8_format=fp8)),  # type: ignore[arg-type]
     )
     return ThroughputMeter(config, MODEL, device, 4)
 
