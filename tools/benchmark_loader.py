@@ -22,8 +22,8 @@ from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend, SampleSource
 from megatron_flashi2v.data.prepared import BadSample, PreparedSample
 from megatron_flashi2v.models.presets import resolve_model
-from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.training.run import entered_run
 
 ROUNDS = 12
 ITERATIONS = 10
@@ -55,35 +55,31 @@ class HeldSample:
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
     config = parse(TrainConfig, argv, prog="benchmark_loader", description="What loading from shards costs.")
-    model = resolve_model(config.model)
-    launch = detect_launch(os.environ)
+    model, launch = resolve_model(config.model), detect_launch(os.environ)
     check_train(config, model, launch.world_size)
-    device = resolve_device(config.runtime.device, launch.local_rank)
-    from megatron_flashi2v.parallel.world import world
-    from megatron_flashi2v.training.trainer import Trainer
+    with entered_run(config, model, launch) as trainer:
+        from megatron_flashi2v.training.assembly import training_source
 
-    with world(device, launch, config.parallel) as groups:
-        trainer = Trainer(config, model, groups, launch, device)
-        for model in trainer.models:
-            model.train()
-        held = Blend([HeldSample(trainer.data.datasets[0])], [1.0], batch=trainer.data.batch, seed=config.batch.seed)
-        sources = {"shards": trainer.make_source(), "held": trainer.make_source()}
-        sources["held"].data = held
+        for wrapped in trainer.state.models:
+            wrapped.train()
+        data = trainer.source.data
+        held = Blend([HeldSample(data.datasets[0])], [1.0], batch=data.batch, seed=config.batch.seed)
+        sources = {"shards": trainer.source, "held": training_source(config, held, trainer.state, trainer.step)}
         position = dict.fromkeys(sources, 0)
         for source in sources.values():
             source.end = None
         seconds: dict[str, list[float]] = {name: [] for name in sources}
         cpu_seconds = dict.fromkeys(sources, 0.0)
-        trainer.bad_samples = trainer.make_bad_sample_ledger(sources["shards"])
         for _ in range(ROUNDS):
             for name, source in sources.items():
+                trainer.source = source
                 for iteration in range(ITERATIONS + UNCOUNTED):
                     began = time.process_time()
-                    trainer.consumed_samples = position[name]
-                    metrics = trainer.run_iteration(source)
-                    position[name] = trainer.consumed_samples
+                    trainer.state.consumed_samples = position[name]
+                    row = trainer.run_iteration()
+                    position[name] = trainer.state.consumed_samples
                     if iteration >= UNCOUNTED:
-                        seconds[name].append(metrics.step_time_s)
+                        seconds[name].append(row["step_time_s"])
                         cpu_seconds[name] += time.process_time() - began
         for source in sources.values():
             source.close()

@@ -18,16 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed
+
+from megatron_flashi2v.checkpoint.folders import iteration_folder
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
-from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.launch import detect_launch
-from megatron_flashi2v.runtime.logging import setup_logging
+from megatron_flashi2v.runtime.logging import logging_to_stderr
+from megatron_flashi2v.training.run import entered_run
 
 if TYPE_CHECKING:
-    from megatron_flashi2v.training.batch import MicrobatchSource
     from megatron_flashi2v.training.trainer import Trainer
 
 SAVES = 3
@@ -41,45 +43,42 @@ def main(argv: Sequence[str]) -> None:
     folder = config.checkpoint.save
     if folder is None or folder.exists():
         sys.exit("benchmark_save: --save must name a folder that does not exist")
-    model = resolve_model(config.model)
-    launch = detect_launch(os.environ)
+    model, launch = resolve_model(config.model), detect_launch(os.environ)
     check_train(config, model, launch.world_size)
-    setup_logging(launch.rank)
-    device = resolve_device(config.runtime.device, launch.local_rank)
-    from megatron_flashi2v.checkpoint.peers import Peers
-    from megatron_flashi2v.parallel.world import world
-    from megatron_flashi2v.training.saver import CheckpointSaver
-    from megatron_flashi2v.training.trainer import Trainer
-
-    with world(device, launch, config.parallel) as groups:
-        trainer = Trainer(config, model, groups, launch, device)
-        for model in trainer.models:
-            model.train()
-        source = trainer.make_source()
-        source.end = None
-        trainer.bad_samples = trainer.make_bad_sample_ledger(source)
-        report: dict[str, Any] = {"iteration_s": [_seconds(trainer.run_iteration, source) for _ in range(5)][1:]}
-        for name, beside in (("at_once", False), ("beside", True)):
-            arguments = dataclasses.replace(
-                config.checkpoint, async_save=beside, save_interval=1, keep_last=1, keep_every=None
-            )
-            peers = Peers(launch.rank, launch.world_size)
-            trainer.saver = CheckpointSaver(arguments, trainer.model_config, peers, device)
-            trainer.saver.reserve(trainer.pieces)  # as the first iteration of a run does
-            for _ in range(10):
-                trainer.run_iteration(source)
-            report[name] = [measure(trainer, source) for _ in range(SAVES)]
-        source.abandon()
+    with logging_to_stderr(launch.rank), entered_run(config, model, launch) as trainer:
+        report = compare(trainer)
     if launch.rank == 0:
         shutil.rmtree(folder)
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
 
 
-def measure(trainer: Trainer, source: MicrobatchSource) -> dict[str, Any]:
+def compare(trainer: Trainer) -> dict[str, Any]:
+    """Seconds of iterations without a save, and of saves in either way."""
+    from megatron_flashi2v.checkpoint.peers import Peers
+    from megatron_flashi2v.training.saver import CheckpointSaver
+
+    for model in trainer.state.models:
+        model.train()
+    trainer.source.end = None
+    report: dict[str, Any] = {"iteration_s": [_seconds(trainer.run_iteration) for _ in range(5)][1:]}
+    for name, beside in (("at_once", False), ("beside", True)):
+        arguments = dataclasses.replace(
+            trainer.checkpoints, async_save=beside, save_interval=1, keep_last=1, keep_every=None
+        )
+        peers = Peers(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        trainer.saver = CheckpointSaver(arguments, trainer.state.spec.config, peers, trainer.device)
+        trainer.saver.reserve(trainer.state.pieces)  # as the first iteration of a run does
+        for _ in range(10):
+            trainer.run_iteration()
+        report[name] = [measure(trainer) for _ in range(SAVES)]
+    trainer.source.abandon()
+    return report
+
+
+def measure(trainer: Trainer) -> dict[str, Any]:
     """Save once, train until it is published, and once more."""
-    assert trainer.config.checkpoint.save is not None
-    trainer.run_iteration(source)
-    start = time.perf_counter()
+    trainer.run_iteration()
+    start, saved_at = time.perf_counter(), trainer.state.iteration
     blocked = _seconds(lambda: trainer.save(last=False))
     published, iterations = time.perf_counter() - start, []
     advance = trainer.saver.advance
@@ -93,9 +92,10 @@ def measure(trainer: Trainer, source: MicrobatchSource) -> dict[str, Any]:
 
     trainer.saver.advance = timed_advance  # type: ignore[method-assign]
     while trainer.saver.is_saving and len(iterations) < MOST_ITERATIONS:
-        iterations.append(_seconds(trainer.run_iteration, source))
+        iterations.append(_seconds(trainer.run_iteration))
     del trainer.saver.advance  # type: ignore[method-assign]
-    size = _size(trainer.config.checkpoint.save / f"iter_{trainer.iteration - len(iterations):07d}")
+    assert trainer.checkpoints.save is not None
+    size = _size(trainer.checkpoints.save / iteration_folder(saved_at))
     return {
         "gigabytes": size / 1e9, "blocked_s": blocked, "blocked_s_per_gigabyte": blocked / size * 1e9,
         "published_after_s": published, "gigabytes_per_s": size / 1e9 / published, "iterations_meanwhile_s": iterations,

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 OPERATORS = (
-    "attention", "fourier_highpass", "ada_layer_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "rope3d",
-    "qk_norm_rope",
+    "attention", "fourier_highpass", "ada_layer_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "qk_norm_rope",
 )
 
 ANY_DEVICE = ("cuda", "npu", "cpu")

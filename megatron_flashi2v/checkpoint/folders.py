@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_flashi2v.checkpoint.manifest import MANIFEST_NAME, verify
 from megatron_flashi2v.checkpoint.peers import Peers
+from megatron_flashi2v.conditioning.build import read_model_config
 from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.runtime.files import read_json
@@ -182,7 +183,7 @@ def load_model_config(folder: Path) -> ModelConfig:
     """
     path = folder / MODEL_CONFIG_NAME
     try:
-        return ModelConfig.from_json(_load_object(path), source=str(path))
+        return read_model_config(_load_object(path), source=str(path))
     except (UserError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}" if isinstance(error, TypeError) else str(error)) from error
 

@@ -1,13 +1,13 @@
 """The one table of parameter names: ours, original Wan and FlashI2V main, diffusers, FlashI2V npu.
 
-``BACKBONE`` and ``CONDITIONING`` list every tensor of the model once: our name and shape, the names that the
-other formats give it, and how its values are arranged there. Everything that reads, writes or counts
-parameters is a loop over it. Source of the names: the state dicts of diffusers' ``WanTransformer3DModel`` and
-of both FlashI2V branches.
+``BACKBONE`` lists every tensor of the text-to-video model once: our name and shape, the names that the other formats
+give it, and how its values are arranged there. A paradigm's class lists the tensors that it adds
+(``ImageConditioning.own_tensors``). Everything that reads, writes or counts parameters is a loop over both. Source of
+the names: the state dicts of diffusers' ``WanTransformer3DModel`` and of both FlashI2V branches.
 
-Sizes in shapes are symbols, made numbers by a :class:`ModelConfig`: d hidden, f feed-forward, c latent channels, P
-values in a patch of latents, in and P_in the same of the patch embedding's input (wider in paradigms that concatenate),
-h channels inside phi, text and freq input widths, pt ph pw the patch, kt kh kw phi's kernel.
+Sizes in shapes are symbols, made numbers by a :class:`ModelConfig`: d hidden, f feed-forward, P values in a patch of
+latents, in and P_in channels and values in a patch of the patch embedding's input (wider in paradigms that
+concatenate), text and freq input widths, pt ph pw the patch.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from megatron_flashi2v.checkpoint.arrangements import (
     Sizes,
     Transform,
 )
-from megatron_flashi2v.conditioning.build import input_channels
+from megatron_flashi2v.conditioning.build import input_channels, paradigm_of
+from megatron_flashi2v.conditioning.interface import MODULE
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.placement import fused_parts
 
 FORMATS = ("wan", "diffusers", "flashi2v_npu")
 
@@ -50,13 +52,13 @@ class Tensor:
 class Module:
     """One row of the table: a module's tensors and its names.
 
-    ``{i}`` is the block's number and ``{part}`` one of the projections that our tensor fuses. A name of None:
-    the format has no such module. A tensor's key of "" stands for a parameter that is not inside a module.
+    ``{i}`` is the block's number and ``{part}`` one of the projections that our tensor fuses. A tensor's key of ""
+    stands for a parameter that is not inside a module.
     """
 
     ours: str
     wan: str
-    diffusers: str | None
+    diffusers: str
     flashi2v_npu: str
     tensors: Mapping[str, Tensor]
 
@@ -81,19 +83,13 @@ def _conv_as_linear(rows: Size, columns: Size, *external: Size) -> dict[str, Ten
     }
 
 
-def _conv(rows: Size, *rest: Size) -> dict[str, Tensor]:
-    return {"weight": Tensor(shape=(rows, *rest)), "bias": Tensor(shape=(rows,))}
-
-
 def _vectors(*names: str) -> dict[str, Tensor]:
     return {name: Tensor(shape=("d",)) for name in names}
 
 
-def _attention(
-    ours: str, original: str, diffusers: str, fused: str, parts: tuple[str, ...]
-) -> tuple[Module, ...]:
-    """The rows of one attention: ``parts`` are fused into ``fused``, a query left over has its own
-    projection."""
+def _attention(ours: str, original: str, diffusers: str, fused: str) -> tuple[Module, ...]:
+    """The rows of one attention: some projections are fused into ``fused``, a query left over has its own."""
+    parts = fused_parts(f"blocks.{{i}}.{ours}.{fused}.weight")
 
     def row(name: str, external: tuple[str, str, str], tensors: Mapping[str, Tensor]) -> Module:
         wan, diffusers_name, npu = external
@@ -168,7 +164,7 @@ BACKBONE: tuple[Module, ...] = (
         flashi2v_npu="blocks.{i}.modulation",
         tensors={"": Tensor(shape=(6, "d"), transform=Reshape((1, 6, "d")))},
     ),
-    *_attention("self_attention", "self_attn", "attn1", "linear_qkv", ("q", "k", "v")),
+    *_attention("self_attention", "self_attn", "attn1", "linear_qkv"),
     Module(
         ours="blocks.{i}.norm_cross",
         wan="blocks.{i}.norm3",
@@ -176,7 +172,7 @@ BACKBONE: tuple[Module, ...] = (
         flashi2v_npu="blocks.{i}.norm3",
         tensors=_vectors("weight", "bias"),
     ),
-    *_attention("cross_attention", "cross_attn", "attn2", "linear_kv", ("k", "v")),
+    *_attention("cross_attention", "cross_attn", "attn2", "linear_kv"),
     Module(
         ours="blocks.{i}.mlp.linear_fc1",
         wan="blocks.{i}.ffn.0",
@@ -206,46 +202,6 @@ BACKBONE: tuple[Module, ...] = (
         tensors=_linear("P", "d"),
     ),
 )
-
-# Modules that a paradigm adds; diffusers' transformer has no place for them. A paradigm that concatenates adds none, it
-# only widens the patch embedding's input.
-CONDITIONING: Mapping[str, tuple[Module, ...]] = {
-    "text_to_video": (),
-    "repeat_concat": (),
-    "zero_pad_concat": (),
-    "inpainting": (),
-    "flashi2v": (
-        Module(
-            ours="conditioning.phi.conv_in",
-            wan="learnable_proj.proj.0",
-            diffusers=None,
-            flashi2v_npu="learnable_proj.0",
-            tensors=_conv("h", "c", "kt", "kh", "kw"),
-        ),
-        Module(
-            ours="conditioning.phi.conv_out",
-            wan="learnable_proj.proj.2",
-            diffusers=None,
-            flashi2v_npu="learnable_proj.2",
-            tensors=_conv("c", "h", "kt", "kh", "kw"),
-        ),
-        Module(
-            ours="conditioning.fourier_embedding.conv_in",
-            wan="fourier_embedding.0",
-            diffusers=None,
-            flashi2v_npu="fourier_embedding.0",
-            tensors=_conv_as_linear("d", "P", "d", "c", "pt", "ph", "pw"),
-        ),
-        Module(
-            ours="conditioning.fourier_embedding.conv_out",
-            wan="fourier_embedding.1",
-            diffusers=None,
-            flashi2v_npu="fourier_embedding.1",
-            tensors=_conv_as_linear("d", "d", "d", "d", 1, 1, 1),
-        ),
-    ),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped:
@@ -283,15 +239,13 @@ class Mapped:
 def mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
     """Every tensor of a model that an external format holds, in the model's order.
 
-    Tensors whose module has no name in the format are left out (image conditioning, in diffusers).
+    diffusers' transformer has no place for a paradigm's own tensors: they are left out there.
     """
     if external_format not in FORMATS:
         raise ValueError(f"no such format: {external_format}; the table has {', '.join(FORMATS)}")
     sizes = _sizes(config)
     for module, block in _instances(config):
         external = getattr(module, external_format)
-        if external is None:
-            continue
         for key, tensor in module.tensors.items():
             shape = _shape(tensor.shape, sizes)
             transform = tensor.transform
@@ -310,27 +264,46 @@ def mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
                 transform=transform,
                 heads=config.num_attention_heads,
             )
+    if external_format != "diffusers":
+        yield from conditioning_mappings(config, external_format)
+
+
+def conditioning_mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
+    """The paradigm's own tensors, in the module's order."""
+    paradigm = paradigm_of(config)
+    for name, tensor in paradigm.own_tensors(config).items():
+        external_shape = tensor.external_shape or tensor.shape
+        yield Mapped(
+            ours=f"{MODULE}.{name}",
+            shape=tensor.shape,
+            external=(paradigm.external_name(name, external_format),),
+            external_shape=external_shape,
+            transform=_SAME if external_shape == tensor.shape else Reshape(external_shape),
+            heads=config.num_attention_heads,
+        )
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Our global names and shapes of all of a model's parameters, in the model's order."""
     sizes = _sizes(config)
-    return {
+    backbone = {
         _name(module.ours, key, block): _shape(tensor.shape, sizes)
         for module, block in _instances(config)
         for key, tensor in module.tensors.items()
     }
+    own_tensors = paradigm_of(config).own_tensors(config)
+    return backbone | {f"{MODULE}.{name}": tensor.shape for name, tensor in own_tensors.items()}
 
 
 def external_name(ours: str, external_format: str) -> str:
-    """What an external format calls one of our tensors that fuses nothing.
+    """An external format's name of one of the backbone's tensors that fuses nothing.
 
     Raises:
         KeyError: the table has no such tensor.
     """
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", ours)
     template, block = (f"blocks.{{i}}.{match[2]}", int(match[1])) if match else (ours, 0)
-    for module in (*BACKBONE, *(row for rows in CONDITIONING.values() for row in rows)):
+    for module in BACKBONE:
         for key in module.tensors:
             if template == (f"{module.ours}.{key}" if key else module.ours):
                 return _name(getattr(module, external_format), key, block)
@@ -343,34 +316,27 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def _instances(config: ModelConfig) -> Iterator[tuple[Module, int]]:
-    """A model's modules with their block's number (0 outside of blocks), in the model's order."""
-    rows = BACKBONE + CONDITIONING[config.conditioning]
-    first = next(index for index, row in enumerate(rows) if row.in_blocks)
-    yield from ((row, 0) for row in rows[:first])
-    yield from ((row, block) for block in range(config.num_layers) for row in rows if row.in_blocks)
-    yield from ((row, 0) for row in rows[first:] if not row.in_blocks)
+    """The backbone's modules with their block's number (0 outside of blocks), in the model's order."""
+    first = next(index for index, row in enumerate(BACKBONE) if row.in_blocks)
+    yield from ((row, 0) for row in BACKBONE[:first])
+    yield from ((row, block) for block in range(config.num_layers) for row in BACKBONE if row.in_blocks)
+    yield from ((row, 0) for row in BACKBONE[first:] if not row.in_blocks)
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
     pt, ph, pw = config.patch_size
-    kt, kh, kw = config.phi_kernel_size
     channels = input_channels(config)
     return {
         "d": config.hidden_size,
         "f": config.ffn_hidden_size,
-        "c": config.latent_channels,
         "P": config.patch_dim,
         "in": channels,
         "P_in": channels * pt * ph * pw,
-        "h": config.phi_hidden_channels,
         "text": config.text_dim,
         "freq": config.freq_dim,
         "pt": pt,
         "ph": ph,
         "pw": pw,
-        "kt": kt,
-        "kh": kh,
-        "kw": kw,
     }
 
 

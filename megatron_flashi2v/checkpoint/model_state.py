@@ -1,98 +1,23 @@
-"""Which part of which global tensor a rank's parameters are."""
+"""The parameters of a rank as parts of a checkpoint's tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_flashi2v.checkpoint.index import Index, read_index
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.errors import CheckpointError
-
-if TYPE_CHECKING:  # it imports megatron-core, for which converting a checkpoint need not wait
-    from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.models.placement import parameter_box
+from megatron_flashi2v.parallel.placement import ShardGrid
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 MODEL_PREFIX = "model."
 EMA_PREFIX = "ema."
 MASTER_PREFIX = "optimizer.master."
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardGrid:
-    """A rank's place in the layout, as far as it decides which values the rank holds.
-
-    Pipeline stages need no place here: they hold tensors of different (global) names.
-
-    Attributes:
-        tp_rank: rank in the tensor-parallel group.
-        tp_size: its size.
-        dp_rank: rank among the replicas, that is in the data x context parallel group.
-        dp_size: its size.
-    """
-
-    tp_rank: int = 0
-    tp_size: int = 1
-    dp_rank: int = 0
-    dp_size: int = 1
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.tp_rank < self.tp_size and 0 <= self.dp_rank < self.dp_size):
-            raise ValueError(f"no such place in a layout: {self}")
-
-
-def shard_grid(groups: Groups) -> ShardGrid:
-    """This rank's place as checkpoints see it."""
-    return ShardGrid(
-        tp_rank=groups.tp.rank(), tp_size=groups.tp.size(), dp_rank=groups.dp_cp.rank(), dp_size=groups.dp_cp.size()
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterBox:
-    """The box of a global tensor that a rank's parameter is.
-
-    Attributes:
-        global_shape: shape of the whole tensor.
-        offset: where the box begins.
-        shape: the parameter's shape.
-        first_of_tp: whether this rank is the one of its tensor-parallel group that stands for these values.
-    """
-
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    first_of_tp: bool
-
-
-def parameter_box(name: str, parameter: torch.Tensor, grid: ShardGrid) -> ParameterBox:
-    """Where a parameter lies, from the attributes that megatron-core's parallel layers set on it.
-
-    ``tensor_model_parallel`` with ``partition_dim`` k marks one of ``tp_size`` equal slices along k; any
-    other parameter is the whole tensor on every rank of the tensor-parallel group.
-
-    Raises:
-        ValueError: the slices are interleaved (``partition_stride``), which no box can describe.
-    """
-    shape = tuple(parameter.shape)
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return ParameterBox(
-            global_shape=shape, offset=(0,) * len(shape), shape=shape, first_of_tp=grid.tp_rank == 0
-        )
-    stride = getattr(parameter, "partition_stride", 1)
-    if stride != 1:
-        raise ValueError(f"{name}: partition_stride is {stride}, only 1 can be stored")
-    axis = getattr(parameter, "partition_dim", -1)
-    if not 0 <= axis < len(shape):
-        raise ValueError(f"{name}: partition_dim is {axis}, the parameter has {len(shape)} dimensions")
-    global_shape = tuple(size * (grid.tp_size if index == axis else 1) for index, size in enumerate(shape))
-    offset = tuple(shape[axis] * grid.tp_rank if index == axis else 0 for index in range(len(shape)))
-    return ParameterBox(global_shape=global_shape, offset=offset, shape=shape, first_of_tp=True)
 
 
 def model_pieces(named_parameters: NamedParameters, grid: ShardGrid) -> list[TensorPiece]:
@@ -106,7 +31,7 @@ def model_pieces(named_parameters: NamedParameters, grid: ShardGrid) -> list[Ten
 
 
 def _model_piece(key: str, name: str, parameter: torch.Tensor, grid: ShardGrid) -> TensorPiece:
-    box = parameter_box(name, parameter, grid)
+    box = parameter_box(name, parameter.shape, grid)
     return TensorPiece(
         key=key,
         global_shape=box.global_shape,

@@ -24,16 +24,11 @@ from megatron.core.optimizer.optimizer import (
 )
 
 from megatron_flashi2v.checkpoint.index import Index, read_index
-from megatron_flashi2v.checkpoint.model_state import (
-    MASTER_PREFIX,
-    MODEL_PREFIX,
-    NamedParameters,
-    ParameterBox,
-    ShardGrid,
-    parameter_box,
-)
+from megatron_flashi2v.checkpoint.model_state import MASTER_PREFIX, MODEL_PREFIX, NamedParameters
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.models.placement import parameter_box
+from megatron_flashi2v.parallel.placement import ParameterBox, ShardGrid
 
 OPTIMIZER_PREFIX = "optimizer."
 
@@ -100,7 +95,7 @@ def optimizer_shards(
                 raise CheckpointError(
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that has no name"
                 )
-            box = parameter_box(name, parameter, grid)
+            box = parameter_box(name, parameter.shape, grid)
             if sharded:
                 stretch = part._get_model_param_range_map(parameter)["param"]
                 # With several instances of the optimizer each holds all the state; the first one stands for

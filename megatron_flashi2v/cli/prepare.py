@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
 from megatron_flashi2v.config.recipe import parse
-from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
+from megatron_flashi2v.data.run import prepare
 
-WEEK_MINUTES = 7 * 24 * 60.0
 LOG_WIDTH = 160
 
 
@@ -20,46 +20,19 @@ def main(argv: Sequence[str]) -> int:
     config = parse(
         PrepareConfig,
         argv,
-        prog="flashi2v prepare",
+        prog=PrepareConfig.command,
         description="Turn annotated video files into shards of VAE latents and text rows.",
     )
     check_prepare(config)
-    launch = detect_launch(os.environ)
-    run(config, launch)
+    prepare(config, on_summary=partial(show, config.folder()))
     return 0
 
 
-def run(config: PrepareConfig, launch: LaunchEnvironment) -> None:
-    """Share the work with the other processes, and show the summary on rank 0."""
+def show(folder: Path, summary: dict[str, Any]) -> None:
+    """Print the summary as a table on standard output."""
     from rich.console import Console
 
-    from megatron_flashi2v.data.preparation import Place, prepare
-    from megatron_flashi2v.data.summary import require_samples, summary_table
-    from megatron_flashi2v.runtime.device import resolve_device
-    from megatron_flashi2v.runtime.logging import setup_logging
+    from megatron_flashi2v.data.summary import summary_table
 
-    console = Console(stderr=True)
-    setup_logging(launch.rank, console=console)
-    device = resolve_device(config.device, launch.local_rank)
-    with _meeting(launch) as barrier:
-        place = Place(rank=launch.rank, world_size=launch.world_size, barrier=barrier)
-        summary = prepare(config, place=place, device=device.torch_device, console=console)
-    if summary is not None:
-        # A log file needs no narrow columns.
-        Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(summary_table(summary, config.folder()))
-        require_samples(summary)
-
-
-@contextlib.contextmanager
-def _meeting(launch: LaunchEnvironment) -> Iterator[Callable[[], None]]:
-    """A barrier over all processes; over gloo, as some ranks may wait for hours until the others are done."""
-    if launch.world_size == 1:
-        yield lambda: None
-        return
-    import torch.distributed
-
-    from megatron_flashi2v.runtime.device import resolve_device
-    from megatron_flashi2v.runtime.distributed import process_group
-
-    with process_group(launch, resolve_device("cpu", launch.local_rank), WEEK_MINUTES):
-        yield torch.distributed.barrier
+    # A log file needs no narrow columns.
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(summary_table(summary, folder))

@@ -10,13 +10,22 @@ in a layer that starts at zero, so that the first step equals the text-to-video 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, GeneratorOf, ImageConditioning
+from megatron_flashi2v.conditioning.interface import (
+    ConditionedInput,
+    Extras,
+    ForeignModel,
+    GeneratorOf,
+    ImageConditioning,
+    OwnTensor,
+)
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings
 from megatron_flashi2v.config.train import DataArguments
@@ -28,8 +37,8 @@ CUTOFF_RATIO = "cutoff_ratio"
 class LatentShift(nn.Module):
     """phi: two convolutions over latents with a SiLU between, in fp32 whatever the run's precision.
 
-    With a kernel that spans time, the order matters: on one frame the kernel sees zero padding, on the frame
-    repeated over time it sees its neighbours (the released 3x3x3 weights were trained so).
+    With a kernel that spans time, the order matters: on one frame the kernel sees zero padding, on the frame repeated
+    over time it sees its neighbours. The released 3x3x3 weights were trained with the repeated frame.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -71,6 +80,18 @@ class FlashI2V(ImageConditioning):
         dtype: dtype of the Fourier embedding's matrix products; phi and the high-pass are always fp32.
     """
 
+    name = "flashi2v"
+    config_fields = ("phi_kernel_size", "phi_hidden_channels", "phi_order")
+    # The names of FlashI2V's main branch, which has Wan's for the rest of the model, and of its npu branch.
+    external_modules = {
+        "phi.conv_in": {"wan": "learnable_proj.proj.0", "flashi2v_npu": "learnable_proj.0"},
+        "phi.conv_out": {"wan": "learnable_proj.proj.2", "flashi2v_npu": "learnable_proj.2"},
+        "fourier_embedding.conv_in": {"wan": "fourier_embedding.0", "flashi2v_npu": "fourier_embedding.0"},
+        "fourier_embedding.conv_out": {"wan": "fourier_embedding.1", "flashi2v_npu": "fourier_embedding.1"},
+    }
+    token_modules = ("fourier_embedding",)
+    latent_modules = ("phi",)
+
     def __init__(
         self,
         config: ModelConfig,
@@ -81,21 +102,6 @@ class FlashI2V(ImageConditioning):
         self.highpass = highpass
         self.phi = LatentShift(config)
         self.fourier_embedding = FourierEmbedding(config.patch_dim, config.hidden_size, dtype)
-
-    @classmethod
-    def training_extras(
-        cls, data: DataArguments, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
-    ) -> dict[str, Tensor]:
-        """A cutoff ratio, uniform between the flags' bounds."""
-        draw = torch.rand(1, generator=generator_of("cutoff-ratio"))
-        return {CUTOFF_RATIO: cutoff_ratios(draw, data.cutoff_ratio_min, data.cutoff_ratio_max)[0]}
-
-    @classmethod
-    def sampling_extras(
-        cls, settings: ImageSettings, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
-    ) -> dict[str, Tensor]:
-        """The cutoff ratio that was set."""
-        return {CUTOFF_RATIO: torch.tensor(settings.cutoff_ratio, dtype=torch.float32)}
 
     def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
         """Shift the latents, and extract the high-frequency magnitude of the image's latents, repeated over time."""
@@ -110,6 +116,66 @@ class FlashI2V(ImageConditioning):
         """E_F of the features' patches."""
         return self.fourier_embedding(patches_SBP)
 
-    def token_modules(self) -> list[nn.Module]:
-        """E_F acts on patches."""
-        return [self.fourier_embedding]
+    @classmethod
+    def training_extras(
+        cls, data: DataArguments, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
+    ) -> dict[str, Tensor]:
+        """A cutoff ratio, uniform between the flags' bounds."""
+        draw = torch.rand(1, generator=generator_of("cutoff-ratio"))
+        return {CUTOFF_RATIO: cutoff_ratios(draw, data.cutoff_ratio_min, data.cutoff_ratio_max)[0]}
+
+    @classmethod
+    def sampling_extras(
+        cls, settings: ImageSettings, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
+    ) -> dict[str, Tensor]:
+        """The cutoff ratio of the settings."""
+        return {CUTOFF_RATIO: torch.tensor(settings.cutoff_ratio, dtype=torch.float32)}
+
+    @classmethod
+    def meaningful_fields(cls, config: ModelConfig) -> tuple[str, ...]:
+        """Without a kernel over time both orders of phi are the same."""
+        kernel_frames = config.phi_kernel_size[0]
+        return tuple(field for field in cls.config_fields if field != "phi_order" or kernel_frames > 1)
+
+    @classmethod
+    def own_tensors(cls, config: ModelConfig) -> dict[str, OwnTensor]:
+        """phi's convolutions, and E_F's linears, which are convolutions over patches elsewhere."""
+        channels, hidden, width = config.latent_channels, config.phi_hidden_channels, config.hidden_size
+        as_convolution = (width, channels, *config.patch_size)
+        return {
+            "phi.conv_in.weight": OwnTensor(shape=(hidden, channels, *config.phi_kernel_size)),
+            "phi.conv_in.bias": OwnTensor(shape=(hidden,)),
+            "phi.conv_out.weight": OwnTensor(shape=(channels, hidden, *config.phi_kernel_size), starts_at_zero=True),
+            "phi.conv_out.bias": OwnTensor(shape=(channels,)),
+            "fourier_embedding.conv_in.weight": OwnTensor(
+                shape=(width, config.patch_dim), external_shape=as_convolution
+            ),
+            "fourier_embedding.conv_in.bias": OwnTensor(shape=(width,)),
+            "fourier_embedding.conv_out.weight": OwnTensor(
+                shape=(width, width), external_shape=(width, width, 1, 1, 1), starts_at_zero=True
+            ),
+            "fourier_embedding.conv_out.bias": OwnTensor(shape=(width,)),
+        }
+
+    @classmethod
+    def multiply_adds(cls, config: ModelConfig, latent_shape: tuple[int, int, int], tokens: int) -> dict[str, int]:
+        """phi on one frame or on all, and E_F on every token."""
+        frames, height, width = latent_shape
+        positions = height * width * (frames if config.phi_order == "repeat_then_conv" else 1)
+        per_position = math.prod(config.phi_kernel_size) * config.latent_channels * config.phi_hidden_channels
+        return {
+            "latent_shift": 2 * positions * per_position,
+            "fourier_embedding": tokens * (config.patch_dim * config.hidden_size + config.hidden_size**2),
+        }
+
+    @classmethod
+    def recognise(cls, foreign: ForeignModel) -> dict[str, Any] | None:
+        """By phi, whose kernel and width its first convolution shows."""
+        shape = foreign.shape_of(cls.external_name("phi.conv_in.weight", foreign.column), 5)
+        return None if shape is None else {"phi_hidden_channels": shape[0], "phi_kernel_size": shape[2:]}
+
+    @classmethod
+    def card_rows(cls, config: ModelConfig) -> dict[str, str]:
+        """phi's kernel and order."""
+        kernel = "x".join(str(side) for side in config.phi_kernel_size)
+        return {"phi": f"kernel {kernel}, order {config.phi_order}"}

@@ -15,21 +15,35 @@ weights of Wan2.2's I2V models fit in shape, but were trained on the former.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, ImageConditioning
+from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, ForeignModel, ImageConditioning
 from megatron_flashi2v.config.model import ModelConfig
 
 
 class Inpainting(ImageConditioning):
     """Mask channels and the image at latent frame 0, beside the latents' channels, in Wan's order."""
 
+    name = "inpainting"
+    config_fields = ("mask_channels",)
+    wan_model_type = "i2v"
+    told_by = "more than twice as many"
+
     def __init__(self, config: ModelConfig, *unused: object) -> None:
         super().__init__(config)
         self.mask_channels = config.mask_channels
+
+    def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
+        """Concatenate the folded mask and the image, padded with zero latents to all frames."""
+        batch, _, frames, height, width = noisy_BCTHW.shape
+        given_BM1HW = noisy_BCTHW.new_ones((batch, self.mask_channels, 1, height, width), dtype=torch.float32)
+        known_BC1HW = torch.cat([given_BM1HW, image_latents_BC1HW.float()], dim=1)
+        known_BCTHW = F.pad(known_BC1HW, (0, 0, 0, 0, 0, frames - 1))
+        return ConditionedInput(torch.cat([noisy_BCTHW.float(), known_BCTHW], dim=1))
 
     @classmethod
     def added_channels(cls, config: ModelConfig) -> int:
@@ -41,10 +55,13 @@ class Inpainting(ImageConditioning):
         """The mask has as many channels as a latent frame has video frames."""
         return dataclasses.replace(config, mask_channels=temporal_stride)
 
-    def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
-        """Concatenate the folded mask and the image, padded with zero latents to all frames."""
-        batch, _, frames, height, width = noisy_BCTHW.shape
-        given_BM1HW = noisy_BCTHW.new_ones((batch, self.mask_channels, 1, height, width), dtype=torch.float32)
-        known_BC1HW = torch.cat([given_BM1HW, image_latents_BC1HW.float()], dim=1)
-        known_BCTHW = F.pad(known_BC1HW, (0, 0, 0, 0, 0, frames - 1))
-        return ConditionedInput(torch.cat([noisy_BCTHW.float(), known_BCTHW], dim=1))
+    @classmethod
+    def recognise(cls, foreign: ForeignModel) -> dict[str, Any] | None:
+        """By the channels that are neither the latents' nor the image's: the mask's."""
+        mask_channels = foreign.input_channels - 2 * foreign.latent_channels
+        return {"mask_channels": mask_channels} if mask_channels > 0 else None
+
+    @classmethod
+    def card_rows(cls, config: ModelConfig) -> dict[str, str]:
+        """The mask's channels."""
+        return {"mask channels": str(config.mask_channels)}

@@ -17,6 +17,8 @@ from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras
 class RepeatConcat(NoisyImageConcat):
     """The noisy image repeated over time, beside the latents' channels."""
 
+    name = "repeat_concat"
+
     def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
         """Concatenate the noisy image, repeated over time."""
         image_BC1HW = noisy_image(image_latents_BC1HW, extras)

@@ -16,6 +16,8 @@ from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras
 class ZeroPadConcat(NoisyImageConcat):
     """The noisy image at latent frame 0 and zeros after it, beside the latents' channels."""
 
+    name = "zero_pad_concat"
+
     def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
         """Concatenate the noisy image, padded with zero latents to all frames."""
         image_BC1HW = noisy_image(image_latents_BC1HW, extras)

@@ -128,12 +128,12 @@ def from_values(cls: type[Config], values: Mapping[str, Any], defaults: Mapping[
 
 
 def typed_values(cls: type, values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Values by the flags' names, in either spelling, converted to the flags' types.
+    """Values by the flags' names, in either spelling, or their fields', converted to the flags' types.
 
     Raises:
         ConfigError: a name is unknown, or a value malformed.
     """
-    known = {flag.name: flag for flag in flags_of(cls)}
+    known = {flag.path[-1]: flag for flag in flags_of(cls)} | {flag.name: flag for flag in flags_of(cls)}
     flags: dict[str, Flag] = {}
     words: list[str] = []
     empty: dict[str, Any] = {}
@@ -143,12 +143,13 @@ def typed_values(cls: type, values: Mapping[Any, Any]) -> dict[str, Any]:
             instead = megatron_flag(name, getattr(cls, "command", ""))
             hint = suggestion(name, known) if instead is None else f"; it is Megatron-LM's: {instead}"
             raise ConfigError(f"unknown key {key!r}{hint}")
-        _check_kind(name, value, known[name].kind)
+        flag = known[name]
+        _check_kind(name, value, flag.kind)
         if value is None:
-            empty[name] = None
+            empty[flag.name] = None
             continue
-        flags[name] = known[name]
-        words += _as_words(known[name], value)
+        flags[flag.name] = flag
+        words += _as_words(flag, value)
     off = {name: False for name, flag in flags.items() if flag.kind is bool}  # else tyro wants a word after it
     return {**convert(tuple(flags.values()), words, off), **empty}
 

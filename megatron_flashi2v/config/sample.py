@@ -11,6 +11,9 @@ from megatron_flashi2v.config.fields import Only
 from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.train import ParallelArguments
 
+DEFAULT_SHIFT = 7.0
+"""Shift of the sampler's noise levels, everywhere: FlashI2V's, see its main branch."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
@@ -38,7 +41,7 @@ class SamplerSettings:
     """Euler steps."""
     guidance_scale: Annotated[float, AtLeast(0)] = 5.0
     """Classifier-free guidance; 1 turns it off and halves the time."""
-    shift: Annotated[float, Above(0)] = 7.0
+    shift: Annotated[float, Above(0)] = DEFAULT_SHIFT
     """Shift of the noise levels toward noise; 1 is none."""
 
 

@@ -38,8 +38,8 @@ class ModelArguments:
     """Override the number of text rows."""
     latent_channels: Annotated[int | None, AtLeast(1)] = None
     """Override the channels of the VAE's latents."""
-    conditioning: Literal["flashi2v", "repeat_concat", "zero_pad_concat", "inpainting", "text_to_video"] = "flashi2v"
-    """Image-to-video paradigm."""
+    conditioning: str = "flashi2v"
+    """Image-to-video paradigm: flashi2v, repeat_concat, zero_pad_concat, inpainting or text_to_video."""
     phi_kernel: Literal["1x3x3", "3x3x3"] = "1x3x3"
     """Kernel of FlashI2V's latent shift."""
     phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] = "conv_then_broadcast"
@@ -67,7 +67,7 @@ class DataArguments:
     cutoff_ratio_max: Annotated[float, Within(0, 1)] = 0.95
     """Upper end of the Fourier high-pass cutoff ratio."""
     image_noise_log_mean: float = -3.0
-    """Mean of the logarithm of the noise level on the image's latents (repeat_concat, zero_pad_concat)."""
+    """Mean of the logarithm of the noise level on the image's latents, where the paradigm adds noise."""
     image_noise_log_std: Annotated[float, AtLeast(0)] = 0.5
     """Standard deviation of that logarithm."""
     sigma_distribution: Literal["logit_normal", "uniform"] = "logit_normal"

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from megatron_flashi2v.checkpoint.folders import require_same_model
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import NamedParameters, ShardGrid, parameter_box
-from megatron_flashi2v.config.model import BASE_PARADIGM, FREE_OF_WEIGHTS, PARADIGM_FIELDS, ModelConfig
+from megatron_flashi2v.checkpoint.model_state import NamedParameters
+from megatron_flashi2v.conditioning.build import BASE, paradigm_fields, paradigm_of
+from megatron_flashi2v.config.model import FREE_OF_WEIGHTS, ModelConfig
 from megatron_flashi2v.conversion.convert import open_weights
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
+from megatron_flashi2v.models.placement import parameter_box
+from megatron_flashi2v.parallel.placement import ShardGrid
 
 PATCH_WEIGHT = "patch_embedding.weight"
-# What any paradigm can start from: models whose patch embedding takes the latents alone.
-_STARTS = (BASE_PARADIGM, "flashi2v")
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class InitialWeights:
 def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: str = "model") -> InitialWeights:
     """Open what a run will start from, and compare it with the run's model.
 
-    Text-to-video and FlashI2V weights suit every paradigm; others only their own.
+    Weights of the run's own paradigm suit it, and those of others from which its class can start.
 
     Args:
         source: format and path.
@@ -62,13 +63,17 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
     """
     opened = open_weights(*source, ReadOptions(weights=weights, assume=model))
     found = opened.config
-    starts = found.conditioning in _STARTS and found.conditioning != model.conditioning
-    conditioning = BASE_PARADIGM if found.conditioning != model.conditioning else model.conditioning
-    compared = dataclasses.replace(found, conditioning=BASE_PARADIGM) if starts else found
-    # What shapes no weight that is taken over may differ.
-    free = FREE_OF_WEIGHTS if found.conditioning == model.conditioning else FREE_OF_WEIGHTS + PARADIGM_FIELDS
-    if found.phi_kernel_size[0] == 1:  # without a kernel over time both orders are the same
-        free = (*free, "phi_order")
+    paradigm, run = paradigm_of(found), paradigm_of(model)
+    meaningful: tuple[str, ...] = ()
+    conditioning, compared = model.conditioning, found
+    if paradigm is run:
+        meaningful = run.meaningful_fields(found)
+    else:  # only the backbone's weights are taken over
+        conditioning = BASE.name
+        if run.starts_from(paradigm, found):
+            compared = dataclasses.replace(found, conditioning=BASE.name)
+    # Fields that shape no weight that is taken over may differ.
+    free = (*FREE_OF_WEIGHTS, *(field for field in paradigm_fields() if field not in meaningful))
     wanted = {name: getattr(compared, name) for name in free}
     require_same_model(compared, dataclasses.replace(model, conditioning=conditioning, **wanted), source[1])
     have, want = parameter_shapes(found), parameter_shapes(model)
@@ -96,11 +101,9 @@ def load_initial_weights(initial: InitialWeights, named_parameters: NamedParamet
     for name, parameter in named_parameters:
         if name not in shapes:
             continue
-        part = parameter_box(name, parameter, grid)
-        sides = list(zip(part.offset, part.shape, strict=True))
-        target = parameter.detach()
+        part = parameter_box(name, parameter.shape, grid)
+        slices, target = part.slices, parameter.detach()
         if name == PATCH_WEIGHT and part.global_shape != shapes[name]:
-            sides[1] = (0, shapes[name][1])
-            target = target[:, : shapes[name][1]]
-        box = tuple(slice(start, start + size) for start, size in sides)
-        target.copy_(initial.weights.read(name, box, parameter.dtype))
+            columns = shapes[name][1]
+            slices, target = (slices[0], slice(0, columns)), target[:, :columns]
+        target.copy_(initial.weights.read(name, slices, parameter.dtype))

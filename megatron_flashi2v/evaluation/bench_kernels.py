@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashi2v_kernels.qk_norm_rope.tables import rope_tables
 from flashi2v_kernels.registry import OPERATORS, KernelUnavailable, resolve, specs_of
-from flashi2v_kernels.rope3d.tables import rope_tables
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.evaluation.benchmark import (
     copy_ceiling,
@@ -177,8 +177,6 @@ def make_case(
     query = draw(tokens, 1, heads, 3, config.head_dim).detach()[:, :, :, 0].requires_grad_()
     weight = draw(d, to=torch.float32)
     cos, sin = (part.to(device.torch_device) for part in rope_tables(grid, config.head_dim))
-    if operator == "rope3d":
-        return Case(call=lambda f: f(query, cos, sin), leaves=(query,), work=(2 * moved, 2 * moved))
     if operator == "rms_norm":
         return Case(call=lambda f: f(query, weight, config.norm_eps), leaves=(query, weight),
                     work=(2 * moved, 3 * moved))

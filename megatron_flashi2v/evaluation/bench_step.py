@@ -18,13 +18,7 @@ from torch.profiler import profile, supported_activities
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.train import (
-    BatchArguments,
-    OptimizerArguments,
-    RecomputeArguments,
-    RuntimeArguments,
-    TrainConfig,
-)
+from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments
 from megatron_flashi2v.evaluation.benchmark import (
     interleaved_seconds,
     machine,
@@ -157,26 +151,18 @@ class OurStep:
 
     def __init__(self, options: StepBenchmark, config: ModelConfig, groups: Groups, device: Device) -> None:
         self.options = options
-        train = TrainConfig(
-            batch=BatchArguments(
-                micro_batch_size=options.micro_batch_size, global_batch_size=options.micro_batch_size,
-                bf16=options.bf16,
-            ),
-            recompute=options.recompute,
-            optimizer=OptimizerArguments(lr=1e-5),
-            runtime=RuntimeArguments(attention_backend=options.attention_backend),
-        )
+        parallel, optimizer = ParallelArguments(), OptimizerArguments(lr=1e-5)
         self.spec = make_spec(
             config, groups, device.torch_device, bf16=options.bf16, attention_backend=options.attention_backend
         )
-        stages = build_stages(self.spec, train.parallel, train.recompute)
+        stages = build_stages(self.spec, parallel, options.recompute)
         for stage in stages:
             _fill(stage)
-        models = wrap_data_parallel(stages, train)
+        models = wrap_data_parallel(stages, parallel)
         for model in models:
             model.train()
         self.step = TrainingStep(
-            self.spec, stages, models, make_optimizer(models, train, self.spec), make_clipper(train.optimizer),
+            self.spec, stages, models, make_optimizer(models, optimizer, parallel, self.spec), make_clipper(optimizer),
             num_microbatches=1, micro_batch_size=options.micro_batch_size,
         )
         self.batch = random_batch(self.spec, options.latent_shape, options.micro_batch_size)

@@ -30,10 +30,7 @@ class Rotary(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Full attention over visual tokens, in three steps, of which a block may compute the outer two again in backward.
-
-    Fused rows are ordered (head, {q, k, v}, D): any TP slice is whole heads.
-    """
+    """Full attention over visual tokens. Fused rows are ordered (head, {q, k, v}, D): any TP slice is whole heads."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -47,13 +44,16 @@ class SelfAttention(nn.Module):
         self.norm_k = FullWidthRMSNorm(spec)
         self.linear_proj = row_parallel(spec.row_linear, width, width, spec.megatron, spec.groups)
 
+    def forward(self, hidden_SBD: Tensor, rotary: Rotary) -> Tensor:
+        """Update of the residual stream, [S, B, d] on this rank's tokens."""
+        query, key, value = self.queries_keys_values(hidden_SBD, rotary)
+        return self.project(self.attend(query, key, value, rotary.tokens))
+
     def queries_keys_values(self, hidden_SBD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised and rotated queries and keys, and values, each [S, B, h, D]."""
         qkv, _ = self.linear_qkv(hidden_SBD)
         query, key, value = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(dim=-2)
-        query, key = norm_queries_and_keys(
-            self.norm_q, self.norm_k, query, key, (rotary.cos_SR, rotary.sin_SR)
-        )
+        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key, (rotary.cos_SR, rotary.sin_SR))
         return query, key, value
 
     def project(self, attended_SBhD: Tensor) -> Tensor:

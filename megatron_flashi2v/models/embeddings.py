@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.linear import column_parallel, replicated_fp32, row_parallel
 
+CONDITIONING_ROWS = 7
+"""Rows that travel beside the tokens: the time embedding and its six projections."""
+
 
 class TextEmbedding(nn.Module):
     """Linear, tanh-approximated GELU, Linear on the text encoder's rows, sharded like a feed-forward layer."""
@@ -51,3 +54,8 @@ class TimeEmbedding(nn.Module):
         time_BD = self.linear_2(F.silu(self.linear_1(sinusoid_BF)))
         projected, _ = self.projection(F.silu(time_BD))
         return torch.cat([time_BD.unsqueeze(0), projected.unflatten(-1, (6, -1)).transpose(0, 1)])
+
+
+def time_and_modulation(conditioning_7BD: Tensor) -> tuple[Tensor, Tensor]:
+    """What :class:`TimeEmbedding` put together: the time embedding [B, d] and its six projections [6, B, d]."""
+    return conditioning_7BD[0], conditioning_7BD[1:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from megatron_flashi2v.conditioning.build import input_channels
+from megatron_flashi2v.conditioning.build import input_channels, paradigm_of
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.patches import token_grid
 
@@ -32,7 +32,7 @@ def forward_flops(config: ModelConfig, latent_shape: tuple[int, int, int], batch
     # multiplications with an addition, of one sample
     parts = {
         "patch_embedding": tokens * input_channels(config) * patch_volume * width,
-        **_guidance(config, latent_shape, tokens),
+        **paradigm_of(config).multiply_adds(config, latent_shape, tokens),
         "text_embedding": text * (config.text_dim * width + width**2),
         "time_embedding": config.freq_dim * width + width**2 + 6 * width**2,
         "self_attention_linears": layers * tokens * 4 * width**2,
@@ -48,18 +48,3 @@ def forward_flops(config: ModelConfig, latent_shape: tuple[int, int, int], batch
 def training_flops(config: ModelConfig, latent_shape: tuple[int, int, int], batch: int = 1) -> int:
     """Forward and backward; arguments as for :func:`forward_flops`."""
     return (1 + BACKWARD) * sum(forward_flops(config, latent_shape, batch).values())
-
-
-def _guidance(config: ModelConfig, latent_shape: tuple[int, int, int], tokens: int) -> dict[str, int]:
-    """FlashI2V's latent shift and Fourier embedding."""
-    if config.conditioning != "flashi2v":
-        return {}
-    frames, height, width = latent_shape
-    if config.phi_order != "repeat_then_conv":
-        frames = 1
-    kernel = math.prod(config.phi_kernel_size)
-    convolution = frames * height * width * kernel * config.latent_channels * config.phi_hidden_channels
-    return {
-        "latent_shift": 2 * convolution,
-        "fourier_embedding": tokens * (config.patch_dim * config.hidden_size + config.hidden_size**2),
-    }

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.parallel.regions import mark_sequence_parallel
 
 
 class Head(nn.Module):
@@ -20,8 +19,6 @@ class Head(nn.Module):
         self.norm = partial(spec.kernels.ada_layer_norm, eps=spec.config.norm_eps, dtype=torch.float32)
         self.modulation = nn.Parameter(torch.empty(2, width))
         self.linear = nn.Linear(width, spec.config.patch_dim, dtype=torch.float32)
-        mark_sequence_parallel(self.modulation)
-        mark_sequence_parallel(self.linear)
 
     def forward(self, hidden_SBD: Tensor, time_BD: Tensor) -> Tensor:
         """Predicted velocity of this rank's tokens as patches [S, B, P], fp32, channel fastest."""

@@ -11,49 +11,39 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.interface import MODULE
+from megatron_flashi2v.models.placement import fused_parts, parameter_box
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.runtime.random import keyed_generator
 
-ZERO = ("head.linear.weight", "conditioning.phi.conv_out.weight", "conditioning.fourier_embedding.conv_out.weight")
+ZERO = "head.linear.weight"
 SMALL_NORMAL = ("text_embedding.linear_", "time_embedding.linear_")
-FUSED = {"linear_qkv.weight": 3, "linear_kv.weight": 2}
 
 
 @torch.no_grad()
 def initialize_weights(model: DiffusionTransformer, seed: int) -> None:
     """Draw this rank's share of every parameter, in place."""
-    group = model.spec.groups.tp
+    group, config = model.spec.groups.tp, model.spec.config
+    grid = ShardGrid(tp_rank=group.rank(), tp_size=group.size())
+    own_tensors = paradigm_of(config).own_tensors(config)
+    zero = {ZERO, *(f"{MODULE}.{name}" for name, tensor in own_tensors.items() if tensor.starts_at_zero)}
     for name, parameter in model.named_parameters():
-        full = torch.zeros(full_shape(parameter, group.size()))
+        box = parameter_box(name, parameter.shape, grid)
+        full = torch.zeros(box.global_shape)
         if name == "patch_embedding.weight":
-            full[:, : model.spec.config.patch_dim] = _draw(name, (len(full), model.spec.config.patch_dim), seed)
-        else:
-            full = _draw(name, tuple(full.shape), seed)
-        parameter.copy_(local_slice(full, parameter, group))
-
-
-def full_shape(parameter: nn.Parameter, tp_size: int) -> tuple[int, ...]:
-    """Shape of the whole tensor that a tensor-parallel parameter is a slice of."""
-    shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= tp_size  # type: ignore[attr-defined]
-    return tuple(shape)
-
-
-def local_slice(full: Tensor, parameter: nn.Parameter, group: torch.distributed.ProcessGroup) -> Tensor:
-    """This rank's slice of a whole tensor."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return full
-    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
-    return full.chunk(group.size(), dim=dim)[group.rank()]
+            full[:, : config.patch_dim] = _draw(name, (len(full), config.patch_dim), seed)
+        elif name not in zero:
+            full = _draw(name, box.global_shape, seed)
+        parameter.copy_(full[box.slices])
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     generator = keyed_generator(seed, "initial-weight", name)
-    if name.endswith("bias") or name in ZERO:
+    if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith("modulation"):
         return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
@@ -62,7 +52,6 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if name.startswith(SMALL_NORMAL):
         return 0.02 * torch.randn(shape, generator=generator)
     # A fused matrix is several square ones: each has its own fan-out. A convolution counts as Linear over its patch.
-    parts = next((count for ending, count in FUSED.items() if name.endswith(ending)), 1)
-    fan_out, fan_in = shape[0] // parts, math.prod(shape[1:])
+    fan_out, fan_in = shape[0] // max(len(fused_parts(name)), 1), math.prod(shape[1:])
     bound = math.sqrt(6.0 / (fan_in + fan_out))
     return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.parallel.regions import mark_sequence_parallel, sum_both_ways
+from megatron_flashi2v.parallel.regions import sum_both_ways
 
 
 class AffineLayerNorm(nn.Module):
@@ -15,18 +18,17 @@ class AffineLayerNorm(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.eps = spec.config.norm_eps
-        self.dtype = spec.dtype
-        self.kernel = spec.kernels.ada_layer_norm
+        self.kernel: Callable[..., Tensor] = partial(
+            spec.kernels.ada_layer_norm, eps=spec.config.norm_eps, dtype=spec.dtype
+        )
         self.weight = nn.Parameter(torch.empty(spec.config.hidden_size))
         self.bias = nn.Parameter(torch.empty(spec.config.hidden_size))
-        mark_sequence_parallel(self)
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
         """Rows of the same shape in the dtype of matrix products."""
         samples = hidden_SBD.shape[1]
         shift_BD, scale_BD = self.bias.expand(samples, -1), (self.weight - 1.0).expand(samples, -1)
-        return self.kernel(hidden_SBD, shift_BD, scale_BD, self.eps, dtype=self.dtype)
+        return self.kernel(hidden_SBD, shift_BD, scale_BD)
 
 
 class FullWidthRMSNorm(nn.Module):
@@ -43,9 +45,6 @@ class FullWidthRMSNorm(nn.Module):
         self.eps = spec.config.norm_eps
         self.kernels = spec.kernels
         self.weight = nn.Parameter(torch.empty(self.full_width // self.group.size()))
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim = 0  # type: ignore[attr-defined]
-        self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
     def forward(
         self, heads_SBhD: Tensor, squares_SB: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from flashi2v_kernels.rope3d.tables import rope_tables
-from megatron_flashi2v.conditioning.build import build_conditioning
+from flashi2v_kernels.qk_norm_rope.tables import rope_tables
+from megatron_flashi2v.conditioning.build import build_conditioning, paradigm_of
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.backend import block_precision
-from megatron_flashi2v.models.block import TransformerBlock
-from megatron_flashi2v.models.embeddings import TextEmbedding, TimeEmbedding
+from megatron_flashi2v.models.embeddings import (
+    CONDITIONING_ROWS,
+    TextEmbedding,
+    TimeEmbedding,
+    time_and_modulation,
+)
 from megatron_flashi2v.models.head import Head
 from megatron_flashi2v.models.patches import Grid, patchify, token_grid
-from megatron_flashi2v.models.recompute import Recompute, recomputed
+from megatron_flashi2v.models.placement import mark_parameters
+from megatron_flashi2v.models.recompute import Recompute, build_block, run_blocks
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.stages import Stage, whole_model
 from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
 from megatron_flashi2v.parallel.regions import (
     context_block,
-    mark_sequence_parallel,
     rows_per_rank,
     shard_rows,
     shard_tokens,
     sum_in_backward,
 )
-
-CONDITIONING_ROWS = 7
-"""Rows that travel beside the tokens: the time embedding and its six projections."""
 
 KEPT_GRIDS = 8
 """Grids whose rotary tables are kept, so that buckets of resolutions do not make theirs anew at each change; a grid of
@@ -89,19 +88,17 @@ class DiffusionTransformer(MegatronModule):
 
         if self.pre_process:
             self.conditioning = build_conditioning(spec.config, spec.kernels.highpass, spec.dtype)
-            for module in self.conditioning.token_modules():
-                mark_sequence_parallel(module)
             patch_volume = spec.config.patch_dim // spec.config.latent_channels
             self.patch_embedding = nn.Linear(
                 self.conditioning.input_channels * patch_volume, spec.config.hidden_size, dtype=spec.dtype
             )
-            mark_sequence_parallel(self.patch_embedding)
             self.text_embedding = TextEmbedding(spec)
             self.time_embedding = TimeEmbedding(spec)
         # Keys are global indices: a parameter's name is the same at every layout.
-        self.blocks = nn.ModuleDict({str(index): TransformerBlock(spec, self.recompute) for index in self.stage.layers})
+        self.blocks = nn.ModuleDict({str(index): build_block(spec, self.recompute) for index in self.stage.layers})
         if self.post_process:
             self.head = Head(spec)
+        mark_parameters(self, paradigm_of(spec.config))
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
         """Take what the previous stage sent; megatron-core's schedules call this before :meth:`forward`."""
@@ -117,10 +114,11 @@ class DiffusionTransformer(MegatronModule):
             # Not kept here: the received hop would otherwise outlive the backward pass.
             packed, self.input_tensor = self.input_tensor, None
             hidden_SBD, text_TBD, conditioning_7BD = unpack(packed, self.packed_shape(grid))
+        time_BD, modulation_6BD = time_and_modulation(conditioning_7BD)
         rotary = self.rotary(grid, hidden_SBD.device)
-        hidden_SBD = self.run_blocks(hidden_SBD, text_TBD.to(self.spec.dtype), conditioning_7BD[1:], rotary)
+        hidden_SBD = self.run_blocks(hidden_SBD, text_TBD.to(self.spec.dtype), modulation_6BD, rotary)
         if self.post_process:
-            return self.head(hidden_SBD, conditioning_7BD[0])
+            return self.head(hidden_SBD, time_BD)
         return pack(hidden_SBD, text_TBD.to(hidden_SBD.dtype), conditioning_7BD)
 
     def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,17 +134,11 @@ class DiffusionTransformer(MegatronModule):
         conditioning_7BD = sum_in_backward(self.time_embedding(inputs.sinusoid_BF), groups)
         return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
 
-    def run_blocks(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary
-    ) -> Tensor:
-        """This stage's blocks in order, recomputed in backward as configured."""
+    def run_blocks(self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary) -> Tensor:
+        """The residual stream after this stage's blocks."""
         blocks = list(self.blocks.values())
-        again = self.recompute.layers if self.training and torch.is_grad_enabled() else 0
         with block_precision(self.spec.megatron):
-            for start in range(0, again, self.recompute.group):
-                run = partial(_run, blocks[start : min(start + self.recompute.group, again)])
-                hidden_SBD = recomputed(run, hidden_SBD, text_TBD, modulation_6BD, rotary)
-            return _run(blocks[again:], hidden_SBD, text_TBD, modulation_6BD, rotary)
+            return run_blocks(blocks, self.recompute, hidden_SBD, text_TBD, modulation_6BD, rotary)
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Tokens along time, height and width of latents (T, H, W)."""
@@ -173,8 +165,3 @@ class DiffusionTransformer(MegatronModule):
             self._rotary[grid, device] = Rotary(cos_SR, sin_SR, math.prod(grid))
         return self._rotary[grid, device]
 
-
-def _run(blocks: Sequence[nn.Module], hidden: Tensor, text: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
-    for block in blocks:
-        hidden = block(hidden, text, modulation, rotary)
-    return hidden

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
@@ -31,8 +30,7 @@ def column_parallel(
     With ``skip_bias_add`` it returns (X A^T, b) instead of (Y, None), for a kernel that adds the bias itself.
     """
     return _build(
-        linear_class, input_size, output_size, config, groups, {"weight": 0, "bias": 0}, gather_output=gather_output,
-        skip_bias_add=skip_bias_add,
+        linear_class, input_size, output_size, config, groups, gather_output=gather_output, skip_bias_add=skip_bias_add
     )
 
 
@@ -41,8 +39,7 @@ def row_parallel(
 ) -> nn.Module:
     """Y = X A^T + b with A's columns (the inputs) sharded; the partial products are summed over the group."""
     return _build(
-        linear_class, input_size, output_size, config, groups, {"weight": 1}, input_is_parallel=True,
-        skip_bias_add=False,
+        linear_class, input_size, output_size, config, groups, input_is_parallel=True, skip_bias_add=False
     )
 
 
@@ -60,10 +57,9 @@ def _build(
     output_size: int,
     config: TransformerConfig,
     groups: Groups,
-    sharded_dims: dict[str, int],
     **kind: bool,
 ) -> nn.Module:
-    linear = linear_class(
+    return linear_class(
         input_size,
         output_size,
         config=config,
@@ -73,12 +69,3 @@ def _build(
         tp_group=groups.tp,
         **kind,
     )
-    # megatron-core sets these attributes while it draws the weights, which we do not let it do. Without them the
-    # gradient norm would count only the first rank's slice.
-    for name, dim in sharded_dims.items():
-        parameter = getattr(linear, name)
-        for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-            if hasattr(parameter, attribute):
-                delattr(parameter, attribute)
-        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-    return linear

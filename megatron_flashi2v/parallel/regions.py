@@ -7,7 +7,7 @@ The rules, in one place:
   them has the gradient of its own block for everything, weights, text and conditioning rows included, and the
   reduction over data x context parallel ranks, to which the schedule's factor CP on the loss belongs, adds them up.
 * Parameters that act on local tokens only (patch embedding, modulation tables, the affine norm, the head) carry
-  ``sequence_parallel = True`` (:func:`mark_sequence_parallel`): megatron-core sums their gradients over the group.
+  ``sequence_parallel = True`` (``models/placement.py`` sets it): megatron-core sums their gradients over the group.
 * Rows that every rank holds and that act on local tokens (time embedding and modulation) go through
   :func:`sum_in_backward` once, on the first stage.
 * The mean square of a full-width norm over sharded heads is summed in both directions by
@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.padding import zero_pad
@@ -110,12 +110,3 @@ def gather_tokens(rows_SBX: Tensor, tokens: int, groups: Groups) -> Tensor:
     for group in (groups.tp, groups.cp) if groups.sequence_parallel else (groups.cp,):
         rows_SBX = gather_from_sequence_parallel_region(rows_SBX, tensor_parallel_output_grad=False, group=group)
     return rows_SBX[:tokens]
-
-
-def mark_sequence_parallel(module_or_parameter: nn.Module | nn.Parameter) -> None:
-    """Tag replicated parameters whose gradient on one rank covers only that rank's tokens."""
-    parameters = [module_or_parameter] if isinstance(module_or_parameter, nn.Parameter) else (
-        module_or_parameter.parameters()
-    )
-    for parameter in parameters:
-        parameter.sequence_parallel = True  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import yaml
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.build import BASE, paradigm_of
 from megatron_flashi2v.config.blend import parse_blend
 from megatron_flashi2v.config.clips import EncodingArguments
 from megatron_flashi2v.config.errors import ConfigError, DataError
@@ -54,14 +54,15 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         ConfigError: the samples' size does not divide into the model's patches, or flags or files that name the data
             are malformed.
     """
+    paradigm = paradigm_of(model)
     data = planned_data(config.data, config.encoding)
     for shape in data.latent_shapes:
         check_tokens(model, shape)
     if data.temporal_stride is not None:
-        model = paradigm_of(model).fit_to_data(model, data.temporal_stride)
+        model = paradigm.fit_to_data(model, data.temporal_stride)
     parallel = config.parallel
     total = _parameters(model)
-    without = _parameters(dataclasses.replace(model, conditioning="text_to_video"))
+    without = _parameters(dataclasses.replace(model, conditioning=BASE.name))
     replicas = data_parallel_size(parallel, world_size)
     lines = [
         "# resolved configuration",
@@ -72,7 +73,7 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         "",
         "# parameters",
         f"total: {total:,}",
-        f"text_to_video_part: {without:,}",
+        f"{BASE.name}_part: {without:,}",
         f"{model.conditioning}_part: {total - without:,}",
         "",
         "# layout" + (" of one replica: --world-size plans for more" if replicas == 1 else ""),
@@ -116,7 +117,7 @@ def held_by_ranks(parallel: ParallelArguments, model: ModelConfig, data: Planned
         "# held by each rank",
         f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
     ]
-    for place, held in enumerate(planned_holdings(config.parallel, model, data.latent_shapes)):
+    for place, held in enumerate(planned_holdings(parallel, model, data.latent_shapes)):
         parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
         if held.stages[0].is_first:
             parts.insert(0, "embeddings")

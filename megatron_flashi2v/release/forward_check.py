@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count
-from megatron_flashi2v.conditioning.interface import Extras
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.interface import Extras, stack_extras
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.sample import ImageSettings
 from megatron_flashi2v.conversion.formats.diffusers import CONDITIONING, TRANSFORMER
 from megatron_flashi2v.conversion.weights import Weights
 from megatron_flashi2v.models.build import build_model
@@ -38,13 +40,13 @@ def compare_forward(source: Weights, written: Weights, folder: Path, target_form
     """Run the source's weights in our model, and the written ones in diffusers' (format diffusers) or in ours.
 
     Args:
-        source: what was converted.
-        written: what came of it, opened anew.
-        folder: where it is.
+        source: the weights that were converted.
+        written: the result, opened anew.
+        folder: of the result.
         target_format: its format.
 
     Returns:
-        A line for the report: what ran, and how far apart the outputs are.
+        A line for the report: the blocks that ran, and the difference of the outputs.
 
     Raises:
         CheckpointError: they are further apart than 1e-4 of the output's size, or not finite.
@@ -83,16 +85,15 @@ def _inputs(config: ModelConfig) -> _Inputs:
         return torch.randn(shape, generator=generator)
 
     frames, height, width = (2 * side for side in config.patch_size)
+    image_shape = (config.latent_channels, 1, height, width)
     return _Inputs(
         latents_BCTHW=noise(1, config.latent_channels, frames, height, width),
         timestep_B=torch.tensor([640.0]),
         text_BLD=noise(1, config.text_length, config.text_dim),
-        image_latents_BC1HW=noise(1, config.latent_channels, 1, height, width),
-        extras={
-            "cutoff_ratio": torch.tensor([0.1]),
-            "image_noise_level": torch.tensor([0.02]),
-            "image_noise": noise(1, config.latent_channels, 1, height, width),
-        },
+        image_latents_BC1HW=noise(1, *image_shape),
+        extras=stack_extras(
+            [paradigm_of(config).sampling_extras(ImageSettings(), image_shape, lambda purpose: generator)]
+        ),
     )
 
 

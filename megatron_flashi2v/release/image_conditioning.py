@@ -1,9 +1,10 @@
-"""The image's way into a released model: the component beside diffusers' transformer that holds what that lacks.
+"""The component of a release that brings the image to diffusers' transformer: the paradigm's module, for inference.
 
-Weights lie under the names of FlashI2V's main branch, which are this module's own. Paradigms that only concatenate
-channels have none; their component is its configuration.
+The paradigm's own class computes; the component holds its weights in the shapes and under the names of FlashI2V's main
+branch, from the key table. Paradigms without weights are their configuration.
 
-Shape suffixes: B samples, C latent channels, T latent frames, H and W latent rows and columns.
+Shape suffixes: B samples, C latent channels, T latent frames, H and W latent rows and columns, S tokens, P values in a
+patch, D width.
 """
 
 from __future__ import annotations
@@ -17,50 +18,23 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.func import functional_call
 
-from megatron_flashi2v.conditioning.build import build_conditioning
-from megatron_flashi2v.conditioning.flashi2v import CUTOFF_RATIO
-from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras
-from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.flow.highpass import high_frequency_features
+from megatron_flashi2v.checkpoint.key_table import Mapped, conditioning_mappings
+from megatron_flashi2v.conditioning.build import build_conditioning, read_model_config
+from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, ImageConditioning
+from megatron_flashi2v.models.patches import patchify, token_grid
 
-
-class LatentShift(nn.Module):
-    """phi: two convolutions over latents with a SiLU between."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        kernel = config.phi_kernel_size
-        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-        channels, hidden = config.latent_channels, config.phi_hidden_channels
-        self.proj = nn.Sequential(
-            nn.Conv3d(channels, hidden, kernel, padding=padding),
-            nn.SiLU(),
-            nn.Conv3d(hidden, channels, kernel, padding=padding),
-        )
-        self.repeat_first = config.phi_order == "repeat_then_conv"
-
-    def forward(self, image_latents_BC1HW: Tensor, frames: int) -> Tensor:
-        """The shift [B, C, T, H, W], or [B, C, 1, H, W] to be broadcast over ``frames``."""
-        # fp32 whatever the pipeline's dtype: the shift moves the latents themselves.
-        source = image_latents_BC1HW.float()
-        if self.repeat_first:
-            source = source.expand(-1, -1, frames, -1, -1)
-        return _convolve(F.silu(_convolve(source, self.proj[0])), self.proj[2])
-
-
-def _convolve(values: Tensor, layer: Any) -> Tensor:
-    return F.conv3d(values, layer.weight.float(), layer.bias.float(), padding=layer.padding)
+COLUMN = "wan"
+"""Of the key table: FlashI2V's main branch has Wan's names."""
 
 
 class FlashI2VImageConditioning(ModelMixin, ConfigMixin):
     """Makes a transformer's input from noisy latents and the image's, by the paradigm that the model was trained with.
 
-    Arguments are the fields of :class:`~megatron_flashi2v.config.model.ModelConfig`.
+    Arguments are the fields of :class:`~megatron_flashi2v.config.model.ModelConfig`. A paradigm of another package must
+    be registered (``conditioning.build.register``) before its release is loaded.
     """
-
-    _keep_in_fp32_modules = ["learnable_proj"]
 
     @register_to_config
     def __init__(
@@ -84,67 +58,104 @@ class FlashI2VImageConditioning(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        self.model_config = ModelConfig.from_json(
+        self.model_config = read_model_config(
             {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
             source="image_conditioning/config.json",
         )
         # A component without parameters must still know its device.
         self.register_buffer("place", torch.zeros(()), persistent=False)
-        if conditioning == "flashi2v":
-            patch, channels = self.model_config.patch_size, latent_channels
-            self.learnable_proj = LatentShift(self.model_config)
-            self.fourier_embedding = nn.Sequential(
-                nn.Conv3d(channels, hidden_size, patch, stride=patch), nn.Conv3d(hidden_size, hidden_size, 1)
-            )
-        else:
-            self.concatenation = build_conditioning(self.model_config, None, torch.float32)
+        with torch.device("meta"):  # it computes with the parameters below, and has no values of its own
+            methods = _Methods(build_conditioning(self.model_config, None, torch.bfloat16))
+        self._methods = (methods,)  # in a tuple, or its parameters would be this component's
+        self._exact = {name for name, value in methods.named_parameters() if value.dtype == torch.float32}
+        self._entries = tuple(conditioning_mappings(self.model_config, COLUMN))
+        for entry in self._entries:
+            (name,) = entry.external
+            _add_parameter(self, name, nn.Parameter(torch.zeros(entry.external_shape)))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> FlashI2VImageConditioning:
-        """As diffusers' models load; a paradigm without weights has no file of them.
+        """As diffusers' models load; parameters that the paradigm holds in fp32 stay so in any dtype.
 
         Args:
             path: folder, or Hub repository with ``subfolder``.
             options: as of ``ModelMixin.from_pretrained``.
         """
+        wanted = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
         places = ("subfolder", "revision", "cache_dir", "local_files_only", "token", "force_download", "proxies")
         config: Any = cls.load_config(path, **{key: options[key] for key in places if key in options})
-        if config.get("conditioning", "flashi2v") == "flashi2v":
-            return super().from_pretrained(path, **options)
-        return cls.from_config(config).eval()
+        with torch.device("meta"):
+            has_weights = bool(cls.from_config(config)._entries)
+        if not has_weights:  # and no file of them
+            return cls.from_config(config).eval()
+        component: FlashI2VImageConditioning = super().from_pretrained(path, **options)
+        dtype = next((dtype for dtype in wanted if isinstance(dtype, torch.dtype)), None)
+        if dtype is not None:
+            for entry in component._entries:
+                parameter = component.get_parameter(*entry.external)
+                parameter.data = parameter.data.to(torch.float32 if entry.ours in component._exact else dtype)
+        return component
 
     def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
-        """The transformer's input, and, of FlashI2V, the features that its tokens take up.
+        """The transformer's input, and the paradigm's guidance if it has any.
 
         Args:
             noisy_BCTHW: state of the sampler, not shifted, fp32.
             image_latents_BC1HW: normalised latents of the image, fp32.
-            extras: what the paradigm takes besides, one row per sample.
+            extras: the paradigm's settings and draws, one row per sample.
         """
-        if self.model_config.conditioning != "flashi2v":
-            return self.concatenation(noisy_BCTHW, image_latents_BC1HW, extras)
-        frames = noisy_BCTHW.shape[2]
-        shifted_BCTHW = noisy_BCTHW.float() - self.learnable_proj(image_latents_BC1HW, frames)
-        features_BCHW = high_frequency_features(image_latents_BC1HW[:, :, 0], extras[CUTOFF_RATIO])
-        return ConditionedInput(shifted_BCTHW, features_BCHW.unsqueeze(2).expand(-1, -1, frames, -1, -1))
+        return self._call("forward", noisy_BCTHW, image_latents_BC1HW, extras)
 
     @contextlib.contextmanager
-    def guiding(self, transformer: nn.Module, features_BCTHW: Tensor | None) -> Iterator[None]:
-        """While open, the transformer's tokens take up the embedded features (nothing, where there are none).
+    def guiding(self, transformer: nn.Module, guidance_BCTHW: Tensor | None) -> Iterator[None]:
+        """Add the embedded guidance to the transformer's tokens while open; None adds nothing.
 
-        diffusers' transformer has no input for them; they join the output of its patch embedding.
+        diffusers' transformer has no input for it; it joins the output of the patch embedding.
         """
-        if features_BCTHW is None:
+        if guidance_BCTHW is None:
             yield
             return
-        dtype = next(self.fourier_embedding.parameters()).dtype
-        embedded = self.fourier_embedding(features_BCTHW.to(dtype))
+        _, _, frames, height, width = guidance_BCTHW.shape
+        patch_size = self.model_config.patch_size
+        features_SBD = self._call("embed_guidance", patchify(guidance_BCTHW, patch_size))
+        grid = token_grid((frames, height, width), patch_size)
+        features_BDTHW = features_SBD.permute(1, 2, 0).unflatten(2, grid)
 
-        def add(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
-            return tokens + embedded.to(tokens.dtype)
+        def add(module: nn.Module, inputs: Any, tokens_BDTHW: Tensor) -> Tensor:
+            return tokens_BDTHW + features_BDTHW.to(tokens_BDTHW.dtype)
 
         handle = transformer.get_submodule("patch_embedding").register_forward_hook(add)
         try:
             yield
         finally:
             handle.remove()
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """A method of the paradigm's module with this component's weights; those that it holds in fp32 are in fp32."""
+        weights = {entry.ours: self._weight(entry) for entry in self._entries}
+        return functional_call(*self._methods, weights, (method, *arguments))
+
+    def _weight(self, entry: Mapped) -> Tensor:
+        weight = entry.to_ours([self.get_parameter(name) for name in entry.external])
+        return weight.float() if entry.ours in self._exact else weight
+
+
+class _Methods(nn.Module):
+    """Lets ``functional_call`` reach every method of a paradigm's module."""
+
+    def __init__(self, conditioning: ImageConditioning) -> None:
+        super().__init__()
+        self.conditioning = conditioning
+
+    def forward(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.conditioning, method)(*arguments)
+
+
+def _add_parameter(root: Any, name: str, parameter: nn.Parameter) -> None:
+    """Register a parameter under a dotted name, with the modules on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.register_parameter(last, parameter)

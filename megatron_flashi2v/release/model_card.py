@@ -1,4 +1,4 @@
-"""The model card: what a release is and how it was trained, as far as its checkpoint tells."""
+"""The model card: what a release is and how it was trained, from the facts of its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_flashi2v.checkpoint.key_table import parameter_count
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.conversion.weights import Weights
 
 CARD_NAME = "README.md"
@@ -32,7 +33,7 @@ tags:
 
 
 def model_card(weights: Weights, source_format: str, references: Mapping[str, str]) -> str:
-    """The text of ``README.md``; facts that the checkpoint does not hold are left out, never guessed.
+    """The text of ``README.md``; leaves out facts that the checkpoint does not hold.
 
     Args:
         weights: their configuration and facts.
@@ -40,7 +41,8 @@ def model_card(weights: Weights, source_format: str, references: Mapping[str, st
         references: components that lie elsewhere, by name.
     """
     config, facts = weights.config, weights.facts
-    image = config.conditioning != "text_to_video"
+    paradigm = paradigm_of(config)
+    image = paradigm.uses_image
     text = _HEAD.format(
         tag="image-to-video" if image else "text-to-video",
         conditioning=config.conditioning,
@@ -56,12 +58,8 @@ def model_card(weights: Weights, source_format: str, references: Mapping[str, st
         "paradigm": config.conditioning,
         "precision of the weights": ", ".join(sorted({_dtype(weights, name) for name in weights.names})),
         "text": f"{config.text_length} rows of {config.text_dim}; cleaning `{config.text_cleaning}`",
+        **paradigm.card_rows(config),
     }
-    if config.conditioning == "flashi2v":
-        kernel = "x".join(str(side) for side in config.phi_kernel_size)
-        model["phi"] = f"kernel {kernel}, order {config.phi_order}"
-    if config.conditioning == "inpainting":
-        model["mask channels"] = str(config.mask_channels)
     sections = [text, _table("Model", model)]
     training = _training(facts)
     if training:

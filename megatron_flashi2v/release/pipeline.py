@@ -4,15 +4,14 @@
     pipeline = FlashI2VPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
     frames = pipeline(image=image, prompt="...").frames[0]
 
-The transformer is diffusers' own; noise, conditions and text are made by the code of ``flashi2v sample``, so that the
-same seed gives the same video.
+The transformer is diffusers' own. The code of ``flashi2v sample`` makes noise, conditions and text, and runs the loop,
+so that the same seed gives the same video.
 
 Shape suffixes: B samples, C latent channels, T latent frames, H and W rows and columns, L text rows, D text width.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -32,18 +31,19 @@ from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.release.components import load_references
 from megatron_flashi2v.release.image_conditioning import FlashI2VImageConditioning
-from megatron_flashi2v.sampling.guidance import VelocityFunction, is_guided, with_guidance
+from megatron_flashi2v.sampling.denoise import Conditions, denoise
 from megatron_flashi2v.sampling.image import ImageLike
 from megatron_flashi2v.sampling.noise import sample_noise
-from megatron_flashi2v.sampling.pipeline import DEFAULT_NEGATIVE_PROMPT, ImageToVideoPipeline, latent_shape_of
+from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
+from megatron_flashi2v.sampling.solvers import SchedulerSolver
 
 Seeds = list[tuple[int, int]]
-"""Of each video the seed and the index that key its noise."""
+"""The seed and the index that key each video's noise."""
 
 
 @dataclass
 class FlashI2VPipelineOutput(BaseOutput):
-    """What a call gives.
+    """The result of a call.
 
     Attributes:
         frames: [B, T, H, W, C] in [0, 1] (``output_type`` np), [B, T, C, H, W] (pt), lists of pictures (pil), or the
@@ -54,7 +54,7 @@ class FlashI2VPipelineOutput(BaseOutput):
 
 
 class FlashI2VPipeline(DiffusionPipeline):
-    """Image-to-video sampling with a model of any of our paradigms; text-to-video ones go without an image.
+    """Image-to-video sampling with a model of any registered paradigm; text-to-video models take no image.
 
     Args:
         tokenizer: of the text encoder.
@@ -66,7 +66,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         num_frames: default of a call; of the training data.
         height: likewise.
         width: likewise.
-        fps: of the training data, for whoever writes the frames to a file.
+        fps: of the training data, for writing the frames to a file.
     """
 
     # diffusers' base class sets these; its own annotations do not say so.
@@ -79,7 +79,7 @@ class FlashI2VPipeline(DiffusionPipeline):
     config: Any
 
     model_cpu_offload_seq: Any = "text_encoder->transformer"
-    # Small, and called in other ways than by their forward, which is all that offloading follows.
+    # Small, and called by other methods than forward, the only one that offloading hooks.
     _exclude_from_cpu_offload = ["image_conditioning", "vae"]
     _callback_tensor_inputs = ["latents"]
 
@@ -111,14 +111,14 @@ class FlashI2VPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: an exported folder, or a Hub repository with one.
-            options: as of ``DiffusionPipeline.from_pretrained``; ``vae=...`` and the like take a component's place.
+            options: as of ``DiffusionPipeline.from_pretrained``; ``vae=...`` and the like replace a component.
         """
         options = load_references(cls, pretrained_model_name_or_path, options)
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @property
     def interrupt(self) -> bool:
-        """A callback may set ``pipeline._interrupt`` to leave the loop."""
+        """Whether a callback has set ``pipeline._interrupt`` to leave the loop."""
         return self._interrupt
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class FlashI2VPipeline(DiffusionPipeline):
         Args:
             image: PIL images or uint8 tensors ``[3, H, W]``; one serves all prompts. Cropped as in training.
             prompt: one serves all images.
-            negative_prompt: what guidance steers away from; None takes the one of ``flashi2v sample``.
+            negative_prompt: guidance steers away from it; None takes the one of ``flashi2v sample``.
             height: pixels; by default of the training data, as the next two.
             width: pixels.
             num_frames: video frames.
@@ -155,15 +155,16 @@ class FlashI2VPipeline(DiffusionPipeline):
             guidance_scale: classifier-free guidance, off at 1 and below.
             num_videos_per_prompt: videos of each (image, prompt) pair.
             generator: its *seed* keys all noise, as ``--seed`` of ``flashi2v sample`` does, on any device and in any
-                batch; its state plays no part and is left alone. A list gives each video its own.
+                batch; its state is neither used nor changed. A list gives each video its own.
             latents: noise to start from, in place of the keyed one.
-            cutoff_ratio: share of the image's spectrum, from the lowest frequencies, kept out of the Fourier guidance.
-            image_noise: level of the noise on the image's latents, where the paradigm adds any.
+            cutoff_ratio: share of the image's spectrum, from the lowest frequencies, that the Fourier guidance leaves
+                out.
+            image_noise: level of the noise on the image's latents, where the paradigm adds noise.
             output_type: np, pt, pil or latent.
             return_dict: an output object, or a tuple.
-            callback_on_step_end: called after every step with (pipeline, step, timestep, tensors); what it returns for
-                ``latents`` replaces them.
-            callback_on_step_end_tensor_inputs: what it gets; ``latents`` is all there is.
+            callback_on_step_end: called after every step with (pipeline, step, timestep, tensors); returned
+                ``latents`` replace the state.
+            callback_on_step_end_tensor_inputs: names of those tensors; only ``latents`` can be asked for.
 
         Raises:
             ConfigError: a setting is out of range, or the size does not fit the VAE and the model.
@@ -183,40 +184,38 @@ class FlashI2VPipeline(DiffusionPipeline):
         if fitted_BCHW is not None:
             fitted_BCHW = fitted_BCHW.repeat_interleave(num_videos_per_prompt, dim=0)
         seeds = _seeds(generator, len(prompts))
-        image_latents_BC1HW = sampler.encode_images(fitted_BCHW, len(prompts), shape)
-        text_BLD = sampler.encode_text(prompts)
-        velocity: VelocityFunction = self._velocity
-        if is_guided(guidance_scale):
-            negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-            velocity = with_guidance(
-                velocity, sampler.encode_text([negative]).expand(len(prompts), -1, -1), guidance_scale
-            )
         rows = [sampler.extras(settings, seed, [index], shape) for seed, index in seeds]
-        extras = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        conditions = Conditions(
+            image_latents_BC1HW=sampler.encode_images(fitted_BCHW, len(prompts), shape),
+            text_BLD=sampler.encode_text(prompts),
+            extras={name: torch.cat([row[name] for row in rows]) for name in rows[0]},
+        )
+        guidance = sampler.guidance(negative_prompt, guidance_scale, len(prompts))
         if latents is None:
             latents = torch.cat([sample_noise(seed, [index], shape) for seed, index in seeds])
-        state_BCTHW = latents.to(device, torch.float32)
+        solver = SchedulerSolver(self.scheduler, num_inference_steps, device)
 
         self._interrupt = False
-        timesteps = self._timesteps(num_inference_steps, device)
-        with self.progress_bar(total=num_inference_steps) as bar:
-            for step, timestep in enumerate(timesteps):
-                timestep_B = timestep.expand(len(prompts)).to(device, torch.float32)
-                velocity_BCTHW = velocity(state_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, extras)
-                state_BCTHW = self.scheduler.step(velocity_BCTHW, timestep, state_BCTHW, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": state_BCTHW} if callback_on_step_end_tensor_inputs else {}
-                    returned = callback_on_step_end(self, step, timestep, tensors) or {}
-                    state_BCTHW = returned.get("latents", state_BCTHW)
+        with self.progress_bar(total=len(solver.timesteps)) as bar:
+
+            def after_step(done: int, steps: int, state_BCTHW: Tensor) -> Tensor | None:
                 bar.update()
-                if self._interrupt:
-                    break
+                if callback_on_step_end is None:
+                    return None
+                tensors = {"latents": state_BCTHW} if callback_on_step_end_tensor_inputs else {}
+                returned = callback_on_step_end(self, done - 1, solver.timesteps[done - 1], tensors) or {}
+                return returned.get("latents")
+
+            state_BCTHW = denoise(
+                self._velocity, latents.to(device), conditions, solver,
+                guidance=guidance, callback=after_step, stop=lambda: self._interrupt,
+            )  # fmt: skip
         frames = self._output(sampler.vae, state_BCTHW, output_type)
         self.maybe_free_model_hooks()
         return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _sampler(self) -> ImageToVideoPipeline:
-        """What makes conditions and text for ``flashi2v sample``, around this pipeline's components."""
+        """The pipeline of ``flashi2v sample`` around this one's components, for its conditions and text."""
         config = self.image_conditioning.model_config
         return ImageToVideoPipeline(
             velocity=self._velocity,
@@ -240,20 +239,11 @@ class FlashI2VPipeline(DiffusionPipeline):
         with self.image_conditioning.guiding(self.transformer, conditioned.guidance_BCTHW):
             velocity_BCTHW = self.transformer(
                 hidden_states=conditioned.latents_BCTHW.to(dtype),
-                timestep=timestep_B,
+                timestep=timestep_B.to(latents_BCTHW.device),
                 encoder_hidden_states=text_BLD.to(dtype),
                 return_dict=False,
             )[0]
         return velocity_BCTHW.float()
-
-    def _timesteps(self, num_inference_steps: int, device: torch.device) -> Tensor:
-        """The scheduler's timesteps; a flow-matching one is given evenly spaced sigmas from 1, and shifts them."""
-        if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            sigmas = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float32)[:-1].tolist()
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        return self.scheduler.timesteps
 
     def _output(self, vae: VideoVAE, state_BCTHW: Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -41,6 +43,24 @@ def setup_logging(rank: int = 0, verbose: bool = False, console: Console | None 
     logging.getLogger(_PACKAGE).setLevel(level)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.WARNING if verbose or rank == 0 else logging.ERROR)
+
+
+@contextlib.contextmanager
+def logging_to_stderr(rank: int = 0, *, console: Console | None = None) -> Iterator[None]:
+    """:func:`setup_logging` within the context; afterwards handlers, levels and warnings are as they were."""
+    root, package, python = (logging.getLogger(name) for name in (None, _PACKAGE, "py.warnings"))
+    handlers, levels = list(root.handlers), (package.level, python.level)
+    captured = getattr(warnings.showwarning, "__module__", None) == logging.__name__
+    with warnings.catch_warnings():
+        setup_logging(rank, console=console)
+        try:
+            yield
+        finally:
+            root.handlers[:] = handlers
+            package.setLevel(levels[0])
+            python.setLevel(levels[1])
+            if not captured:
+                logging.captureWarnings(False)
 
 
 def _handler(rank: int, console: Console | None) -> logging.Handler:

@@ -15,9 +15,12 @@ from megatron_flashi2v.conditioning.interface import Extras
 VelocityFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Extras], torch.Tensor]
 """``(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, extras) -> velocity_BCTHW``.
 
-What the pipeline knows of a model: ``models.predict.predict_velocity`` with the model bound, for instance. Timesteps
-are on the host, where the model's features of them are made; all else is where the model is.
+A model as sampling calls it, such as ``models.predict.predict_velocity`` with the model bound. Timesteps are on the
+host, where the model makes their features; all else is on the model's device.
 """
+
+Guidance = Callable[[VelocityFunction], VelocityFunction]
+"""Makes the guided velocity of a model's plain one, such as :func:`with_guidance` with all but the model bound."""
 
 
 def combine_guided(
@@ -46,9 +49,9 @@ def with_guidance(
     Args:
         velocity: the plain velocity.
         negative_text_BLD: text rows of the unconditional pass, of the same shape as the conditional ones.
-        guidance_scale: g; at 1 or below the plain velocity is returned as it is.
-        batched: one call at twice the batch (faster where the accelerator is not full, twice the activations)
-            in place of two calls.
+        guidance_scale: g; at 1 or below, return the plain velocity.
+        batched: compute both passes in one call at twice the batch: faster where the accelerator is not full, at twice
+            the activations.
     """
     if not is_guided(guidance_scale):
         return velocity

@@ -17,8 +17,8 @@ from megatron_flashi2v.data.transforms import resize_and_crop
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ImageLike = Union["Image", torch.Tensor]
-"""A PIL image, or a uint8 tensor ``[3, H, W]``."""
+ImageLike = Union["Image", torch.Tensor, str, Path]
+"""A PIL image, a uint8 tensor ``[3, H, W]``, or a picture's or video's file."""
 
 
 def load_image(path: Path) -> torch.Tensor:
@@ -71,8 +71,11 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
         uint8 ``[3, height, width]``.
 
     Raises:
+        DataError: a file as for :func:`load_image`.
         ValueError: a tensor that is not uint8 ``[3, H, W]``.
     """
+    if isinstance(image, (str, Path)):
+        image = load_image(Path(image))
     if not isinstance(image, torch.Tensor):
         image = image_to_tensor(image)
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
-from megatron_flashi2v.checkpoint.model_state import holds_weights, shard_grid
+from megatron_flashi2v.checkpoint.model_state import holds_weights
 from megatron_flashi2v.checkpoint.model_state import load_model as load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.encoders.text import TextEncoder
+from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
-from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.parallel.placement import shard_grid
+from megatron_flashi2v.parallel.world import single_process
+from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.sampling.guidance import VelocityFunction
+from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
 
 
 def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
@@ -92,3 +98,38 @@ def velocity_of(model: DiffusionTransformer | Sequence[DiffusionTransformer]) ->
     Every rank of a divided model must call it with the same arguments, and gets the same velocity.
     """
     return torch.no_grad()(partial(predict_velocity, model))
+
+
+@contextlib.contextmanager
+def open_pipeline(
+    checkpoint: Path,
+    *,
+    vae: Path,
+    text_encoder: Path,
+    tokenizer: Path,
+    device: str = "auto",
+    weights: str = "model",
+    bf16: bool = False,
+    attention_backend: str = "auto",
+    batched_guidance: bool = False,
+) -> Iterator[ImageToVideoPipeline]:
+    """The pipeline of a checkpoint in this process alone; it can be called only inside.
+
+    Arguments and errors as for :meth:`~megatron_flashi2v.sampling.pipeline.ImageToVideoPipeline.from_checkpoint`.
+    """
+    folder = resolve_checkpoint(checkpoint, weights)
+    config = load_model_config(folder)
+    target = resolve_device(device)
+    where = target.torch_device
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    decoder = VideoVAE.load(vae, where)
+    rows = TextEncoder.load(text_encoder, tokenizer, config.text_length, where, dtype)
+    with single_process(target) as groups:
+        stages = load_stages(
+            folder, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
+            weights=weights,
+        )
+        yield ImageToVideoPipeline(
+            velocity=velocity_of(stages), vae=decoder, text_encoder=rows, model_config=config, device=where,
+            batched_guidance=batched_guidance,
+        )

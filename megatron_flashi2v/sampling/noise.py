@@ -1,4 +1,4 @@
-"""Initial noise that depends on the seed and on the sample's place in the list, and on nothing else."""
+"""Sampling's draws, which depend on the seed and on the sample's place in the list, and on nothing else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_flashi2v.conditioning.interface import ImageConditioning, stack_extras
+from megatron_flashi2v.config.sample import ImageSettings
 from megatron_flashi2v.runtime.random import keyed_generator
 
 NOISE_PURPOSE = "sample-noise"
@@ -14,8 +16,8 @@ NOISE_PURPOSE = "sample-noise"
 def sample_noise(seed: int, indices: Sequence[int], latent_shape: Sequence[int]) -> torch.Tensor:
     """Standard normal noise for some samples of a list.
 
-    Every sample's noise comes from its own host generator, keyed by (seed, its index): neither the batch it is in,
-    nor the rank, nor the device changes it, and two samples never share noise.
+    Every sample's noise comes from its own host generator, keyed by (seed, its index): its batch, rank and device do
+    not change it, and two samples never share noise.
 
     Args:
         seed: the sampling seed.
@@ -35,3 +37,31 @@ def sample_noise(seed: int, indices: Sequence[int], latent_shape: Sequence[int])
             for index in indices
         ]
     )
+
+
+def sample_extras(
+    paradigm: type[ImageConditioning],
+    settings: ImageSettings,
+    seed: int,
+    indices: Sequence[int],
+    latent_shape: Sequence[int],
+) -> dict[str, torch.Tensor]:
+    """The paradigm's settings and draws for the same samples, one row each, on the host; keyed as the noise is.
+
+    Args:
+        paradigm: of the model.
+        settings: the user's.
+        seed: as of :func:`sample_noise`, like the next two.
+        indices: places of the samples in the user's list.
+        latent_shape: (C, T, H, W) of one sample's latents.
+    """
+    channels, _, height, width = latent_shape
+
+    def row(index: int) -> dict[str, torch.Tensor]:
+        return paradigm.sampling_extras(
+            settings,
+            (channels, 1, height, width),
+            lambda purpose: keyed_generator(seed, f"sample-{purpose}", index),
+        )
+
+    return stack_extras([row(index) for index in indices])

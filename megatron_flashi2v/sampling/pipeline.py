@@ -1,7 +1,7 @@
 """From an image and a prompt to a video: encode the conditions, integrate the flow, decode.
 
-The pipeline knows the diffusion transformer only as a function of tensors (:data:`VelocityFunction`), so it is the
-same for one device and for a sharded model.
+The pipeline calls the diffusion transformer as a function of tensors (:data:`VelocityFunction`): it is the same for
+one device and for a sharded model.
 
 Shape suffixes: B samples, C latent channels (3 colours in pixel space), T latent frames (video frames in pixel
 space), H and W rows and columns, L text rows, D text width.
@@ -10,27 +10,29 @@ space), H and W rows and columns, L text rows, D text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.conditioning.interface import stack_extras
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.sample import ImageSettings, check_sampling_settings
+from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings, check_sampling_settings
 from megatron_flashi2v.data.prepared import pad_text_rows
 from megatron_flashi2v.data.transforms import to_model_range
 from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_text
 from megatron_flashi2v.flow.sigmas import inference_sigmas
-from megatron_flashi2v.runtime.random import keyed_generator
-from megatron_flashi2v.sampling.guidance import VelocityFunction, is_guided, with_guidance
+from megatron_flashi2v.sampling.denoise import Conditions, StepCallback, denoise
+from megatron_flashi2v.sampling.guidance import Guidance, VelocityFunction, is_guided, with_guidance
 from megatron_flashi2v.sampling.image import ImageLike, fit_image
-from megatron_flashi2v.sampling.noise import sample_noise
-from megatron_flashi2v.sampling.solvers import StepCallback, solve_euler
+from megatron_flashi2v.sampling.noise import sample_extras, sample_noise
+from megatron_flashi2v.sampling.solvers import EulerSolver
 
 if TYPE_CHECKING:
     from megatron_flashi2v.encoders.text import TextEncoder
@@ -40,22 +42,35 @@ DEFAULT_NEGATIVE_PROMPT = (
     "low quality, blurry, noisy, compression artifacts, flicker, frozen picture, washed out colors, "
     "deformed bodies, extra fingers, subtitles, logo, watermark"
 )
-"""What guidance steers away from where the user names nothing else."""
+"""Guidance steers away from it unless the user gives another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledVideo:
-    """What one call of the pipeline made.
+    """The result of one call of the pipeline.
 
     Attributes:
-        frames_BTHWC: uint8 pixels of the videos; None where they were not to be decoded.
-        latents_BCTHW: fp32, normalised, on the host; what the frames were decoded from.
-        images_BHWC: uint8, the condition images as the model saw them (resized and cropped); None without any.
+        frames_BTHWC: uint8 pixels of the videos; None with ``decode=False``.
+        latents_BCTHW: fp32, normalised, on the host; the frames are decoded from them.
+        images_BHWC: uint8, the condition images, resized and cropped; None without any.
     """
 
     frames_BTHWC: NDArray[np.uint8] | None
     latents_BCTHW: torch.Tensor
     images_BHWC: NDArray[np.uint8] | None
+
+    def save(self, path: str | Path, fps: float, index: int = 0) -> None:
+        """Write one of the videos as an mp4; its folder is made if it is not there.
+
+        Raises:
+            ConfigError: the frames were not decoded.
+            UserError: the file cannot be written.
+        """
+        from megatron_flashi2v.sampling.video import write_mp4
+
+        if self.frames_BTHWC is None:
+            raise ConfigError("there are no frames to save: the pipeline was called with decode=False")
+        write_mp4(Path(path), self.frames_BTHWC[index], fps)
 
 
 class ImageToVideoPipeline:
@@ -66,7 +81,7 @@ class ImageToVideoPipeline:
         vae: makes the image's latents and decodes the video's.
         text_encoder: makes the text rows.
         model_config: the model's dimensions, its text length and how its captions were cleaned.
-        device: where the velocity wants its tensors.
+        device: of the velocity's tensors.
         batched_guidance: compute both guidance passes in one call at twice the batch.
 
     Raises:
@@ -107,6 +122,38 @@ class ImageToVideoPipeline:
         self.device = device
         self.batched_guidance = batched_guidance
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | Path,
+        *,
+        vae: str | Path,
+        text_encoder: str | Path,
+        tokenizer: str | Path,
+        device: str = "auto",
+        **options: Any,
+    ) -> AbstractContextManager[ImageToVideoPipeline]:
+        """Load a checkpoint's model for sampling in this process; the pipeline can be called inside the context.
+
+        Args:
+            checkpoint: folder of ``train --save`` (its newest checkpoint), or one of its ``iter_*``.
+            vae: folder of the VAE that prepared the training data.
+            text_encoder: folder of the text encoder that prepared them.
+            tokenizer: folder of its tokenizer.
+            device: auto, cuda, npu or cpu.
+            options: ``weights`` (model or ema), ``bf16``, ``attention_backend`` and ``batched_guidance``, as the flags
+                of ``flashi2v sample``.
+
+        Raises:
+            UserError: a folder is missing or damaged, or the parts do not fit together.
+        """
+        from megatron_flashi2v.sampling.load import open_pipeline
+
+        return open_pipeline(
+            Path(checkpoint), vae=Path(vae), text_encoder=Path(text_encoder), tokenizer=Path(tokenizer), device=device,
+            **options,
+        )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -119,7 +166,7 @@ class ImageToVideoPipeline:
         negative_prompt: str | None = None,
         num_steps: int = 50,
         guidance_scale: float = 5.0,
-        shift: float = 7.0,
+        shift: float = DEFAULT_SHIFT,
         cutoff_ratio: float = 0.1,
         image_noise: float = 0.02,
         seed: int = 0,
@@ -130,24 +177,24 @@ class ImageToVideoPipeline:
         """Sample one video per (image, prompt) pair.
 
         Args:
-            images: PIL images or uint8 tensors ``[3, H, W]`` of any size; one image serves all prompts. None only
-                for a text-to-video model, which looks at no image.
+            images: PIL images, uint8 tensors ``[3, H, W]`` of any size, or files of pictures or videos; one image
+                serves all prompts. None only for a text-to-video model.
             prompts: one prompt serves all images.
             num_frames: video frames, ``1 + k * temporal stride`` of the VAE.
             height: pixels; the image is resized to cover height x width and cropped at its centre.
             width: pixels.
-            negative_prompt: what guidance steers away from; None takes :data:`DEFAULT_NEGATIVE_PROMPT`, and the
-                empty string is the empty prompt of training.
+            negative_prompt: guidance steers away from it; None takes :data:`DEFAULT_NEGATIVE_PROMPT`, and the empty
+                string is the empty prompt of training.
             num_steps: Euler steps.
             guidance_scale: classifier-free guidance, off at 1 and below.
             shift: shift of the noise levels toward noise.
-            cutoff_ratio: share of the image's spectrum, counted from the lowest frequencies, that is kept out of
-                the Fourier guidance, in [0, 1].
-            image_noise: level of the noise on the image's latents, where the paradigm adds any.
+            cutoff_ratio: share of the image's spectrum, counted from the lowest frequencies, that the Fourier
+                guidance leaves out, in [0, 1].
+            image_noise: level of the noise on the image's latents, where the paradigm adds noise.
             seed: sample ``i`` of this call starts from noise keyed by (seed, first_index + i).
             first_index: place of the first sample in the user's whole list.
             decode: make frames of the latents; of the ranks that share a model, one is enough.
-            callback: called after every step with (steps done, steps, state).
+            callback: called after every step, see :data:`StepCallback`.
 
         Raises:
             ConfigError: a setting is out of range, or the size does not fit the VAE and the model.
@@ -157,23 +204,18 @@ class ImageToVideoPipeline:
         latent_shape = latent_shape_of(self.vae, self.model_config, num_frames, height, width)
         prompts, fitted_BCHW = self.prepare(images, prompts, height, width)
         count = len(prompts)
-        image_latents_BC1HW = self.encode_images(fitted_BCHW, count, latent_shape)
-        text_BLD = self.encode_text(prompts)
-        velocity = self.velocity
-        if is_guided(guidance_scale):
-            negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-            negative_text_BLD = self.encode_text([negative]).expand(count, -1, -1)
-            velocity = with_guidance(
-                velocity, negative_text_BLD, guidance_scale, batched=self.batched_guidance
-            )
         indices = range(first_index, first_index + count)
-        extras = self.extras(settings, seed, indices, latent_shape)
-        noise_BCTHW = sample_noise(seed, indices, latent_shape).to(self.device)
-
-        latents_BCTHW = solve_euler(
-            lambda state, timestep: velocity(state, timestep, text_BLD, image_latents_BC1HW, extras),
-            noise_BCTHW,
-            inference_sigmas(num_steps, shift),
+        conditions = Conditions(
+            image_latents_BC1HW=self.encode_images(fitted_BCHW, count, latent_shape),
+            text_BLD=self.encode_text(prompts),
+            extras=self.extras(settings, seed, indices, latent_shape),
+        )
+        latents_BCTHW = denoise(
+            self.velocity,
+            sample_noise(seed, indices, latent_shape).to(self.device),
+            conditions,
+            EulerSolver(inference_sigmas(num_steps, shift)),
+            guidance=self.guidance(negative_prompt, guidance_scale, count),
             callback=callback,
         )
         return SampledVideo(
@@ -218,23 +260,26 @@ class ImageToVideoPipeline:
     def extras(
         self, settings: ImageSettings, seed: int, indices: Sequence[int], latent_shape: tuple[int, int, int, int]
     ) -> dict[str, torch.Tensor]:
-        """What the paradigm takes besides the image, one row per sample; draws are keyed by (seed, index)."""
-        channels, _, height, width = latent_shape
+        """:func:`~megatron_flashi2v.sampling.noise.sample_extras` of the model's paradigm, on the device."""
+        extras = sample_extras(self.paradigm, settings, seed, indices, latent_shape)
+        return {name: value.to(self.device) for name, value in extras.items()}
 
-        def row(index: int) -> dict[str, torch.Tensor]:
-            return self.paradigm.sampling_extras(
-                settings,
-                (channels, 1, height, width),
-                lambda purpose: keyed_generator(seed, f"sample-{purpose}", index),
-            )
-
-        return {name: value.to(self.device) for name, value in stack_extras([row(index) for index in indices]).items()}
+    def guidance(self, negative_prompt: str | None, guidance_scale: float, count: int) -> Guidance | None:
+        """Guidance of so many samples away from the negative prompt; None where the scale turns it off."""
+        if not is_guided(guidance_scale):
+            return None
+        negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+        return partial(
+            with_guidance,
+            negative_text_BLD=self.encode_text([negative]).expand(count, -1, -1),
+            guidance_scale=guidance_scale,
+            batched=self.batched_guidance,
+        )
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Text rows ``[B, text length, D]``, cleaned as the captions in training were, with zeros after the last.
 
-        The zero rows are part of what the model attends to (it has no text mask), so they must be there as they
-        were in training.
+        The model has no text mask: it attends to the zero rows too, as in training.
         """
         cleaned = [clean_text(prompt, self.text_cleaning) for prompt in prompts]
         rows_LD = self.text_encoder.encode(cleaned)

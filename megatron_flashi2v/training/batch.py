@@ -26,6 +26,9 @@ from megatron_flashi2v.runtime.device import bind_thread
 from megatron_flashi2v.runtime.random import keyed_generator
 from megatron_flashi2v.training.prefetch import Prefetcher
 
+MICROBATCHES_AHEAD = 4
+"""Read while the present one is computed; a few even out slow reads, and more only cost memory."""
+
 
 @dataclass(frozen=True)
 class Microbatch:

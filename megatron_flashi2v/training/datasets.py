@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -15,12 +17,61 @@ from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.rules import check_tokens
-from megatron_flashi2v.config.train import BatchArguments, DataArguments
+from megatron_flashi2v.config.train import BatchArguments, DataArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend, SampleSource, require_same_kind
 from megatron_flashi2v.data.online import OnlineDataset, Replica
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.distributed import gather_bytes
+from megatron_flashi2v.runtime.random import keyed_seed
+
+VALIDATION_SEED = keyed_seed(0, "validation")
+"""Keys the validation's order and draws, whatever the run's seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """A run's data, open, and the model as they fit it.
+
+    Attributes:
+        training: what is trained on.
+        validation: what is not; None without --valid-data-path.
+        model: dimensions, with what the data settle.
+    """
+
+    training: Blend
+    validation: Blend | None
+    model: ModelConfig
+
+
+@contextlib.contextmanager
+def opened_data(config: TrainConfig, model: ModelConfig, groups: Groups, device: torch.device) -> Iterator[RunData]:
+    """Open a run's data; on the way out files and decoders are let go of.
+
+    Args:
+        config: flags and recipe, checked.
+        model: dimensions.
+        groups: this rank's; those of a replica share online encoding.
+        device: where online encoding's encoders run.
+
+    Raises:
+        UserError: data are missing, damaged, or do not fit the model or one another.
+    """
+    with contextlib.ExitStack() as opened:
+        encoding = EncodingConfig(
+            arguments=config.encoding, text_length=model.text_length, seed=config.batch.seed
+        )
+        training, validation = open_data(config.data, config.batch, encoding, device), None
+        opened.callback(training.close)
+        model = fit_model_to_data(model, training)
+        if config.watch.valid_data_path:
+            validation = open_validation_data(
+                config.watch.valid_data_path, training, batch=config.batch.global_batch_size, seed=VALIDATION_SEED
+            )
+            opened.callback(validation.close)
+            fit_model_to_data(model, validation)
+        share_encoding(training, groups, device, config.parallel.distributed_timeout_minutes)
+        yield RunData(training=training, validation=validation, model=model)
 
 
 def open_data(data: DataArguments, batch: BatchArguments, encoding: EncodingConfig, device: torch.device) -> Blend:

@@ -10,11 +10,12 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_flashi2v.checkpoint.index import read_index
-from megatron_flashi2v.checkpoint.model_state import EMA_PREFIX, NamedParameters, ShardGrid
+from megatron_flashi2v.checkpoint.model_state import EMA_PREFIX, NamedParameters
 from megatron_flashi2v.checkpoint.optimizer_state import optimizer_shards
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import OptimizerArguments
+from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.runtime.logging import AGREED
 
 logger = logging.getLogger(__name__)

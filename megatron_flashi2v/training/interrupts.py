@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+import torch.distributed
+
 from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 
 logger = logging.getLogger(__name__)
 
@@ -19,18 +23,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupts:
-    """What asks this rank to stop; within the context signals do not end the process, but are remembered.
+    """Collects what asks this rank to stop; within the context signals do not end the process, but are remembered.
 
-    One rank's reason is enough: ranks exchange :meth:`counts` with the loss of each iteration, and decide by the sum.
+    One rank's reason is enough: ranks exchange :meth:`counts` with the loss of each iteration, and decide by the sums.
 
     Args:
         minutes: how long the run may last, from now; None is without limit.
+
+    Attributes:
+        agreed: why all ranks leave, once they know; None while they go on.
     """
 
     def __init__(self, minutes: float | None) -> None:
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._received: set[int] = set()
         self._before: dict[int, Any] = {}
+        self.agreed: str | None = None
         self._reasons = (
             *(f"{number.name} was received" for number in SIGNALS),
             f"the {minutes} minutes of --exit-duration-minutes are over",
@@ -61,6 +69,28 @@ class Interrupts:
         late = self._deadline is not None and time.monotonic() >= self._deadline
         return (*(int(number in self._received) for number in SIGNALS), int(late))
 
-    def reason(self, totals: Sequence[int]) -> str | None:
-        """Why all ranks stop, from the sums of their counts; None if they go on."""
-        return next((reason for reason, total in zip(self._reasons, totals, strict=True) if total), None)
+    def settle(self, totals: Sequence[int]) -> None:
+        """Set :attr:`agreed` from the sums of all ranks' :meth:`counts`."""
+        found = (reason for reason, total in zip(self._reasons, totals, strict=True) if total)
+        self.agreed = self.agreed or next(found, None)
+
+
+class LongWork:
+    """Guards work between two iterations that takes long: it is done in parts, between which a run may leave.
+
+    Args:
+        interrupts: this rank's.
+        hang_watch: each part is a phase of it.
+        device: where the default group's backend wants tensors.
+    """
+
+    def __init__(self, interrupts: Interrupts, hang_watch: HangWatch, device: torch.device) -> None:
+        self._interrupts, self._hang_watch, self._device = interrupts, hang_watch, device
+
+    def begin_part(self, doing: str) -> bool:
+        """Begin another part; False, on all ranks alike, where one of them was asked to leave. Collective."""
+        self._hang_watch.enter(doing, SLOW)
+        counts = torch.tensor(self._interrupts.counts(), dtype=torch.float32, device=self._device)
+        torch.distributed.all_reduce(counts)
+        self._interrupts.settle([int(count) for count in counts.tolist()])
+        return self._interrupts.agreed is None

@@ -7,24 +7,24 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import WriteError
 from megatron_flashi2v.runtime.files import append_jsonl, atomic_write_text, read_jsonl
-from megatron_flashi2v.training.watching.throughput import Throughput
+from megatron_flashi2v.training.watching.observer import Observer, Row
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 NOTEWORTHY_WAIT = 0.02
-"""Share of the time from which on the progress line tells of waiting for data."""
+"""Share of the time from which on the progress line shows the wait for data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IterationMetrics:
-    """One row of metrics.jsonl.
+    """An iteration's figures, with which its row of metrics.jsonl begins; observers add theirs.
 
     Attributes:
         iteration: counted from 1.
@@ -33,7 +33,6 @@ class IterationMetrics:
         grad_norm: global L2 norm before clipping; null in the file where it is not finite.
         lr: learning rate that the update used.
         step_time_s: seconds from reading the first microbatch to the updated weights.
-        throughput: what was done in that time; its fields are keys of the row.
         loss_by_sigma: mean loss of the samples in each of 8 equal parts of sigma's [0, 1]; None where it has none.
         samples_by_sigma: how many those are.
         skipped: why the update was not applied (see ``training.guard``); in the file only where it was not.
@@ -45,18 +44,14 @@ class IterationMetrics:
     grad_norm: float
     lr: float
     step_time_s: float
-    throughput: Throughput
     loss_by_sigma: tuple[float | None, ...]
     samples_by_sigma: tuple[int, ...]
     skipped: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The row."""
-        row = asdict(self)
-        row.update(row.pop("throughput"))
-        if self.skipped is None:
-            del row["skipped"]
-        return row
+    def to_row(self) -> Row:
+        """The row, without ``skipped`` where the update was applied."""
+        names = [field.name for field in fields(self) if field.name != "skipped" or self.skipped is not None]
+        return {name: getattr(self, name) for name in names}
 
 
 class RowFile:
@@ -119,7 +114,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class ProgressLine:
+class ProgressLine(Observer):
     """Logs loss, rates and time left every ``interval`` iterations; all that happens in between counts as time.
 
     Args:
@@ -131,34 +126,38 @@ class ProgressLine:
         self.train_iters, self.interval = train_iters, interval
         self._start_anew()
 
-    def update(self, metrics: IterationMetrics) -> None:
+    def after_iteration(self, row: Row) -> None:
         """Count an iteration, and log if it is time."""
         self._iterations += 1
-        throughput, step = metrics.throughput, metrics.step_time_s
-        self._samples += throughput.samples_per_s * step
-        self._tokens += throughput.tokens_per_s * step
-        self._teraflop += throughput.tflops * step
-        self._waited += throughput.data_wait_s
-        last = metrics.iteration == self.train_iters
-        if metrics.iteration % self.interval and not last:
+        step_s = row["step_time_s"]
+        self._samples += row["samples_per_s"] * step_s
+        self._tokens += row["tokens_per_s"] * step_s
+        self._teraflop += row["tflops"] * step_s
+        self._waited += row["data_wait_s"]
+        last = row["iteration"] == self.train_iters
+        if row["iteration"] % self.interval and not last:
             return
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        left = (self.train_iters - metrics.iteration) * seconds / self._iterations
+        left = (self.train_iters - row["iteration"]) * seconds / self._iterations
+        logger.info(
+            "iteration %*d/%d | loss %.4f | grad norm %.3f | lr %.2e | %s | %s left",
+            len(str(self.train_iters)), row["iteration"], self.train_iters, row["loss"], row["grad_norm"], row["lr"],
+            " | ".join(self._rates(seconds, row)), clock(left),
+        )
+        self._start_anew()
+
+    def _rates(self, seconds: float, row: Row) -> list[str]:
+        """Rates over the seconds since the last line; the row tells the device's peak."""
         rates = [f"{self._samples / seconds:.2f} samples/s", f"{self._tokens / seconds:,.0f} tokens/s"]
         tflops = self._teraflop / seconds
-        if throughput.mfu is None:
+        if row["mfu"] is None:
             rates.append(f"{tflops:.3g} TFLOP/s")
         else:
-            rates.append(f"{tflops:.0f} TFLOP/s ({tflops * throughput.mfu / throughput.tflops:.1%} MFU)")
+            rates.append(f"{tflops:.0f} TFLOP/s ({tflops * row['mfu'] / row['tflops']:.1%} MFU)")
         rates.append(f"{seconds / self._iterations:.2f} s/iteration")
         if self._waited >= NOTEWORTHY_WAIT * seconds:
             rates.append(f"{self._waited / seconds:.0%} of it waiting for data")
-        logger.info(
-            "iteration %*d/%d | loss %.4f | grad norm %.3f | lr %.2e | %s | %s left",
-            len(str(self.train_iters)), metrics.iteration, self.train_iters, metrics.loss, metrics.grad_norm,
-            metrics.lr, " | ".join(rates), clock(left),
-        )
-        self._start_anew()
+        return rates
 
     def _start_anew(self) -> None:
         self._since, self._iterations = time.perf_counter(), 0

@@ -18,19 +18,21 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.optimizer_state import unchained
-from megatron_flashi2v.config.train import OptimizerArguments, TrainConfig
+from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 
 
 def wrap_data_parallel(
-    stages: list[DiffusionTransformer], config: TrainConfig, before_reduction: Callable[[], None] | None = None
+    stages: list[DiffusionTransformer],
+    parallel: ParallelArguments,
+    before_reduction: Callable[[], None] | None = None,
 ) -> list[DistributedDataParallel]:
     """This rank's stages with fp32 gradient buffers that are reduced over replicas, and the schedule's hooks set.
 
     Args:
         stages: this rank's.
-        config: whether communication overlaps, and is sharded.
+        parallel: whether communication overlaps, and is sharded.
         before_reduction: called when an iteration's gradients are there and about to be reduced.
     """
 
@@ -39,7 +41,7 @@ def wrap_data_parallel(
             before_reduction()
         finalize_model_grads(*arguments, **options)
 
-    parallel, spec = config.parallel, stages[0].spec
+    spec = stages[0].spec
     wrapped = [
         DistributedDataParallel(
             config=spec.megatron,
@@ -68,9 +70,17 @@ def decays(parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-def make_optimizer(models: list[DistributedDataParallel], config: TrainConfig, spec: ModelSpec) -> MegatronOptimizer:
-    """AdamW or SGD behind megatron-core's interface, with fp32 master weights."""
-    arguments = config.optimizer
+def make_optimizer(
+    models: list[DistributedDataParallel], arguments: OptimizerArguments, parallel: ParallelArguments, spec: ModelSpec
+) -> MegatronOptimizer:
+    """AdamW or SGD behind megatron-core's interface, with fp32 master weights.
+
+    Args:
+        models: this rank's wrapped stages.
+        arguments: which of the two, and its rates.
+        parallel: whether its state is sharded.
+        spec: precision and groups.
+    """
     no_decay = ParamKey(predicate=ParamPredicate(name="no_decay", fn=lambda parameter: not decays(parameter)))
     overrides = {no_decay: {"wd_mult": 0.0}}
     if arguments.optimizer == "adam" and USING_PYTORCH_OPTIMIZER:
@@ -86,11 +96,11 @@ def make_optimizer(models: list[DistributedDataParallel], config: TrainConfig, s
             adam_beta2=arguments.adam_beta2,
             adam_eps=arguments.adam_eps,
             sgd_momentum=arguments.sgd_momentum,
-            clip_grad=0.0,  # TrainingStep.update clips
-            bf16=config.batch.bf16,
+            clip_grad=0.0,  # TrainingStep.apply clips
+            bf16=spec.megatron.bf16,
             params_dtype=spec.dtype,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap_param_gather,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
         ),
         models,
         config_overrides=overrides,
@@ -106,7 +116,7 @@ def ready_gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
 
 
 def make_scheduler(
-    optimizer: MegatronOptimizer, arguments: OptimizerArguments, train_iters: int, done: int
+    optimizer: MegatronOptimizer, arguments: OptimizerArguments, train_iters: int, done: int = 0
 ) -> OptimizerParamScheduler:
     """The learning-rate schedule in iterations, standing after ``done`` of them.
 

@@ -2,41 +2,89 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_state
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.train import BatchArguments, ParallelArguments
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.runtime.provenance import source_commit
 from megatron_flashi2v.version import __version__
 
+logger = logging.getLogger(__name__)
 
-def provenance(config: TrainConfig, data: Blend, launch: LaunchEnvironment) -> dict[str, Any]:
-    """With what code, seed, data and layout a run is trained."""
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """With what seed, data, layout and code a run is trained.
+
+    Attributes:
+        seed: keys every draw.
+        data_name: of the data, for messages.
+        data: count, fingerprint and sizes of the samples.
+        layout: see :func:`layout_of`.
+        commit: of the source, where it is known; rank 0's.
+    """
+
+    seed: int
+    data_name: str
+    data: dict[str, Any]
+    layout: dict[str, Any]
+    commit: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Entries of state.json."""
+        return {
+            "version": __version__, "seed": self.seed, "data": self.data, "layout": self.layout, "commit": self.commit,
+        }
+
+
+def provenance_of(
+    batch: BatchArguments, parallel: ParallelArguments, data: Blend, launch: LaunchEnvironment
+) -> Provenance:
+    """The provenance of the run that these flags make of these data."""
     info = data.info
-    return {
-        "version": __version__,
-        "seed": config.batch.seed,
-        "data": {"samples": len(data), "fingerprint": data.fingerprint, "frames": info.frames, "height": info.height,
-                 "width": info.width, "fps": info.fps},
-        "layout": layout_of(config, launch.world_size),
-        "commit": source_commit() if launch.rank == 0 else None,
-    }
+    return Provenance(
+        seed=batch.seed,
+        data_name=data.name,
+        data={"samples": len(data), "fingerprint": data.fingerprint, "frames": info.frames, "height": info.height,
+              "width": info.width, "fps": info.fps},
+        layout=layout_of(batch, parallel, launch.world_size),
+        commit=source_commit() if launch.rank == 0 else None,
+    )
 
 
-def layout_of(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """How the model and the batch were divided, and in what precision, for the record."""
-    parallel = config.parallel
+def warn_of_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None:
+    """Say so where a run goes on with another seed or other data than the checkpoint's.
+
+    Args:
+        folder: the checkpoint.
+        state: its :func:`load_training_state`.
+        now: of the run that resumes.
+    """
+    if not state["iteration"]:  # converted weights know no run
+        return
+    if state["seed"] != now.seed:
+        logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change", now.seed,
+                       folder, state["seed"], extra=AGREED)
+    if state["data"]["fingerprint"] != now.data["fingerprint"]:
+        logger.warning("%s was trained on other data than %s", folder, now.data_name, extra=AGREED)
+
+
+def layout_of(batch: BatchArguments, parallel: ParallelArguments, world_size: int) -> dict[str, Any]:
+    """Layout of the model and the batch, and their precision, for the record."""
     return {
         "processes": world_size,
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,
         "context": parallel.context_parallel_size,
-        "global_batch_size": config.batch.global_batch_size,
-        "precision": "bf16" if config.batch.bf16 else "fp32",
+        "global_batch_size": batch.global_batch_size,
+        "precision": "bf16" if batch.bf16 else "fp32",
     }
 
 

@@ -97,6 +97,11 @@ class TrainingStep:
         self._communicator = P2PCommunicator(pp_group=groups.pp, config=spec.megatron)
 
     @property
+    def samples(self) -> int:
+        """Samples of one iteration, over all replicas."""
+        return self.num_microbatches * self.micro_batch_size * self.spec.groups.dp.size()
+
+    @property
     def reading_stage(self) -> int | None:
         """Which of this rank's stages needs samples: at most one embeds them or computes their loss."""
         ends = (index for index, model in enumerate(self.stages) if model.stage.is_first or model.stage.is_last)
@@ -165,8 +170,7 @@ class TrainingStep:
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        samples = self.num_microbatches * self.micro_batch_size * groups.dp.size()
-        return global_batch_loss(parts, self.spec, self.num_microbatches, samples, counts())
+        return global_batch_loss(parts, self.spec, self.num_microbatches, self.samples, counts())
 
     def agree_on_norm(self, loss: float) -> tuple[float, float]:
         """The loss and the gradients' global L2 norm before clipping, bit for bit the same on every rank.

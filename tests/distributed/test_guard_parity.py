@@ -19,7 +19,7 @@ LAYOUTS = {
     "tp2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "pp2": ("--pipeline-model-parallel-size", "2"),
 }
-FAULTS = ("nan_latents", "infinite_gradient")
+FAULTS = ("nan_output", "infinite_gradient")
 
 
 def flags(data: Path) -> list[str]:
@@ -46,8 +46,8 @@ def test_all_ranks_skip_the_update(runs: dict[str, Path], name: str, fault: str)
     run, left_out = runs[f"{name}-{fault}"], runs[f"{name}-left_out"]
     rows, expected = metrics(run), metrics(left_out)
     spoiled = rows.pop(1)
-    assert spoiled["skipped"] == ("loss_not_finite" if fault == "nan_latents" else "grad_norm_not_finite")
-    assert spoiled["grad_norm"] is None and (spoiled["loss"] is None) == (fault == "nan_latents")
+    assert spoiled["skipped"] == ("loss_not_finite" if fault == "nan_output" else "grad_norm_not_finite")
+    assert spoiled["grad_norm"] is None and (spoiled["loss"] is None) == (fault == "nan_output")
     del expected[1]
     for row, want in zip(rows, expected, strict=True):
         assert without_times(row) == without_times(want)

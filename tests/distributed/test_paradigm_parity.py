@@ -14,9 +14,8 @@ from helpers.layouts import (
     metrics,
     run_layouts,
 )
+from helpers.paradigms import PARADIGMS
 from helpers.synthetic_data import write_synthetic
-
-from megatron_flashi2v.config.model import PARADIGMS
 
 DIVIDED = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel")
 CONTEXT = ("--context-parallel-size", "2")

@@ -16,36 +16,34 @@ from helpers.train_command import FLAGS, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 
 TIMEOUT_S = 8.0
 
-# Rank 1 computes for ever, in Python, in the third iteration.
+# Rank 1 computes for ever, in Python, in the fourth iteration.
 BUSY = """
 import os
-from megatron_flashi2v.training import step
+from megatron_flashi2v import Observer
 
-if os.environ["RANK"] == "1":
-    forward, calls = step.forward_step, []
+class Busy(Observer):
+    def before_iteration(self, state):
+        if os.environ["RANK"] == "1" and state.iteration == 3:
+            self.spin()
 
-    def spin(*arguments):
-        calls.append(1)
-        while len(calls) > 3:
+    def spin(self):
+        while True:
             pass
-        return forward(*arguments)
 
-    step.forward_step = spin
+OBSERVERS = [Busy()]
 """
 
 # Saving takes longer than the timeout, on rank 0 even after the others have gone on.
 SLOW_SAVE = """
 import os, time
-from megatron_flashi2v.training.trainer import Trainer
+from megatron_flashi2v import Observer
 
-save = Trainer.save
+class SlowSave(Observer):
+    def between_iterations(self, state):
+        if os.environ["RANK"] == "0" and state.iteration and state.iteration % 3 == 0:
+            time.sleep(12)
 
-def slow(self, **named):
-    save(self, **named)
-    if os.environ["RANK"] == "0":
-        time.sleep(12)
-
-Trainer.save = slow
+OBSERVERS = [SlowSave()]
 """
 
 

@@ -27,7 +27,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import megatron_flashi2v.training.trainer  # noqa: F401  (loaded once, before the forks)
+import megatron_flashi2v.training.assembly  # noqa: F401  (loaded once, before the forks)
 
 TESTS = Path(__file__).parent
 Leaf = tuple[str | int, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from safetensors.torch import load_file
 from megatron_flashi2v.flow.sigmas import inference_sigmas, timesteps_of
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.denoise import Conditions, denoise
 from megatron_flashi2v.sampling.guidance import combine_guided, with_guidance
 from megatron_flashi2v.sampling.load import velocity_of
-from megatron_flashi2v.sampling.solvers import solve_euler
+from megatron_flashi2v.sampling.solvers import EulerSolver
 
 ONE_ULP = torch.finfo(torch.float32).eps
 GUIDANCE_SCALE, SHIFT, CUTOFF_RATIO = 5.0, 7.0, 0.1  # how the reference was run, see the goldens' README
@@ -33,6 +35,14 @@ def run(goldens: Path, case: str) -> dict[str, torch.Tensor]:
 
 def steps_of(run: dict[str, torch.Tensor]) -> list[int]:
     return sorted(int(match[1]) for name in run if (match := re.fullmatch(r"step(\d+)\.latents_after", name)))
+
+
+def conditions_of(run: dict[str, torch.Tensor]) -> Conditions:
+    return Conditions(
+        text_BLD=run["prompt_embeds"],
+        image_latents_BC1HW=run["start_frame_latents"],
+        extras={"cutoff_ratio": torch.full((len(run["initial_noise"]),), CUTOFF_RATIO)},
+    )
 
 
 def test_schedule(run):
@@ -53,7 +63,9 @@ def test_guided_steps_from_the_stored_velocities(run):
     for step in stored:
         before = run["initial_noise"] if step == 0 else run[f"step{step - 1}.latents_after"]
         guided = combine_guided(run[f"step{step}.cond_out"], run[f"step{step}.uncond_out"], GUIDANCE_SCALE)
-        after = solve_euler(lambda *_, value=guided: value, before, run["sigmas"][step : step + 2])
+        after = denoise(
+            lambda *_, value=guided: value, before, conditions_of(run), EulerSolver(run["sigmas"][step : step + 2])
+        )
         torch.testing.assert_close(after, run[f"step{step}.latents_after"], atol=1e-5, rtol=1e-5)
 
 
@@ -62,20 +74,17 @@ def test_whole_trajectory(goldens, case, run, batched):
     states: list[torch.Tensor] = []
     with single_process(resolve_device("cpu")) as groups:
         model = build_golden_model(goldens, case, groups)
-        velocity = with_guidance(
-            velocity_of(model), run["negative_prompt_embeds"], GUIDANCE_SCALE, batched=batched
-        )
-        samples = len(run["initial_noise"])
-        final = solve_euler(
-            lambda state, timestep: velocity(
-                state,
-                timestep,
-                run["prompt_embeds"],
-                run["start_frame_latents"],
-                {"cutoff_ratio": torch.full((samples,), CUTOFF_RATIO)},
-            ),
+        final = denoise(
+            velocity_of(model),
             run["initial_noise"],
-            inference_sigmas(len(run["sigmas"]) - 1, SHIFT),
+            conditions_of(run),
+            EulerSolver(inference_sigmas(len(run["sigmas"]) - 1, SHIFT)),
+            guidance=partial(
+                with_guidance,
+                negative_text_BLD=run["negative_prompt_embeds"],
+                guidance_scale=GUIDANCE_SCALE,
+                batched=batched,
+            ),
             callback=lambda done, steps, state: states.append(state),
         )
     assert len(states) == len(steps_of(run))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flashi2v_kernels.qk_norm_rope.tables import axis_angles, axis_sizes, rope_tables
 from flashi2v_kernels.registry import load_entry_point, specs_of
-from flashi2v_kernels.rope3d.tables import axis_angles, axis_sizes, rope_tables
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 
 GRID = (3, 4, 5)  # tokens of the rotated example along time, height and width
 HEAD_DIM = re.compile(r"rope\.hd(\d+)\..*")
-ROTATIONS = {spec.name: load_entry_point(spec) for spec in specs_of("rope3d") if "cpu" in spec.devices}
+IMPLEMENTATIONS = {spec.name: load_entry_point(spec) for spec in specs_of("qk_norm_rope") if "cpu" in spec.devices}
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +57,28 @@ def test_rotary_table(tables):
         assert_within_one_ulp(angles.sin(), imaginary, f"sines of head size {head_dim}")
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
+def rotated(name: str, x_SBhD: torch.Tensor, cos_SR: torch.Tensor, sin_SR: torch.Tensor) -> torch.Tensor:
+    """An implementation's rotation alone: with these sums and weights its norm divides and multiplies by exactly 1."""
+    width = x_SBhD.shape[2] * x_SBhD.shape[3]
+    ones = {"sum_of_squares": x_SBhD.new_full(x_SBhD.shape[:2], width), "full_width": width}
+    return IMPLEMENTATIONS[name](x_SBhD, x_SBhD.new_ones(width), cos_SR, sin_SR, 0.0, **ones)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_rotation_in_fp64_rounds_to_the_reference(tables, name):
     for head_dim in head_dims(tables):
         x_SBhD = tables[f"rope.hd{head_dim}.x"].transpose(0, 1).double()
-        turned = ROTATIONS[name](x_SBhD, *rope_tables(GRID, head_dim, dtype=torch.float64))
+        turned = rotated(name, x_SBhD, *rope_tables(GRID, head_dim, dtype=torch.float64))
         expected = tables[f"rope.hd{head_dim}.y"]
         assert_within_one_ulp(turned.transpose(0, 1).float(), expected, f"head size {head_dim}")
 
 
-@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_rotation_in_fp32(tables, name):
     """The model rotates in fp32: three roundings, which the pair's length measures."""
     for head_dim in head_dims(tables):
         x_SBhD, expected = tables[f"rope.hd{head_dim}.x"].transpose(0, 1), tables[f"rope.hd{head_dim}.y"]
-        turned = ROTATIONS[name](x_SBhD, *rope_tables(GRID, head_dim)).transpose(0, 1)
+        turned = rotated(name, x_SBhD, *rope_tables(GRID, head_dim)).transpose(0, 1)
         length = expected.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
         assert ((turned - expected).abs() <= 2 * ulp(length)).all(), f"head size {head_dim}"
 

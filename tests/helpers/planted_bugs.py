@@ -9,20 +9,26 @@ from unittest import mock
 
 import torch
 
-from megatron_flashi2v.models import block, norms
+from helpers.planted_faults import is_last_rank, planted
+from megatron_flashi2v.models import placement
 from megatron_flashi2v.parallel import packing, ring
 from megatron_flashi2v.training.batch import MicrobatchSource
-from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.watching.observer import Observer
 
 
 def norm_weights() -> Any:
     """Each rank keeps the gradient of its own tokens alone for the affine norm's weight and bias."""
-    return mock.patch.object(norms, "mark_sequence_parallel", lambda module: None)
+    return unmarked("blocks.{i}.norm_cross.weight", "blocks.{i}.norm_cross.bias")
 
 
 def modulation() -> Any:
     """The same for the blocks' modulation tables."""
-    return mock.patch.object(block, "mark_sequence_parallel", lambda parameter: None)
+    return unmarked("blocks.{i}.modulation")
+
+
+def unmarked(*names: str) -> Any:
+    """The names are declared as if every rank's gradient covered all tokens."""
+    return mock.patch.dict(placement.PLACEMENTS, {name: placement.Placement() for name in names})
 
 
 def text_rows() -> Any:
@@ -56,25 +62,20 @@ def ring_merge() -> Any:
     return mock.patch.object(ring, "_merge", merge)
 
 
-def stray_copy() -> Any:
+class StrayCopy(Observer):
     """The last rank alone scales the gradient of the latent shift's last layer; its copy is not the one saved."""
-    accumulate = TrainingStep.losses_and_gradients
 
-    def strayed(self: TrainingStep, *arguments: Any) -> Any:
-        found = accumulate(self, *arguments)
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            self.stages[0].conditioning.phi.conv_out.bias.main_grad.mul_(1.001)
-        return found
-
-    return mock.patch.object(TrainingStep, "losses_and_gradients", strayed)
+    def gradients_ready(self, state: Any, totals: Any) -> None:
+        if is_last_rank():
+            state.stages[0].conditioning.phi.conv_out.bias.main_grad.mul_(1.001)
 
 
 BUGS: dict[str, Callable[[], Any]] = {
-    function.__name__: function
-    for function in (norm_weights, modulation, text_rows, noise_keys, ring_merge, stray_copy)
+    "stray_copy": StrayCopy,
+    **{function.__name__: function for function in (norm_weights, modulation, text_rows, noise_keys, ring_merge)},
 }
 
 
-def planted(name: str | None) -> contextlib.AbstractContextManager[Any]:
+def planted_bug(name: str | None) -> contextlib.AbstractContextManager[list[Observer]]:
     """With one bug of :data:`BUGS`, or with none."""
-    return contextlib.nullcontext() if name is None else BUGS[name]()
+    return planted(BUGS, name)

@@ -1,19 +1,21 @@
-"""What can go wrong on a run's last rank alone, in the second iteration or in all; and what should come of it."""
+"""What can go wrong on a run's last rank alone, in the second iteration or in all; and what should come of it.
+
+Most are observers that hang hooks on this rank's stages.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 
-from megatron_flashi2v.training import step
 from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.watching.observer import Observer
 
 ITERATION = 2
 
@@ -22,49 +24,61 @@ def is_last_rank() -> bool:
     return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 
 
-def nan_latents() -> Any:
-    """A NaN in the latents that the last rank computes with: its loss and all its gradients are NaN."""
-    accumulate, forward = TrainingStep.losses_and_gradients, step.forward_step
-    calls: list[int] = []
+class HookInIterations(Observer):
+    """Hangs a hook on the last rank's stages for the forward and backward passes of some iterations.
 
-    def counted(self: TrainingStep, *arguments: Any) -> Any:
-        calls.append(1)
-        return accumulate(self, *arguments)
+    Args:
+        hang: gets the stages; returns the handle by which the hook is removed.
+        iterations: counted from 1.
+    """
 
-    def spoiled(spec: Any, batches: Any, model: Any) -> Any:
-        if len(calls) == ITERATION and is_last_rank():
-            batch = next(batches)
-            latents = batch.latents_BCTHW.clone()
-            latents[0, 0, 0, 0, 0] = math.nan
-            batches = iter([dataclasses.replace(batch, latents_BCTHW=latents)])
-        return forward(spec, batches, model)
+    def __init__(self, hang: Callable[[list[Any]], Any], iterations: Container[int]) -> None:
+        self.hang, self.iterations, self.handle = hang, iterations, None
 
-    stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(TrainingStep, "losses_and_gradients", counted))
-    stack.enter_context(mock.patch.object(step, "forward_step", spoiled))
-    return stack
+    def before_iteration(self, state: Any) -> None:
+        if is_last_rank() and state.iteration + 1 in self.iterations:
+            self.handle = self.hang(state.stages)
+
+    def gradients_ready(self, state: Any, totals: Any) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
 
 
-def infinite_gradient() -> Any:
-    """One value of one gradient on the last rank overflows before it is reduced; the loss is sound."""
-    accumulate, calls = TrainingStep.losses_and_gradients, []
+def spoiled_gradient(iterations: Container[int], value: float) -> Observer:
+    """A value of one gradient on the last rank becomes another before it is reduced; the loss is sound."""
 
-    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
-        gradient.view(-1)[-1] = math.inf
+        gradient.view(-1)[-1] = value
         return gradient
 
-    def counted(self: TrainingStep, *arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) != ITERATION or not is_last_rank():
-            return accumulate(self, *arguments)
-        hook = list(self.stages[-1].parameters())[-1].register_hook(overflow)
-        try:
-            return accumulate(self, *arguments)
-        finally:
-            hook.remove()
+    return HookInIterations(lambda stages: list(stages[-1].parameters())[-1].register_hook(spoil), iterations)
 
-    return mock.patch.object(TrainingStep, "losses_and_gradients", counted)
+
+def infinite_gradient() -> Observer:
+    """One value of one gradient on the last rank overflows."""
+    return spoiled_gradient([ITERATION], math.inf)
+
+
+def nan_output() -> Observer:
+    """A NaN in what the last rank's model computes: its loss and gradients are NaN."""
+
+    def spoil(stage: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        spot = torch.zeros_like(output)
+        spot.view(-1)[0] = math.nan
+        return output + spot
+
+    return HookInIterations(lambda stages: stages[-1].register_forward_hook(spoil), [ITERATION])
+
+
+def slow_rank() -> Observer:
+    """The last rank takes a while longer over every microbatch."""
+
+    def wait(stage: Any, inputs: Any) -> None:
+        time.sleep(1.0)
+
+    return HookInIterations(lambda stages: stages[0].register_forward_pre_hook(wait), range(1, 1000))
 
 
 def left_out() -> Any:
@@ -79,23 +93,22 @@ def left_out() -> Any:
     return mock.patch.object(TrainingStep, "apply", sometimes)
 
 
-def slow_rank() -> Any:
-    """The last rank takes a while longer over every microbatch."""
-    forward = step.forward_step
-
-    def slow(*arguments: Any) -> Any:
-        if is_last_rank():
-            time.sleep(1.0)
-        return forward(*arguments)
-
-    return mock.patch.object(step, "forward_step", slow)
-
-
 FAULTS: dict[str, Callable[[], Any]] = {
-    function.__name__: function for function in (nan_latents, infinite_gradient, left_out, slow_rank)
+    function.__name__: function for function in (nan_output, infinite_gradient, left_out, slow_rank)
 }
 
 
-def faulty(name: str | None) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def planted(plants: dict[str, Callable[[], Any]], name: str | None) -> Iterator[list[Observer]]:
+    """With one of the plants, or with none; the observers that do it. The others are contexts."""
+    plant = None if name is None else plants[name]()
+    if plant is None or isinstance(plant, Observer):
+        yield [plant] if plant else []
+    else:
+        with plant:
+            yield []
+
+
+def planted_fault(name: str | None) -> contextlib.AbstractContextManager[list[Observer]]:
     """With one fault of :data:`FAULTS`, or with none."""
-    return contextlib.nullcontext() if name is None else FAULTS[name]()
+    return planted(FAULTS, name)

@@ -22,7 +22,7 @@ class Launch:
         world: processes.
         flags: of train.
         folder: for what the processes print.
-        prelude: Python that every process runs first.
+        prelude: Python that every process runs first, and that defines ``OBSERVERS`` of the run.
     """
 
     def __init__(self, world: int, flags: list[str], folder: Path, prelude: str | None = None) -> None:
@@ -32,7 +32,9 @@ class Launch:
             path = folder / "prelude.py"
             path.write_text(
                 f"{prelude}\n\nif __name__ == '__main__':\n"
-                "    import sys\n    from megatron_flashi2v.cli.main import main\n    sys.exit(main(sys.argv[1:]))\n"
+                "    import sys\n    from megatron_flashi2v import TrainConfig, train\n"
+                "    from megatron_flashi2v.config.recipe import parse\n"
+                "    train(parse(TrainConfig, sys.argv[2:], prog='train', description=''), OBSERVERS)\n"
             )
             script = [str(path)]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),

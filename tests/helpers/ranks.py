@@ -23,9 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_flashi2v.sampling import pipeline
-from megatron_flashi2v.training import trainer
+from megatron_flashi2v.training import assembly
 
-PRELOADED = [module.__name__ for module in (trainer, pipeline)]
+PRELOADED = [module.__name__ for module in (assembly, pipeline)]
 """Of the package alone: the process that forks is a plain Python, which does not find the tests."""
 
 

@@ -14,15 +14,14 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
-from helpers.planted_bugs import planted
-from helpers.planted_faults import faulty
+from helpers.planted_bugs import planted_bug
+from helpers.planted_faults import planted_fault
 from megatron_flashi2v.checkpoint.index import write_index
 from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
@@ -37,32 +36,53 @@ from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.parallel.world import world
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.training.assembly import open_trainer
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.state import TrainState
 from megatron_flashi2v.training.trainer import Trainer
+from megatron_flashi2v.training.watching.observer import Observer
 
 if TYPE_CHECKING:
     from helpers.layouts import Layout
 
 
-def write_gradients(trainer, folder: Path) -> None:
+class KeepGradients(Observer):
+    """Writes the reduced gradients of the last iteration, and notes those that ranks hold copies of that differ."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder, self.last = config.checkpoint.save / "gradients", config.batch.train_iters
+        # Which leaves each replica its own part of them.
+        self.compares = not config.parallel.use_distributed_optimizer
+        self.disagreements: list[str] = []
+
+    def gradients_ready(self, state, totals) -> None:
+        if state.iteration == self.last - 1:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.distributed.barrier()
+            write_gradients(state, self.folder)
+            if self.compares:
+                self.disagreements = [f"grad {name}" for name in differing(digests(state, lambda p: p.main_grad))]
+
+
+def write_gradients(state: TrainState, folder: Path) -> None:
     """The reduced gradient of every parameter, as one tensor per global name."""
     pieces = [
         dataclasses.replace(piece, data=parameter.main_grad.detach().clone())
         for piece, (_, parameter) in zip(
-            model_pieces(trainer.named_parameters(), trainer.grid), trainer.named_parameters(), strict=True
+            model_pieces(state.named_parameters(), state.grid), state.named_parameters(), strict=True
         )
     ]
-    peers = Peers(trainer.launch.rank, trainer.launch.world_size)
+    peers = Peers(torch.distributed.get_rank(), torch.distributed.get_world_size())
     parts = peers.gather(write_rank_file(folder, pieces, rank=peers.rank, world_size=peers.world_size))
     if peers.rank == 0:
         write_index(folder, merge_parts(parts))
 
 
-def digests(trainer, tensor_of) -> dict[str, str]:
+def digests(state: TrainState, tensor_of) -> dict[str, str]:
     """Hashes of this rank's tensors, by a name that ranks have in common where they hold the same tensor."""
     found = {}
-    for name, parameter in trainer.named_parameters():
-        shard = trainer.groups.tp.rank() if getattr(parameter, "tensor_model_parallel", False) else "all"
+    for name, parameter in state.named_parameters():
+        shard = state.spec.groups.tp.rank() if getattr(parameter, "tensor_model_parallel", False) else "all"
         data = tensor_of(parameter).detach().contiguous().view(torch.uint8).numpy()
         found[f"{name} (tensor rank {shard})"] = hashlib.sha256(data).hexdigest()
     return found
@@ -79,60 +99,43 @@ def differing(own: dict[str, str]) -> list[str]:
     return sorted(name for name, found in by_name.items() if len(found) > 1)
 
 
-def write_velocity(trainer, folder: Path) -> None:
+def write_velocity(trainer: Trainer, config: TrainConfig) -> None:
     """The prediction for the data's first samples, as sampling asks for it; rank 0 writes."""
-    source = MicrobatchSource(trainer.data, trainer.model_config, trainer.config.data, trainer.config.batch,
-                              dp_rank=0, dp_size=1, device=trainer.spec.device)
+    spec = trainer.state.spec
+    source = MicrobatchSource(trainer.source.data, spec.config, config.data, config.batch, dp_rank=0, dp_size=1,
+                              device=spec.device)
     batch = source.load(range(2)).batch
     with torch.no_grad():
-        stages = [stage.eval() for stage in trainer.chunks]
+        stages = [stage.eval() for stage in trainer.state.stages]
         velocity = predict_velocity(stages, batch.noise_BCTHW, 1000 * batch.sigma_B, batch.text_BLX,
                                     batch.latents_BCTHW[:, :, :1], batch.extras)
-    if trainer.launch.rank == 0:
-        save_file({"velocity": velocity.contiguous()}, folder / "velocity.safetensors")
+    if torch.distributed.get_rank() == 0:
+        save_file({"velocity": velocity.contiguous()}, config.checkpoint.save / "velocity.safetensors")
 
 
-@contextlib.contextmanager
-def make_trainer(flags: list[str], launch, device) -> Iterator[Trainer]:
-    config = parse(TrainConfig, flags, prog="run_plan", description="")
+def run_layout(layout: Layout, launch, device, planted: list[Observer]) -> None:
+    """One training run, with the gradients of its last iteration kept; or only a checkpoint loaded and written."""
+    config = parse(TrainConfig, list(layout.flags), prog="run_plan", description="")
     model = resolve_model(config.model)
     check_train(config, model, launch.world_size)
-    with world(device, launch, config.parallel, timeout_minutes=5) as groups:
-        yield Trainer(config, model, groups, launch, device)
-
-
-def save_again(trainer: Trainer) -> None:
-    """Write what was loaded."""
-    trainer.save()
-
-
-def train(trainer: Trainer) -> None:
-    """One training run, with the gradients of its last iteration kept."""
-    config, launch, step = trainer.config, trainer.launch, trainer.step
-    accumulate = step.losses_and_gradients
-    disagreements: list[str] = []
-
-    def keep_gradients(*arguments):
-        loss = accumulate(*arguments)
-        if trainer.iteration == config.batch.train_iters - 1:
-            folder = config.checkpoint.save / "gradients"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.distributed.barrier()
-            write_gradients(trainer, folder)
-            if not config.parallel.use_distributed_optimizer:  # which leaves each replica its own part of them
-                disagreements.extend(f"grad {name}" for name in differing(digests(trainer, lambda p: p.main_grad)))
-        return loss
-
-    step.losses_and_gradients = keep_gradients
-    noted = noted_samples(config.checkpoint.save / f"samples-{launch.rank}.jsonl")
-    with counted_encodings() as calls, noted, noted_warnings(config.checkpoint.save / f"warnings-{launch.rank}.txt"):
-        trainer.train()
-    write_velocity(trainer, config.checkpoint.save)
-    disagreements.extend(differing(digests(trainer, lambda p: p)))
-    if launch.rank == 0:
-        (config.checkpoint.save / "disagreements.json").write_text(json.dumps(disagreements))
-    if config.data.online_encoding:
-        (config.checkpoint.save / f"encodings-{launch.rank}.txt").write_text(str(len(calls)))
+    kept = KeepGradients(config)
+    with (
+        world(device, launch, config.parallel, timeout_minutes=5) as groups,
+        open_trainer(config, model, groups, launch, device, observers=[*planted, kept]) as trainer,
+    ):
+        if layout.saves_again:
+            trainer.save(last=True)
+            return
+        save, rank = config.checkpoint.save, launch.rank
+        noted = noted_samples(save / f"samples-{rank}.jsonl")
+        with counted_encodings() as calls, noted, noted_warnings(save / f"warnings-{rank}.txt"):
+            trainer.train()
+        write_velocity(trainer, config)
+        disagreements = [*kept.disagreements, *differing(digests(trainer.state, lambda p: p))]
+        if rank == 0:
+            (save / "disagreements.json").write_text(json.dumps(disagreements))
+        if config.data.online_encoding:
+            (save / f"encodings-{rank}.txt").write_text(str(len(calls)))
 
 
 @contextlib.contextmanager
@@ -188,7 +191,5 @@ def run_plan(rank: int, plan: list[Layout]) -> None:
     launch = detect_launch(os.environ)
     device = resolve_device("cpu", launch.local_rank)
     for layout in plan:
-        with (
-            planted(layout.bug), faulty(layout.fault), make_trainer(list(layout.flags), launch, device) as trainer
-        ):
-            (save_again if layout.saves_again else train)(trainer)
+        with planted_bug(layout.bug) as bug, planted_fault(layout.fault) as fault:
+            run_layout(layout, launch, device, [*bug, *fault])

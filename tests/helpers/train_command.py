@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed
 
 from helpers.synthetic_data import write_synthetic
+from megatron_flashi2v.config.recipe import parse
 
 LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH = (4, 2, 4, 4), 8, 6
 FLAGS = {
@@ -27,21 +29,29 @@ def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_command() -> Iterator[Callable[..., int]]:
-    """``flashi2v train`` with just these flags; its exit code."""
+    """``flashi2v train`` with just these flags, and observers; its exit code."""
+    from megatron_flashi2v.cli.errors import tell_error
     from megatron_flashi2v.cli.main import main
+    from megatron_flashi2v.config.errors import UserError
+    from megatron_flashi2v.config.train import TrainConfig
+    from megatron_flashi2v.training.run import train
 
-    root, package = logging.getLogger(), logging.getLogger("megatron_flashi2v")
-    handlers, level = list(root.handlers), package.level
+    root = logging.getLogger()
+    handlers = list(root.handlers)
 
-    def run_command(*flags: object) -> int:
+    def observed(flags: list[str], observers: Sequence[Any]) -> int:
         try:
-            return main(["train", *map(str, flags)])
+            train(parse(TrainConfig, flags, prog="flashi2v train", description=""), observers)
+        except UserError as error:
+            return tell_error("train", error)
+        return 0
+
+    def run_command(*flags: object, observers: Sequence[Any] = ()) -> int:
+        words = [str(flag) for flag in flags]
+        try:
+            return observed(words, observers) if observers else main(["train", *words])
         finally:
-            assert not torch.distributed.is_initialized()
-            for handler in set(root.handlers) - set(handlers):
-                root.removeHandler(handler)
-            package.setLevel(level)
-            logging.captureWarnings(False)
+            assert not torch.distributed.is_initialized() and root.handlers == handlers
 
     yield run_command
 
@@ -51,7 +61,7 @@ def train(run_command: Callable[..., int], synthetic_data: Path) -> Callable[...
     """``flashi2v train`` with the small data and model, and the given flags after them; its exit code."""
     defaults = [part for name, value in FLAGS.items() for part in (f"--{name}", value)]
 
-    def train(*flags: object) -> int:
-        return run_command("--data-path", synthetic_data, *defaults, *flags)
+    def train(*flags: object, observers: Sequence[Any] = ()) -> int:
+        return run_command("--data-path", synthetic_data, *defaults, *flags, observers=observers)
 
     return train

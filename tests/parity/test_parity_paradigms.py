@@ -10,11 +10,11 @@ import av
 import pytest
 import torch
 from helpers.layouts import metrics, weights
+from helpers.paradigms import PARADIGMS
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
 from megatron_flashi2v.cli.main import main
-from megatron_flashi2v.config.model import PARADIGMS
 
 Train = Callable[..., int]
 # Of the training fixtures' model: 4 latent channels; the data's temporal stride is 4.

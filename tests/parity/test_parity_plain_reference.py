@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,9 +23,10 @@ from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.denoise import Conditions, denoise
 from megatron_flashi2v.sampling.guidance import with_guidance
 from megatron_flashi2v.sampling.load import velocity_of
-from megatron_flashi2v.sampling.solvers import solve_euler
+from megatron_flashi2v.sampling.solvers import EulerSolver
 
 SAMPLE = {"latent_channels": 4, "freq_dim": 32, "text_dim": 24, "text_length": 7}
 FIRST, LAST = "conv_then_broadcast", "repeat_then_conv"
@@ -136,10 +138,12 @@ def test_sampling(case: Case, groups: Groups, steps: int, shift: float, scale: f
     batch = draw(case, generator)
     image, negative = batch["latents"][:, :, :1], torch.randn(batch["text"].shape, generator=generator)
 
-    velocity = with_guidance(velocity_of(ours), negative, scale)
-    found = solve_euler(
-        lambda state, timestep_B: velocity(state, timestep_B, batch["text"], image, {"cutoff_ratio": batch["ratio"]}),
-        batch["noise"], inference_sigmas(steps, shift),
+    conditions = Conditions(
+        text_BLD=batch["text"], image_latents_BC1HW=image, extras={"cutoff_ratio": batch["ratio"]}
+    )
+    found = denoise(
+        velocity_of(ours), batch["noise"], conditions, EulerSolver(inference_sigmas(steps, shift)),
+        guidance=partial(with_guidance, negative_text_BLD=negative, guidance_scale=scale),
     )
     with_text = (
         lambda state, timestep_B, rows=rows: plain.velocity(

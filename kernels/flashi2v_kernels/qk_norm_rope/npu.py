@@ -13,8 +13,7 @@ import torch_npu
 from torch import Tensor
 
 from flashi2v_kernels.qk_norm_rope.reference import weight_of_heads
-from flashi2v_kernels.rope3d.npu import turn
-from flashi2v_kernels.rope3d.tables import require_tables
+from flashi2v_kernels.qk_norm_rope.tables import require_tables
 
 
 def qk_norm_rope(
@@ -27,7 +26,10 @@ def qk_norm_rope(
     sum_of_squares: Tensor | None = None,
     full_width: int | None = None,
 ) -> Tensor:
-    """See :func:`flashi2v_kernels.qk_norm_rope.reference.qk_norm_rope`; limits as in ``rope3d/npu.py``."""
+    """See :func:`flashi2v_kernels.qk_norm_rope.reference.qk_norm_rope`.
+
+    ``npu_rotary_mul`` takes batch times heads below 1000 and a head size below 896.
+    """
     require_tables(heads_SBhD, cos_SR, sin_SR)
     if (sum_of_squares is None) != (full_width is None):
         raise ValueError("give both sum_of_squares and full_width, or neither")
@@ -37,6 +39,15 @@ def qk_norm_rope(
     if sum_of_squares.shape != heads_SBhD.shape[:2]:
         raise ValueError(f"sums {tuple(sum_of_squares.shape)} do not fit heads {tuple(heads_SBhD.shape)}")
     return _NormOfSumAndTurn.apply(heads_SBhD, weight_hD, sum_of_squares, cos_SR, sin_SR, full_width, eps)
+
+
+def turn(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
+    """Rotate with ``npu_rotary_mul``, without its gradient, which would keep the input.
+
+    In fp32: the operator requires tables of the input's dtype, and angles in bf16 would lose five digits of eight.
+    """
+    tables = (table.float().repeat_interleave(2, dim=-1)[:, None, None, :] for table in (cos_SR, sin_SR))
+    return torch_npu.npu_rotary_mul(x_SBhD.float(), *tables, "interleave").to(x_SBhD.dtype)
 
 
 class _NormAndTurn(torch.autograd.Function):

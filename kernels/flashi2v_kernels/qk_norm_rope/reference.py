@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashi2v_kernels.qk_norm_rope.tables import require_tables
 from flashi2v_kernels.rms_norm.reference import rms_norm
-from flashi2v_kernels.rope3d.reference import apply_rope
-from flashi2v_kernels.rope3d.tables import require_tables
 
 
 def qk_norm_rope(
@@ -25,7 +24,7 @@ def qk_norm_rope(
     Args:
         heads_SBhD: a rank's queries or keys, [tokens, batch, heads, head size], any strides.
         weight: [heads * head size] or [heads, head size], any float dtype.
-        cos_SR: cosines of :func:`~flashi2v_kernels.rope3d.tables.rope_tables`, [tokens, head size / 2].
+        cos_SR: cosines of :func:`~flashi2v_kernels.qk_norm_rope.tables.rope_tables`, [tokens, head size / 2].
         sin_SR: sines, same shape. The tables get no gradient.
         eps: added to the mean square.
         sum_of_squares: [tokens, batch] over the heads of all ranks, where a rank holds some of them; see
@@ -42,6 +41,24 @@ def qk_norm_rope(
     wide = heads_SBhD.to(torch.promote_types(heads_SBhD.dtype, torch.float32))
     normed = rms_norm(wide, weight_of_heads(heads_SBhD, weight), eps, sum_of_squares, full_width)
     return apply_rope(normed, cos_SR, sin_SR).to(heads_SBhD.dtype)
+
+
+def apply_rope(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:
+    """Turn channels (2j, 2j+1) of token s by the angle (s, j): ``(a + ib) * (cos + i sin)``.
+
+    Args:
+        x_SBhD: queries or keys, [tokens, batch, heads, head size], any strides.
+        cos_SR: cosines, as for :func:`qk_norm_rope`.
+        sin_SR: sines.
+
+    Returns:
+        the shape and dtype of ``x_SBhD``; computed in fp32 (fp64 for fp64) and rounded once.
+    """
+    dtype = torch.promote_types(x_SBhD.dtype, torch.float32)
+    cos_S11R, sin_S11R = (table.to(dtype)[:, None, None, :] for table in (cos_SR, sin_SR))
+    real, imaginary = x_SBhD.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = [real * cos_S11R - imaginary * sin_S11R, real * sin_S11R + imaginary * cos_S11R]
+    return torch.stack(turned, dim=-1).flatten(-2).to(x_SBhD.dtype)
 
 
 def weight_of_heads(heads_SBhD: Tensor, weight: Tensor) -> Tensor:

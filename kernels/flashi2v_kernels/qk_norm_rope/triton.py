@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from flashi2v_kernels.qk_norm_rope.reference import weight_of_heads
+from flashi2v_kernels.qk_norm_rope.tables import require_tables
 from flashi2v_kernels.rms_norm.triton import norm_and_turn
-from flashi2v_kernels.rope3d.tables import require_tables
 
 
 def qk_norm_rope(

@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.checkpoint.key_table import Mapped, external_name, mappings
-from megatron_flashi2v.conditioning.build import input_channels
+from megatron_flashi2v.conditioning.build import (
+    input_channels,
+    read_model_config,
+    recognise,
+    recognition_rules,
+)
+from megatron_flashi2v.conditioning.interface import ForeignModel
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.sample import DEFAULT_SHIFT
 from megatron_flashi2v.conversion.sources import open_safetensors_folder
 from megatron_flashi2v.conversion.weights import (
     ExternalWeights,
@@ -83,7 +90,10 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
     (folder / SCHEDULER).mkdir()
     atomic_write_json(
         folder / SCHEDULER / "scheduler_config.json",
-        {"_class_name": SCHEDULER_CLASS, "_diffusers_version": version, "num_train_timesteps": 1000, "shift": 7.0},
+        {
+            "_class_name": SCHEDULER_CLASS, "_diffusers_version": version, "num_train_timesteps": 1000,
+            "shift": DEFAULT_SHIFT,
+        },
     )
     atomic_write_json(
         folder / PIPELINE_NAME,
@@ -136,7 +146,7 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
         if not beside.exists():
             return _from_transformer(stored)
         settings = {key: value for key, value in _object(beside).items() if not key.startswith("_")}
-        config = ModelConfig.from_json(settings, source=str(beside))
+        config = read_model_config(settings, source=str(beside))
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         reason = f"{path}: no key {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(reason) from error
@@ -147,16 +157,15 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
 
 
 def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
-    """What a plain transformer folder describes: a text-to-video model, or Wan's inpainting by its wider input."""
+    """The model of a plain transformer folder, whose paradigm its input channels tell."""
     channels = stored["in_channels"]
     latents = stored["out_channels"] or channels  # diffusers takes none for as many
-    mask_channels = channels - 2 * latents
-    if channels != latents and mask_channels < 1:
+    paradigm = recognise(ForeignModel(latent_channels=latents, input_channels=channels))
+    if paradigm is None:
         raise ConfigError(
-            f"in_channels is {channels} and out_channels {latents}: equal ones are a text-to-video model, and more "
-            f"than {2 * latents} inpainting; another paradigm needs the {CONDITIONING}/ folder of its export"
+            f"in_channels is {channels} and out_channels {latents}: {recognition_rules()}; another paradigm needs the "
+            f"{CONDITIONING}/ folder of its export"
         )
-    paradigm = {} if channels == latents else {"mask_channels": mask_channels}
     return ModelConfig(
         num_layers=stored["num_layers"],
         hidden_size=stored["num_attention_heads"] * stored["attention_head_dim"],
@@ -167,7 +176,6 @@ def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
         freq_dim=stored["freq_dim"],
         text_dim=stored["text_dim"],
         norm_eps=stored["eps"],
-        conditioning="inpainting" if paradigm else "text_to_video",
         **paradigm,
     )
 

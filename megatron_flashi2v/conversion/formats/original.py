@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_flashi2v.checkpoint.key_table import mappings
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.formats.original_config import read_config, wan_config
@@ -91,9 +92,8 @@ class OriginalFormat:
 
     def caveats(self, config: ModelConfig) -> tuple[str, ...]:
         """What the format's own code would do otherwise than this model does."""
-        if config.conditioning != "flashi2v" or self.phi_order in (None, config.phi_order):
-            return ()
-        if config.phi_kernel_size[0] == 1:  # without a kernel over time both orders are the same
+        matters = "phi_order" in paradigm_of(config).meaningful_fields(config)
+        if not matters or self.phi_order in (None, config.phi_order):
             return ()
         return (
             f"{self.name}'s own code computes phi as {self.phi_order}; this model's phi is {config.phi_order} over a "

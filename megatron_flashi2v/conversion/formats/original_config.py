@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.checkpoint.key_table import external_name
-from megatron_flashi2v.conditioning.build import input_channels
+from megatron_flashi2v.conditioning.build import (
+    input_channels,
+    paradigm_named,
+    paradigm_of,
+    read_model_config,
+    recognise,
+    recognition_rules,
+)
+from megatron_flashi2v.conditioning.interface import ForeignModel
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.sources import SourceTensor
@@ -23,7 +31,7 @@ def wan_config(config: ModelConfig) -> dict[str, Any]:
     """``config.json`` as Wan's code reads it."""
     return {
         "_class_name": "WanModel",
-        "model_type": "i2v" if config.conditioning == "inpainting" else "t2v",
+        "model_type": paradigm_of(config).wan_model_type,
         "patch_size": list(config.patch_size),
         "text_len": config.text_length,
         "in_dim": input_channels(config),
@@ -57,7 +65,7 @@ def read_config(
     folder = path if path.is_dir() else path.parent
     exact = folder / "model_config.json"
     if exact.is_file():
-        config = ModelConfig.from_json(_object(exact), source=str(exact))
+        config = read_model_config(_object(exact), source=str(exact))
         options.require_agreement(config, exact)
         return config, ()
     notes: list[str] = []
@@ -80,9 +88,9 @@ def read_config(
             f"--num-attention-heads is {heads}, but {folder / 'config.json'} says {stated['num_heads']}; leave out the "
             "flag"
         )
-    if fields["conditioning"] == "flashi2v":
+    if "phi_order" in paradigm_named(fields["conditioning"]).config_fields:
         order = options.phi_order or phi_order or (options.assume.phi_order if options.assume else None)
-        if order is None and fields["phi_kernel_size"][0] > 1:
+        if order is None and fields.get("phi_kernel_size", (1,))[0] > 1:
             raise ConfigError(f"{path} does not say in which order its 3x3x3 phi is computed; give --phi-order")
         if order is not None:
             fields["phi_order"] = order
@@ -106,15 +114,21 @@ def _stated(path: Path) -> Mapping[str, Any]:
 
 
 def _from_shapes(path: Path, tensors: Mapping[str, SourceTensor], column: str) -> dict[str, Any]:
-    def shape(ours: str, dimensions: int) -> tuple[int, ...]:
-        name = external_name(ours, column)
+    def shape_of(name: str, dimensions: int) -> tuple[int, ...] | None:
         if name not in tensors:
-            raise CheckpointError(f"{path} holds no tensor {name}; it is of another format or model")
+            return None
         if len(tensors[name].shape) != dimensions:
             raise CheckpointError(
                 f"{tensors[name].path}: tensor {name} has shape {tensors[name].shape}, not {dimensions} sides"
             )
         return tensors[name].shape
+
+    def shape(ours: str, dimensions: int) -> tuple[int, ...]:
+        name = external_name(ours, column)
+        found = shape_of(name, dimensions)
+        if found is None:
+            raise CheckpointError(f"{path} holds no tensor {name}; it is of another format or model")
+        return found
 
     width, channels, *patch = shape("patch_embedding.weight", 5)
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
@@ -129,21 +143,16 @@ def _from_shapes(path: Path, tensors: Mapping[str, SourceTensor], column: str) -
         "patch_size": tuple(patch),
         "freq_dim": shape("time_embedding.linear_1.weight", 2)[1],
         "text_dim": shape("text_embedding.linear_1.weight", 2)[1],
-        "conditioning": "text_to_video",
     }
-    if external_name("conditioning.phi.conv_in.weight", column) in tensors:
-        hidden, _, *kernel = shape("conditioning.phi.conv_in.weight", 5)
-        return fields | {
-            "conditioning": "flashi2v", "phi_hidden_channels": hidden, "phi_kernel_size": tuple(kernel),
-        }
-    mask_channels = channels - 2 * latents
-    if channels != latents and mask_channels < 1:
+    paradigm = recognise(
+        ForeignModel(latent_channels=latents, input_channels=channels, column=column, shape_of=shape_of)
+    )
+    if paradigm is None:
         raise ConfigError(
-            f"{path}: the patch embedding takes {channels} channels, the latents have {latents}: equal ones are a "
-            f"text-to-video model, and more than {2 * latents} inpainting; another paradigm needs the "
-            "model_config.json of its export"
+            f"{path}: the patch embedding takes {channels} channels, the latents have {latents}: "
+            f"{recognition_rules()}; another paradigm needs the model_config.json of its export"
         )
-    return fields | ({} if channels == latents else {"conditioning": "inpainting", "mask_channels": mask_channels})
+    return fields | paradigm
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed
@@ -12,9 +13,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import ShardGrid
 from megatron_flashi2v.checkpoint.optimizer_state import optimizer_shards
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.parallel.placement import ShardGrid
+from megatron_flashi2v.training.watching.observer import Observer, Row
+
+if TYPE_CHECKING:
+    from megatron_flashi2v.training.state import TrainState
 
 BLOCK_GROUPS = 8
 """At most so many groups of neighbouring blocks."""
@@ -47,46 +52,55 @@ def part_of(name: str, num_layers: int) -> str:
     return rest[0] if first == "conditioning" else first
 
 
-class NormsByPart:
-    """Finds :class:`Norms` from what each rank's optimizer holds.
+class NormsByPart(Observer):
+    """Adds ``grad_norm_by_part`` and ``param_norm_by_part`` to rows (see :class:`Norms`).
 
     Args:
         model: resolved dimensions.
-        optimizer: of this rank.
-        parameters: global names and parameters of all of this rank's stages.
-        grid: this rank's place.
+        interval: iterations between rows with norms.
         device: where the default group's backend wants tensors.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        optimizer: MegatronOptimizer,
-        parameters: Sequence[tuple[str, nn.Parameter]],
-        grid: ShardGrid,
-        device: torch.device,
-    ) -> None:
-        self._optimizer, self._parameters, self._grid, self._device = optimizer, parameters, grid, device
+    def __init__(self, model: ModelConfig, interval: int, device: torch.device) -> None:
+        self._interval, self._device = interval, device
         self._layers = model.num_layers
         # All of the model's, so that ranks with other stages add up the same vector.
         self.parts = tuple(dict.fromkeys(part_of(name, self._layers) for name in parameter_shapes(model)))
+        self._found: Norms | None = None
+
+    def gradients_ready(self, state: TrainState, totals: Mapping[str, Sequence[int]]) -> None:
+        """Measure where a row with norms is due."""
+        due = (state.iteration + 1) % self._interval == 0
+        self._found = self.measure(state.optimizer, state.named_parameters(), state.grid) if due else None
+
+    def after_iteration(self, row: Row) -> None:
+        """Add what was measured."""
+        if self._found is not None:
+            row["grad_norm_by_part"] = self._found.gradients
+            row["param_norm_by_part"] = self._found.parameters
 
     @torch.no_grad()
-    def measure(self) -> Norms:
-        """The norms of the gradients that the optimizer is about to apply, and of the parameters; all ranks call it."""
-        shards = [
-            shard for shard in optimizer_shards(self._optimizer, self._parameters, self._grid) if shard.owner
-        ]
+    def measure(
+        self, optimizer: MegatronOptimizer, parameters: Sequence[tuple[str, nn.Parameter]], grid: ShardGrid
+    ) -> Norms:
+        """The norms of the gradients that the optimizer is about to apply, and of the parameters; all ranks call it.
+
+        Args:
+            optimizer: of this rank.
+            parameters: global names and parameters of all of this rank's stages.
+            grid: this rank's place.
+        """
+        shards = [shard for shard in optimizer_shards(optimizer, parameters, grid) if shard.owner]
         parts = [self.parts.index(part_of(shard.name, self._layers)) for shard in shards]
         squares_2P = torch.stack([
             self._squares([shard.weights.grad for shard in shards], parts),
             self._squares([shard.weights for shard in shards], parts),
         ])
         torch.distributed.all_reduce(squares_2P)
-        gradients, parameters = squares_2P.sqrt().tolist()
+        of_gradients, of_parameters = squares_2P.sqrt().tolist()
         return Norms(
-            gradients=dict(zip(self.parts, gradients, strict=True)),
-            parameters=dict(zip(self.parts, parameters, strict=True)),
+            gradients=dict(zip(self.parts, of_gradients, strict=True)),
+            parameters=dict(zip(self.parts, of_parameters, strict=True)),
         )
 
     def _squares(self, tensors: Sequence[Tensor | None], parts: Sequence[int]) -> Tensor:

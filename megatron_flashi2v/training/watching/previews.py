@@ -4,54 +4,62 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from safetensors.torch import save
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.build import paradigm_of
-from megatron_flashi2v.conditioning.interface import stack_extras
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.sample import ImageSettings
+from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings
 from megatron_flashi2v.config.watch import WatchArguments
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.data.prepared import PreparedSample, pad_text_rows
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.flow.sigmas import inference_sigmas
-from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_bytes
-from megatron_flashi2v.runtime.random import keyed_generator
+from megatron_flashi2v.sampling.denoise import Conditions, denoise
 from megatron_flashi2v.sampling.guidance import with_guidance
 from megatron_flashi2v.sampling.load import velocity_of
-from megatron_flashi2v.sampling.noise import sample_noise
+from megatron_flashi2v.sampling.noise import sample_extras, sample_noise
 from megatron_flashi2v.sampling.pipeline import to_frames
-from megatron_flashi2v.sampling.solvers import solve_euler
+from megatron_flashi2v.sampling.solvers import EulerSolver
 from megatron_flashi2v.sampling.video import StripRow, write_comparison, write_mp4
+from megatron_flashi2v.training.watching.observer import Observer
+from megatron_flashi2v.training.watching.schedule import Schedule
+
+if TYPE_CHECKING:
+    from megatron_flashi2v.training.state import TrainState
 
 SAMPLE_FOLDER = "samples"
 SAMPLE_SEED = 0
-SHIFT = 7.0
-"""Of the noise levels: what ``flashi2v sample`` takes by default."""
 
 logger = logging.getLogger(__name__)
 
 
-class Samples:
-    """Makes and writes the videos; all ranks call it together, and the replicas share the videos.
+def preview_folder(save: Path, iteration: int) -> Path:
+    """Folder of an iteration's videos under ``--save``."""
+    return save / SAMPLE_FOLDER / f"iter_{iteration:07d}"
+
+
+class Previews(Observer):
+    """Makes and writes the videos when they are due; all ranks do it together, and the replicas share the videos.
 
     Args:
         arguments: how many, with how many steps, and the VAE.
         save: ``--save``.
         data: validation data; the first positions of its order are the conditions.
         model: resolved dimensions.
-        chunks: this rank's stages.
-        models: the same, as they are trained.
+        groups: this rank's.
         device: what decodes.
-        gathers_late: whether updated weights are gathered only by the next forward pass of training.
+        schedule: when they are due.
+        begin_part: called before each replica's next video with what begins; False, on all ranks alike, stops.
 
     Raises:
         ConfigError: the VAE cannot be loaded, or is not the one of the data.
@@ -63,75 +71,66 @@ class Samples:
         save: Path,
         data: Blend,
         model: ModelConfig,
-        chunks: list[DiffusionTransformer],
-        models: list[DistributedDataParallel],
+        groups: Groups,
         device: Device,
-        *,
-        gathers_late: bool,
+        schedule: Schedule,
+        begin_part: Callable[[str], bool],
     ) -> None:
-        self._arguments, self._folder, self._data, self._model = arguments, save / SAMPLE_FOLDER, data, model
-        self._chunks, self._models, self._device, self._gathers_late = chunks, models, device, gathers_late
-        groups = chunks[0].spec.groups
+        self._arguments, self._save, self._data, self._model = arguments, save, data, model
+        self._device, self._schedule, self._begin_part = device, schedule, begin_part
         self._replica, self._replicas = groups.dp.rank(), groups.dp.size()
         self._writes = not (groups.tp.rank() or groups.cp.rank() or groups.pp.rank())
         if arguments.sample_vae is not None and self._writes and self._replica == 0:
             self._require_fitting(VideoVAE.load(arguments.sample_vae, "cpu"))
 
-    def folder(self, iteration: int) -> Path:
-        """Where the videos of an iteration go."""
-        return self._folder / f"iter_{iteration:07d}"
-
-    def run(self, iteration: int, go_on: Callable[[], bool]) -> None:
-        """Sample, decode and write.
-
-        Args:
-            iteration: iterations done.
-            go_on: asked before each replica's next video; the same on all ranks. Where it stops, nothing is written.
-        """
-        for model in self._models:
-            if self._gathers_late:
-                model.start_param_sync(force_sync=True)
+    def between_iterations(self, state: TrainState) -> None:
+        """Sample, decode and write where it is due; a run that leaves before the end writes nothing."""
+        if not self._schedule.is_due(state.iteration):
+            return
+        state.gather_weights()
+        for model in state.models:
             model.eval()
         try:
             made = {}
             for first in range(0, self._arguments.sample_count, self._replicas):
-                if not go_on():
+                if not self._begin_part(f"the samples of iteration {state.iteration}"):
                     return
                 index = first + self._replica
                 if index < self._arguments.sample_count:
-                    made[index] = self._sample(index)
+                    made[index] = self._sample(state, index)
         finally:
-            for model in self._models:
+            for model in state.models:
                 model.train()
         if self._writes and made:
             try:
-                self._write(self.folder(iteration), made)
+                self._write(preview_folder(self._save, state.iteration), made)
             except Exception as error:  # a full disk, the device's memory; no other rank waits for this
                 what = (str(error).splitlines() or [""])[0]
-                logger.warning("samples of iteration %d are not written: %s: %s; the run goes on", iteration,
+                logger.warning("samples of iteration %d are not written: %s: %s; the run goes on", state.iteration,
                                type(error).__name__, what)
 
     @torch.no_grad()
-    def _sample(self, index: int) -> tuple[PreparedSample, Tensor]:
+    def _sample(self, state: TrainState, index: int) -> tuple[PreparedSample, Tensor]:
         """A validation sample, and latents [1, C, T, H, W] made from its image and its text."""
         (sample,), _ = self._data.read([index])
         shape, device = sample.latents_CTHW.shape, self._device.torch_device
-        channels, _, height, width = shape
         text_BLD, empty_BLD = (
             pad_text_rows(rows_LD, self._model.text_length).unsqueeze(0).to(device)
             for rows_LD in (sample.text_rows_LD, self._data.empty_text_rows_LD)
         )
-        image_BC1HW = sample.latents_CTHW[:, :1].unsqueeze(0).to(device)
-        extras = paradigm_of(self._model).sampling_extras(
-            ImageSettings(), (channels, 1, height, width),
-            lambda purpose: keyed_generator(SAMPLE_SEED, f"sample-{purpose}", index),
-        )
-        extras_B = {name: value.to(device) for name, value in stack_extras([extras]).items()}
-        velocity = with_guidance(velocity_of(self._chunks), empty_BLD, self._arguments.sample_guidance_scale)
-        latents_BCTHW = solve_euler(
-            lambda state, timestep: velocity(state, timestep, text_BLD, image_BC1HW, extras_B),
+        extras = sample_extras(paradigm_of(self._model), ImageSettings(), SAMPLE_SEED, [index], shape)
+        latents_BCTHW = denoise(
+            velocity_of(state.stages),
             sample_noise(SAMPLE_SEED, [index], shape).to(device),
-            inference_sigmas(self._arguments.sample_num_steps, SHIFT),
+            Conditions(
+                text_BLD=text_BLD,
+                image_latents_BC1HW=sample.latents_CTHW[:, :1].unsqueeze(0).to(device),
+                extras={name: value.to(device) for name, value in extras.items()},
+            ),
+            EulerSolver(inference_sigmas(self._arguments.sample_num_steps, DEFAULT_SHIFT)),
+            guidance=partial(
+                with_guidance, negative_text_BLD=empty_BLD, guidance_scale=self._arguments.sample_guidance_scale
+            ),
         )
         return sample, latents_BCTHW
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_flashi2v.config.watch import WatchArguments
 from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.training.watching.observer import Observer, Row
+
+if TYPE_CHECKING:
+    from megatron_flashi2v.training.state import TrainState
 
 REQUEST_FILE = "profile"
-"""``touch SAVE/profile`` asks for a trace of the next iterations; rank 0 looks for it and takes it away."""
+"""``touch SAVE/profile`` asks for a trace of the next iterations; rank 0 looks for the file and removes it."""
 TRACE_FOLDER = "traces"
 
 logger = logging.getLogger(__name__)
 
 
-class Profiling:
+class Profiling(Observer):
     """Starts and stops the profiler at the same iterations on all ranks that trace.
 
     Args:
@@ -31,26 +36,11 @@ class Profiling:
         self._listens = rank == 0 and save is not None
         self._running: Any = None
         self._first, self._last = 0, -1  # iterations of the trace that is planned or under way
+        self._done, self._asked = 0, False
 
-    def asked(self) -> int:
-        """Whether someone asks this rank for a trace: 0 or 1. Rank 0 is asked, and tells all others."""
-        return int(self._listens and self._request.exists())
-
-    def plan(self, iteration: int) -> None:
-        """Trace the iterations after this one, as was asked for; a trace that is under way serves as well."""
-        if iteration >= self._last:
-            length = self._arguments.profile_step_end - self._arguments.profile_step_start
-            self._first, self._last = iteration + 1, iteration + length
-        if self._listens:
-            try:
-                self._request.unlink()
-            except OSError as error:
-                self._listens = False
-                logger.warning("%s cannot be removed (%s): no more traces on demand", self._request, error.strerror)
-
-    def before_iteration(self, done: int) -> None:
-        """Begin a trace where one is due; ``done`` iterations are done."""
-        arguments = self._arguments
+    def before_iteration(self, state: TrainState) -> None:
+        """Begin a trace where one is due."""
+        arguments, done = self._arguments, state.iteration
         planned = arguments.profile and arguments.profile_step_start <= done < arguments.profile_step_end
         if planned and done >= self._last:
             self._first, self._last = done + 1, arguments.profile_step_end
@@ -61,17 +51,42 @@ class Profiling:
             except Exception as error:  # of the device's tools
                 self._give_up(error)
 
-    def after_iteration(self, done: int) -> None:
-        """Write the trace where it is complete."""
-        if self._running is not None and done >= self._last:
-            self.end(done)
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        """Whether someone asks this rank for a trace: 0 or 1. Rank 0 is asked, and tells all others."""
+        return {"asked": (int(self._listens and self._request.exists()),)}
 
-    def end(self, done: int) -> None:
+    def gradients_ready(self, state: TrainState, totals: Mapping[str, Sequence[int]]) -> None:
+        """Hear whether a trace is asked for."""
+        self._asked = any(totals["asked"])
+
+    def after_iteration(self, row: Row) -> None:
+        """Write the trace if it is complete, and plan the one that is asked for."""
+        self._done = row["iteration"]
+        if self._running is not None and self._done >= self._last:
+            self._write()
+        if self._asked:
+            self._plan()
+
+    def close(self) -> None:
         """Write the trace that is under way, if there is one."""
-        if self._running is None:
-            return
+        if self._running is not None:
+            self._write()
+
+    def _plan(self) -> None:
+        """Trace the next iterations; a trace that is under way serves as well."""
+        if self._done >= self._last:
+            length = self._arguments.profile_step_end - self._arguments.profile_step_start
+            self._first, self._last = self._done + 1, self._done + length
+        if self._listens:
+            try:
+                self._request.unlink()
+            except OSError as error:
+                self._listens = False
+                logger.warning("%s cannot be removed (%s): no more traces on demand", self._request, error.strerror)
+
+    def _write(self) -> None:
         assert self._save is not None
-        name = f"iterations_{self._first:07d}_{done:07d}_rank_{self._rank}.json"
+        name = f"iterations_{self._first:07d}_{self._done:07d}_rank_{self._rank}.json"
         path = self._save / TRACE_FOLDER / name
         profiler, self._running = self._running, None
         try:
@@ -81,7 +96,7 @@ class Profiling:
             profiler.export_chrome_trace(str(path))
             if not path.exists():  # torch_npu's profiler only prints what went wrong
                 raise FileNotFoundError(f"the profiler has not written {path}; what it printed says why")
-            logger.info("traced iterations %d to %d: %s", self._first, done, path)
+            logger.info("traced iterations %d to %d: %s", self._first, self._done, path)
         except Exception as error:  # a full disk, the device's tools
             self._give_up(error)
 

@@ -12,12 +12,18 @@ import json
 import logging
 import socket
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.distributed import gather_bytes
+from megatron_flashi2v.runtime.logging import AGREED
+from megatron_flashi2v.training.watching.observer import Observer, Row
 from megatron_flashi2v.training.watching.throughput import MICROSECONDS, PerReplica
+
+if TYPE_CHECKING:
+    from megatron_flashi2v.training.state import TrainState
 
 SLOW = 1.3
 """Times the median of all replicas, from which on one counts as slow."""
@@ -28,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class ReplicaClock:
-    """How long this replica takes from an iteration's start to where replicas meet."""
+    """Measures this replica's time from an iteration's start to where replicas meet."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -47,8 +53,8 @@ class ReplicaClock:
         return self._device.seconds_between(self._start, self._met)
 
 
-class StragglerWatch:
-    """Compares the replicas' times, which travel with the loss of the next iteration.
+class StragglerWatch(Observer):
+    """Compares the replicas' times, which travel with the loss of the next iteration, and warns of slow ones.
 
     Args:
         groups: this rank's.
@@ -65,20 +71,25 @@ class StragglerWatch:
         for replica, host in map(json.loads, gather_bytes(mine, device=device.torch_device)):
             self._hosts[replica][host] = None
 
-    def iteration_begins(self) -> None:
+    def before_iteration(self, state: TrainState) -> None:
         """Start the clock."""
         self._clock.start()
 
-    def iteration_done(self) -> None:
-        """Read the clock, once the device has done the iteration's work."""
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        """The last iteration's time, in microseconds, in this replica's place."""
+        return {"times": self._own.counts(round(self._seconds * MICROSECONDS))}
+
+    def gradients_ready(self, state: TrainState, totals: Mapping[str, Sequence[int]]) -> None:
+        """Warn of each replica that has been slow for long enough."""
+        for words in self.compare(totals["times"]):
+            logger.warning("%s", words, extra=AGREED)
+
+    def after_iteration(self, row: Row) -> None:
+        """Read the clock: the device has done the iteration's work."""
         self._seconds = self._clock.seconds()
 
-    def counts(self) -> tuple[int, ...]:
-        """This rank's entries, in microseconds."""
-        return self._own.counts(round(self._seconds * MICROSECONDS))
-
     def compare(self, totals: Sequence[int]) -> list[str]:
-        """Take in the sums of all ranks' :meth:`counts`; words on each replica that has been slow for long enough."""
+        """Take in the replicas' times; a sentence on each that has been slow for long enough."""
         usual, found = statistics.median(totals), []
         for replica, time in enumerate(totals):
             self._slow_for[replica] = self._slow_for[replica] + 1 if time > SLOW * usual else 0

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.train import BatchArguments
 from megatron_flashi2v.models.flops import training_flops
 from megatron_flashi2v.models.patches import token_grid
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.peaks import peak_tflops
+from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.watching.observer import Observer, Row
+
+if TYPE_CHECKING:
+    from megatron_flashi2v.training.state import TrainState
 
 GIGA = 1e9
 MICROSECONDS = 1e6
@@ -21,7 +28,7 @@ MICROSECONDS = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """What an iteration did in its time.
+    """Rates of an iteration; the attributes are keys of its row.
 
     Attributes:
         samples_per_s: of the global batch.
@@ -44,17 +51,19 @@ class ThroughputMeter:
     """Figures of iterations from their times.
 
     Args:
-        config: batch size and precision.
+        batch: its size and precision.
         model: dimensions.
         device: asked for its peak and its memory.
         world_size: devices of the run.
+        fp8: whether the blocks' matrix products are in FP8.
     """
 
-    def __init__(self, config: TrainConfig, model: ModelConfig, device: Device, world_size: int) -> None:
+    def __init__(
+        self, batch: BatchArguments, model: ModelConfig, device: Device, world_size: int, *, fp8: bool = False
+    ) -> None:
         self._model, self._device, self._world_size = model, device, world_size
-        self._samples = config.batch.global_batch_size
-        plain = config.batch.bf16 and config.runtime.backend.fp8_format is None
-        self._peak = peak_tflops(device, torch.bfloat16 if plain else torch.float32)
+        self._samples = batch.global_batch_size
+        self._peak = peak_tflops(device, torch.bfloat16 if batch.bf16 and not fp8 else torch.float32)
 
     def measure(self, latent_shape: tuple[int, int, int], seconds: float, data_wait_s: float) -> Throughput:
         """The figures of one iteration.
@@ -76,17 +85,48 @@ class ThroughputMeter:
         )
 
 
-class PerReplica:
-    """A number of each replica, told to all ranks with the counts that travel with the loss.
+class ThroughputWatch(Observer):
+    """Adds :class:`Throughput` to every row.
 
-    One rank of each replica tells it in a place of its own, so that the sum over ranks keeps them apart.
+    Args:
+        meter: turns times into figures.
+        source: the run's samples, which tells its waits.
+        groups: this rank's.
+    """
+
+    def __init__(self, meter: ThroughputMeter, source: MicrobatchSource, groups: Groups) -> None:
+        self._meter, self._source, self._waits = meter, source, PerReplica(groups)
+        self._latent_shape = (0, 0, 0)
+        self._wait_s = 0.0
+
+    def before_iteration(self, state: TrainState) -> None:
+        """Note the size of the samples."""
+        self._latent_shape = self._source.data.latent_shape(state.consumed_samples)[1:]
+
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        """The wait for samples, in microseconds, in this replica's place."""
+        return {"waits": self._waits.counts(round(self._source.waited_s * MICROSECONDS))}
+
+    def gradients_ready(self, state: TrainState, totals: Mapping[str, Sequence[int]]) -> None:
+        """Take the longest wait."""
+        self._wait_s = max(totals["waits"]) / MICROSECONDS
+
+    def after_iteration(self, row: Row) -> None:
+        """Add the figures."""
+        row.update(asdict(self._meter.measure(self._latent_shape, row["step_time_s"], self._wait_s)))
+
+
+class PerReplica:
+    """A number of each replica, in counts that are summed over all ranks.
+
+    One rank of each replica gives it, in the replica's own place, so that the sum keeps the replicas apart.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._replica, self._replicas = groups.dp.rank(), groups.dp.size()
-        self._tells = not (groups.tp.rank() or groups.cp.rank() or groups.pp.rank())
+        self._gives = not (groups.tp.rank() or groups.cp.rank() or groups.pp.rank())
 
     def counts(self, number: int) -> tuple[int, ...]:
         """This rank's entries; summed over all ranks they are the replicas' numbers."""
-        mine = number if self._tells else 0
+        mine = number if self._gives else 0
         return tuple(mine if replica == self._replica else 0 for replica in range(self._replicas))

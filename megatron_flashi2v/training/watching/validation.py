@@ -10,22 +10,23 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.train import BatchArguments, DataArguments
 from megatron_flashi2v.data.blend import Blend
-from megatron_flashi2v.runtime.random import keyed_seed
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.datasets import VALIDATION_SEED
 from megatron_flashi2v.training.sigma_buckets import BUCKETS, BatchLoss
 from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.watching.observer import Observer, Row
+from megatron_flashi2v.training.watching.schedule import Schedule
 
-VALIDATION_FILE = "validation.jsonl"
-VALIDATION_SEED = keyed_seed(0, "validation")
-"""Keys the draws instead of the run's seed."""
+if TYPE_CHECKING:
+    from megatron_flashi2v.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +42,40 @@ class ValidationSource(MicrobatchSource):
         return False
 
 
-class Validation:
-    """The validation loss of a model in training; all ranks call it together.
+class Validation(Observer):
+    """The validation loss of a model in training, recorded when it is due; all ranks find it together.
 
     Args:
         source: of the samples; it ends after ``iterations``.
         step: runs the model.
         iterations: global batches of one evaluation.
+        schedule: when it is due.
+        begin_part: called before each global batch with what begins; False, on all ranks alike, stops the evaluation.
+        record: takes the row.
     """
 
-    def __init__(self, source: ValidationSource, step: TrainingStep, iterations: int) -> None:
+    def __init__(
+        self,
+        source: ValidationSource,
+        step: TrainingStep,
+        iterations: int,
+        schedule: Schedule,
+        begin_part: Callable[[str], bool],
+        record: Callable[[Row], None],
+    ) -> None:
         self._source, self._step, self._iterations = source, step, iterations
+        self._schedule, self._begin_part, self._record = schedule, begin_part, record
         self._told = False
+
+    def between_iterations(self, state: TrainState) -> None:
+        """Evaluate and record where it is due; a run that leaves before the end records nothing."""
+        if not self._schedule.is_due(state.iteration):
+            return
+        found = self.run(lambda: self._begin_part(f"the validation of iteration {state.iteration}"))
+        if found is None:
+            return
+        self._record({"iteration": state.iteration, "consumed_samples": state.consumed_samples, **found})
+        logger.info("validation at iteration %d | loss %.4f | %.1f s", state.iteration, found["loss"], found["seconds"])
 
     def run(self, go_on: Callable[[], bool]) -> dict[str, Any] | None:
         """The figures of a row: ``loss``, ``loss_by_sigma``, ``samples_by_sigma`` and ``seconds``.
@@ -90,26 +113,33 @@ class Validation:
             logger.warning("bad validation sample: %s; another one stands for it", row.reason)
 
 
-def make_validation(
-    config: TrainConfig, model: ModelConfig, data: Blend, step: TrainingStep, device: torch.device, ahead: int
-) -> Validation:
-    """The validation that the flags ask for.
+def validation_source(
+    data: Blend,
+    model: ModelConfig,
+    flow: DataArguments,
+    batch: BatchArguments,
+    step: TrainingStep,
+    *,
+    iterations: int,
+    ahead: int,
+) -> ValidationSource:
+    """What reads this replica's validation samples.
 
     Args:
-        config: flags and recipe, checked.
-        model: as it was fitted to the training data.
         data: validation data.
+        model: as it was fitted to the training data.
+        flow: distributions of the draws.
+        batch: sizes.
         step: runs the model.
-        device: where microbatches go.
+        iterations: global batches of one evaluation.
         ahead: microbatches that are read ahead.
     """
-    groups, iterations = step.spec.groups, config.watch.eval_iters
-    source = ValidationSource(
-        data, model, config.data, dataclasses.replace(config.batch, seed=VALIDATION_SEED), dp_rank=groups.dp.rank(),
-        dp_size=groups.dp.size(), device=device, shapes_only=step.reading_stage is None, ahead=ahead,
-        end=iterations * config.batch.global_batch_size,
+    groups = step.spec.groups
+    return ValidationSource(
+        data, model, flow, dataclasses.replace(batch, seed=VALIDATION_SEED), dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(), device=step.spec.device, shapes_only=step.reading_stage is None, ahead=ahead,
+        end=iterations * batch.global_batch_size,
     )
-    return Validation(source, step, iterations)
 
 
 def mean_loss(losses: Sequence[BatchLoss]) -> BatchLoss:

@@ -1,4 +1,7 @@
-"""Figures for TensorBoard and Weights & Biases; a writer that fails is done without, and the run goes on."""
+"""Rows of figures to metrics.jsonl, validation.jsonl, TensorBoard and Weights & Biases.
+
+A service that fails is left out from then on, and the run goes on.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,22 @@ from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.config.watch import WatchArguments
 from megatron_flashi2v.runtime.files import atomic_write_text
+from megatron_flashi2v.training.metrics import METRICS_FILE, MetricsLog
 from megatron_flashi2v.training.sigma_buckets import BUCKETS
+from megatron_flashi2v.training.watching.observer import Observer, Row
 
+TRAINING, VALIDATION = "train", "validation"
+"""Kinds of rows, as curves name them."""
+FILES = {TRAINING: METRICS_FILE, VALIDATION: "validation.jsonl"}
+"""Under ``--save``."""
 WANDB_RUN_FILE = "wandb_run_id.txt"
 """Under ``--save``: the run that a resumed one goes on with."""
 
 logger = logging.getLogger(__name__)
 
 
-class Writer(Protocol):
-    """Something that shows figures over iterations."""
+class Curves(Protocol):
+    """A service that shows figures over iterations."""
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
         """Take the figures of one iteration, by name; ``/`` in a name groups them."""
@@ -52,7 +61,7 @@ def require_packages(arguments: WatchArguments) -> None:
             )
 
 
-class TensorBoardWriter:
+class TensorBoardCurves:
     """TensorBoard's event files.
 
     Args:
@@ -78,7 +87,7 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-class WandbWriter:
+class WandbCurves:
     """A run at Weights & Biases; a resumed run continues the earlier one that the same ``--save`` names.
 
     Args:
@@ -113,49 +122,58 @@ class WandbWriter:
         self._run.finish()
 
 
-class Writers:
-    """All writers that the flags ask for.
+class Writers(Observer):
+    """Writes rows to ``--save`` and to the services that the flags ask for; of rank 0 alone, the others write nothing.
 
     Args:
-        config: names them.
-        folder: ``--save``.
-        iteration: the run goes on from here.
+        config: names the services, which are shown it.
+        iteration: the run goes on from here; rows of later iterations, which files may hold, are dropped.
+        writes: whether this rank does.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path | None, iteration: int) -> None:
-        self._writers: dict[str, Writer] = {}
+    def __init__(self, config: TrainConfig, iteration: int, *, writes: bool) -> None:
+        folder = config.checkpoint.save if writes else None
+        self._logs = {kind: MetricsLog(folder, iteration, name) for kind, name in FILES.items()}
+        self._curves: dict[str, Curves] = {}
         board, project = config.watch.tensorboard_dir, config.watch.wandb_project
-        if board is not None:
-            self._open("--tensorboard-dir", lambda: TensorBoardWriter(config, board, iteration))
-        if project is not None:
-            self._open("--wandb-project", lambda: WandbWriter(config, project, folder, iteration))
+        if board is not None and writes:
+            self._open("--tensorboard-dir", lambda: TensorBoardCurves(config, board, iteration))
+        if project is not None and writes:
+            self._open("--wandb-project", lambda: WandbCurves(config, project, folder, iteration))
 
-    def write(self, group: str, row: Mapping[str, Any]) -> None:
-        """Show the figures of a row that has an ``iteration``, named ``group/figure``."""
-        if not self._writers:
-            return
-        self._each(lambda writer: writer.scalars(
-            {f"{group}/{name}": value for name, value in scalars_of(row).items()}, row["iteration"]
-        ))
+    def last_iteration(self, kind: str) -> int:
+        """Of the rows of that kind that an earlier run left; 0 where it left none."""
+        return self._logs[kind].last_iteration or 0
+
+    def after_iteration(self, row: Row) -> None:
+        """Write the row to metrics.jsonl."""
+        self.write(TRAINING, row)
+
+    def write(self, kind: str, row: Row) -> None:
+        """Append a row to the file of its kind, and show its figures, named ``kind/figure``."""
+        self._logs[kind].append(row)
+        if self._curves:
+            values = {f"{kind}/{name}": value for name, value in scalars_of(row).items()}
+            self._each(lambda curves: curves.scalars(values, row["iteration"]))
 
     def close(self) -> None:
         """Write what is still held back."""
-        self._each(lambda writer: writer.close())
-        self._writers = {}
+        self._each(lambda curves: curves.close())
+        self._curves = {}
 
-    def _open(self, flag: str, make: Callable[[], Writer]) -> None:
+    def _open(self, flag: str, make: Callable[[], Curves]) -> None:
         try:
-            self._writers[flag] = make()
+            self._curves[flag] = make()
         except Exception as error:  # a service that is away, a full disk: in many ways
-            _tell(flag, error)
+            _warn(flag, error)
 
-    def _each(self, action: Callable[[Writer], None]) -> None:
-        for flag, writer in list(self._writers.items()):
+    def _each(self, action: Callable[[Curves], None]) -> None:
+        for flag, curves in list(self._curves.items()):
             try:
-                action(writer)
+                action(curves)
             except Exception as error:
-                _tell(flag, error)
-                del self._writers[flag]
+                _warn(flag, error)
+                del self._curves[flag]
 
 
 def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -180,6 +198,6 @@ def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def _tell(flag: str, error: Exception) -> None:
+def _warn(flag: str, error: Exception) -> None:
     what = (str(error).splitlines() or [""])[0]
     logger.warning("%s: %s: %s; the run goes on without it", flag, type(error).__name__, what)

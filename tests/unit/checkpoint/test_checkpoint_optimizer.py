@@ -23,7 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_flashi2v.checkpoint.index import write_index
-from megatron_flashi2v.checkpoint.model_state import ShardGrid, load_model, model_pieces
+from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import (
     load_optimizer,
     optimizer_common_state,
@@ -32,6 +32,7 @@ from megatron_flashi2v.checkpoint.optimizer_state import (
 )
 from megatron_flashi2v.checkpoint.storage import keys, merge_parts, read_full, write_rank_file
 from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.redirect import megatron_on
 
@@ -39,13 +40,13 @@ assert megatron.core.optimizer.USING_PYTORCH_OPTIMIZER  # what a plain machine h
 
 # Name, whole shape, dimension that tensor parallelism cuts, whether it stays fp32 under bf16.
 PARAMETERS = (
-    ("patch.weight", (20, 15), None, False),
-    ("column.weight", (32, 18), 0, False),
-    ("column.bias", (32,), 0, False),
-    ("norm.weight", (7,), None, True),
-    ("row.weight", (30, 16), 1, False),
-    ("modulation", (6, 35), None, True),
-    ("head.bias", (3,), None, False),
+    ("patch_embedding.weight", (20, 15), None, False),
+    ("blocks.0.mlp.linear_fc1.weight", (32, 18), 0, False),
+    ("blocks.0.mlp.linear_fc1.bias", (32,), 0, False),
+    ("blocks.0.norm_cross.weight", (7,), None, True),
+    ("blocks.1.mlp.linear_fc2.weight", (30, 16), 1, False),
+    ("blocks.1.modulation", (6, 35), None, True),
+    ("head.linear.bias", (3,), None, False),
 )
 
 
@@ -79,12 +80,6 @@ class Stage(torch.nn.Module):
             )
             dtype = torch.bfloat16 if layout.bf16 and not keep else torch.float32
             parameter = torch.nn.Parameter(torch.zeros(local, dtype=dtype))
-            if axis is not None:
-                parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = (
-                    True,
-                    axis,
-                    1,
-                )
             attribute = name.replace(".", "_")
             self.register_parameter(attribute, parameter)
             self.names[attribute] = name
@@ -271,7 +266,7 @@ def test_the_shards_of_all_ranks_are_really_split(tmp_path: Path) -> None:
 def test_sgd_keeps_its_momentum(tmp_path: Path) -> None:
     common = trained(tmp_path / "a", Layout("a", kind="sgd"))
     assert common == {"step": None}
-    assert "optimizer.momentum_buffer.row.weight" in keys(tmp_path / "a")
+    assert "optimizer.momentum_buffer.blocks.1.mlp.linear_fc2.weight" in keys(tmp_path / "a")
     carried_over(tmp_path / "a", tmp_path / "b", Layout("b", tp=2, kind="sgd"), common)
     assert_equal(contents(tmp_path / "b"), contents(tmp_path / "a"))
 
@@ -322,8 +317,3 @@ def test_a_nameless_parameter_is_refused() -> None:
         pytest.raises(CheckpointError, match="no name"),
     ):
         optimizer_pieces(optimizer, stage.named()[1:], grid)
-
-
-def test_a_grid_must_exist() -> None:
-    with pytest.raises(ValueError, match="no such place"):
-        ShardGrid(tp_rank=2, tp_size=2)

@@ -9,13 +9,14 @@ import torch
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
 from PIL import Image
 
-from megatron_flashi2v.checkpoint.model_state import ShardGrid, model_pieces
+from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.cli.sample import VideoShape, video_shape
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.models.build import build_model
+from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 

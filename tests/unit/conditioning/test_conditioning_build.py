@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers.paradigms import PARADIGMS
 
-from megatron_flashi2v.conditioning.build import CLASSES, build_conditioning
+from megatron_flashi2v.conditioning.build import build_conditioning, paradigm_named, read_model_config, register
 from megatron_flashi2v.conditioning.interface import ImageConditioning, stack_extras
 from megatron_flashi2v.conditioning.text_to_video import TextToVideo
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
-from megatron_flashi2v.config.train import DataArguments, ModelArguments
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import DataArguments
 from megatron_flashi2v.models.patches import patchify
 from megatron_flashi2v.runtime.random import keyed_generator
 
 CONFIG = ModelConfig(num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4)
 
 
-def test_flag_configuration_and_classes_name_the_same_paradigms() -> None:
-    flag = typing.get_args(typing.get_type_hints(ModelArguments)["conditioning"])
-    assert flag == PARADIGMS == tuple(CLASSES)
+def test_the_help_lists_the_built_in_paradigms() -> None:
+    """The configuration cannot ask the list, which is above it."""
+    told = subprocess.run(
+        [sys.executable, "-m", "megatron_flashi2v", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    text = " ".join(told.replace("│", " ").split())
+    assert f"Image-to-video paradigm: {', '.join(PARADIGMS[:-1])} or {PARADIGMS[-1]}." in text
 
 
 @pytest.mark.parametrize("name", PARADIGMS)
@@ -46,13 +52,40 @@ def test_text_to_video_has_no_parameters_and_passes_the_latents_on() -> None:
     noisy = torch.randn(1, 4, 2, 4, 4)
     conditioned = module(noisy, torch.randn(1, 4, 1, 4, 4), {})
     assert conditioned.latents_BCTHW is noisy and conditioned.guidance_BCTHW is None
-    assert not list(module.parameters()) and not module.token_modules()
+    assert not list(module.parameters()) and not module.token_modules
     with pytest.raises(TypeError, match="TextToVideo has no guidance"):
         module.embed_guidance(torch.zeros(1, 1, 16))
 
 
 def test_an_unknown_name_lists_the_choices() -> None:
-    config = dataclasses.replace(CONFIG)
-    object.__setattr__(config, "conditioning", "svd")  # the configuration itself refuses it as well
+    config = dataclasses.replace(CONFIG, conditioning="svd")
     with pytest.raises(ConfigError, match="'svd'.*flashi2v, repeat_concat, zero_pad_concat, inpainting, text_to_video"):
         build_conditioning(config, None, torch.float32)
+    with pytest.raises(ConfigError, match="conditioning is 'inpaintng'.*; did you mean inpainting"):
+        paradigm_named("inpaintng")
+
+
+def test_an_unknown_name_in_a_file_names_the_file() -> None:
+    values = {**CONFIG.to_json(), "conditioning": "svd"}
+    with pytest.raises(ConfigError, match="a/model_config.json: conditioning is 'svd'; choose one of"):
+        read_model_config(values, source="a/model_config.json")
+    with pytest.raises(ConfigError, match="a.json: conditioning is 3; it must be a paradigm's name"):
+        read_model_config({**values, "conditioning": 3}, source="a.json")
+
+
+def test_a_name_is_registered_once() -> None:
+    class Other(TextToVideo):
+        pass
+
+    assert register(TextToVideo) is TextToVideo  # again, as a notebook does
+    with pytest.raises(ValueError, match="'text_to_video' is registered as TextToVideo"):
+        register(Other)
+
+
+@pytest.mark.parametrize("name", PARADIGMS)
+def test_own_tensors_are_the_modules_parameters(name: str) -> None:
+    config = dataclasses.replace(CONFIG, conditioning=name, phi_kernel_size=(3, 5, 7), patch_size=(1, 2, 3))
+    module = build_conditioning(config, None, torch.float32)
+    found = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+    assert found == [(name, tensor.shape) for name, tensor in module.own_tensors(config).items()]
+    assert not list(module.buffers())  # a checkpoint holds parameters alone

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from helpers.paradigms import PARADIGMS
 from torch import Tensor
 
-from megatron_flashi2v.conditioning.build import CLASSES, build_conditioning, input_channels
+from megatron_flashi2v.conditioning.build import BUILT_IN, build_conditioning, input_channels, paradigm_named
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings
 from megatron_flashi2v.config.train import DataArguments
@@ -78,12 +79,12 @@ def test_wans_inpainting_has_36_channels() -> None:
 
 
 def test_inpainting_takes_the_mask_from_the_data_and_the_others_nothing() -> None:
-    for name, paradigm in CLASSES.items():
-        config = make_config(name)
-        assert paradigm.fit_to_data(config, 2) == make_config(name, 2 if name == "inpainting" else 4)
+    for paradigm in BUILT_IN:
+        config = make_config(paradigm.name)
+        assert paradigm.fit_to_data(config, 2) == make_config(paradigm.name, 2 if paradigm.name == "inpainting" else 4)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", PARADIGMS)
 def test_latents_reach_the_patch_embedding_in_fp32(name: str) -> None:
     noisy, image, extras = (item.to(torch.bfloat16) if isinstance(item, Tensor) else item for item in make_inputs())
     module = build_conditioning(make_config(name), None, torch.bfloat16)
@@ -96,7 +97,7 @@ def test_latents_reach_the_patch_embedding_in_fp32(name: str) -> None:
 
 
 def training_extras(name: str, position: int, seed: int = 0, **flags: float) -> dict[str, Tensor]:
-    return CLASSES[name].training_extras(
+    return paradigm_named(name).training_extras(
         DataArguments(**flags), IMAGE_SHAPE, lambda purpose: keyed_generator(seed, purpose, position)
     )
 
@@ -123,7 +124,7 @@ def test_level_and_noise_are_independent_draws(name: str) -> None:
         asked.append(purpose)
         return keyed_generator(0, purpose, 0)
 
-    CLASSES[name].training_extras(DataArguments(), IMAGE_SHAPE, generator_of)
+    paradigm_named(name).training_extras(DataArguments(), IMAGE_SHAPE, generator_of)
     assert len(asked) == len(set(asked)) == 2
 
 
@@ -132,10 +133,10 @@ def test_flags_set_the_distribution_of_the_level() -> None:
     assert row["image_noise_level"].item() == pytest.approx(math.exp(-1.5))
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", PARADIGMS)
 def test_sampling_takes_the_users_settings(name: str) -> None:
     settings = ImageSettings(cutoff_ratio=0.3, image_noise=0.07)
-    row = CLASSES[name].sampling_extras(settings, IMAGE_SHAPE, lambda purpose: keyed_generator(0, purpose, 0))
+    row = paradigm_named(name).sampling_extras(settings, IMAGE_SHAPE, lambda purpose: keyed_generator(0, purpose, 0))
     assert row.keys() == training_extras(name, 0).keys()
     for key, expected in (("cutoff_ratio", 0.3), ("image_noise_level", 0.07)):
         if key in row:
@@ -144,4 +145,4 @@ def test_sampling_takes_the_users_settings(name: str) -> None:
 
 
 def test_only_text_to_video_needs_no_image() -> None:
-    assert [name for name, paradigm in CLASSES.items() if not paradigm.uses_image] == ["text_to_video"]
+    assert [paradigm.name for paradigm in BUILT_IN if not paradigm.uses_image] == ["text_to_video"]

@@ -81,7 +81,7 @@ def test_embedding_is_two_linears_without_an_activation(module: FlashI2V) -> Non
     first, last = module.fourier_embedding.conv_in, module.fourier_embedding.conv_out
     expected = (patches @ first.weight.T + first.bias) @ last.weight.T + last.bias
     torch.testing.assert_close(module.embed_guidance(patches), expected)
-    assert module.token_modules() == [module.fourier_embedding]
+    assert module.token_modules == ("fourier_embedding",)
 
 
 def test_gradients_reach_phi_through_the_input_alone(module: FlashI2V) -> None:

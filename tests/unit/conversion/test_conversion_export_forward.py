@@ -10,13 +10,14 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import ShardGrid, load_model
+from megatron_flashi2v.checkpoint.model_state import load_model
 from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import convert
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 

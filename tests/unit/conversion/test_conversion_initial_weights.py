@@ -8,21 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import ODD, checkpoint
+from helpers.paradigms import PARADIGMS
 
 from megatron_flashi2v.checkpoint import storage
 from megatron_flashi2v.checkpoint.arrangements import Box
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import ShardGrid
 from megatron_flashi2v.config.errors import ConfigError, UserError
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.conversion.sources import SafetensorsTensor
+from megatron_flashi2v.parallel.placement import ShardGrid
 
-# As the model's layers divide: rows of column-parallel linears, columns of row-parallel ones.
-SLICED = {"linear_qkv.weight": 0, "linear_qkv.bias": 0, "linear_q.weight": 0, "linear_kv.weight": 0, "norm_q.weight": 0,
-          "linear_fc1.weight": 0, "linear_proj.weight": 1, "linear_fc2.weight": 1}  # fmt: skip
+# As the model's layers divide: rows of column-parallel linears and heads' norms, columns of row-parallel linears.
+ROWS = ("linear_qkv", "linear_q", "linear_kv", "norm_q", "norm_k", "linear_fc1", "text_embedding.linear_1",
+        "projection")
+COLUMNS = ("linear_proj.weight", "linear_fc2.weight", "text_embedding.linear_2.weight")
 SMALL = dataclasses.replace(ODD, num_attention_heads=5, ffn_hidden_size=20, phi_kernel_size=(1, 3, 3))
 
 
@@ -32,15 +34,16 @@ def parameters(config: ModelConfig, tp_size: int = 1, blocks: tuple[int, ...] | 
     for name, shape in parameter_shapes(config).items():
         if blocks is not None and name.startswith("blocks.") and int(name.split(".")[1]) not in blocks:
             continue
-        axis = next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
-        local = list(shape)
-        if axis is not None and tp_size > 1:
+        local, axis = list(shape), sliced_axis(name)
+        if axis is not None:
             local[axis] //= tp_size
-        parameter = torch.nn.Parameter(torch.full(local, -1.0))
-        if axis is not None and tp_size > 1:
-            parameter.tensor_model_parallel, parameter.partition_dim = True, axis  # type: ignore[attr-defined]
-        held[name] = parameter
+        held[name] = torch.nn.Parameter(torch.full(local, -1.0))
     return held
+
+
+def sliced_axis(name: str) -> int | None:
+    """The dimension that tensor-parallel ranks divide."""
+    return 0 if name.rpartition(".")[0].endswith(ROWS) else 1 if name.endswith(COLUMNS) else None
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -74,7 +77,7 @@ def test_every_format_and_only_the_bytes_that_are_needed(
     load_initial_weights(initial, wanted.items(), ShardGrid(tp_rank=3, tp_size=5))
     for key, parameter in wanted.items():
         whole = tensors[key]
-        axis = getattr(parameter, "partition_dim", None)
+        axis = sliced_axis(key)
         expected = whole if axis is None else whole.chunk(5, dim=axis)[3]
         assert torch.equal(parameter.detach(), expected), key
     held = sum(parameter.numel() for parameter in wanted.values())

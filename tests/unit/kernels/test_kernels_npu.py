@@ -11,11 +11,10 @@ from helpers.stand_in import torch_npu  # noqa: F401
 from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.attention import reference as attention_reference
 from flashi2v_kernels.qk_norm_rope import reference as qk_reference
+from flashi2v_kernels.qk_norm_rope.tables import rope_tables
 from flashi2v_kernels.registry import load_entry_point, resolve, specs_of
 from flashi2v_kernels.rms_norm import reference as rms_norm_reference
 from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
-from flashi2v_kernels.rope3d import reference as rope_reference
-from flashi2v_kernels.rope3d.tables import rope_tables
 
 DTYPES = [torch.float32, torch.bfloat16]
 # batch, queries, keys, heads, head size
@@ -134,34 +133,6 @@ def test_rms_norm_of_strided_views_and_its_limits(assert_near):
         norm(query, draw((25,), torch.float32), 1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("grid", "batch", "heads", "head_dim"),
-    [((1, 1, 1), 1, 1, 2), ((3, 5, 7), 3, 2, 24), ((2, 3, 1), 2, 1, 32), ((1, 9, 3), 1, 3, 128)],
-)
-def test_rope(grid, batch, heads, head_dim, dtype, assert_near):
-    rope, tables = implementation("rope3d", "npu_rotary_mul"), rope_tables(grid, head_dim)
-    x = draw((tables[0].shape[0], batch, heads, head_dim), dtype)
-    weights = draw(x.shape, dtype, 1)
-    actual = run(lambda x: rope(x, *tables), [x], weights)
-    expected = run(lambda x: rope_reference.apply_rope(x, *tables), [x.double()], weights)
-    for ours, wanted in zip(actual, expected, strict=True):
-        assert ours.dtype == dtype
-        assert_near(ours, wanted)
-
-
-def test_rope_of_strided_views_keeps_only_the_tables(assert_near):
-    rope, (cos, sin) = implementation("rope3d", "npu_rotary_mul"), rope_tables((2, 2, 3), 8)
-    query = draw((12, 2, 3, 3, 8), torch.float32)[:, :, :, 0]
-    assert_near(rope(query, cos, sin), rope_reference.apply_rope(query.double(), cos.double(), sin.double()))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
-        rope(query.clone().requires_grad_(), cos, sin)
-    assert [tuple(tensor.shape) for tensor in saved] == [(12, 4), (12, 4)]
-    with pytest.raises(ValueError, match="tables"):
-        rope(query, cos[:11], sin[:11])
-
-
 @pytest.mark.parametrize("shards", [None, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -208,7 +179,7 @@ def test_norm_and_rope_keeps_the_heads_as_they_are():
 def test_automatic_choices_on_an_npu():
     """The stand-in's package is found: its metadata lies beside it."""
     for operator, name in (("attention", "npu_fusion_attention"), ("rms_norm", "npu_rms_norm"),
-                           ("rope3d", "npu_rotary_mul"), ("qk_norm_rope", "npu_rms_norm_rotary_mul"),
+                           ("qk_norm_rope", "npu_rms_norm_rotary_mul"),
                            ("fourier_highpass", "matmul_dft")):
         assert resolve(operator, "npu", torch.float32, soc="Ascend910B3").spec.name == name
         assert resolve(operator, "npu", torch.float32, soc="Ascend910_9392").spec.name == name

@@ -6,12 +6,11 @@ import pytest
 import torch
 from helpers.kernels import TRITON_INTERPRETED, assert_near, draw, implementations, outputs_and_gradients
 
-from flashi2v_kernels.qk_norm_rope.reference import qk_norm_rope
+from flashi2v_kernels.qk_norm_rope.reference import apply_rope, qk_norm_rope
+from flashi2v_kernels.qk_norm_rope.tables import rope_tables
 from flashi2v_kernels.rms_norm import reference as rms_norm_reference
 from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
 from flashi2v_kernels.rms_norm.torch import turn_complex, turn_real
-from flashi2v_kernels.rope3d import reference as rope_reference
-from flashi2v_kernels.rope3d.tables import rope_tables
 
 FUSED = implementations("qk_norm_rope")
 NORMS = implementations("rms_norm")
@@ -52,7 +51,7 @@ def sharded(function, shards):
 def test_reference_is_the_norm_then_the_rotation():
     x, weight, (cos, sin) = draw((6, 2, 3, 8)), draw((24,), seed=1), tables((1, 2, 3), 8, torch.float64)
     normed = torch.nn.functional.rms_norm(x.flatten(-2), (24,), weight, 0.1).view_as(x)
-    torch.testing.assert_close(qk_norm_rope(x, weight, cos, sin, 0.1), rope_reference.apply_rope(normed, cos, sin))
+    torch.testing.assert_close(qk_norm_rope(x, weight, cos, sin, 0.1), apply_rope(normed, cos, sin))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.paradigms import PARADIGMS
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.flops import forward_flops, training_flops
 from megatron_flashi2v.models.predict import predict_velocity

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.paradigms import PARADIGMS
 from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.build import build_model
-from megatron_flashi2v.models.initialization import full_shape, initialize_weights, local_slice
+from megatron_flashi2v.models.initialization import initialize_weights
+from megatron_flashi2v.models.placement import parameter_box, sharded_dim
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 
@@ -73,38 +76,12 @@ def weights(model: DiffusionTransformer) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def divided(parameter: nn.Parameter, ranks: int) -> nn.Parameter:
-    """The parameter that one of several tensor-parallel ranks has for it."""
-    shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] //= ranks
-    local = nn.Parameter(torch.empty(shape))
-    for name in ("tensor_model_parallel", "partition_dim"):
-        if hasattr(parameter, name):
-            setattr(local, name, getattr(parameter, name))
-    return local
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_slices_of_all_ranks_make_the_whole(make: Callable[..., DiffusionTransformer], ranks: int) -> None:
-    sharded = set()
-    for name, whole in make().named_parameters():
-        local = divided(whole, ranks)
-        assert full_shape(local, ranks) == tuple(whole.shape), name
-        slices = [local_slice(whole.detach(), local, FakeGroup(ranks, rank)) for rank in range(ranks)]
-        assert all(piece.shape == local.shape for piece in slices), name
-        if getattr(whole, "tensor_model_parallel", False):
-            sharded.add(name)
-            assert torch.equal(torch.cat(slices, dim=whole.partition_dim), whole), name
-        else:
-            assert all(torch.equal(piece, whole) for piece in slices), name
-    in_block = {name.removeprefix("blocks.1.") for name in sharded if name.startswith("blocks.1.")}
-    attention = {f"{kind}.{name}" for kind in ("self_attention", "cross_attention")
-                 for name in ("norm_q.weight", "norm_k.weight", "linear_proj.weight")}
-    projections = {f"{name}.{kind}" for kind in ("weight", "bias")
-                   for name in ("self_attention.linear_qkv", "cross_attention.linear_q", "cross_attention.linear_kv",
-                                "mlp.linear_fc1")}
-    assert in_block == attention | projections | {"mlp.linear_fc2.weight"}
+def share(name: str, whole: Tensor, ranks: int, rank: int) -> Tensor:
+    """The slice of a tensor that one of several tensor-parallel ranks holds."""
+    shape, dim = list(whole.shape), sharded_dim(name)
+    if dim is not None:
+        shape[dim] //= ranks
+    return whole[parameter_box(name, shape, ShardGrid(tp_rank=rank, tp_size=ranks)).slices]
 
 
 def test_a_rank_draws_from_the_whole_tensor(
@@ -112,14 +89,15 @@ def test_a_rank_draws_from_the_whole_tensor(
 ) -> None:
     """:func:`initialize_weights` as the second of two ranks runs it."""
     model, whole = make(), weights(make(seed=3))
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, divided(parameter, 2))
+            local = share(f"{prefix}.{name}".lstrip("."), parameter, 2, 1)
+            setattr(module, name, nn.Parameter(torch.empty_like(local)))
     fake = dataclasses.replace(model.spec, groups=FakeGroups(FakeGroup(2, 1)))
     monkeypatch.setattr(model, "spec", fake)
     initialize_weights(model, 3)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, local_slice(whole[name], parameter, FakeGroup(2, 1))), name
+        assert torch.equal(parameter, share(name, whole[name], 2, 1)), name
 
 
 def test_a_slice_of_fused_rows_is_whole_heads(make: Callable[..., DiffusionTransformer]) -> None:
@@ -129,7 +107,7 @@ def test_a_slice_of_fused_rows_is_whole_heads(make: Callable[..., DiffusionTrans
     assert fused
     for row in fused:
         whole = parameters[row.ours]
-        second = local_slice(whole.detach(), divided(whole, 2), FakeGroup(2, 1))
+        second = share(row.ours, whole.detach(), 2, 1)
         shape, heads = (half, CONFIG.hidden_size), CONFIG.num_attention_heads // 2
         parts_of_slice = row.transform.to_external(second, shape, heads)
         for part, of_slice in zip(row.to_external(whole.detach()), parts_of_slice, strict=True):

@@ -46,7 +46,7 @@ IN_BF16 = {
         "cross_attention.linear_kv", "cross_attention.linear_proj", "mlp.linear_fc2",
     )),
     ("blocks.mlp.linear_fc1", "mm"),  # its bias is added with the activation, in fp32
-    ("blocks", "attention"),
+    ("blocks.self_attention", "attention"),
     ("blocks.cross_attention", "attention"),
 }
 """Everything that a bf16 model computes in bf16, besides its residual stream."""

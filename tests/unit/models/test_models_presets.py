@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.paradigms import PARADIGMS
 
 from megatron_flashi2v.checkpoint.key_table import parameter_count, parameter_shapes
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ModelArguments
 from megatron_flashi2v.models.presets import PRESETS, resolve_model
 from megatron_flashi2v.models.spec import make_spec

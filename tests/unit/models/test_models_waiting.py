@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.denoise import Conditions, denoise
 from megatron_flashi2v.sampling.guidance import with_guidance
 from megatron_flashi2v.sampling.load import velocity_of
-from megatron_flashi2v.sampling.solvers import solve_euler
+from megatron_flashi2v.sampling.solvers import EulerSolver
 from megatron_flashi2v.training import step
 from megatron_flashi2v.training.batch import Microbatch
 
@@ -57,10 +59,12 @@ def test_sampling(model: DiffusionTransformer, monkeypatch: pytest.MonkeyPatch) 
     pinned: list[Tensor] = []  # a copy from other memory is one that the host waits for, on NPUs
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     text, negative = (torch.empty(2, 4, 5, device=META) for _ in range(2))
-    image, extras = torch.empty(2, 3, 1, 4, 6, device=META), {"cutoff_ratio": torch.empty(2, device=META)}
-    velocity = with_guidance(velocity_of(model), negative, 5.0)
-    end = solve_euler(
-        lambda state, timestep_B: velocity(state, timestep_B, text, image, extras),
-        torch.empty(2, 3, 2, 4, 6, device=META), inference_sigmas(3, 7.0),
+    conditions = Conditions(
+        text_BLD=text, image_latents_BC1HW=torch.empty(2, 3, 1, 4, 6, device=META),
+        extras={"cutoff_ratio": torch.empty(2, device=META)},
+    )
+    end = denoise(
+        velocity_of(model), torch.empty(2, 3, 2, 4, 6, device=META), conditions, EulerSolver(inference_sigmas(3, 7.0)),
+        guidance=partial(with_guidance, negative_text_BLD=negative, guidance_scale=5.0),
     )
     assert end.is_meta and len(pinned) == 6

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from helpers.paradigms import PARADIGMS
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.release.image_conditioning import FlashI2VImageConditioning
 
@@ -183,8 +184,15 @@ def test_saved_again_it_loads_again(released: Path, parts: Path, tmp_path: Path)
 def test_bfloat16_keeps_phi_in_fp32(released: Path, parts: Path) -> None:
     pipeline = FlashI2VPipeline.from_pretrained(released, dtype=torch.bfloat16)
     assert pipeline.transformer.patch_embedding.weight.dtype == torch.bfloat16
-    assert pipeline.image_conditioning.learnable_proj.proj[0].weight.dtype == torch.float32
-    assert pipeline.image_conditioning.fourier_embedding[0].weight.dtype == torch.bfloat16
+    dtypes = {name: parameter.dtype for name, parameter in pipeline.image_conditioning.named_parameters()}
+    assert dtypes == {
+        f"{module}.{kind}": dtype
+        for module, dtype in (
+            ("learnable_proj.proj.0", torch.float32), ("learnable_proj.proj.2", torch.float32),
+            ("fourier_embedding.0", torch.bfloat16), ("fourier_embedding.1", torch.bfloat16),
+        )
+        for kind in ("weight", "bias")
+    }  # fmt: skip
     frames = pipeline(
         image=Image.open(parts / "image.png"), prompt="a dog", num_inference_steps=2,
         generator=torch.Generator().manual_seed(1),

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from megatron_flashi2v.checkpoint.model_state import ShardGrid, model_pieces
+from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.initialization import initialize_weights
+from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import load_model, resolve_checkpoint, velocity_of

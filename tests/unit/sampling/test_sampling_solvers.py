@@ -1,70 +1,47 @@
-"""The Euler solver against fields whose Euler result is known in closed form."""
+"""Schedulers of diffusers in our loop: its Euler is ours, and multistep ones come nearer to the exact solution."""
 
+import math
+
+import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from megatron_flashi2v.flow.sigmas import inference_sigmas
-from megatron_flashi2v.sampling.solvers import solve_euler
+from megatron_flashi2v.sampling.denoise import Conditions, denoise
+from megatron_flashi2v.sampling.solvers import EulerSolver, SchedulerSolver
 
-SHAPE_BCTHW = (2, 3, 2, 4, 5)
-
-
-def noise(seed=0):
-    return torch.randn(SHAPE_BCTHW, generator=torch.Generator().manual_seed(seed))
+CONDITIONS = Conditions(text_BLD=torch.empty(0), image_latents_BC1HW=torch.empty(0), extras={})
+RATE, SHIFT, CPU = 0.9, 3.0, torch.device("cpu")
 
 
-def test_straight_path_ends_at_the_data():
-    """The flow's own field, ``noise - clean``, is constant along the path: any schedule ends at ``clean``."""
-    start, clean = noise(1), noise(2)
-    for num_steps, shift in ((1, 1.0), (4, 7.0), (50, 3.0)):
-        end = solve_euler(lambda state, timestep: start - clean, start, inference_sigmas(num_steps, shift))
-        torch.testing.assert_close(end, clean, atol=2e-6, rtol=0)
+def decay(state, *arguments):
+    """``dy / dsigma = a y``, so that y falls by ``exp(-a)`` from sigma 1 to 0."""
+    return RATE * state
 
 
-def test_linear_field_gives_the_product_of_step_factors():
-    """For ``v = a y`` one step multiplies by ``1 + a (sigma' - sigma)``."""
-    start, rate = noise(3), 0.7
-    sigmas = inference_sigmas(6, 5.0)
-    expected = start.double()
-    for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
-        expected = expected * (1.0 + rate * (following - sigma))
-    end = solve_euler(lambda state, timestep: rate * state, start, sigmas)
-    torch.testing.assert_close(end.double(), expected, atol=1e-6, rtol=1e-6)
+def solve(solver):
+    start = torch.randn((2, 3, 2, 4, 5), generator=torch.Generator().manual_seed(0))
+    return denoise(decay, start, CONDITIONS, solver), math.exp(-RATE) * start
 
 
-def test_velocity_sees_one_timestep_per_sample_at_the_start_of_each_step():
-    sigmas = inference_sigmas(4, 7.0)
-    seen = []
-
-    def velocity(state, timestep_B):
-        assert timestep_B.dtype == torch.float32 and timestep_B.shape == SHAPE_BCTHW[:1]
-        assert timestep_B[0] == timestep_B[1]
-        seen.append(timestep_B[0].item())
-        return torch.zeros_like(state)
-
-    solve_euler(velocity, noise(), sigmas)
-    assert seen == (1000 * sigmas[:-1]).tolist()
-    assert seen[0] == 1000.0
+def test_diffusers_euler_is_ours():
+    solver, ours = SchedulerSolver(FlowMatchEulerDiscreteScheduler(shift=SHIFT), 6, CPU), inference_sigmas(6, SHIFT)
+    assert solver.timesteps_N.dtype == torch.float32
+    torch.testing.assert_close(solver.timesteps_N, 1000 * ours[:-1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(solve(solver)[0], solve(EulerSolver(ours))[0], rtol=1e-6, atol=1e-6)
 
 
-def test_state_stays_fp32_when_the_network_answers_in_bf16():
-    """A bf16 state would lose steps smaller than its rounding."""
-    start = torch.ones(SHAPE_BCTHW)
-    end = solve_euler(
-        lambda state, timestep: torch.ones_like(state, dtype=torch.bfloat16),
-        start,
-        inference_sigmas(1000, 1.0),
-    )
-    assert end.dtype == torch.float32
-    torch.testing.assert_close(end, torch.zeros(SHAPE_BCTHW), atol=1e-4, rtol=0)
+def test_a_solver_of_the_same_scheduler_starts_anew():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    first, second = (solve(SchedulerSolver(scheduler, 4, CPU))[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
-def test_callback_hears_of_every_step_and_its_state():
-    start, heard = noise(), []
-    end = solve_euler(
-        lambda state, timestep: torch.ones_like(state),
-        start,
-        inference_sigmas(3, 2.0),
-        callback=lambda done, steps, state: heard.append((done, steps, state.clone())),
-    )
-    assert [(done, steps) for done, steps, _ in heard] == [(1, 3), (2, 3), (3, 3)]
-    assert torch.equal(heard[-1][2], end)
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_multistep_solvers_come_nearer_than_euler(kind):
+    """On their own grids, with their memory of earlier steps."""
+    scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+    found, exact = solve(SchedulerSolver(scheduler, 20, CPU))
+    euler, _ = solve(EulerSolver(inference_sigmas(20, SHIFT)))
+    error, euler_error = ((end - exact).abs().max() for end in (found, euler))
+    assert error < euler_error / 4

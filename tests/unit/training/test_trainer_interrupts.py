@@ -18,7 +18,8 @@ from megatron_flashi2v.config.errors import UserError, WriteError
 from megatron_flashi2v.training import interrupts as interrupts_module
 from megatron_flashi2v.training import metrics as metrics_module
 from megatron_flashi2v.training.interrupts import Interrupts
-from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.state import TrainState
+from megatron_flashi2v.training.watching.observer import Observer
 
 Train = Callable[..., int]
 
@@ -27,28 +28,24 @@ def saved(save: Path) -> list[str]:
     return sorted(path.name for path in save.glob("iter_*"))
 
 
-def in_iteration(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
-    """Do something in the middle of an iteration, counted from 1."""
-    original, calls = TrainingStep.losses_and_gradients, []
+class InIteration(Observer):
+    """Does something when an iteration, counted from 1, has begun."""
 
-    def wrapped(self: TrainingStep, *arguments: object) -> object:
-        calls.append(0)
-        if len(calls) == number:
-            action()
-        return original(self, *arguments)  # type: ignore[arg-type]
+    def __init__(self, number: int, action: Callable[[], object]) -> None:
+        self.number, self.action = number, action
 
-    monkeypatch.setattr(TrainingStep, "losses_and_gradients", wrapped)
+    def before_iteration(self, state: TrainState) -> None:
+        if state.iteration + 1 == self.number:
+            self.action()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
+def test_a_signal_saves_and_leaves(train: Train, tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     assert train("--save", straight) == 0
-    in_iteration(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
-    assert train("--save", halves) == 0
+    signalled = InIteration(2, lambda: os.kill(os.getpid(), number))
+    assert train("--save", halves, observers=[signalled]) == 0
     assert saved(halves) == ["iter_0000002"] and len(metrics(halves)) == 2
     assert signal.getsignal(number) is before
     assert train("--save", halves, "--load", halves) == 0
@@ -63,18 +60,23 @@ def test_a_run_leaves_when_its_time_is_over(train: Train, tmp_path: Path, monkey
             return now[0]
 
     monkeypatch.setattr(interrupts_module, "time", Clock())
-    in_iteration(monkeypatch, 3, lambda: now.append(now.pop() + 30.5))
-    assert train("--save", tmp_path, "--exit-duration-minutes", 0.5) == 0
+    late = InIteration(3, lambda: now.append(now.pop() + 30.5))
+    assert train("--save", tmp_path, "--exit-duration-minutes", 0.5, observers=[late]) == 0
     assert saved(tmp_path) == ["iter_0000003"]
 
 
 def test_one_rank_is_enough() -> None:
     interrupts = Interrupts(None)
-    assert interrupts.counts() == (0, 0, 0) and interrupts.reason((0, 0, 0)) is None
-    assert interrupts.reason((0, 1, 0)) == "SIGUSR1 was received"
+    assert interrupts.counts() == (0, 0, 0)
+    interrupts.settle((0, 0, 0))
+    assert interrupts.agreed is None
+    interrupts.settle((0, 1, 0))
+    assert interrupts.agreed == "SIGUSR1 was received"
     late = Interrupts(1e-9)
     time.sleep(0.001)
-    assert late.counts() == (0, 0, 1) and "exit-duration-minutes" in (late.reason((0, 0, 3)) or "")
+    assert late.counts() == (0, 0, 1)
+    late.settle((0, 0, 3))
+    assert "exit-duration-minutes" in (late.agreed or "")
 
 
 @pytest.mark.parametrize(("signalled", "raised", "expected"), [

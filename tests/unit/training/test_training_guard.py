@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.layouts import metrics, tensors, without_times
+from helpers.planted_faults import spoiled_gradient
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.train import FaultArguments
 from megatron_flashi2v.training.guard import UpdateGuard
-from megatron_flashi2v.training.step import TrainingStep
 
 Train = Callable[..., int]
 NAN = math.nan
@@ -121,20 +121,6 @@ def test_its_state_goes_on_exactly() -> None:
     assert {reason for reason in whole if reason} == {"loss_spike", "grad_norm_spike", "grad_norm_not_finite"}
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, iterations: set[int], value: float = NAN) -> None:
-    """Let gradients of some iterations hold a NaN, or a large value; iterations are counted by samples' positions."""
-    accumulate = TrainingStep.losses_and_gradients
-
-    def spoiled(self: TrainingStep, *arguments: Any) -> Any:
-        result = accumulate(self, *arguments)
-        if calls.pop(0) in iterations:
-            next(self.stages[0].parameters()).main_grad.view(-1)[0] = value
-        return result
-
-    calls = list(range(1, 100))
-    monkeypatch.setattr(TrainingStep, "losses_and_gradients", spoiled)
-
-
 def assert_same(first: Path, second: Path) -> None:
     """Weights, optimizer and averages of two checkpoints are equal, bit for bit."""
     found, expected = (tensors(folder, prefix="") for folder in (first, second))
@@ -152,13 +138,11 @@ def state(folder: Path) -> dict[str, Any]:
     ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ("--optimizer", "sgd", "--bf16"),
 ], ids=lambda flags: flags[1])
-def test_a_skip_changes_nothing_but_the_position(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
-) -> None:
+def test_a_skip_changes_nothing_but_the_position(train: Train, tmp_path: Path, flags: tuple[str, ...]) -> None:
     flags = (*flags, "--ema-decay", "0.9", "--lr-decay-style", "cosine")
     assert train("--save", tmp_path / "one", *flags, "--exit-interval", 1) == 0
-    spoil(monkeypatch, {2})
-    assert train("--save", tmp_path / "two", *flags, "--exit-interval", 2) == 0
+    spoiled = spoiled_gradient({2}, NAN)
+    assert train("--save", tmp_path / "two", *flags, "--exit-interval", 2, observers=[spoiled]) == 0
     before, after = tmp_path / "one" / "iter_0000001", tmp_path / "two" / "iter_0000002"
     assert_same(after, before)
     for name in ("clipper", "ema"):
@@ -176,11 +160,10 @@ def test_a_skip_changes_nothing_but_the_position(
 
 
 def test_a_run_stops_and_its_newest_checkpoint_is_a_good_one(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil(monkeypatch, {3, 4, 5, 6, 7})
     flags = ("--train-iters", 9, "--save-interval", 1, "--keep-last", 1)
-    assert train("--save", tmp_path, *flags) == 1
+    assert train("--save", tmp_path, *flags, observers=[spoiled_gradient({3, 4, 5, 6, 7}, NAN)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("flashi2v train: error: iteration 6: the gradient norm is nan; 4 updates in a row")
     assert find_checkpoint(tmp_path) == tmp_path / "iter_0000002" and len(list(tmp_path.glob("iter_*"))) == 1
@@ -196,37 +179,22 @@ def test_a_diverged_loss_stops_the_run(train: Train, tmp_path: Path, capsys: pyt
     assert find_checkpoint(tmp_path) == tmp_path / "iter_0000001"
 
 
-def test_a_save_that_falls_into_a_row_is_made_up_for(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spoil(monkeypatch, {2, 3})
-    assert train("--save", tmp_path, "--train-iters", 6, "--save-interval", 2) == 0
+def test_a_save_that_falls_into_a_row_is_made_up_for(train: Train, tmp_path: Path) -> None:
+    spoiled = spoiled_gradient({2, 3}, NAN)
+    assert train("--save", tmp_path, "--train-iters", 6, "--save-interval", 2, observers=[spoiled]) == 0
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000004", "iter_0000006"]
 
 
 @pytest.mark.parametrize("cut", [3, 4])
-def test_a_run_that_is_resumed_in_the_middle_of_a_row(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cut: int
-) -> None:
+def test_a_run_that_is_resumed_in_the_middle_of_a_row(train: Train, tmp_path: Path, cut: int) -> None:
     """Iterations 3 and 4 are skipped, 7 is a spike, 10 to 13 are too many: cut or whole."""
     spikes = ("--skip-grad-norm-spike-factor", 100, "--spike-window", 2, "--ema-decay", 0.9, "--train-iters", 20)
     straight, halves = tmp_path / "straight", tmp_path / "halves"
-
-    def spoil_from(first: int) -> None:
-        with_nan = {iteration - first + 1 for iteration in (3, 4, 10, 11, 12, 13)}
-        spoil(monkeypatch, with_nan)
-        spoil(monkeypatch, {7 - first + 1}, 1e9)
-
-    with monkeypatch.context() as monkeypatch:
-        spoil_from(1)
-        assert train("--save", straight, *spikes, "--save-interval", 9) == 1
-    with monkeypatch.context() as monkeypatch:
-        spoil_from(1)
-        assert train("--save", halves, *spikes, "--exit-interval", cut) == 0
+    spoiled = [spoiled_gradient({3, 4, 10, 11, 12, 13}, NAN), spoiled_gradient({7}, 1e9)]
+    assert train("--save", straight, *spikes, "--save-interval", 9, observers=spoiled) == 1
+    assert train("--save", halves, *spikes, "--exit-interval", cut, observers=spoiled) == 0
     assert state(halves / f"iter_000000{cut}")["guard"]["streak"] == cut - 2
-    with monkeypatch.context() as monkeypatch:
-        spoil_from(cut + 1)
-        assert train("--save", halves, "--load", halves, *spikes, "--save-interval", 9) == 1
+    assert train("--save", halves, "--load", halves, *spikes, "--save-interval", 9, observers=spoiled) == 1
     rows = [[without_times(row) for row in metrics(save)] for save in (straight, halves)]
     assert rows[0] == rows[1] and len(rows[0]) == 12
     assert {row["iteration"]: row["skipped"].split("_")[-1] for row in rows[0] if "skipped" in row} == {

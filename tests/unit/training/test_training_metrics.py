@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,18 @@ import pytest
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.training import metrics
 from megatron_flashi2v.training.metrics import METRICS_FILE, IterationMetrics, MetricsLog, ProgressLine, clock
+from megatron_flashi2v.training.watching.observer import Row
 from megatron_flashi2v.training.watching.throughput import Throughput
 
 
-def row(iteration: int, loss: float = 1.0, **throughput: float | None) -> IterationMetrics:
+def row(iteration: int, loss: float = 1.0, **throughput: float | None) -> Row:
     rates = {"samples_per_s": 8.0, "tokens_per_s": 800.0, "tflops": 3.0, "mfu": None, "data_wait_s": 0.0,
              "memory_gb": 1.5, **throughput}
-    return IterationMetrics(
+    figures = IterationMetrics(
         iteration=iteration, consumed_samples=4 * iteration, loss=loss, grad_norm=2.0, lr=1e-4, step_time_s=0.5,
-        throughput=Throughput(**rates), loss_by_sigma=(None, loss), samples_by_sigma=(0, 4),
+        loss_by_sigma=(None, loss), samples_by_sigma=(0, 4),
     )
+    return {**figures.to_row(), **asdict(Throughput(**rates))}
 
 
 def read(folder: Path) -> list[dict]:
@@ -31,13 +34,13 @@ def read(folder: Path) -> list[dict]:
 def write(folder: Path, iterations: int) -> Path:
     log = MetricsLog(folder, 0)
     for iteration in range(1, iterations + 1):
-        log.append(row(iteration).to_json())
+        log.append(row(iteration))
     return folder / METRICS_FILE
 
 
 def test_rows_hold_the_agreed_keys_in_full_precision(tmp_path: Path) -> None:
     loss = 0.1 + 0.2
-    MetricsLog(tmp_path / "new", 0).append(row(3, loss).to_json())
+    MetricsLog(tmp_path / "new", 0).append(row(3, loss))
     (stored,) = read(tmp_path / "new")
     assert stored.keys() == {
         "iteration", "consumed_samples", "loss", "grad_norm", "lr", "step_time_s", "samples_per_s", "tokens_per_s",
@@ -56,7 +59,7 @@ def test_resume_drops_the_rows_past_the_loaded_iteration(tmp_path: Path) -> None
     write(tmp_path, 5)
     log = MetricsLog(tmp_path, 2)
     assert [entry["iteration"] for entry in read(tmp_path)] == [1, 2]
-    log.append(row(3, 9.0).to_json())
+    log.append(row(3, 9.0))
     assert [(entry["iteration"], entry["loss"]) for entry in read(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 9.0)]
 
 
@@ -71,7 +74,7 @@ def test_a_torn_last_line_is_survived(tmp_path: Path, torn: str) -> None:
     path = write(tmp_path, 3)
     with path.open("a") as file:
         file.write(torn)
-    MetricsLog(tmp_path, 3).append(row(4).to_json())
+    MetricsLog(tmp_path, 3).append(row(4))
     assert [entry["iteration"] for entry in read(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -85,13 +88,13 @@ def test_a_damaged_earlier_line_is_refused_by_its_number(tmp_path: Path) -> None
 
 
 def test_no_folder_keeps_nothing() -> None:
-    MetricsLog(None, 0).append(row(1).to_json())
+    MetricsLog(None, 0).append(row(1))
 
 
-def progress_lines(caplog: pytest.LogCaptureFixture, progress: ProgressLine, rows: list[IterationMetrics]) -> list[str]:
+def progress_lines(caplog: pytest.LogCaptureFixture, progress: ProgressLine, rows: list[Row]) -> list[str]:
     with caplog.at_level(logging.INFO, logger="megatron_flashi2v"):
-        for metrics in rows:
-            progress.update(metrics)
+        for figures in rows:
+            progress.after_iteration(figures)
     return [record.getMessage() for record in caplog.records]
 
 

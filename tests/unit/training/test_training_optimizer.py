@@ -38,8 +38,8 @@ def update_without_gradients(groups: Groups, config: TrainConfig) -> dict[str, t
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0)
-    (wrapped,) = wrap_data_parallel([model], config)
-    optimizer = make_optimizer([wrapped], config, spec)
+    (wrapped,) = wrap_data_parallel([model], config.parallel)
+    optimizer = make_optimizer([wrapped], config.optimizer, config.parallel, spec)
     make_scheduler(optimizer, config.optimizer, 10, 0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     wrapped.zero_grad_buffer()
@@ -73,8 +73,8 @@ def test_adam_is_torchs_fused_one(groups: Groups, distributed: bool) -> None:
     """One kernel for the whole update."""
     config = TrainConfig(parallel=ParallelArguments(use_distributed_optimizer=distributed))
     spec = make_spec(CONFIG, groups, torch.device("cpu"))
-    (wrapped,) = wrap_data_parallel([DiffusionTransformer(spec)], config)
-    optimizer = make_optimizer([wrapped], config, spec)
+    (wrapped,) = wrap_data_parallel([DiffusionTransformer(spec)], config.parallel)
+    optimizer = make_optimizer([wrapped], config.optimizer, config.parallel, spec)
     make_scheduler(optimizer, config.optimizer, 10, 0)
     kernels: list[str] = []
 

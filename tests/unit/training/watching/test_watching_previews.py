@@ -25,9 +25,8 @@ from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import load_model
 from megatron_flashi2v.sampling.noise import sample_noise
-from megatron_flashi2v.training.datasets import open_validation_data
-from megatron_flashi2v.training.watching.previews import Samples
-from megatron_flashi2v.training.watching.validation import VALIDATION_SEED
+from megatron_flashi2v.training.datasets import VALIDATION_SEED, open_validation_data
+from megatron_flashi2v.training.watching.previews import Previews
 
 Train = Callable[..., int]
 
@@ -73,7 +72,8 @@ def test_the_latents_are_those_of_the_saved_model(
         watch=WatchArguments(valid_data_path=(str(valid),)),
     )
     training = Blend([PreparedDataset(valid)], [1.0], batch=4, seed=1)
-    (sample,), _ = open_validation_data(config, training, VALIDATION_SEED).read([1])
+    path, batch = config.watch.valid_data_path, config.batch.global_batch_size
+    (sample,), _ = open_validation_data(path, training, batch=batch, seed=VALIDATION_SEED).read([1])
     latents, empty = sample.latents_CTHW.unsqueeze(0), PreparedDataset(valid).empty_text_rows_LD
     texts = [pad_text_rows(rows, TEXT_LENGTH).unsqueeze(0) for rows in (sample.text_rows_LD, empty)]
     sigmas = shift_sigmas(torch.tensor([1.0, 2 / 3, 1 / 3, 0.0]), 7.0)
@@ -118,7 +118,7 @@ def test_videos_that_cannot_be_written_do_not_stop_the_run(
     def fail(*arguments: object) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(Samples, "_write", fail)
+    monkeypatch.setattr(Previews, "_write", fail)
     assert train("--save", tmp_path, *flags) == 0
     assert len(metrics(tmp_path)) == 4
     assert "samples of iteration 2 are not written: OSError: the disk is gone" in capsys.readouterr().err

@@ -6,13 +6,15 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.layouts import metrics
 
 from megatron_flashi2v.config.watch import WatchArguments
 from megatron_flashi2v.runtime.device import CpuDevice
-from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.state import TrainState
+from megatron_flashi2v.training.watching.observer import Observer
 from megatron_flashi2v.training.watching.profiling import Profiling
 
 Train = Callable[..., int]
@@ -42,16 +44,16 @@ def run(
     device.profiler = lambda: FakeProfiler(now)  # type: ignore[method-assign]
     profiling = Profiling(arguments, save, device, rank)
     for done in iterations:
-        now[0] = done
-        profiling.before_iteration(done)
+        now[0], state = done, SimpleNamespace(iteration=done)
+        profiling.before_iteration(state)  # type: ignore[arg-type]
         if done + 1 in requests and rank == 0:
             (save / "profile").touch()
-        asked = profiling.asked() if rank == 0 else int(done + 1 in requests)
+        counts = profiling.counts()
+        assert counts == {"asked": (int(done + 1 in requests and rank == 0),)}
         now[0] = done + 1
-        profiling.after_iteration(done + 1)
-        if asked:
-            profiling.plan(done + 1)
-    profiling.end(iterations.stop)
+        profiling.gradients_ready(state, {"asked": [int(done + 1 in requests)]})  # type: ignore[arg-type]
+        profiling.after_iteration({"iteration": done + 1})
+    profiling.close()
     return {path.name: json.loads(path.read_text()) for path in (save / "traces").glob("*")}
 
 
@@ -84,21 +86,18 @@ def test_on_demand(tmp_path: Path, rank: int) -> None:
     assert not (tmp_path / "profile").exists()
 
 
-def test_traces_of_a_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces_of_a_run(train: Train, tmp_path: Path) -> None:
     """One planned and one on demand, with the attention's operators in it; the losses do not notice."""
     straight, traced = tmp_path / "straight", tmp_path / "traced"
     assert train("--save", straight, "--train-iters", 6) == 0
-    original, calls = TrainingStep.losses_and_gradients, []
 
-    def touch(self: TrainingStep, *arguments: object) -> object:
-        calls.append(0)
-        if len(calls) == 3:
-            (traced / "profile").touch()
-        return original(self, *arguments)  # type: ignore[arg-type]
+    class Touch(Observer):
+        def before_iteration(self, state: TrainState) -> None:
+            if state.iteration == 2:
+                (traced / "profile").touch()
 
-    monkeypatch.setattr(TrainingStep, "losses_and_gradients", touch)
     flags = ("--train-iters", 6, "--profile", "--profile-step-start", 1, "--profile-step-end", 2)
-    assert train("--save", traced, *flags) == 0
+    assert train("--save", traced, *flags, observers=[Touch()]) == 0
     assert [row["loss"] for row in metrics(traced)] == [row["loss"] for row in metrics(straight)]
     names = sorted(path.name for path in (traced / "traces").iterdir())
     assert names == ["iterations_0000002_0000002_rank_0.json", "iterations_0000004_0000004_rank_0.json"]

@@ -25,6 +25,7 @@ from megatron_flashi2v.sampling.load import load_model
 from megatron_flashi2v.training.batch import MicrobatchSource
 from megatron_flashi2v.training.sigma_buckets import BatchLoss
 from megatron_flashi2v.training.step import TrainingStep
+from megatron_flashi2v.training.watching.schedule import Schedule
 from megatron_flashi2v.training.watching.validation import Validation, ValidationSource, mean_loss
 
 Train = Callable[..., int]
@@ -145,15 +146,32 @@ def test_a_signal_ends_an_evaluation(
 
 def test_each_batch_is_progress() -> None:
     """A long evaluation is not a hang."""
-    asked: list[int] = []
+    asked: list[str] = []
     source = SimpleNamespace(
         batch=SimpleNamespace(global_batch_size=4), bad=[], data=SimpleNamespace(latent_shape=lambda position: (1, 1))
     )
     loss = BatchLoss(mean=1.0, by_sigma=(1.0,), samples_by_sigma=(4,))
     step = SimpleNamespace(batches=lambda source, position: [], evaluate=lambda batches, shape: loss)
-    validation = Validation(source, step, 7)  # type: ignore[arg-type]
-    assert validation.run(lambda: not asked.append(1)) is not None and len(asked) == 7  # type: ignore[func-returns-value]
-    assert validation.run(lambda: bool(asked.append(1))) is None and len(asked) == 8  # type: ignore[func-returns-value]
+    answers, recorded = [True] * 7 + [True, False], []
+
+    def begin_part(doing: str) -> bool:
+        asked.append(doing)
+        return answers.pop(0)
+
+    validation = Validation(source, step, 7, Schedule(2, 10), begin_part, recorded.append)  # type: ignore[arg-type]
+    validation.between_iterations(SimpleNamespace(iteration=3, consumed_samples=12))  # type: ignore[arg-type]
+    assert not asked
+    validation.between_iterations(SimpleNamespace(iteration=4, consumed_samples=16))  # type: ignore[arg-type]
+    assert asked == ["the validation of iteration 4"] * 7
+    assert [(row["iteration"], row["consumed_samples"], row["loss"]) for row in recorded] == [(4, 16, 1.0)]
+    validation.between_iterations(SimpleNamespace(iteration=10, consumed_samples=40))  # type: ignore[arg-type]
+    assert len(asked) == 9 and len(recorded) == 1  # a rank was asked to leave
+
+
+@pytest.mark.parametrize(("done_at", "due"), [(None, [2, 4, 5]), (2, [4, 5]), (5, [2, 4]), (3, [2, 4, 5])])
+def test_when_it_is_due(done_at: int | None, due: list[int]) -> None:
+    schedule = Schedule(2, 5, done_at)
+    assert [iteration for iteration in range(6) if schedule.is_due(iteration)] == due
 
 
 def test_batches_are_joined_by_their_samples() -> None:

@@ -1,0 +1,111 @@
+"""Builds what training changes: weights, optimizer and average, from a checkpoint or anew."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_flashi2v.config.layout import virtual_stages
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
+from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
+from megatron_flashi2v.models.build import build_stages
+from megatron_flashi2v.models.initialization import initialize_weights
+from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.placement import shard_grid
+from megatron_flashi2v.runtime.device import Device
+from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
+from megatron_flashi2v.training.clipping import make_clipper
+from megatron_flashi2v.training.ema import WeightAverage
+from megatron_flashi2v.training.guard import UpdateGuard
+from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
+from megatron_flashi2v.training.run_state import Provenance
+from megatron_flashi2v.training.state import TrainState, named_parameters
+
+logger = logging.getLogger(__name__)
+
+
+def spec_of(config: TrainConfig, model: ModelConfig, groups: Groups, device: Device) -> ModelSpec:
+    """The spec of the stages of a run.
+
+    Args:
+        config: precision, kernels and layout.
+        model: dimensions, as the data fit them.
+        groups: of the configuration's layout.
+        device: where the model lives.
+
+    Raises:
+        ConfigError: the attention backend cannot run here, or Transformer Engine is missing.
+    """
+    runtime = config.runtime
+    return make_spec(
+        model, groups, device.torch_device, bf16=config.batch.bf16,
+        fp32_residual_connection=config.batch.fp32_residual_connection,
+        attention_backend=runtime.attention_backend, virtual_stages=virtual_stages(config.parallel),
+        backend=runtime.backend,
+    )
+
+
+def build_state(
+    config: TrainConfig,
+    spec: ModelSpec,
+    resumed: Path | None,
+    provenance: Provenance,
+    hang_watch: HangWatch,
+    before_reduction: Callable[[], None],
+) -> TrainState:
+    """Build this rank's part of a run: as the checkpoint has it, or with initial weights.
+
+    The order bears load. Initial weights come before the optimizer, which copies what it finds into its fp32 masters,
+    and the average, which begins as these; a checkpoint comes after both, as it fills all three.
+
+    Args:
+        config: flags and recipe, checked.
+        spec: dimensions, precision, groups and kernels of the stages.
+        resumed: the checkpoint to go on from; None starts anew.
+        provenance: of this run.
+        hang_watch: enters a phase for each part that takes long.
+        before_reduction: called when an iteration's gradients are about to be reduced over replicas.
+
+    Raises:
+        UserError: the checkpoint or the initial weights do not fit the model, or are damaged.
+    """
+    hang_watch.enter("building the model", SLOW)
+    stages = build_stages(spec, config.parallel, config.recompute)
+    if resumed is None:
+        set_initial_weights(stages, config.checkpoint, config.batch.seed)
+    hang_watch.enter("building the optimizer", SLOW)
+    models = wrap_data_parallel(stages, config.parallel, before_reduction)
+    optimizer = make_optimizer(models, config.optimizer, config.parallel, spec)
+    decay = config.optimizer.ema_decay
+    state = TrainState(
+        provenance=provenance, stages=stages, models=models, optimizer=optimizer,
+        scheduler=make_scheduler(optimizer, config.optimizer, config.batch.train_iters),
+        clipper=make_clipper(config.optimizer), guard=UpdateGuard(config.faults),
+        average=None if decay is None else WeightAverage(
+            config.optimizer, optimizer, named_parameters(stages), shard_grid(spec.groups)
+        ),
+        gathers_late=config.parallel.overlap_param_gather,
+    )
+    if resumed is not None:
+        hang_watch.enter("loading the checkpoint", SLOW)
+        state.resume(resumed)
+    return state
+
+
+def set_initial_weights(stages: list[DiffusionTransformer], arguments: CheckpointArguments, seed: int) -> None:
+    """Draw the weights of a new run, and take from --load-weights those that it has.
+
+    Raises:
+        UserError: --load-weights is malformed, damaged, or of a model that does not fit.
+    """
+    for stage in stages:
+        initialize_weights(stage, seed)
+    source, spec = arguments.load_weights_source, stages[0].spec
+    if source is not None:
+        initial = open_initial_weights(source, spec.config, arguments.load_weights_kind)
+        logger.info("%s", initial.summary)
+        load_initial_weights(initial, named_parameters(stages), shard_grid(spec.groups))

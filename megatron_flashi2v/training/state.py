@@ -1,0 +1,144 @@
+"""What training changes on this rank, and a checkpoint keeps: weights, optimizer, average, guard, position."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_flashi2v.checkpoint.folders import load_model_config, require_same_model
+from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces
+from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
+from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.models.spec import ModelSpec
+from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.placement import ShardGrid, shard_grid
+from megatron_flashi2v.runtime.logging import AGREED
+from megatron_flashi2v.training.clipping import Clipper
+from megatron_flashi2v.training.ema import WeightAverage
+from megatron_flashi2v.training.guard import UpdateGuard
+from megatron_flashi2v.training.run_state import Provenance, load_training_state, warn_of_changes
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """This rank's part of a run; :func:`~megatron_flashi2v.training.build.build_state` makes it.
+
+    Attributes:
+        provenance: what checkpoints say of the run.
+        stages: this rank's stages of the model.
+        models: the same, each wrapped in megatron-core's DistributedDataParallel.
+        optimizer: megatron-core's optimizer over them.
+        scheduler: its learning rate's schedule, which stands after ``iteration`` iterations.
+        clipper: what happens to the gradients before they are applied.
+        guard: judges every update.
+        average: moving average of the weights; None without --ema-decay.
+        gathers_late: whether updated weights are gathered only by the next forward pass of training.
+        iteration: iterations done.
+        consumed_samples: positions of the global order that are consumed.
+    """
+
+    provenance: Provenance
+    stages: list[DiffusionTransformer]
+    models: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    clipper: Clipper
+    guard: UpdateGuard
+    average: WeightAverage | None
+    gathers_late: bool = False
+    iteration: int = 0
+    consumed_samples: int = 0
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the stages are built with."""
+        return self.stages[0].spec
+
+    @property
+    def grid(self) -> ShardGrid:
+        """This rank's place as checkpoints see it."""
+        return shard_grid(self.spec.groups)
+
+    def named_parameters(self) -> NamedParameters:
+        """Global names and parameters of all of this rank's stages."""
+        return named_parameters(self.stages)
+
+    def advance(self, samples: int) -> None:
+        """Another iteration, of so many samples, is done: its update was applied or skipped."""
+        self.scheduler.step(increment=1)
+        self.iteration += 1
+        self.consumed_samples += samples
+
+    def gather_weights(self) -> None:
+        """Make this rank's weights whole and up to date where only the next forward pass would; collective then."""
+        if self.gathers_late:
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
+
+    def pieces(self) -> list[TensorPiece]:
+        """This rank's parts of a checkpoint's tensors; their data share the memory of what is trained."""
+        parameters, grid = self.named_parameters(), self.grid
+        return [*model_pieces(parameters, grid), *optimizer_pieces(self.optimizer, parameters, grid),
+                *(self.average.pieces() if self.average else ())]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of state.json, the same on all ranks."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            **self.provenance.to_json(),
+            "optimizer": optimizer_common_state(self.optimizer),
+            "clipper": self.clipper.state_dict(),
+            "guard": self.guard.state_dict(),
+            "ema": self.average.state_dict() if self.average else None,
+        }
+
+    def resume(self, folder: Path) -> None:
+        """Load weights, optimizer and position from a checkpoint of any layout.
+
+        Raises:
+            CheckpointError: it is of another model, or damaged.
+        """
+        require_same_model(load_model_config(folder), self.spec.config, folder)
+        state = load_training_state(folder)
+        parameters = self.named_parameters()
+        load_model(folder, parameters, self.grid)
+        load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
+        self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
+        self._resume_clipper(state.get("clipper"), folder)
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
+        if self.average is not None:
+            self.average.resume(folder, state.get("ema"))
+        elif state.get("ema") is not None:
+            logger.warning("%s holds a moving average of the weights, which ends here: there is no --ema-decay", folder,
+                           extra=AGREED)
+        self.scheduler.step(increment=self.iteration)
+        warn_of_changes(folder, state, self.provenance)
+        logger.info("resumed from %s at iteration %d", folder, self.iteration)
+
+    def _resume_clipper(self, state: dict[str, Any] | None, folder: Path) -> None:
+        """Load the clipper's state; one of another method does not fit, and this run's starts anew."""
+        if state is None:
+            return
+        if state["method"] == self.clipper.method:
+            self.clipper.load_state_dict(state)
+        else:
+            logger.warning("--clip-grad-method is %s, but %s was trained with %s: clipping starts anew",
+                           self.clipper.method, folder, state["method"], extra=AGREED)
+
+
+def named_parameters(stages: list[DiffusionTransformer]) -> NamedParameters:
+    """Global names and parameters of all of these stages."""
+    return [named for stage in stages for named in stage.named_parameters()]

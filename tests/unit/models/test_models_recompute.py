@@ -1,0 +1,56 @@
+"""What one block keeps for backward in each mode: the table of the README."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_flashi2v.models.attention import Rotary
+from megatron_flashi2v.models.presets import PRESETS
+from megatron_flashi2v.models.recompute import Recompute, build_block, run_blocks
+from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.load import single_process
+
+CONFIG = dataclasses.replace(PRESETS["1.3b"], num_layers=1, text_length=4)
+KEPT = {
+    Recompute(): 86, Recompute(inside="selective"): 60, Recompute(inside="skip_attention"): 21, Recompute(layers=1): 3,
+}
+"""KiB a token and block, rounded."""
+
+
+@pytest.fixture(scope="module")
+def spec() -> Iterator[ModelSpec]:
+    with single_process(resolve_device("cpu")) as groups:
+        yield make_spec(CONFIG, groups, torch.device("cpu"), bf16=True)
+
+
+def kept_bytes(spec: ModelSpec, recompute: Recompute, tokens: int) -> int:
+    """Storages that live between forward and backward, parameters and what was emptied not counted."""
+    block, width = build_block(spec, recompute), CONFIG.hidden_size
+    for parameter in block.parameters():
+        parameter.data.fill_(0.01)
+    hidden = torch.ones(tokens, 1, width, dtype=torch.bfloat16, requires_grad=True)
+    text, modulation = torch.ones(CONFIG.text_length, 1, width, dtype=torch.bfloat16), torch.ones(6, 1, width)
+    rotary = Rotary(torch.ones(tokens, CONFIG.head_dim // 2), torch.ones(tokens, CONFIG.head_dim // 2), tokens)
+    storages = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        output = run_blocks([block], recompute, hidden, text, modulation, rotary)  # kept alive: it holds the graph
+    shared = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *rotary[:2])}
+    assert output.requires_grad
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in shared)
+
+
+@pytest.mark.parametrize("recompute", KEPT, ids=lambda recompute: recompute.inside or f"full-{recompute.layers}")
+def test_kept_for_backward(spec: ModelSpec, recompute: Recompute) -> None:
+    per_token = (kept_bytes(spec, recompute, 6) - kept_bytes(spec, recompute, 2)) / 4
+    assert round(per_token / 1024) == KEPT[recompute]
