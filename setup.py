@@ -22,6 +22,7 @@ setup(
         *find_packages(where="kernels", include=["flashi2v_kernels", "flashi2v_kernels.*"]),
     ],
     package_dir={"flashi2v_kernels": "kernels/flashi2v_kernels"},
+    package_data={"megatron_flashi2v.data": ["*.jinja"]},
     install_requires=[
         "torch>=2.7",
         "megatron-core>=0.16,<0.17",
@@ -39,6 +40,9 @@ setup(
         "beautifulsoup4",
         "pillow",
         "psutil",  # megatron-core's checkpointing imports it
+        "packaging",
+        "cachetools>=5.3",
+        "jinja2",
         "tyro>=0.9",
         "rich",
         "matplotlib",

@@ -1,10 +1,10 @@
-"""Training from shards against training from one sample held in memory: what loading costs.
+"""Measures the cost of loading: training from shards against training from one sample in memory.
 
     python tools/benchmark_loader.py --data-path runs/quickstart/data [any flags of `flashi2v train`]
 
-One process trains in turns from the one and from the other, so that whatever else the machine does falls on both, and
-prints the throughputs' ratio as JSON. On a busy machine the ratio of CPU times (of all threads, so that reading ahead
-counts) says more than that of wall-clock times.
+One process trains from both in turns, so that other load on the machine affects both, and prints the throughputs' ratio
+as JSON. On a busy machine the ratio of CPU times (of all threads, so that reading ahead counts) is more exact than that
+of wall-clock times.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from megatron_flashi2v.training.run import entered_run
 
 ROUNDS = 12
 ITERATIONS = 10
-"""Of one round from one source; the first ones, which find the read-ahead full, are not counted."""
+"""Counted iterations of one round from one source."""
 UNCOUNTED = 5
+"""Iterations before them, which find the read-ahead full."""
 
 
 class HeldSample:
-    """A data set that gives the same sample, from memory, for every index."""
+    """A data set that returns the same sample, from memory, for every index."""
 
     is_collective = False
 
@@ -54,7 +55,7 @@ class HeldSample:
 
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
-    config = parse(TrainConfig, argv, prog="benchmark_loader", description="What loading from shards costs.")
+    config = parse(TrainConfig, argv, prog="benchmark_loader", description="Measure the cost of loading from shards.")
     model, launch = resolve_model(config.model), detect_launch(os.environ)
     check_train(config, model, launch.world_size)
     with entered_run(config, model, launch) as trainer:

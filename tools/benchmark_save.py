@@ -1,9 +1,9 @@
-"""Checkpoints written at once against checkpoints written beside training: for how long training is blocked.
+"""Measures how long saving blocks training: at once, and beside training (``--async-save``).
 
     python tools/benchmark_save.py --save FOLDER --data-path runs/quickstart/data [any flags of `flashi2v train`]
 
-Alone or under torchrun; saves a few checkpoints in either way while it trains, keeps the newest one (so that the folder
-needs room for two), and prints seconds and sizes as JSON. The folder must not exist; it is deleted in the end.
+Alone or under torchrun, trains and saves a few checkpoints both ways, keeps the newest one (so that the folder needs
+room for two), and prints seconds and sizes as JSON. The folder must not exist, and is deleted at the end.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 SAVES = 3
 MOST_ITERATIONS = 1000
-"""Until a checkpoint must be there."""
+"""Limit for a checkpoint to appear."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
-    config = parse(TrainConfig, argv, prog="benchmark_save", description="For how long saving blocks training.")
+    config = parse(TrainConfig, argv, prog="benchmark_save", description="Measure how long saving blocks training.")
     folder = config.checkpoint.save
     if folder is None or folder.exists():
         sys.exit("benchmark_save: --save must name a folder that does not exist")
@@ -76,7 +76,7 @@ def compare(trainer: Trainer) -> dict[str, Any]:
 
 
 def measure(trainer: Trainer) -> dict[str, Any]:
-    """Save once, train until it is published, and once more."""
+    """Save once, train until the checkpoint is published, and measure both."""
     trainer.run_iteration()
     start, saved_at = time.perf_counter(), trainer.state.iteration
     blocked = _seconds(lambda: trainer.save(last=False))

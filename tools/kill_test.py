@@ -1,9 +1,9 @@
-"""Kill a random rank again and again: ``python tools/kill_test.py --folder DIR --kills 1000 -- FLAGS OF TRAIN``.
+"""Kills a random rank again and again: ``python tools/kill_test.py --folder DIR --kills 1000 -- FLAGS OF TRAIN``.
 
 Trains once undisturbed, then again with ``kill -9`` of a random process at random moments (while it starts, between
-two saves, during a save), each followed by the same plain launch. After every kill no process may be left, and every
-published checkpoint must be whole; in the end the losses must be those of the undisturbed run, bit for bit. The flags
-must not contain --save and --load, should contain a small --save-interval, and --train-iters must last for the kills.
+two saves, during a save), and launches again after each. After every kill no process may remain, and every published
+checkpoint must be whole; at the end the losses must equal the undisturbed run's, bit for bit. The flags must not
+contain --save and --load, should contain a small --save-interval, and --train-iters must last for the kills.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ COMPARED = ("iteration", "consumed_samples", "loss", "grad_norm", "lr")
 MOMENTS = ("start", "step", "save", "save")
 MARK = "FLASHI2V_KILL_TEST"
 LEAVE_S = 120.0
-"""How long a launch may take to end after one of its processes was killed."""
+"""Limit for a launch to end after one of its processes was killed."""
 
 
 def launch(folder: Path, processes: int, flags: list[str], mark: str) -> subprocess.Popen[bytes]:
-    """Start the run, or go on with it."""
+    """Start or resume the run."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
         "-m", "megatron_flashi2v", "train", *flags, "--save", str(folder), "--load", str(folder),
@@ -37,7 +37,7 @@ def launch(folder: Path, processes: int, flags: list[str], mark: str) -> subproc
 
 
 def marked(mark: str) -> dict[int, int]:
-    """Living processes of a launch, of any depth: each one's parent by its number."""
+    """Living processes of a launch, of any depth: parent by process number."""
     found = {}
     for path in Path("/proc").iterdir():
         if not path.name.isdecimal():
@@ -54,18 +54,18 @@ def marked(mark: str) -> dict[int, int]:
 
 
 def iterations_done(folder: Path) -> int:
-    """Rows of the run's metrics."""
+    """Number of rows of the run's metrics."""
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def wait_for(moment: str, folder: Path, running: subprocess.Popen[bytes], draw: random.Random) -> None:
-    """Return at a random moment of the kind, or when the run ends by itself."""
+    """Wait for a random moment of a kind, or for the end of the run."""
     delay = draw.uniform(0.0, {"start": 10.0, "step": 1.0, "save": 0.05}[moment])
     if moment != "start":
         before = set(folder.glob("iter_*"))
         while running.poll() is None and set(folder.glob("iter_*")) <= before:
-            time.sleep(0.02)  # until it trains, and has saved once
+            time.sleep(0.02)  # until it trains and has saved once
     while moment == "save" and running.poll() is None and not any(folder.glob(".iter_*.partial")):
         time.sleep(0.002)
     end = time.monotonic() + delay
@@ -74,7 +74,7 @@ def wait_for(moment: str, folder: Path, running: subprocess.Popen[bytes], draw: 
 
 
 def kill_one(running: subprocess.Popen[bytes], mark: str, draw: random.Random) -> bool:
-    """Kill a random rank, once there is one; False if the run has ended before."""
+    """Kill a random rank as soon as there is one; returns False if the run ended first."""
     while running.poll() is None:
         ranks = sorted(process for process, parent in marked(mark).items() if parent == running.pid)
         if ranks:
@@ -85,10 +85,10 @@ def kill_one(running: subprocess.Popen[bytes], mark: str, draw: random.Random) -
 
 
 def require_all_gone(running: subprocess.Popen[bytes], mark: str) -> None:
-    """The launcher ends, and leaves no process.
+    """Wait for the launcher and all its processes to end.
 
     Raises:
-        SystemExit: something still runs; it is killed.
+        SystemExit: a process still runs; it is killed.
     """
     end = time.monotonic() + LEAVE_S
     while (running.poll() is None or marked(mark)) and time.monotonic() < end:
@@ -101,10 +101,10 @@ def require_all_gone(running: subprocess.Popen[bytes], mark: str) -> None:
 
 
 def require_whole_checkpoints(folder: Path) -> int:
-    """Every published folder fits its manifest; how many there are.
+    """Verify every published folder; returns their number.
 
     Raises:
-        CheckpointError: one does not.
+        CheckpointError: one is damaged.
     """
     from megatron_flashi2v.checkpoint.manifest import verify
 
@@ -115,16 +115,16 @@ def require_whole_checkpoints(folder: Path) -> int:
 
 
 def rows(folder: Path) -> list[list[float]]:
-    """What must be equal, of every iteration."""
+    """The numbers of every iteration that must be equal."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [[json.loads(line)[name] for name in COMPARED] for line in lines]
 
 
 def run_to_end(folder: Path, processes: int, flags: list[str]) -> None:
-    """Launch and wait.
+    """Launch and wait for the end.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the run failed.
     """
     code = launch(folder, processes, flags, secrets.token_hex(8)).wait()
     if code:
@@ -132,12 +132,12 @@ def run_to_end(folder: Path, processes: int, flags: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the test; exit code 0 only if everything held."""
+    """Run the test; exits with 0 only if it passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where both runs are written; must not exist")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of both runs; must not exist")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments and the ranks")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and the ranks")
     parser.add_argument("flags", nargs="+", help="after --: flags of flashi2v train")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)

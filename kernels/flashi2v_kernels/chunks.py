@@ -7,11 +7,11 @@ from torch import Tensor
 
 BYTES_PER_CHUNK = 1 << 24
 """Of fp32 rows; half as many numbers of 16-bit rows, which need wide copies: a piece stays in the last cache.
-Smaller pieces spend their time in starting threads, above all on a busy machine."""
+Smaller pieces spend their time starting threads, above all on a busy machine."""
 
 
 def row_chunks(x: Tensor) -> tuple[slice, ...]:
-    """Slices of the first dimension that cover it in order; the whole at once elsewhere than on a CPU.
+    """Slices of the first dimension that cover it in order; one slice on devices other than CPUs.
 
     Args:
         x: [rows, ...].
@@ -25,5 +25,5 @@ def row_chunks(x: Tensor) -> tuple[slice, ...]:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """What is computed in: fp32, or fp64 for fp64."""
+    """The dtype to compute in: fp32, or fp64 for fp64."""
     return torch.promote_types(x.dtype, torch.float32)

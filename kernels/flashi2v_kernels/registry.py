@@ -1,8 +1,8 @@
-"""Which implementation of an operator runs here, and why not another one.
+"""Choose an operator's implementation for this machine, and say why the preferred ones cannot run here.
 
 Every operator is a sub-package whose ``SPECS`` lists its implementations in order of preference, the plain
-reference last. A spec is data: it names what the implementation needs, and where its function is; the
-function's module is imported only when it was chosen. Resolution happens once, when a model is built.
+reference last. A spec is data: the implementation's requirements and the place of its function, whose module is
+imported only when chosen. Resolve once, when a model is built.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 
 OPERATORS = (
     "attention", "fourier_highpass", "ada_layer_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "qk_norm_rope",
@@ -32,7 +33,7 @@ class KernelUnavailable(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
-    """What one implementation of an operator is and needs.
+    """One implementation of an operator, and its requirements.
 
     Attributes:
         operator: name of the operator, one of :data:`OPERATORS`.
@@ -74,7 +75,7 @@ class Kernel:
     """A resolved implementation.
 
     Attributes:
-        spec: what was chosen.
+        spec: of the chosen implementation.
         function: the implementation; its signature is that of the operator's reference.
         backward: the implementation's own backward, with the signature of the reference's; None where there is none.
         why_not: one line for each implementation that is preferred but cannot run here ("name: reason").
@@ -88,7 +89,7 @@ class Kernel:
 
 @dataclass(frozen=True, kw_only=True)
 class _Need:
-    """What a caller asks for, completed by what the machine is."""
+    """A caller's requirements, completed by the machine's properties."""
 
     device_type: str
     dtype: torch.dtype
@@ -132,8 +133,8 @@ def resolve(
         head_dim: size of an attention head, where the operator has heads.
         features: optional abilities that the caller uses, e.g. ("log_sum_exp",).
         needs_gradient: whether gradients must flow through the operator.
-        compute_capability: of the CUDA device; asked of the device when None.
-        soc: name of the NPU; asked of the device when None.
+        compute_capability: of the CUDA device; read from the device when None.
+        soc: name of the NPU; read from the device when None.
 
     Returns:
         the chosen kernel, with the reasons why preferred ones were passed over ("auto" only).
@@ -238,22 +239,17 @@ def _package_obstacle(spec: KernelSpec) -> str | None:
         installed = importlib.metadata.distribution(spec.package).version
     except importlib.metadata.PackageNotFoundError:
         return f"needs {wanted}, which is not installed"
-    if spec.min_version and _release(installed) < _release(spec.min_version):
+    if spec.min_version and not _is_at_least(installed, spec.min_version):
         return f"needs {wanted}, installed is {installed}"
     return None
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """The leading whole numbers of a version: "2.7.4.post1+cu12" -> (2, 7, 4)."""
-    numbers: list[int] = []
-    for part in version.partition("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-        if digits != part:  # "0rc1": what follows is not part of the release
-            break
-    return tuple(numbers)
+def _is_at_least(installed: str, wanted: str) -> bool:
+    """Compare releases: pre-releases count as the release, since FlashAttention 3 is only published as 3.0.0b1."""
+    try:
+        return Version(Version(installed).base_version) >= Version(wanted)
+    except InvalidVersion:
+        return False
 
 
 def _compute_capability(device_type: str) -> tuple[int, int] | None:

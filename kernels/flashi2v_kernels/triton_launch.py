@@ -1,4 +1,4 @@
-"""How the Triton kernels are laid over a device: one program for a row, or for a run of rows that are summed.
+"""Launch grids of the Triton kernels: one program for a row, or for a run of rows that are summed.
 
 Sums over tokens have two levels: every program adds its rows in order and writes its own partial sum, and torch adds
 the partial sums. No atomics: the same inputs give the same bits.

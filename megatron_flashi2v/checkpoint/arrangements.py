@@ -1,4 +1,4 @@
-"""How one of our tensors and the external ones that hold its values are arranged, in both directions."""
+"""Arrangements: how external tensors hold the values of one of ours, in both directions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 Box = tuple[slice, ...]
 """Half-open ranges, one for each of a tensor's dimensions."""
 ReadBox = Callable[[str, Box], torch.Tensor]
-"""From an external tensor's name and a box of it to the values."""
+"""Reads a box of an external tensor, given its name."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Same:
     def read_box(
         self, read: ReadBox, names: Sequence[str], box: Box, shape: Shape, external: Shape, heads: int
     ) -> torch.Tensor:
-        """``box`` of our tensor of ``shape``, reading little more of the external ones than that takes."""
+        """``box`` of our tensor of ``shape``; reads hardly more of the external tensors than it needs."""
         return read(names[0], box)
 
 
@@ -52,7 +52,7 @@ class Reshape:
     def read_box(
         self, read: ReadBox, names: Sequence[str], box: Box, shape: Shape, external: Shape, heads: int
     ) -> torch.Tensor:
-        """As :meth:`Same.read_box`: only some rows, where rows are the same."""
+        """As :meth:`Same.read_box`; reads only the box's rows if the external tensor has the same rows."""
         columns = tuple(slice(0, size) for size in external[1:])
         if shape[0] != external[0]:
             return read(names[0], (slice(0, external[0]), *columns)).reshape(shape)[box]
@@ -84,7 +84,7 @@ class FusedHeads:
     def read_box(
         self, read: ReadBox, names: Sequence[str], box: Box, shape: Shape, external: Shape, heads: int
     ) -> torch.Tensor:
-        """As :meth:`Same.read_box`: only the heads that the box touches."""
+        """As :meth:`Same.read_box`; reads only the heads that the box touches."""
         rows, part_rows = shape[0] // heads, external[0] // heads
         first, last = box[0].start // rows, -(-box[0].stop // rows)
         parts = [read(name, (slice(first * part_rows, last * part_rows), *box[1:])) for name in names]

@@ -1,4 +1,4 @@
-"""A copy of what a rank holds, in host memory, from which a checkpoint can be written while training goes on."""
+"""Copies of a rank's tensors in host memory, to write a checkpoint from while training goes on."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.runtime.device import Device
 
 BLOCK_BYTES = 1 << 28
-"""Large, since pinning many small blocks takes long; a power of two, to which torch rounds pinned blocks up."""
+"""Large, since pinning many small blocks takes long; a power of two, since torch rounds pinned blocks up to one."""
 
 _ALIGNMENT = 64
 _GIB = 1024**3
 
 
 class HostCopies:
-    """Host memory for copies of pieces: pinned for an accelerator, and kept from one checkpoint to the next.
+    """Host memory for copies of pieces: pinned if they are on an accelerator, reused by the next checkpoint.
 
     Args:
-        device: where the pieces are.
+        device: holds the pieces.
     """
 
     def __init__(self, device: Device) -> None:
@@ -31,15 +31,15 @@ class HostCopies:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held."""
+        """Bytes allocated."""
         return sum(block.numel() for block in self._blocks)
 
     @torch.no_grad()
     def take(self, pieces: Iterable[TensorPiece]) -> list[TensorPiece]:
-        """The pieces that this rank writes, as they are now; valid until the next call.
+        """Copy the pieces that this rank writes; the copies are valid until the next call.
 
         Raises:
-            UserError: there is not enough memory.
+            UserError: host memory is too small.
         """
         owned = _owned(pieces)
         copies = []
@@ -50,15 +50,15 @@ class HostCopies:
         return copies
 
     def reserve(self, pieces: Iterable[TensorPiece]) -> None:
-        """Get the memory for such pieces, which takes longer than to copy them; no other method may run meanwhile.
+        """Allocate the memory for such pieces, which takes longer than copying; no other method may run meanwhile.
 
         Raises:
-            UserError: there is not enough memory.
+            UserError: host memory is too small.
         """
         self._places(_owned(pieces))
 
     def _places(self, owned: list[TensorPiece]) -> list[torch.Tensor]:
-        """Stretches of the blocks, one after the other; blocks that are lacking are made."""
+        """A stretch of a block for each piece, one after the other; allocates missing blocks."""
         sizes = [_padded(piece.data.nbytes) for piece in owned]
         places = []
         left, block, begin = sum(sizes), 0, 0
@@ -74,12 +74,12 @@ class HostCopies:
 
     def _new_block(self, size: int) -> torch.Tensor:
         try:
-            block = torch.empty(size, dtype=torch.uint8).zero_()  # pages come when they are first written
+            block = torch.empty(size, dtype=torch.uint8).zero_()  # the system gives pages when they are first written
             return block if self._device.name == "cpu" else block.pin_memory()
         except (RuntimeError, MemoryError) as error:
             raise UserError(
-                f"--async-save copies what each rank saves to host memory, where {(self.nbytes + size) / _GIB:.1f} GiB "
-                f"cannot be had ({error}); leave it out, or start fewer processes on a host"
+                f"--async-save needs {(self.nbytes + size) / _GIB:.1f} GiB of host memory for each rank's copies, and "
+                f"allocating them failed ({error}); leave it out, or start fewer processes on a host"
             ) from error
 
 

@@ -13,7 +13,7 @@ import torch
 from megatron_flashi2v.checkpoint.regions import Region, piece_regions
 from megatron_flashi2v.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, FileRecord
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.runtime.files import atomic_write_text, read_json
+from megatron_flashi2v.runtime.files import atomic_write_text, read_json_object
 
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 1
@@ -53,7 +53,12 @@ class Index:
 
 
 def write_index(folder: Path, index: Index) -> None:
-    """Write ``index.json``, one tensor a line; see :func:`read_index` for the reverse."""
+    """Write ``index.json``; :func:`read_index` reads it."""
+    atomic_write_text(folder / INDEX_NAME, index_text(index))
+
+
+def index_text(index: Index) -> str:
+    """The text of an ``index.json``, one line per tensor; :func:`parse_index` reads it."""
     files = {name: {"bytes": record.bytes, "sha256": record.sha256} for name, record in index.files.items()}
     tensors = [
         f"{json.dumps(key)}: {json.dumps(_tensor_json(tensor))}" for key, tensor in index.tensors.items()
@@ -66,7 +71,7 @@ def write_index(folder: Path, index: Index) -> None:
         ",\n".join(tensors),
         "}}",
     ]
-    atomic_write_text(folder / INDEX_NAME, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
@@ -84,16 +89,32 @@ def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a folder.
+    """Read the index of a folder.
 
     Raises:
-        CheckpointError: it is missing or malformed, from a newer version, or names files outside the folder.
+        CheckpointError: it is missing, malformed, from another version, or names files outside the folder.
     """
     path = folder / INDEX_NAME
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; {folder} is not a whole checkpoint")
-    document = read_json(path, error=CheckpointError)
-    version = document.get("format_version") if isinstance(document, dict) else None
+    return _from_document(read_json_object(path, error=CheckpointError), path)
+
+
+def parse_index(text: str, source: Path) -> Index:
+    """Read the text that :func:`index_text` made.
+
+    Args:
+        text: JSON.
+        source: name of the text in errors.
+
+    Raises:
+        CheckpointError: as :func:`read_index`.
+    """
+    return _from_document(json.loads(text), source)
+
+
+def _from_document(document: dict[str, Any], path: Path) -> Index:
+    version = document.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version is {version!r}, this version reads {FORMAT_VERSION}")
     try:
@@ -108,7 +129,7 @@ def read_index(folder: Path) -> Index:
 
 
 def plain_file_name(name: str) -> str:
-    """``name``, if it names a file of the same folder: an index may come from anyone.
+    """Return ``name`` if it names a file of the same folder; an index may come from anyone.
 
     Raises:
         ValueError: it leads out of the folder, or is hidden.

@@ -1,11 +1,11 @@
 """The one table of parameter names: ours, original Wan and FlashI2V main, diffusers, FlashI2V npu.
 
-``BACKBONE`` lists every tensor of the text-to-video model once: our name and shape, the names that the other formats
-give it, and how its values are arranged there. A paradigm's class lists the tensors that it adds
-(``ImageConditioning.own_tensors``). Everything that reads, writes or counts parameters is a loop over both. Source of
-the names: the state dicts of diffusers' ``WanTransformer3DModel`` and of both FlashI2V branches.
+``BACKBONE`` lists every tensor of the text-to-video model once: our name and shape, its names in the other formats, and
+the arrangement of its values there. A paradigm's class lists the tensors that it adds
+(``ImageConditioning.own_tensors``). Whatever reads, writes or counts parameters loops over both. Source of the names:
+the state dicts of diffusers' ``WanTransformer3DModel`` and of both FlashI2V branches.
 
-Sizes in shapes are symbols, made numbers by a :class:`ModelConfig`: d hidden, f feed-forward, P values in a patch of
+Sizes in shapes are symbols that a :class:`ModelConfig` gives values: d hidden, f feed-forward, P values in a patch of
 latents, in and P_in channels and values in a patch of the patch embedding's input (wider in paradigms that
 concatenate), text and freq input widths, pt ph pw the patch.
 """
@@ -35,14 +35,15 @@ from megatron_flashi2v.conditioning.interface import MODULE
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.placement import fused_parts
 
-FORMATS = ("wan", "diffusers", "flashi2v_npu")
+COLUMNS = ("wan", "diffusers", "flashi2v_npu")
+"""The table's columns of external names; a format (``conversion/formats/``) uses one or two of them."""
 
 _SAME = Same()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One tensor of a module: our shape, and how other formats hold it."""
+    """One tensor of a module: our shape, and its arrangement in other formats."""
 
     shape: Sizes
     transform: Transform = _SAME
@@ -52,8 +53,8 @@ class Tensor:
 class Module:
     """One row of the table: a module's tensors and its names.
 
-    ``{i}`` is the block's number and ``{part}`` one of the projections that our tensor fuses. A tensor's key of ""
-    stands for a parameter that is not inside a module.
+    ``{i}`` is the block's number and ``{part}`` one of the projections that our tensor fuses. A tensor's key "" is a
+    parameter outside any module.
     """
 
     ours: str
@@ -64,7 +65,7 @@ class Module:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether every block has one."""
+        """Whether every block has this module."""
         return "{i}" in self.ours
 
 
@@ -76,7 +77,7 @@ def _linear(rows: Size, columns: Size, transform: Transform = _SAME) -> dict[str
 
 
 def _conv_as_linear(rows: Size, columns: Size, *external: Size) -> dict[str, Tensor]:
-    """A convolution whose stride is its kernel: a matrix product of ours."""
+    """A convolution whose stride is its kernel: ours is a matrix product."""
     return {
         "weight": Tensor(shape=(rows, columns), transform=Reshape(external)),
         "bias": Tensor(shape=(rows,)),
@@ -88,7 +89,7 @@ def _vectors(*names: str) -> dict[str, Tensor]:
 
 
 def _attention(ours: str, original: str, diffusers: str, fused: str) -> tuple[Module, ...]:
-    """The rows of one attention: some projections are fused into ``fused``, a query left over has its own."""
+    """The rows of one attention: ``fused`` fuses some projections; a query left over has its own."""
     parts = fused_parts(f"blocks.{{i}}.{ours}.{fused}.weight")
 
     def row(name: str, external: tuple[str, str, str], tensors: Mapping[str, Tensor]) -> Module:
@@ -205,14 +206,14 @@ BACKBONE: tuple[Module, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped:
-    """One tensor of a concrete model and what it is in one external format.
+    """One tensor of a concrete model and its counterparts in one column.
 
     Attributes:
         ours: our name.
         shape: our shape.
         external: the external tensors' names; several where ours fuses them.
         external_shape: shape of each of them.
-        transform: how the values are arranged.
+        transform: arrangement of the values.
         heads: attention heads of the model.
     """
 
@@ -224,28 +225,28 @@ class Mapped:
     heads: int
 
     def to_external(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The external tensors, in the order of ``external``, from ours."""
+        """Our tensor as the external ones, in the order of ``external``."""
         return self.transform.to_external(tensor, self.external_shape, self.heads)
 
     def to_ours(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Our tensor from the external ones, in the order of ``external``."""
+        """The external tensors, in the order of ``external``, as ours."""
         return self.transform.to_ours(tensors, self.shape, self.heads)
 
     def read(self, read: ReadBox, box: Box) -> torch.Tensor:
-        """``box`` of our tensor by way of ``read``, which gives boxes of the external ones."""
+        """Read ``box`` of our tensor; ``read`` reads boxes of the external ones."""
         return self.transform.read_box(read, self.external, box, self.shape, self.external_shape, self.heads)
 
 
-def mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
-    """Every tensor of a model that an external format holds, in the model's order.
+def mappings(config: ModelConfig, column: str) -> Iterator[Mapped]:
+    """Yield every tensor of a model that a column names, in the model's order.
 
-    diffusers' transformer has no place for a paradigm's own tensors: they are left out there.
+    Leaves out a paradigm's own tensors for diffusers, whose transformer has no place for them.
     """
-    if external_format not in FORMATS:
-        raise ValueError(f"no such format: {external_format}; the table has {', '.join(FORMATS)}")
+    if column not in COLUMNS:
+        raise ValueError(f"no such column: {column}; the table has {', '.join(COLUMNS)}")
     sizes = _sizes(config)
     for module, block in _instances(config):
-        external = getattr(module, external_format)
+        external = getattr(module, column)
         for key, tensor in module.tensors.items():
             shape = _shape(tensor.shape, sizes)
             transform = tensor.transform
@@ -264,11 +265,11 @@ def mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
                 transform=transform,
                 heads=config.num_attention_heads,
             )
-    if external_format != "diffusers":
-        yield from conditioning_mappings(config, external_format)
+    if column != "diffusers":
+        yield from conditioning_mappings(config, column)
 
 
-def conditioning_mappings(config: ModelConfig, external_format: str) -> Iterator[Mapped]:
+def conditioning_mappings(config: ModelConfig, column: str) -> Iterator[Mapped]:
     """The paradigm's own tensors, in the module's order."""
     paradigm = paradigm_of(config)
     for name, tensor in paradigm.own_tensors(config).items():
@@ -276,7 +277,7 @@ def conditioning_mappings(config: ModelConfig, external_format: str) -> Iterator
         yield Mapped(
             ours=f"{MODULE}.{name}",
             shape=tensor.shape,
-            external=(paradigm.external_name(name, external_format),),
+            external=(paradigm.external_name(name, column),),
             external_shape=external_shape,
             transform=_SAME if external_shape == tensor.shape else Reshape(external_shape),
             heads=config.num_attention_heads,
@@ -295,8 +296,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return backbone | {f"{MODULE}.{name}": tensor.shape for name, tensor in own_tensors.items()}
 
 
-def external_name(ours: str, external_format: str) -> str:
-    """An external format's name of one of the backbone's tensors that fuses nothing.
+def external_name(ours: str, column: str) -> str:
+    """External name of one of the backbone's tensors, which fuses nothing.
 
     Raises:
         KeyError: the table has no such tensor.
@@ -306,17 +307,17 @@ def external_name(ours: str, external_format: str) -> str:
     for module in BACKBONE:
         for key in module.tensors:
             if template == (f"{module.ours}.{key}" if key else module.ours):
-                return _name(getattr(module, external_format), key, block)
+                return _name(getattr(module, column), key, block)
     raise KeyError(ours)
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Exact number of a model's parameters."""
+    """Number of a model's parameters."""
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def _instances(config: ModelConfig) -> Iterator[tuple[Module, int]]:
-    """The backbone's modules with their block's number (0 outside of blocks), in the model's order."""
+    """Yield the backbone's modules with their block's number (0 outside of blocks), in the model's order."""
     first = next(index for index, row in enumerate(BACKBONE) if row.in_blocks)
     yield from ((row, 0) for row in BACKBONE[:first])
     yield from ((row, block) for block in range(config.num_layers) for row in BACKBONE if row.in_blocks)

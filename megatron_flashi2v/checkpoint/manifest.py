@@ -1,7 +1,7 @@
 """``manifest.json`` of a checkpoint: size and SHA-256 of all its files, and of itself.
 
-A byte that changed anywhere in the folder is noticed: in a file by its hash, in the manifest because its text
-must be, to the last character, what its own content and hash give.
+Detects any changed byte of the folder: in a file by its hash, in the manifest because its text must be, to the last
+character, the one that its content and hash give.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_flashi2v.runtime.files import atomic_write_text
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT_VERSION = 1
-# Hashing leaves Python's lock, and one thread does not keep a disk busy.
+# Hashing releases Python's lock, and one thread does not keep a disk busy.
 _THREADS = 4
 
 
@@ -28,7 +28,7 @@ def write_manifest(folder: Path, documents: Iterable[str]) -> None:
 
     Args:
         folder: a checkpoint.
-        documents: names of its files besides the tensors, which the index knows, and the index.
+        documents: names of its other files; tensor files are in the index.
     """
     files = dict(read_index(folder).files)
     for name in (INDEX_NAME, *documents):
@@ -38,17 +38,17 @@ def write_manifest(folder: Path, documents: Iterable[str]) -> None:
 
 
 def _text(files: Mapping[str, FileRecord]) -> str:
-    """The one text of a manifest: its lines, the last of which hashes those before."""
+    """The only text of a manifest of these files; its last line hashes the lines before."""
     records = {name: {"bytes": files[name].bytes, "sha256": files[name].sha256} for name in sorted(files)}
     body = f'{{\n"format_version": {_FORMAT_VERSION},\n"files": {json.dumps(records, indent=1)},\n'
     return f'{body}"sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """The files that a checkpoint must consist of.
+    """Read the records of the files that make up a checkpoint.
 
     Raises:
-        CheckpointError: the manifest is missing, from a newer version, or was altered.
+        CheckpointError: the manifest is missing, from another version, or was altered.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -74,16 +74,16 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 def verify(
     folder: Path, *, part: int = 0, parts: int = 1, needs: Callable[[str], bool] = lambda key: True
 ) -> None:
-    """Read a checkpoint's files and compare them with its manifest.
+    """Compare a checkpoint's files with its manifest.
 
-    The small ones are always read. Files of tensors can be divided over ranks, each of which reads its part,
-    or left out where nothing in them is needed.
+    Always reads the small files. Reads only this caller's part of the tensor files, and only those that hold a needed
+    tensor.
 
     Args:
         folder: a checkpoint.
-        part: which part of the tensor files this caller reads.
-        parts: callers among which they are divided.
-        needs: whether a tensor, by its key, will be read.
+        part: number of this caller.
+        parts: callers that share the tensor files.
+        needs: whether the caller will read a tensor, by its key.
 
     Raises:
         CheckpointError: names the first file that is missing, truncated or altered.
@@ -100,7 +100,7 @@ def verify(
     if unknown:
         raise CheckpointError(f"{folder / MANIFEST_NAME} does not name {unknown[0]}; the checkpoint is not whole")
     documents = sorted(files.keys() - index.files.keys() - {INDEX_NAME})
-    # The largest first, so that the parts are of about one size.
+    # The largest first, so that the parts have about one size.
     tensors = sorted(needed, key=lambda name: (-files[name].bytes, name))[part::parts]
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         for _ in pool.map(lambda name: _require_record(folder / name, files[name]), [*documents, *tensors]):

@@ -1,4 +1,4 @@
-"""The parameters of a rank as parts of a checkpoint's tensors."""
+"""A rank's parameters as parts of global tensors, and how a checkpoint fills them."""
 
 from __future__ import annotations
 
@@ -43,37 +43,41 @@ def _model_piece(key: str, name: str, parameter: torch.Tensor, grid: ShardGrid) 
 
 
 def holds_weights(weights: str, key: str) -> bool:
-    """Whether the tensor ``key`` is read for the weights ``model`` or ``ema``."""
+    """Whether loading the weights ``model`` or ``ema`` reads the tensor ``key``."""
     return key.startswith((EMA_PREFIX,) if weights == "ema" else (MODEL_PREFIX, MASTER_PREFIX))
 
 
 def require_ema(folder: Path, index: Index) -> None:
-    """Refuse a checkpoint without averaged weights where they are asked for.
+    """Refuse a checkpoint without averaged weights.
 
     Raises:
         CheckpointError: it holds none.
     """
     if not any(key.startswith(EMA_PREFIX) for key in index.tensors):
         raise CheckpointError(
-            f"{folder} holds no EMA weights (tensors {EMA_PREFIX}*); it was trained without --ema-decay, so leave out "
-            "--weights ema"
+            f"{folder} holds no EMA weights (tensors {EMA_PREFIX}*), since it was trained without --ema-decay; leave "
+            "out --weights ema"
         )
 
 
-def load_model(
+def load_parameters(
     folder: Path, named_parameters: NamedParameters, grid: ShardGrid, *, weights: str = "model"
 ) -> None:
     """Fill this rank's parameters in place from a checkpoint of any layout.
 
-    Where the parameter and the stored tensor differ in precision the value is converted; an fp32 parameter
-    takes the stored fp32 master copy of a bf16 tensor, if there is one. ``weights`` is ``model``, or ``ema`` for the
-    averaged ones.
+    Converts values where the parameter and the stored tensor differ in precision. An fp32 parameter takes the stored
+    fp32 master copy of a bf16 tensor, if there is one. Afterwards update the fp32 copies of an existing mixed-precision
+    optimizer, by :func:`~megatron_flashi2v.checkpoint.optimizer_state.load_optimizer` or mcore's
+    ``reload_model_params``.
 
-    A mixed-precision optimizer that exists already must then be told, by
-    :func:`~megatron_flashi2v.checkpoint.optimizer_state.load_optimizer` or mcore's ``reload_model_params``.
+    Args:
+        folder: a checkpoint.
+        named_parameters: global names and this rank's parameters.
+        grid: this rank's place.
+        weights: ``model``, or ``ema`` for the averaged ones.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape, or a file is damaged.
+        CheckpointError: a tensor is missing or has another shape, or a file is damaged.
     """
     index = read_index(folder)
     averaged = weights == "ema"
@@ -89,8 +93,7 @@ def load_model(
 
 
 def most_exact_key(index: Index, name: str, dtype: torch.dtype) -> str:
-    """Key of the stored tensor that gives parameter ``name`` in ``dtype``: the model's, or its master
-    copy."""
+    """Key of the stored tensor to read parameter ``name`` in ``dtype`` from: the model's, or its master copy."""
     stored, master = index.tensors.get(MODEL_PREFIX + name), index.tensors.get(MASTER_PREFIX + name)
     if stored and master and dtype == master.dtype != stored.dtype:
         return MASTER_PREFIX + name

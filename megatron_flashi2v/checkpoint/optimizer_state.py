@@ -1,10 +1,9 @@
-"""Which parts of which tensors megatron-core's optimizers hold, to save and to load them at any layout.
+"""The state of megatron-core's optimizers as parts of global tensors, saved and loaded at any layout.
 
 An optimizer keeps, for each parameter, its moments and, under bf16, an fp32 master copy: of the whole local
-parameter, or, in the distributed optimizer, of one contiguous stretch of it per data-parallel rank. All of
-them are stored as ``optimizer.<what>.<parameter name>`` in the global tensor's coordinates, which is why any
-optimizer loads what any other wrote. ``step`` is one number for all parameters and belongs to the common
-state.
+parameter, or, in the distributed optimizer, of one contiguous stretch of it per data-parallel rank. A checkpoint
+stores all of them as ``optimizer.<what>.<parameter name>`` in the global tensor's coordinates, so that any optimizer
+loads what any other wrote. ``step`` is one number for all parameters and belongs to the common state.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ OPTIMIZER_PREFIX = "optimizer."
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerShard:
-    """What an optimizer on this rank keeps for one parameter.
+    """An optimizer's state of one parameter on this rank.
 
     Attributes:
         name: global name of the parameter.
         box: where the parameter lies in the global tensor.
         flat_range: stretch of the flattened parameter that this rank updates; None is all of it.
-        owner: whether this rank stands for these values, or is a replica.
+        owner: whether this rank writes these values; replicas do not.
         weights: the tensor that the inner optimizer updates.
         has_master: whether ``weights`` is an fp32 copy, apart from the model's own (bf16) parameter.
         inner: the torch-style optimizer.
@@ -76,7 +75,7 @@ class OptimizerShard:
 def optimizer_shards(
     optimizer: MegatronOptimizer, named_parameters: NamedParameters, grid: ShardGrid
 ) -> Iterator[OptimizerShard]:
-    """What every optimizer in ``optimizer`` keeps on this rank.
+    """Yield the state of every parameter that ``optimizer`` updates on this rank.
 
     Args:
         optimizer: from mcore's ``get_megatron_optimizer``: FP32, Float16 or distributed, or a chain of them.
@@ -84,7 +83,7 @@ def optimizer_shards(
         grid: this rank's place.
 
     Raises:
-        CheckpointError: an optimizer whose state cannot be stored, or a parameter without a name.
+        CheckpointError: the state of such an optimizer cannot be stored, or a parameter has no name.
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     for part in unchained(optimizer):
@@ -98,8 +97,7 @@ def optimizer_shards(
             box = parameter_box(name, parameter.shape, grid)
             if sharded:
                 stretch = part._get_model_param_range_map(parameter)["param"]
-                # With several instances of the optimizer each holds all the state; the first one stands for
-                # them.
+                # With several instances of the optimizer each holds all the state; the first one writes it.
                 first_replica = part.distributed_optimizer_instance_id == 0
             else:
                 first_replica = grid.dp_rank == 0
@@ -124,8 +122,7 @@ def unchained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
 
 
 def _weights(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """(the model's parameter, the tensor that the inner optimizer updates) for everything an optimizer
-    holds."""
+    """Yield (the model's parameter, the tensor that the inner optimizer updates)."""
     if optimizer.config.use_precision_aware_optimizer or optimizer.config.optimizer_cpu_offload:
         raise CheckpointError("the state of a precision-aware or CPU-offloaded optimizer cannot be stored")
     if isinstance(optimizer, DistributedOptimizer):
@@ -182,10 +179,9 @@ def _tensors(shard: OptimizerShard) -> dict[str, torch.Tensor]:
 
 
 def optimizer_common_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """JSON-ready state that is the same for all parameters: ``{"step": updates done, or None before the
-    first}``.
+    """JSON-ready state that all parameters share: ``{"step": updates done, or None before the first}``.
 
-    Learning rate and weight decay are the scheduler's.
+    The scheduler keeps the learning rate and the weight decay.
 
     Raises:
         CheckpointError: parameters have done different numbers of steps.
@@ -212,16 +208,16 @@ def load_optimizer(
 ) -> None:
     """Fill this rank's optimizer in place from a checkpoint of any layout and any of mcore's optimizers.
 
-    State that does not exist yet (no step was taken) is created. Where the checkpoint has no master copy of a
-    parameter, it is taken from the model's tensor; where it holds no moments at all (converted weights, or
-    saved before the first step), the optimizer starts anew.
+    Creates state that does not exist before the first step. Takes a master copy that the checkpoint lacks from the
+    model's tensor. Where the checkpoint holds no moments at all (converted weights, or saved before the first step),
+    the optimizer starts anew.
 
     Args:
         folder: a checkpoint.
         optimizer: as in :func:`optimizer_shards`.
         named_parameters: global names and this rank's parameters.
         grid: this rank's place.
-        common_state: what :func:`optimizer_common_state` returned when the checkpoint was saved.
+        common_state: result of :func:`optimizer_common_state` when the checkpoint was saved.
 
     Raises:
         CheckpointError: the checkpoint was written with another kind of optimizer, or is damaged.

@@ -1,35 +1,23 @@
-"""How the ranks that share a checkpoint agree, so that one rank's error never leaves the others waiting."""
+"""The ranks that share a checkpoint: one rank's error never leaves the others waiting."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_flashi2v.config.errors import CheckpointError, StorageError, UserError, WriteError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """What failed on some rank.
-
-    Attributes:
-        message: the first failing rank's, with the rank.
-        of_storage: whether every failing rank's storage is to blame: a full disk, a missing permission.
-    """
-
-    message: str
-    of_storage: bool
+from megatron_flashi2v.config.errors import CheckpointError, StorageError
+from megatron_flashi2v.parallel import agreement
+from megatron_flashi2v.parallel.agreement import Failure
 
 
 class Peers:
-    """The ranks that write one checkpoint together; a single process needs no ``torch.distributed``.
+    """The ranks that write or load one checkpoint together; a process of its own exchanges nothing.
 
     Args:
         rank: this rank's place in the group.
         world_size: ranks in the group.
-        group: process group that can exchange objects (gloo is cheapest); None is the default group.
+        group: process group, of any backend; None is the default group.
     """
 
     def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None = None) -> None:
@@ -39,49 +27,28 @@ class Peers:
         self.world_size = world_size
         self._group = group
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value`` in rank order on rank 0; an empty list elsewhere."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        root = dist.get_global_rank(self._group, 0) if self._group is not None else 0
-        dist.gather_object(value, values, dst=root, group=self._group)
-        return values or []
+    def collect(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes in rank order on rank 0; an empty list elsewhere."""
+        return [data] if self.world_size == 1 else agreement.collect_bytes(data, self._group)
 
     def share(self, value: Any) -> Any:
-        """Rank 0's ``value``, on every rank."""
-        if self.world_size == 1:
-            return value
-        values = [value]
-        root = dist.get_global_rank(self._group, 0) if self._group is not None else 0
-        dist.broadcast_object_list(values, src=root, group=self._group)
-        return values[0]
+        """Rank 0's JSON-ready value, on every rank."""
+        return value if self.world_size == 1 else agreement.share_json(value, self._group)
 
     def first_failure(self, error: Exception | None) -> Failure | None:
-        """The first rank's error, the same on all ranks; every rank must call it at the same point.
+        """The first rank's error, the same on all ranks; every rank calls it at the same point.
 
         Args:
             error: what went wrong on this rank, if anything.
         """
-        own = None if error is None else (_describe(error), _is_of_storage(error))
-        found: list[tuple[str, bool] | None] = [own]
-        if self.world_size > 1:
-            found = [None] * self.world_size
-            dist.all_gather_object(found, own, group=self._group)
-        failed = [(rank, *problem) for rank, problem in enumerate(found) if problem is not None]
-        if not failed:
-            return None
-        rank, message, _ = failed[0]
-        if self.world_size > 1:
-            message += f" (rank {rank} of {self.world_size}; {len(failed)} failed)"
-        return Failure(message=message, of_storage=all(of_storage for *_, of_storage in failed))
+        return agreement.first_failure(error, self._gather)
 
     def agree(self, error: Exception | None, doing: str) -> None:
-        """Raise on all ranks if any of them has an error; every rank must call it at the same point.
+        """Raise on all ranks if any of them has an error; every rank calls it at the same point.
 
         Args:
             error: what went wrong on this rank, if anything.
-            doing: what was being done, for the message, such as "saving runs/a/iter_0000010".
+            doing: the work, for the message, such as "saving runs/a/iter_0000010".
 
         Raises:
             StorageError: all errors are the storage's: the disk is full, or refuses.
@@ -93,14 +60,5 @@ class Peers:
             kind = StorageError if failure.of_storage else CheckpointError
             raise kind(f"{doing} failed: {failure.message}") from error
 
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error}"
-
-
-def _is_of_storage(error: Exception) -> bool:
-    return isinstance(error, (OSError, StorageError, WriteError))
+    def _gather(self, data: bytes) -> list[bytes]:
+        return [data] if self.world_size == 1 else agreement.gather_bytes(data, self._group)

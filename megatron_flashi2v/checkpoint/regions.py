@@ -1,8 +1,8 @@
-"""Where a rank's part of a tensor lies in the whole tensor: boxes, and stretches of their row-major order.
+"""Parts of a tensor: boxes, and stretches of their row-major order.
 
 A rank holds either a whole box of the global tensor (a tensor-parallel slice) or, under the distributed
-optimizer, one contiguous stretch of that box flattened. A stretch is itself a handful of boxes, so that any
-two layouts can be compared, and copied into each other, box by box.
+optimizer, one contiguous stretch of that box flattened. A stretch is itself a handful of boxes, so that any two layouts
+can be compared and copied into each other box by box.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Region:
-    """A box of the global tensor, and where its values start in the data of the piece that holds it.
+    """A box of the global tensor, and its values' place in the data of the piece that holds it.
 
     Attributes:
         offset: first index of the box in every dimension of the global tensor.
@@ -31,7 +31,7 @@ class Region:
 
 
 def piece_regions(offset: Shape, shape: Shape, flat_range: tuple[int, int] | None) -> tuple[Region, ...]:
-    """The boxes that one piece holds: its whole box, or the boxes of its half-open stretch ``flat_range``.
+    """The boxes of one piece: its whole box, or those of its half-open stretch ``flat_range``.
 
     At most ``2 * len(shape) - 1`` of them: the rest of a first row, whole rows, the beginning of a last row,
     and so on inward.
@@ -64,7 +64,7 @@ def _stretch(offset: Shape, shape: Shape, begin: int, end: int, start: int) -> I
 
 
 def intersection(first: Region, second: Region) -> tuple[Shape, Shape] | None:
-    """Offset and shape, in the global tensor, of what two regions share; None where they share nothing."""
+    """Offset and shape, in the global tensor, of the box that two regions share; None if they share none."""
     offset, shape = [], []
     for start_1, size_1, start_2, size_2 in zip(
         first.offset, first.shape, second.offset, second.shape, strict=True
@@ -95,7 +95,7 @@ def coverage_fault(shape: Shape, regions: Sequence[Region]) -> str | None:
 
 
 def _overlap(regions: Sequence[Region]) -> tuple[Region, Region] | None:
-    """A pair of regions that share values; a sweep along the first dimension keeps the comparisons few."""
+    """A pair of regions that share values, found by a sweep along the first dimension; None if there is none."""
     active: list[Region] = []
     for region in sorted(regions, key=lambda item: item.offset):
         if region.offset:

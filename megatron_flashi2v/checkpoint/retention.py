@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept."""
+"""Retention: which checkpoints a run keeps, and deleting the others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Retention:
     """How many checkpoints a run keeps.
 
     Attributes:
-        last: the newest so many; None keeps all.
-        every: and the first at or after each multiple of this.
+        last: keep this many of the newest; None keeps all.
+        every: keep also the first at or after each multiple of this.
     """
 
     last: int | None = None
     every: int | None = None
 
     def surplus(self, iterations: Iterable[int], newest: int) -> list[int]:
-        """Which of the published iterations to delete, now that ``newest`` is published; none is later."""
+        """The published iterations to delete, now that ``newest`` is published."""
         if self.last is None:
             return []
         older = sorted(iteration for iteration in iterations if iteration < newest)
@@ -46,15 +46,15 @@ KEEP_ALL = Retention()
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a published folder; one that cannot be deleted is reported and stays.
+    """Delete a published folder, or warn that it cannot be deleted.
 
-    It loses its name first, so that a run killed meanwhile leaves no folder that looks whole.
+    Takes the folder's name away first, so that a run killed meanwhile leaves no folder that looks whole.
     """
     hidden = folder.with_name(f".{folder.name}.deleted")
     try:
         os.rename(folder, hidden)
         shutil.rmtree(hidden)
     except OSError as error:
-        logger.warning("%s, which is not to be kept, cannot be deleted: %s", folder, error)
+        logger.warning("cannot delete the surplus checkpoint %s: %s", folder, error)
     else:
-        logger.info("deleted %s, which is not to be kept", folder)
+        logger.info("deleted the surplus checkpoint %s", folder)

@@ -1,7 +1,7 @@
-"""Writing a checkpoint, so that it is published whole or not at all.
+"""Writing a checkpoint: published whole or not at all.
 
-``iter_0000010/`` is written as ``.iter_0000010.partial`` and renamed when everything is on the disk; only then does
-``latest_checkpointed_iteration.txt`` name it, so that a run killed at any moment leaves a checkpoint that is whole.
+Ranks write into ``.iter_0000010.partial``. Once everything is on the disk it is renamed to ``iter_0000010``, and only
+then does ``latest_checkpointed_iteration.txt`` name it: a run killed at any moment leaves a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_flashi2v.checkpoint.folders import (
     MODEL_CONFIG_NAME,
     STATE_NAME,
@@ -25,38 +23,39 @@ from megatron_flashi2v.checkpoint.folders import (
     published_iterations,
     set_aside,
 )
-from megatron_flashi2v.checkpoint.index import Index, read_index, write_index
+from megatron_flashi2v.checkpoint.index import Index, index_text, parse_index, read_index, write_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.manifest import write_manifest
 from megatron_flashi2v.checkpoint.model_state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention, delete_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece, merge_parts, write_rank_file
-from megatron_flashi2v.config.errors import CheckpointError, UserError
+from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text
+from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, sync_folder
+from megatron_flashi2v.runtime.publishing import publish_folder
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointSave:
-    """One checkpoint in the making; every rank of ``peers`` makes one at the same point.
+    """One checkpoint in the making; every rank of ``peers`` creates one at the same point.
 
-    It is done in steps: each rank takes the values and rank 0 makes the folder; each rank writes its file; rank 0
-    publishes. :meth:`work` does a step without talking to other ranks, so that it may run beside training, in a thread
-    of its own. When all ranks have worked, :meth:`settle` brings them together, and the next step begins.
+    A save has three steps: each rank takes the values and rank 0 makes the folder; each rank writes its file; rank 0
+    publishes. :meth:`work` does one step without communication, so that it may run in a thread beside training. Once
+    all ranks have worked, :meth:`settle` makes them agree, and the next step begins.
 
     Args:
         root: the run's ``--save`` folder, on a file system that all ranks share.
         iteration: iterations done.
-        pieces: what this rank holds (see ``checkpoint.model_state`` and ``checkpoint.optimizer_state``).
+        pieces: this rank's parts of tensors (see ``checkpoint.model_state`` and ``checkpoint.optimizer_state``).
         model_config: written as ``model_config.json``.
         state: JSON-ready values that are the same on all ranks, such as the iteration, the samples consumed,
-            the schedule's and the optimizer's scalars; rank 0's are written.
-        retention: which older checkpoints of ``root`` stay, once this one is published.
+            the schedule's and the optimizer's scalars; rank 0 writes its own.
+        retention: which older checkpoints of ``root`` to keep once this one is published.
         peers: the ranks that write it.
-        take: the first step's way to get hold of ``pieces``. They are as of then if it copies them; by default they
-            are as of when they are written.
+        take: called with ``pieces`` in the first step. If it copies, the checkpoint holds the values of that moment;
+            by default it holds the values of the moment of writing.
     """
 
     def __init__(
@@ -78,30 +77,30 @@ class CheckpointSave:
         self._model_config, self._state = model_config, copy.deepcopy(dict(state))
         self._retention, self._peers = retention, peers
         self._part: Index | None = None
-        self._parts: list[Index] = []
+        self._parts: list[bytes] = []
         self._error: Exception | None = None
         self._abandoned = False
         self._steps = [self._begin, self._write, self._publish]
 
     @property
     def done(self) -> bool:
-        """Whether no step is left: it is published, or has failed."""
+        """Whether no step is left: the checkpoint is published, or the save has failed."""
         return not self._steps
 
     def work(self) -> None:
-        """Do this rank's share of the present step; an error waits for :meth:`settle`."""
+        """Do this rank's share of the current step; keep an error for :meth:`settle`."""
         try:
             self._steps[0]()
         except Exception as error:
             self._error = error
 
     def settle(self) -> None:
-        """Agree that the step is done; all ranks call it when all of them have worked, and none from a thread.
+        """Agree that the step is done; every rank calls it, from its main thread, after :meth:`work`.
 
         Raises:
             StorageError: the same on all ranks: a disk is full or refuses.
-            CheckpointError: the same on all ranks, if any of them failed otherwise. In either case nothing is left
-                under the final name, and the checkpoint before is as it was.
+            CheckpointError: the same on all ranks, if any of them failed otherwise. In either case nothing stands
+                under the final name, and the checkpoint before is unchanged.
         """
         try:
             self._peers.agree(self._error, f"saving {self.folder}")
@@ -111,11 +110,11 @@ class CheckpointSave:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise
         if self._part is not None:
-            self._parts, self._part = self._peers.gather(self._part), None
+            self._parts, self._part = self._peers.collect(index_text(self._part).encode()), None
         self._steps = self._steps[1:]
 
     def finish(self) -> None:
-        """Do all steps that are left; every rank calls it.
+        """Do the remaining steps; every rank calls it.
 
         Raises:
             CheckpointError: as :meth:`settle`.
@@ -125,17 +124,17 @@ class CheckpointSave:
             self.settle()
 
     def abandon(self) -> None:
-        """Let :meth:`work`, in another thread, end soon and in vain; nothing is published then.
+        """Make :meth:`work`, in another thread, fail at the next tensor; nothing is published.
 
-        What was written stays as ``.partial``, which the next save clears: other ranks may still be writing there.
+        The ``.partial`` folder stays, since other ranks may still be writing there; the next save clears it.
         """
         self._abandoned = True
 
     def _begin(self) -> None:
         if self._peers.rank == 0:
             self._root.mkdir(parents=True, exist_ok=True)
-            # Left by a run that was killed while it saved or deleted, or by a file that was in use. What cannot be
-            # removed now is in nobody's way but this iteration's own.
+            # Left by a run that was killed while it saved or deleted, or by a file in use. A folder that still cannot
+            # be removed stands in the way of its own iteration only.
             for stale in (*self._root.glob(".iter_*.partial"), *self._root.glob(".iter_*.deleted")):
                 shutil.rmtree(stale, ignore_errors=True)
             self._partial.mkdir()
@@ -149,76 +148,41 @@ class CheckpointSave:
 
     def _go_on(self, _: int) -> None:
         if self._abandoned:
-            raise CheckpointError(f"{self._partial} was given up")
+            raise CheckpointError(f"{self._partial} was abandoned")
 
     def _publish(self) -> None:
         if self._peers.rank:
             return
-        write_index(self._partial, merge_parts(self._parts))
+        parts, self._parts = [parse_index(part.decode(), self._partial) for part in self._parts], []
+        write_index(self._partial, merge_parts(parts))
         _require_whole_model(self._partial, self._model_config)
         finish_folder(self._partial, self._model_config, self._state)
-        _flush_folder(self._partial)
-        _rename(self._root, self._iteration, self._partial, self.folder)
+        sync_folder(self._partial)
+        publish_folder(
+            self._partial, self.folder, aside=set_aside(self.folder),
+            commit=lambda: write_tracker(self._root, self._iteration),
+        )
         _set_later_aside(self._root, self._iteration)
         _delete_surplus(self._root, self._iteration, self._retention)
 
 
-def save_checkpoint(
-    root: Path,
-    iteration: int,
-    *,
-    pieces: Iterable[TensorPiece],
-    model_config: ModelConfig,
-    state: Mapping[str, Any],
-    retention: Retention = KEEP_ALL,
-    rank: int = 0,
-    world_size: int = 1,
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Write one checkpoint at once and make it the latest; every rank of ``group`` calls it with the pieces it holds.
-
-    Args:
-        root: as in :class:`CheckpointSave`, and so are the next ones.
-        iteration: iterations done.
-        pieces: what this rank holds.
-        model_config: the model.
-        state: JSON-ready values.
-        retention: which older checkpoints stay.
-        rank: this rank's place in ``group``.
-        world_size: ranks in ``group``.
-        group: process group that can exchange objects; None is the default group.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        CheckpointError: as :meth:`CheckpointSave.settle`.
-    """
-    save = CheckpointSave(
-        root, iteration, pieces=pieces, model_config=model_config, state=state, retention=retention,
-        peers=Peers(rank, world_size, group),
-    )  # fmt: skip
-    save.finish()
-    return save.folder
-
-
 def finish_folder(folder: Path, model_config: ModelConfig, state: Mapping[str, Any]) -> None:
-    """Write what belongs to a checkpoint besides its tensors and their index; the manifest last."""
+    """Write a checkpoint's other files, after its tensors and their index; the manifest last."""
     atomic_write_json(folder / MODEL_CONFIG_NAME, model_config.to_json())
     atomic_write_json(folder / STATE_NAME, dict(state))
     write_manifest(folder, (MODEL_CONFIG_NAME, STATE_NAME))
 
 
 def write_tracker(root: Path, iteration: int) -> None:
-    """Name the latest iteration."""
+    """Name the latest iteration in the run's tracker file."""
     atomic_write_text(root / TRACKER_NAME, f"{iteration}\n")
 
 
 def _require_whole_model(folder: Path, model_config: ModelConfig) -> None:
-    """Compare what was written with the model's names and shapes.
+    """Compare the written tensors with the model's names and shapes.
 
-    A slice that lacks its tensor-parallel tag would pass for the whole tensor, and a forgotten layer for
-    none: a checkpoint that no layout could load must not replace a good one.
+    A slice without its tensor-parallel tag would pass for the whole tensor, and a forgotten layer would go unnoticed: a
+    checkpoint that no layout could load must not replace a whole one.
     """
     stored = {
         key.removeprefix(MODEL_PREFIX): tensor.shape
@@ -231,33 +195,14 @@ def _require_whole_model(folder: Path, model_config: ModelConfig) -> None:
         if wanted != written:
             raise CheckpointError(
                 f"tensor {name} has shape {wanted} in this model, but {written} was written; "
-                "the layout of a parameter is described wrongly"
+                "the parameter's place in the layout is described wrongly"
             )
 
 
-def _rename(root: Path, iteration: int, partial: Path, final: Path) -> None:
-    """Give a whole folder its final name, and name it in the tracker; if that fails, all is as it was."""
-    replaced = set_aside(final)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    try:
-        os.rename(partial, final)
-        _flush_folder(root)
-        write_tracker(root, iteration)
-    except (OSError, UserError):
-        if final.exists():
-            os.rename(final, partial)
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _set_later_aside(root: Path, iteration: int) -> None:
-    """Take the names of later checkpoints: a run that was taken back to an earlier iteration has left them.
+    """Rename later checkpoints, which a run left that was set back to an earlier iteration.
 
-    They may be damaged; once this run passes their iterations, nothing would tell them from its own.
+    They may be damaged, and once this run passes their iterations nobody could tell them from its own.
     """
     for later in (number for number in published_iterations(root) if number > iteration):
         folder = root / iteration_folder(later)
@@ -266,25 +211,16 @@ def _set_later_aside(root: Path, iteration: int) -> None:
         try:
             os.rename(folder, place)
         except OSError as error:
-            logger.warning("%s, which an earlier run has left, cannot be set aside: %s", folder, error)
+            logger.warning("cannot set %s aside, which an earlier run has left: %s", folder, error)
         else:
-            logger.warning("%s, which an earlier run has left, is %s now", folder, place.name)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk: a rename is only durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            logger.warning("renamed %s, which an earlier run has left, to %s", folder, place.name)
 
 
 def _delete_surplus(root: Path, newest: int, retention: Retention) -> None:
     try:
         surplus = retention.surplus(published_iterations(root), newest)
     except OSError as error:
-        logger.warning("%s cannot be read to delete what is not to be kept: %s", root, error)
+        logger.warning("cannot read %s to delete surplus checkpoints: %s", root, error)
         return
     for iteration in surplus:
         delete_checkpoint(root / iteration_folder(iteration))

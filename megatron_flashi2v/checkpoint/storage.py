@@ -1,12 +1,11 @@
 """Sharded tensors on disk, without pickle: every rank writes what it holds, any layout reads what it needs.
 
 A folder holds one safetensors file per writing rank and ``index.json``, which says where every part of every
-global tensor lies. Parts are boxes of the global tensor, or stretches of a box's row-major order (how the
-distributed optimizer shards), so that reading at another layout is copying intersections of boxes.
+global tensor lies. Parts are boxes of the global tensor, or stretches of a box's row-major order (the distributed
+optimizer's shards), so that reading at another layout copies intersections of boxes.
 
-Why not megatron-core's dist_checkpointing: its common state and its index are pickles, and its optimizer
-format that loads at another layout gathers the whole fp32 state on every data-parallel rank's host before it
-writes.
+Not megatron-core's dist_checkpointing: it pickles its common state and its index, and its optimizer format that loads
+at another layout gathers the whole fp32 state on every data-parallel rank's host before it writes.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class TensorPiece:
         flat_range: half-open stretch of the row-major flattened box that this rank holds; None is the whole
             box.
         data: the values, box-shaped, or 1-D under ``flat_range``; reading fills it in place.
-        owner: whether this rank writes it. Of replicas exactly one is the owner.
+        owner: whether this rank writes it; exactly one of the replicas does.
     """
 
     key: str
@@ -110,12 +109,17 @@ def write_rank_file(
     world_size: int,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Index:
-    """Write one rank's owned pieces into the existing ``folder``, without talking to other ranks.
+    """Write one rank's owned pieces into the existing ``folder``, without communication.
 
-    A rank that owns nothing writes no file. ``on_bytes`` hears of every tensor's bytes.
+    Args:
+        folder: existing.
+        pieces: this rank's parts of tensors; it writes those that it owns, and no file if it owns none.
+        rank: its number.
+        world_size: ranks that write.
+        on_bytes: called with the number of bytes after each tensor.
 
     Returns:
-        This rank's part of the index; :func:`merge_parts` joins those of all ranks.
+        This rank's part of the index; :func:`merge_parts` joins the parts of all ranks.
 
     Raises:
         UserError: the disk is full, or the file cannot be written.
@@ -128,8 +132,7 @@ def write_rank_file(
     stored: defaultdict[str, list[StoredPiece]] = defaultdict(list)
     specs: list[TensorSpec] = []
     for piece in owned:
-        # A rank may hold several parts of a tensor; all but the first get a number, since names are unique in
-        # a file.
+        # A rank may hold several parts of a tensor. Names are unique in a file: all but the first get a number.
         count = len(stored[piece.key])
         name = f"{piece.key}#{count}" if count else piece.key
         specs.append(TensorSpec(name=name, dtype=piece.data.dtype, shape=tuple(piece.data.shape)))
@@ -154,7 +157,7 @@ def write_rank_file(
 
 
 def merge_parts(parts: Sequence[Index]) -> Index:
-    """One index from every rank's part.
+    """Join the ranks' parts of an index.
 
     Raises:
         CheckpointError: ranks disagree on a tensor's dtype or shape, or its parts leave a hole or overlap.
@@ -190,7 +193,7 @@ def _require_same(
 
 
 def keys(folder: Path) -> tuple[str, ...]:
-    """Names of the tensors that a folder holds, sorted."""
+    """Sorted names of a folder's tensors."""
     return tuple(read_index(folder).tensors)
 
 
@@ -202,19 +205,19 @@ def read_pieces(
     allow_cast: bool = False,
     index: Index | None = None,
 ) -> tuple[str, ...]:
-    """Fill every piece's ``data`` in place from a folder that was written at any layout.
+    """Fill every piece's ``data`` in place from a folder written at any layout.
 
-    Reads by memory map and only what overlaps; nothing is exchanged between ranks.
+    Reads only overlapping values, by memory map, and without communication.
 
     Args:
         folder: of rank files and their index.
-        pieces: what this rank wants; ``owner`` plays no part.
-        strict: raise if a tensor is not stored; otherwise leave its data alone and report it.
+        pieces: parts to fill, whatever their ``owner``.
+        strict: raise if a tensor is not stored; otherwise leave its data as it is and return its key.
         allow_cast: convert to the dtype of ``data``; otherwise a difference is an error.
-        index: the folder's index, if it was read already.
+        index: the folder's index, if the caller has read it.
 
     Returns:
-        The keys that are not stored (empty under ``strict``).
+        Keys that are not stored (none under ``strict``).
 
     Raises:
         CheckpointError: a file is missing or damaged, a tensor is missing, or has another shape or dtype.
@@ -245,7 +248,7 @@ def _check_stored(folder: Path, piece: TensorPiece, stored: StoredTensor, allow_
     if stored.shape != piece.global_shape:
         raise CheckpointError(
             f"{folder / INDEX_NAME}: tensor {piece.key} has shape {stored.shape} in the checkpoint, "
-            f"but the model needs {piece.global_shape}; they are of different sizes"
+            f"but the model needs {piece.global_shape}; their sizes differ"
         )
     if stored.dtype != piece.data.dtype and not allow_cast:
         raise CheckpointError(
@@ -256,7 +259,7 @@ def _check_stored(folder: Path, piece: TensorPiece, stored: StoredTensor, allow_
 
 @dataclass(frozen=True)
 class _Copy:
-    """One box to be copied from a file into a piece's memory."""
+    """Copies one box from a file into a piece's memory."""
 
     source: StoredPiece
     source_region: Region
@@ -302,18 +305,3 @@ def _copies(folder: Path, piece: TensorPiece, stored: StoredTensor) -> Iterable[
             f"{folder / INDEX_NAME}: the parts of tensor {piece.key} hold {copied} of the "
             f"{piece.data.numel()} values needed; the index is damaged"
         )
-
-
-def read_full(folder: Path, key: str, *, index: Index | None = None) -> torch.Tensor:
-    """One whole tensor, on the host, in its stored dtype.
-
-    Raises:
-        CheckpointError: as :func:`read_pieces`.
-    """
-    index = index or read_index(folder)
-    stored = index.tensors.get(key)
-    if stored is None:
-        raise CheckpointError(f"{folder / INDEX_NAME}: the checkpoint has no tensor {key}")
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    read_pieces(folder, [TensorPiece.whole(key, tensor)], index=index)
-    return tensor

@@ -1,6 +1,6 @@
 """One safetensors file: written tensor by tensor and hashed on the way, read by memory map.
 
-The library's own writer wants every tensor in host memory at once and would need a second pass for the hash.
+The library's own writer takes every tensor in host memory at once and would need a second pass for the hash.
 The format is an 8-byte little-endian header length, a JSON header and the tensors' bytes back to back
 (https://huggingface.co/docs/safetensors, "Format").
 """
@@ -56,7 +56,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """What an index records of a file, to notice a truncated or altered one."""
+    """Size and hash of a file, to detect a truncated or altered one."""
 
     bytes: int
     sha256: str
@@ -72,9 +72,15 @@ def write_tensor_file(
 ) -> FileRecord:
     """Write ``tensors`` (in the order of ``specs``, on any device) to ``path`` and flush it to the disk.
 
-    Only one tensor is in host memory at a time, so ``tensors`` may be a generator. ``on_bytes`` hears of
-    every tensor's bytes, for a progress bar. Without ``hashed`` the record's hash is empty. The file appears
-    under ``path`` at once: publish it by renaming its folder.
+    Keeps one tensor in host memory at a time, so ``tensors`` may be a generator. The file is visible under ``path``
+    while it grows: publish it by renaming its folder.
+
+    Args:
+        path: the file.
+        specs: name, dtype and shape of each tensor.
+        tensors: the values.
+        on_bytes: called with the number of bytes after each tensor.
+        hashed: compute the hash; without it the record's hash is empty.
 
     Raises:
         UserError: the disk is full.
@@ -133,7 +139,7 @@ def _header(path: Path, specs: Sequence[TensorSpec]) -> bytes:
 
 @contextmanager
 def open_tensor_file(path: Path, expected_bytes: int | None = None) -> Iterator[Any]:
-    """A memory-mapped ``safetensors.safe_open`` handle; tensors are read where they are asked for.
+    """A memory-mapped ``safetensors.safe_open`` handle, which reads tensors on demand.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not as long as ``expected_bytes``.
@@ -144,8 +150,7 @@ def open_tensor_file(path: Path, expected_bytes: int | None = None) -> Iterator[
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if expected_bytes is not None and size != expected_bytes:
         raise CheckpointError(
-            f"{path} is {size} bytes long, its index says {expected_bytes}; the file is damaged, use "
-            f"another copy"
+            f"{path} is {size} bytes long, its index says {expected_bytes}; the file is damaged, use another copy"
         )
     try:
         handle = safe_open(path, framework="pt", device="cpu")
@@ -156,14 +161,13 @@ def open_tensor_file(path: Path, expected_bytes: int | None = None) -> Iterator[
 
 
 def read_tensor(path: Path, handle: Any, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
-    """Tensor ``name`` of a file opened with :func:`open_tensor_file`, or only ``part`` of it.
+    """Read tensor ``name``, or only ``part`` of it, of a file opened with :func:`open_tensor_file`.
 
     Raises:
         CheckpointError: the file does not hold the tensor.
     """
     try:
-        # An empty part is a scalar's, of which the library cannot take slices; a whole tensor need not be copied, it
-        # stays a view of the map.
+        # An empty part is a scalar's, which the library cannot slice. A whole tensor stays a view of the map, uncopied.
         if not part or [(side.start or 0, side.stop) for side in part] == [
             (0, size) for size in handle.get_slice(name).get_shape()
         ]:

@@ -12,11 +12,11 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
 
-FORMATS = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu")
+FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-FormatAndPath = tuple[Annotated[str, OneOf(*FORMATS)], Path]
+FormatAndPath = tuple[Annotated[str, OneOf(*FORMAT_NAMES)], Path]
 
 
 @dataclass(frozen=True, kw_only=True)

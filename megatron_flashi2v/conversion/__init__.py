@@ -1,1 +1,1 @@
-"""Weights that others wrote, and weights for others: readers of foreign files, formats, conversion."""
+"""Weights of other software, read and written: foreign files, formats, conversion."""

@@ -1,4 +1,4 @@
-"""Two sets of weights, tensor by tensor and bit by bit."""
+"""Comparison of two sets of weights, tensor by tensor and bit by bit."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megatron_flashi2v.conversion.weights import OnBytes, Weights
 def require_equal_weights(source: Weights, written: Weights, on_bytes: OnBytes | None = None) -> dict[str, str]:
     """Read both and compare each tensor's dtype, shape, bytes and SHA-256, one tensor in memory at a time.
 
-    Bytes are compared and not only values: two NaNs are equal, and zero is not minus zero.
+    Compares bytes, not only values: two NaNs are equal, and zero differs from minus zero.
 
     Args:
-        source: what was to be written, in the dtype that it was to be written in.
-        written: what was.
-        on_bytes: hears of the bytes compared.
+        source: the weights to write, in the dtype to write.
+        written: the written weights.
+        on_bytes: called with the number of bytes after each tensor.
 
     Returns:
-        The SHA-256 of every tensor's bytes, by our name.
+        SHA-256 of every tensor's bytes, by our name.
 
     Raises:
-        CheckpointError: the models differ, or the first tensor that does.
+        CheckpointError: the models differ; or names the first tensor that differs.
     """
     if source.config.to_json() != written.config.to_json():
         raise CheckpointError(f"{written.source} is of another model than {source.source}")

@@ -1,4 +1,4 @@
-"""Weights from one format to another, one tensor at a time, published when whole."""
+"""Converts weights from one format to another, one tensor at a time; publishes the result when it is whole."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.comparison import require_equal_weights
 from megatron_flashi2v.conversion.formats import diffusers, megatron
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
-from megatron_flashi2v.conversion.report import Report, make_report
+from megatron_flashi2v.conversion.report import ConversionReport, make_report
 from megatron_flashi2v.conversion.weights import OnBytes, ReadOptions, Weights
-from megatron_flashi2v.runtime.files import require_space, staged_folder
+from megatron_flashi2v.runtime.files import require_space
+from megatron_flashi2v.runtime.publishing import staged_folder
 
-# Headers, indices and configurations, generously.
+# More than headers, indices and configurations take.
 _OVERHEAD_BYTES = 16_000_000
 
 
@@ -28,14 +29,14 @@ def _no_caveats(config: ModelConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How to read and write one format.
+    """Functions that read and write one format.
 
     Attributes:
-        open: the weights at a path.
-        write: fill an empty folder with weights, in files of at most so many bytes.
-        is_ours: whether a folder may be replaced, as something that this format's ``write`` left.
-        names: what each of our tensors is called there.
-        caveats: what software of the format would get wrong about such a model.
+        open: opens the weights at a path.
+        write: fills an empty folder with weights, in files of at most so many bytes.
+        is_ours: whether a folder holds what ``write`` wrote and nothing else, so that it may be replaced.
+        names: gives the format's names of each of our tensors.
+        caveats: lists what other software gets wrong about such a model in this format.
     """
 
     open: Callable[[Path, ReadOptions], Weights]
@@ -64,19 +65,19 @@ FORMATS: Mapping[str, Format] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion did."""
+    """Result of a conversion."""
 
     config: ModelConfig
     parameters: int
     bytes: int
-    report: Report
+    report: ConversionReport
 
 
 Finish = Callable[[Path, Weights], None]
-"""Adds to a written folder before it is published; gets the folder and what was written into it."""
+"""Adds files to a written folder before it is published; takes the folder and the weights in it."""
 
 Check = Callable[[Weights, Weights, Path], str]
-"""Compares the source with what was written, opened anew, in a folder; gives a line for the report, or raises."""
+"""Compares the source, the written weights, opened anew, and their folder; returns a line for the report, or raises."""
 
 
 def convert(
@@ -101,22 +102,22 @@ def convert(
     Args:
         source: format and path to read.
         target: format and path of the folder to write.
-        dtype: of all tensors written; None keeps each one's own.
+        dtype: of all tensors written; None keeps each tensor's own.
         weights: ``model`` or ``ema``.
-        num_attention_heads: for sources that do not tell.
+        num_attention_heads: for sources that do not state it.
         phi_order: likewise.
         max_shard_bytes: largest file, in bytes of tensors.
         overwrite: replace an earlier output of the target's format.
-        verify: before anything is published, read both sides again and compare every tensor.
-        extra_bytes: what ``finish`` will add.
+        verify: before publishing, read both sides again and compare every tensor.
+        extra_bytes: bytes that ``finish`` will add.
         finish: called with the written folder before it is published.
-        check: called when verifying, after the tensors were compared.
-        on_start: hears of what begins, and of the bytes that it will go over.
-        on_bytes: hears of bytes as they are written, or compared.
+        check: called after the comparison, if ``verify``.
+        on_start: called with the name of a phase and its number of bytes, when it begins.
+        on_bytes: called with the number of bytes written or compared, after each tensor.
 
     Raises:
         UserError: the source is missing or damaged, the target exists, the disk is full or too small, or verifying
-            found a difference. Nothing is left under the target's name then, and an earlier output there is as it was.
+            found a difference. Then nothing stands under the target's name, and an earlier output there is unchanged.
     """
     read, write = format_named(source[0]), format_named(target[0])
     _check_target(source[1], target[1], write, overwrite)
@@ -137,7 +138,7 @@ def convert(
         if verify:
             if on_start is not None:
                 on_start("verify", total)
-            # Read anew on both sides, from the files alone.
+            # Both sides are read anew, from the files alone.
             written = write.open(folder, ReadOptions())
             digests = require_equal_weights(opened, written, on_bytes)
             forward = check(opened, written, folder) if check is not None else ""
@@ -150,7 +151,7 @@ def convert(
 
 
 def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
-    """The weights at a path of any format.
+    """Open the weights at a path, in any format.
 
     Raises:
         UserError: as the format's own ``open``.
@@ -159,10 +160,10 @@ def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
 
 
 def format_named(name: str) -> Format:
-    """A format by its name on the command line.
+    """Find a format by its name on the command line.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no format has that name.
     """
     if name not in FORMATS:
         raise ConfigError(f"format {name!r} is not available; choose one of {', '.join(FORMATS)}")
@@ -172,13 +173,13 @@ def format_named(name: str) -> Format:
 def _check_target(source: Path, target: Path, write: Format, overwrite: bool) -> None:
     inner, outer = source.resolve(), target.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise ConfigError(f"{source} and {target} must not lie in one another")
+        raise ConfigError(f"source {source} and target {target}: neither may lie in the other; choose another target")
     if target.suffix in (".pt", ".pth", ".safetensors"):
-        raise ConfigError(f"{target} is to be a folder, of safetensors and JSON files; leave out {target.suffix}")
+        raise ConfigError(f"{target} must be a folder, of safetensors and JSON files; leave out {target.suffix}")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
         raise UserError(f"{target} exists; choose another path, or give --overwrite")
     if not (target.is_dir() and write.is_ours(target)):
         # A mistyped path must not cost a training run or a home folder.
-        raise CheckpointError(f"{target} is not an earlier conversion to this format; it is not replaced")
+        raise CheckpointError(f"{target} is not an earlier conversion to this format; choose another path")

@@ -1,4 +1,4 @@
-"""The weights that a new run starts from, in any format: each rank reads the parts of tensors that it holds."""
+"""Initial weights of a new run, in any format: each rank reads its own parts of the tensors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """Where a run's first weights come from, and what they cover.
+    """Initial weights, and which tensors of the run's model they cover.
 
     Attributes:
         weights: opened, not read.
-        missing: tensors of the run's model that they lack, which stay as initialised.
-        unexpected: tensors that they hold and the run's model has no place for.
+        missing: tensors of the run's model without a counterpart, which stay as initialised.
+        unexpected: tensors without a counterpart in the run's model, which are left out.
     """
 
     weights: Weights
@@ -49,13 +49,13 @@ class InitialWeights:
 
 
 def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: str = "model") -> InitialWeights:
-    """Open what a run will start from, and compare it with the run's model.
+    """Open initial weights and compare them with the run's model.
 
     Weights of the run's own paradigm suit it, and those of others from which its class can start.
 
     Args:
         source: format and path.
-        model: the run's; it gives the heads and phi's order where the source does not tell.
+        model: the run's; it gives the heads and phi's order where the source does not state them.
         weights: ``model`` or ``ema``.
 
     Raises:
@@ -85,9 +85,9 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
 
 
 def load_initial_weights(initial: InitialWeights, named_parameters: NamedParameters, grid: ShardGrid) -> None:
-    """Fill this rank's parameters in place, as far as the weights cover them.
+    """Fill this rank's parameters in place from the weights that cover them.
 
-    Columns of the patch embedding for channels that the run's paradigm adds stay as they are.
+    Leaves the patch embedding's columns for channels that the run's paradigm adds.
 
     Args:
         initial: from :func:`open_initial_weights`.

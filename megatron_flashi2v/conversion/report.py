@@ -1,4 +1,4 @@
-"""What a conversion did with every tensor: for people in a few lines, for programs as JSON."""
+"""Report of a conversion, tensor by tensor: a few lines for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class TensorReport:
     """One tensor of the model.
 
     Attributes:
-        source: its names in the source; several where it is in parts there.
-        target: its names in what was written.
-        shape: ours.
+        source: its names in the source; several where the source holds it in parts.
+        target: its names in the target.
+        shape: in our arrangement.
         stored: dtypes in the source.
         written: dtype in the target.
-        sha256: of its bytes as written, in our arrangement; empty unless both sides were compared.
+        sha256: of its written bytes, in our arrangement; empty unless both sides were compared.
     """
 
     source: tuple[str, ...]
@@ -33,7 +33,7 @@ class TensorReport:
 
     @property
     def renamed(self) -> bool:
-        """Whether it is called, or divided, otherwise than before."""
+        """Whether its name or its division into parts changed."""
         return self.source != self.target
 
     @property
@@ -43,7 +43,7 @@ class TensorReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ConversionReport:
     """A whole conversion.
 
     Attributes:
@@ -51,10 +51,10 @@ class Report:
         target: format and path.
         model: the model's configuration.
         tensors: every tensor of the model, by our name.
-        left_out: what the source holds besides them.
-        notes: what was assumed, and what to beware of.
+        left_out: other entries of the source.
+        notes: assumptions and caveats.
         verified: whether both sides were read again and compared.
-        forward: what a forward pass on both sides gave, if there was one.
+        forward: result of a forward pass on both sides, if there was one.
     """
 
     source: tuple[str, str]
@@ -67,11 +67,11 @@ class Report:
     forward: str
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole report, JSON-ready."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The gist."""
+        """The report in a few lines."""
         renamed = [tensor for tensor in self.tensors.values() if tensor.renamed]
         cast = [tensor for tensor in self.tensors.values() if tensor.cast]
         lines = [f"{len(self.tensors)} tensors mapped, {len(renamed)} of them renamed, fused or split"]
@@ -95,19 +95,19 @@ def make_report(
     caveats: tuple[str, ...],
     digests: Mapping[str, str],
     forward: str,
-) -> Report:
-    """Put together what is known when everything is written.
+) -> ConversionReport:
+    """Make the report of a finished conversion.
 
     Args:
         source: format and path.
         target: format and path.
-        weights: what was read.
+        weights: the source's.
         names: the target's names by ours.
-        caveats: the target's.
-        digests: of every tensor, if both sides were compared.
-        forward: what a forward pass told.
+        caveats: the target format's.
+        digests: SHA-256 of every tensor, if both sides were compared.
+        forward: result of a forward pass, if there was one.
     """
-    return Report(
+    return ConversionReport(
         source=(source[0], str(source[1])),
         target=(target[0], str(target[1])),
         model=weights.config.to_json(),

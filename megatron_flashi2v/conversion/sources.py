@@ -1,4 +1,4 @@
-"""Tensors in files that others wrote: read one at a time, or a box of one, whatever holds them."""
+"""Tensors in foreign files: read one at a time, or a box of one, whatever the file format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from megatron_flashi2v.checkpoint.arrangements import Box
 from megatron_flashi2v.checkpoint.tensor_file import DTYPES, open_tensor_file, read_tensor
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.runtime.files import read_json
+from megatron_flashi2v.runtime.files import read_json_object
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -23,8 +23,8 @@ class SourceTensor(ABC):
 
     Attributes:
         path: the file, for errors.
-        name: its name there.
-        shape: whole shape.
+        name: its name in the file.
+        shape: of the whole tensor.
         dtype: as stored.
     """
 
@@ -35,7 +35,7 @@ class SourceTensor(ABC):
 
     @abstractmethod
     def read(self, box: Box | None = None) -> torch.Tensor:
-        """The values, or those in ``box``, on the host; only their bytes are brought into memory.
+        """Read the values, or those in ``box``, to the host; reads no other bytes.
 
         Raises:
             CheckpointError: they cannot be read.
@@ -46,7 +46,7 @@ class SourceTensor(ABC):
 class SafetensorsTensor(SourceTensor):
     """A tensor of a safetensors file.
 
-    The file is mapped for each one anew: the resident part of a lasting map would grow to the file's size.
+    Every read maps the file anew: the resident part of a lasting map would grow to the file's size.
     """
 
     def read(self, box: Box | None = None) -> torch.Tensor:
@@ -55,7 +55,7 @@ class SafetensorsTensor(SourceTensor):
 
 
 def open_safetensors(path: Path) -> dict[str, SourceTensor]:
-    """All tensors of one safetensors file.
+    """Open all tensors of one safetensors file.
 
     Raises:
         CheckpointError: it is missing, cut short, or holds an unknown dtype.
@@ -77,7 +77,7 @@ def open_safetensors(path: Path) -> dict[str, SourceTensor]:
 
 
 def _first_cut_tensor(path: Path) -> str:
-    """Which tensor of a file that cannot be opened is cut short, if that is what is wrong."""
+    """Message on the first tensor that ends past the end of an unreadable file; empty if there is none."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -96,13 +96,12 @@ def _first_cut_tensor(path: Path) -> str:
 
 
 def open_sharded(index: Path) -> dict[str, SourceTensor]:
-    """All tensors of the shards that a Hugging Face index names.
+    """Open all tensors of the shards that a Hugging Face index names.
 
     Raises:
         CheckpointError: the index is malformed, leads out of its folder, names a missing shard, or contradicts one.
     """
-    document = read_json(index, error=CheckpointError)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    weight_map = read_json_object(index, error=CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
     shards: dict[str, dict[str, SourceTensor]] = {}
@@ -111,18 +110,18 @@ def open_sharded(index: Path) -> dict[str, SourceTensor]:
             continue
         # An index may come from anyone: it must not lead the reader out of its folder.
         if Path(name).name != name or name.startswith("."):
-            raise CheckpointError(f"{index}: tensor {tensor} is said to be in {name!r}, which is not a plain file name")
+            raise CheckpointError(f"{index} says that tensor {tensor} is in {name!r}, which is not a plain file name")
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index}: tensor {tensor} is said to be in {name}, but there is no such file")
+            raise CheckpointError(f"{index} says that tensor {tensor} is in {name}, but there is no such file")
         shards[name] = open_safetensors(index.parent / name)
     for tensor, name in weight_map.items():
         if tensor not in shards[name]:
-            raise CheckpointError(f"{index}: tensor {tensor} is said to be in {name}, which does not hold it")
+            raise CheckpointError(f"{index} says that tensor {tensor} is in {name}, which does not hold it")
     return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
 
 
 def open_safetensors_folder(folder: Path, stem: str) -> dict[str, SourceTensor]:
-    """All tensors of a component: of its one file, or of the shards that its index names.
+    """Open all tensors of a component: of its single file, or of the shards that its index names.
 
     Raises:
         CheckpointError: as for :func:`open_safetensors` and :func:`open_sharded`.
@@ -132,7 +131,7 @@ def open_safetensors_folder(folder: Path, stem: str) -> dict[str, SourceTensor]:
 
 
 def whole_box(shape: tuple[int, ...]) -> Box:
-    """The box that is all of a tensor."""
+    """The box that covers a whole tensor."""
     return tuple(slice(0, size) for size in shape)
 
 

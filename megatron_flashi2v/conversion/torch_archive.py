@@ -1,7 +1,7 @@
-"""Tensors of ``.pt`` and ``.pth`` files, which are zip archives: a pickle that describes, and plain bytes.
+"""Tensors of ``.pt`` and ``.pth`` files, which are zip archives of a pickled description and plain bytes.
 
-The description is read by :mod:`restricted_pickle`; the bytes of a tensor are mapped when it is asked for. Layout of
-the archive: https://docs.pytorch.org/docs/stable/notes/serialization.html. The format of torch before 1.6 is refused.
+:mod:`restricted_pickle` reads the description; reading a tensor maps its bytes. Layout of the archive:
+https://docs.pytorch.org/docs/stable/notes/serialization.html. The format of torch before 1.6 is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _MAX_DEPTH = 16
 
 @dataclass(frozen=True)
 class _Storage:
-    """Where a storage's bytes lie in the file."""
+    """Place of a storage's bytes in the file."""
 
     begin: int
     nbytes: int
@@ -55,7 +55,7 @@ class _Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchivedTensor(SourceTensor):
-    """A tensor of an archive: a strided view of a storage, which other tensors may share.
+    """A tensor of an archive: a strided view of a storage that other tensors may share.
 
     Attributes:
         begin: position of the storage's first byte in the file.
@@ -77,24 +77,24 @@ class ArchivedTensor(SourceTensor):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path}: tensor {self.name} cannot be read: {error}") from error
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the map is read-only, and so are we
+            warnings.simplefilter("ignore")  # torch warns of read-only memory, which we only read
             values = torch.from_numpy(content)
         values = values[: self.nbytes // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
-        # Copied, so that the map is gone when this returns.
+        # A copy, so that the map is released on return.
         return values.as_strided(self.shape, self.stride, self.offset)[box or ()].clone(
             memory_format=torch.contiguous_format
         )
 
 
 def is_torch_archive(path: Path) -> bool:
-    """Whether a file's name is that of a torch file."""
+    """Whether a file's name ends as torch's files do."""
     return path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".ema")
 
 
 def open_torch_archive(path: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
-    """All tensors of a file, and the names of what else it holds.
+    """Open all tensors of a file; also returns the names of its other entries.
 
-    Names of nested dictionaries are joined by dots.
+    Joins the names of nested dictionaries by dots.
 
     Raises:
         CheckpointError: the file is no archive, is cut short, or its pickle needs more than tensors in dictionaries.
@@ -107,13 +107,13 @@ def open_torch_archive(path: Path) -> tuple[dict[str, SourceTensor], tuple[str, 
 
 
 def read_archive(file: IO[bytes], path: Path, base: int) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
-    """As :func:`open_torch_archive`, of an archive that begins at byte ``base`` of ``path``, opened as ``file``."""
+    """As :func:`open_torch_archive`, for an archive at byte ``base`` of ``path``; ``file`` begins there."""
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole torch archive ({error}): it is cut short, or a bare pickle or a file of torch "
-            "before 1.6, which are refused; save its tensors anew, best as safetensors"
+            "before 1.6, neither of which can be read; save its tensors anew, best as safetensors"
         ) from error
     with archive:
         tree = _describe(archive, file, path, base)
@@ -129,7 +129,7 @@ def read_archive(file: IO[bytes], path: Path, base: int) -> tuple[dict[str, Sour
 
 
 def _describe(archive: zipfile.ZipFile, file: IO[bytes], path: Path, base: int) -> Any:
-    """The archive's pickle, its storages located."""
+    """Load the archive's pickle, with the place of each storage."""
     entries = {entry.filename: entry for entry in archive.infolist()}
     descriptions = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
     if len(descriptions) != 1:
@@ -147,18 +147,18 @@ def _describe(archive: zipfile.ZipFile, file: IO[bytes], path: Path, base: int) 
             dtype = _STORAGES[storage_type.__name__]
             entry = entries[f"{prefix}data/{key}"]
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise CheckpointError(f"{path}: its data.pkl refers to a storage that is not there") from error
+            raise CheckpointError(f"{path}: its data.pkl refers to a missing storage") from error
         if kind != "storage" or entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(f"{path}: storage {key} is compressed or of an unknown kind")
         if not isinstance(count, int) or count * dtype.itemsize != entry.file_size:
-            raise CheckpointError(f"{path}: storage {key} has {entry.file_size:,} bytes, which is not what it says")
+            raise CheckpointError(f"{path}: storage {key} has {entry.file_size:,} bytes; data.pkl says another size")
         return _Storage(base + _data_offset(file, entry, path), entry.file_size, dtype)
 
     return load_restricted(archive.read(descriptions[0]), _ALLOWED, source=path, persistent=storage)
 
 
 def _data_offset(file: IO[bytes], entry: zipfile.ZipInfo, path: Path) -> int:
-    """Where an entry's bytes begin: after its local header, whose own two lengths count."""
+    """Position of an entry's bytes: after its local header, by the two lengths in that header."""
     place = file.tell()
     file.seek(entry.header_offset)
     header = file.read(30)
@@ -179,7 +179,7 @@ def _leaves(value: Any, name: str, path: Path, depth: int) -> Iterator[tuple[str
 
 
 def _tensor(name: str, value: Any, path: Path) -> ArchivedTensor | None:
-    """The tensor that a record describes; None if it is something else."""
+    """The tensor that a record describes; None for any other value."""
     while isinstance(value, Record) and value.name in _PARAMETERS and value.arguments:
         value = value.arguments[0]
     if not (isinstance(value, Record) and value.name == _TENSOR):
@@ -209,7 +209,7 @@ def _integers(values: Any) -> tuple[int, ...] | None:
 
 
 class Window(io.RawIOBase):
-    """A stretch of a file as a file of its own: an archive inside a larger file."""
+    """A stretch of a file as a file: an archive inside a larger file."""
 
     def __init__(self, file: IO[bytes], begin: int, length: int) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Window(io.RawIOBase):
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move; never before the stretch's first byte."""
+        """Move, but never before the stretch's first byte."""
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
         if origin + offset < 0:
             raise ValueError("the position lies before the beginning")
@@ -236,7 +236,7 @@ class Window(io.RawIOBase):
         return self._place
 
     def read(self, size: int = -1) -> bytes:
-        """At most ``size`` bytes, and none past the stretch's end."""
+        """Read at most ``size`` bytes, and none past the stretch's end."""
         left = max(0, self._length - self._place)
         self._file.seek(self._begin + self._place)
         data = self._file.read(left if size < 0 else min(size, left))

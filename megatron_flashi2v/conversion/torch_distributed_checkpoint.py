@@ -1,8 +1,7 @@
-"""Tensors of a folder that ``torch.distributed.checkpoint`` wrote, such as an FSDP run's.
+"""Tensors of a folder that ``torch.distributed.checkpoint`` (DCP) wrote, such as an FSDP run's.
 
-``.metadata`` is a pickle: it is read by :mod:`restricted_pickle`, which knows the names of DCP's metadata classes and
-makes inert records of them. It says in which stretch of which ``.distcp`` file each chunk of each tensor lies; a chunk
-is a torch archive of its own.
+:mod:`restricted_pickle` reads ``.metadata``, a pickle, and makes inert records of DCP's metadata classes. They say
+which stretch of which ``.distcp`` file holds each chunk of each tensor; a chunk is a torch archive of its own.
 """
 
 from __future__ import annotations
@@ -77,14 +76,14 @@ class DistributedTensor(SourceTensor):
             with open(chunk.path, "rb") as file:
                 if chunk.begin + chunk.length > chunk.path.stat().st_size:
                     raise CheckpointError(f"{chunk.path} is cut short: tensor {self.name} reaches past its end")
-                # A read-only stretch serves zipfile as a file does, though its type does not say so.
+                # zipfile takes a read-only stretch, though its annotations do not.
                 window: Any = Window(file, chunk.begin, chunk.length)
                 tensors, _ = read_archive(window, chunk.path, chunk.begin)
         except OSError as error:
             raise CheckpointError(f"{chunk.path} cannot be read: {error.strerror or error}") from error
-        tensor = tensors.get("")  # the archive is the tensor itself, not a dictionary
+        tensor = tensors.get("")  # the archive holds the tensor itself, not a dictionary
         if tensor is None or tensor.shape != chunk.region.shape or tensor.dtype != self.dtype:
-            raise CheckpointError(f"{chunk.path}: the chunk of tensor {self.name} is not what {METADATA_NAME} says")
+            raise CheckpointError(f"{chunk.path}: the chunk of tensor {self.name} contradicts {METADATA_NAME}")
         return tensor
 
 
@@ -96,7 +95,7 @@ def _within(offset: tuple[int, ...], shape: tuple[int, ...], region: Region) -> 
 
 
 def open_distributed(folder: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
-    """All tensors of a folder, and the names of what else it holds.
+    """Open all tensors of a folder; also returns the names of its other entries.
 
     Raises:
         CheckpointError: ``.metadata`` is missing, damaged, or needs other classes; a chunk's file is missing or its
@@ -125,7 +124,7 @@ def open_distributed(folder: Path) -> tuple[dict[str, SourceTensor], tuple[str, 
 
 def _place(key: Any, path: Path) -> tuple[Any, tuple[int, ...]]:
     if not isinstance(key, Record) or key.name != "MetadataIndex":
-        raise CheckpointError(f"{path}: its storage_data is not understood")
+        raise CheckpointError(f"{path}: its storage_data has an unknown form")
     return key.field("fqn"), _sizes(key.field("offset") or (), path)
 
 
@@ -160,13 +159,13 @@ def _chunk(folder: Path, name: str, region: Region, info: Any) -> _Chunk:
         else (None, None, None)
     )
     if not isinstance(file, str) or type(begin) is not int or type(length) is not int or min(begin, length) < 0:
-        raise CheckpointError(f"{path}: it is not said where a chunk of tensor {name} lies")
+        raise CheckpointError(f"{path} does not say where a chunk of tensor {name} lies")
     if Path(file).name != file:
-        raise CheckpointError(f"{path}: tensor {name} is said to be in {file!r}, which is not a plain file name")
+        raise CheckpointError(f"{path} says that tensor {name} is in {file!r}, which is not a plain file name")
     if info.field("transform_descriptors"):
         raise CheckpointError(f"{path}: tensor {name} is compressed or encrypted, which is not supported")
     if not (folder / file).is_file():
-        raise CheckpointError(f"{path}: tensor {name} is said to be in {file}, but there is no such file")
+        raise CheckpointError(f"{path} says that tensor {name} is in {file}, but there is no such file")
     return _Chunk(region, folder / file, begin, length)
 
 
@@ -174,5 +173,5 @@ def _sizes(value: Any, path: Path) -> tuple[int, ...]:
     if isinstance(value, Record) and value.name == "Size" and value.arguments:
         value = value.arguments[0]
     if not isinstance(value, (tuple, list)) or any(type(size) is not int or size < 0 for size in value):
-        raise CheckpointError(f"{path}: a shape or an offset is not understood")
+        raise CheckpointError(f"{path}: a shape or an offset has an unknown form")
     return tuple(value)

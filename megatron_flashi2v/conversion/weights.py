@@ -1,4 +1,4 @@
-"""What converters exchange: a model's weights under our names, and folders of safetensors shards."""
+"""Weights as converters exchange them: under our names, and as folders of safetensors shards."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from megatron_flashi2v.conversion.sources import SourceTensor, whole_box
 from megatron_flashi2v.runtime.files import atomic_write_json
 
 OnBytes = Callable[[int], None]
+"""Called with a number of bytes after each tensor, for a progress bar."""
 
 _LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How weights are to be read.
+    """Options for reading weights.
 
     Attributes:
-        dtype: of all tensors; None keeps each one's own.
+        dtype: of all tensors; None keeps each tensor's own.
         weights: ``model`` or ``ema``, where the source holds both.
-        num_attention_heads: for sources that do not tell; must agree with those that do.
+        num_attention_heads: for sources that do not state it; must agree with those that do.
         phi_order: likewise.
-        assume: where neither the source nor these tell, it is as in this model.
+        assume: model to take a value from that neither the source nor these options state.
     """
 
     dtype: torch.dtype | None = None
@@ -44,7 +45,7 @@ class ReadOptions:
     assume: ModelConfig | None = None
 
     def require_agreement(self, config: ModelConfig, source: Path) -> None:
-        """Refuse a flag that contradicts what a source says of itself.
+        """Refuse a flag that contradicts the source.
 
         Raises:
             ConfigError: names the flag and both values.
@@ -59,12 +60,12 @@ class Weights(ABC):
     """A model's weights under our global names, read one tensor, or a part of one, at a time.
 
     Attributes:
-        config: the model that they are of.
-        source: where they come from, for messages.
+        config: the model.
+        source: file or folder, for messages.
         names: each tensor's name or names in the source, by our name.
-        left_out: what the source holds besides them.
-        notes: what was assumed while opening them.
-        facts: what the source tells of the training, JSON-ready.
+        left_out: other entries of the source.
+        notes: assumptions made while opening them.
+        facts: what the source states about the training, JSON-ready.
     """
 
     config: ModelConfig
@@ -76,20 +77,20 @@ class Weights(ABC):
 
     @abstractmethod
     def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
-        """Dtypes of the tensors in the source that hold a tensor."""
+        """Dtypes of the source's tensors that hold our tensor ``name``."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype in which :meth:`read` gives a tensor."""
+        """Dtype in which :meth:`read` returns a tensor."""
 
     @abstractmethod
     def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor, on the host, of the shape in ``parameter_shapes(config)``.
+        """Read one tensor to the host, in the shape of ``parameter_shapes(config)``.
 
         Args:
             name: our name.
-            box: only this part, of which little more is read.
-            dtype: other than :meth:`dtype`; the source's most exact values of it.
+            box: only this part; hardly more than its bytes is read.
+            dtype: another one than :meth:`dtype`; converted from the source's most exact values.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -107,10 +108,10 @@ class ExternalWeights(Weights):
     """Weights in files of another format, by the key table.
 
     Args:
-        source: folder or file that they come from.
+        source: folder or file.
         config: the model.
-        entries: what the table says of the format.
-        tensors: what the files hold, by external name; just what ``entries`` names.
+        entries: the table's, for the format.
+        tensors: the files' tensors by external name, exactly those that ``entries`` names.
         dtype: as in :class:`ReadOptions`.
 
     Raises:
@@ -157,7 +158,7 @@ class ExternalWeights(Weights):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroup:
-    """Tensors of a file that are made together, such as the three projections that one fused tensor holds."""
+    """Tensors of a file that come from one of ours, such as the three projections of one fused tensor."""
 
     specs: tuple[TensorSpec, ...]
     load: Callable[[], Sequence[torch.Tensor]]
@@ -169,7 +170,7 @@ class TensorGroup:
 
 
 def external_groups(weights: Weights, entries: Sequence[Mapped]) -> list[TensorGroup]:
-    """What a format holds of some weights, each group made from one tensor of ours."""
+    """The tensors of ``entries``, in one group for each tensor of ours."""
     return [
         TensorGroup(
             specs=tuple(
@@ -187,7 +188,7 @@ def _split(weights: Weights, entry: Mapped) -> tuple[torch.Tensor, ...]:
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in another dtype.
+    """Convert a tensor to another dtype.
 
     Raises:
         CheckpointError: a finite value is too large for it.
@@ -199,7 +200,7 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def plan_shards(groups: Sequence[TensorGroup], max_bytes: int) -> list[list[TensorGroup]]:
-    """Deal groups out, in order, to files of at most ``max_bytes``; a larger group gets a file of its own."""
+    """Divide groups, in order, into files of at most ``max_bytes``; a larger group gets a file of its own."""
     shards: list[list[TensorGroup]] = []
     size = 0
     for group in groups:
@@ -214,13 +215,13 @@ def plan_shards(groups: Sequence[TensorGroup], max_bytes: int) -> list[list[Tens
 def write_shard(
     path: Path, groups: Sequence[TensorGroup], on_bytes: OnBytes | None = None, *, hashed: bool = True
 ) -> FileRecord:
-    """Write groups to one safetensors file, with two groups in memory at a time."""
+    """Write groups to one safetensors file; keeps at most two groups in memory."""
     specs = [spec for group in groups for spec in group.specs]
     return write_tensor_file(path, specs, _loaded(groups), on_bytes=on_bytes, hashed=hashed)
 
 
 def _loaded(groups: Sequence[TensorGroup]) -> Iterator[torch.Tensor]:
-    """Each group's tensors; the next group is read while these are written."""
+    """Yield each group's tensors, reading the next group ahead."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = [pool.submit(group.load) for group in groups[:1]]
         for following in range(1, len(groups) + 1):
@@ -232,14 +233,14 @@ def _loaded(groups: Sequence[TensorGroup]) -> Iterator[torch.Tensor]:
 def write_hub_folder(
     folder: Path, stem: str, groups: Sequence[TensorGroup], max_bytes: int, on_bytes: OnBytes | None = None
 ) -> None:
-    """Write tensors as Hugging Face libraries load them: one file, or numbered shards with their index.
+    """Write tensors in the layout of Hugging Face libraries: one file, or numbered shards with their index.
 
     Args:
         folder: an existing folder.
         stem: file name without its ending, such as ``diffusion_pytorch_model``.
         groups: all tensors.
         max_bytes: largest file, in bytes of tensors.
-        on_bytes: hears of the bytes written.
+        on_bytes: called with the number of bytes after each tensor.
     """
     shards = plan_shards(groups, max_bytes)
     if len(shards) <= 1:
@@ -256,13 +257,13 @@ def write_hub_folder(
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of many names, for an error message."""
+    """The first few of many names, for a message."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
 def require_tensors(source: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape | SourceTensor]) -> None:
-    """Compare the names and shapes that a file should hold with those it holds.
+    """Compare the expected names and shapes of a file's tensors with those found.
 
     Raises:
         CheckpointError: names tensors that are missing, unexpected, or of another shape, and the file of the latter.

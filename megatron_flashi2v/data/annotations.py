@@ -1,4 +1,4 @@
-"""Annotation files in the reference's schema, checked field by field (facts: section 3.1).
+"""Annotation files in the schema of FlashI2V's ``flashi2v/data/utils/wan_utils.py`` (branch main), checked by field.
 
 An annotation file is a JSON list of objects (``path`` and ``cap``; optionally ``resolution``, ``fps``, ``num_frames``,
 ``cut``, ``crop`` and ``motion``), or a text file whose lines are ``root_dir,meta.json``.

@@ -12,7 +12,7 @@ import torch
 
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.shards import SHARD_PATTERN, ShardIndex, shard_name
-from megatron_flashi2v.runtime.files import atomic_write_bytes, atomic_write_json, read_json
+from megatron_flashi2v.runtime.files import atomic_write_bytes, atomic_write_json, read_json_object
 
 DATASET_FORMAT = "megatron_flashi2v-dataset"
 DATASET_VERSION = 1
@@ -145,8 +145,8 @@ def read_description(folder: Path) -> DatasetDescription:
         raise DataError(
             f"{path} is missing: {folder} holds no finished data set; finish it with `flashi2v prepare`"
         )
-    values = read_json(path, error=DataError)
-    if not isinstance(values, dict) or values.get("format") != DATASET_FORMAT:
+    values = read_json_object(path, error=DataError)
+    if values.get("format") != DATASET_FORMAT:
         raise DataError(f"{path}: not a data set's description (its format must be {DATASET_FORMAT!r})")
     if values.get("version") != DATASET_VERSION:
         raise DataError(f"{path}: version {values.get('version')!r}; this program reads version {DATASET_VERSION}")

@@ -1,4 +1,5 @@
-"""Which annotations are wanted: rules on an annotation's facts, in the reference's order (facts: section 3.2).
+"""Which annotations are wanted: rules on what an annotation says, in the reference's order (FlashI2V's
+``flashi2v/data/utils/wan_utils.py``, branch main).
 
 ``filter_rules="reference"`` decides exactly as the reference does. ``filter_rules="corrected"`` (the default) differs
 in this: a missing ``num_frames``, ``fps`` or ``resolution`` is read from the file instead of dropping the annotation or

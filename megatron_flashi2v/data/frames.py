@@ -1,4 +1,7 @@
-"""Which frames of a file make a clip: frame-rate conversion by index arithmetic, then a window (facts: section 3.4)."""
+"""Which frames of a file make a clip: frame-rate conversion by index arithmetic, then a window.
+
+As in FlashI2V's ``flashi2v/data/utils/wan_utils.py``, branch main.
+"""
 
 from __future__ import annotations
 

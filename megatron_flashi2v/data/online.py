@@ -6,10 +6,10 @@ all need the same samples, each encode a part of them and hand it to the others.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from cachetools import LRUCache
 
 from megatron_flashi2v.config.errors import ConfigError, UserError
 from megatron_flashi2v.config.prepare import EncodingConfig
@@ -79,7 +80,7 @@ class OnlineDataset:
         self.fingerprint = settings_hash(data_settings(config, selection.entries, selection.malformed))
         self.empty_text_rows_LD = self._encoders.text_rows("")
         self._cache = None if cache is None else EncodingCache(cache, encoding_settings(config), self.info)
-        self._memory = _Memory(memory_bytes)
+        self._memory: LRUCache[int, PreparedSample | BadSample] = LRUCache(memory_bytes, getsizeof=_size)
         self.replica = Replica()
         self.encoded = self.from_cache = 0
 
@@ -89,13 +90,14 @@ class OnlineDataset:
     def fetch(self, indices: Sequence[int]) -> list[PreparedSample | BadSample]:
         """The samples; collective over the replica, whose ranks must all ask for the same."""
         missing = [index for index in dict.fromkeys(indices) if index not in self._memory]
-        found = {index: self._memory.get(index) for index in indices if index in self._memory}
+        found = {index: self._memory[index] for index in indices if index in self._memory}
         if missing:
             mine = self._make(missing[self.replica.rank :: self.replica.size])
             for data in self.replica.gather(pack(mine)):
                 found.update(unpack(data))
             for index in missing:  # in one order on all ranks, which so keep the same ones
-                self._memory.put(index, found[index])
+                with contextlib.suppress(ValueError):  # larger than all of the memory
+                    self._memory[index] = found[index]
         return [found[index] for index in indices]
 
     def close(self) -> None:
@@ -135,27 +137,6 @@ class OnlineDataset:
                 logger.warning("%s; the run goes on without writing to its cache", error)
                 self._cache = None
         return sample
-
-
-class _Memory:
-    """Samples by index, up to a number of bytes; the least recently used go first."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._bytes = limit, 0
-        self._samples: OrderedDict[int, PreparedSample | BadSample] = OrderedDict()
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._samples
-
-    def get(self, index: int) -> PreparedSample | BadSample:
-        self._samples.move_to_end(index)
-        return self._samples[index]
-
-    def put(self, index: int, sample: PreparedSample | BadSample) -> None:
-        self._samples[index] = sample
-        self._bytes += _size(sample)
-        while self._bytes > self._limit and self._samples:
-            self._bytes -= _size(self._samples.popitem(last=False)[1])
 
 
 def _size(sample: PreparedSample | BadSample) -> int:

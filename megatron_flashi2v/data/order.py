@@ -7,7 +7,7 @@ integer, and a run resumed in a later epoch sees exactly what an uninterrupted o
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +18,8 @@ from megatron_flashi2v.runtime.random import keyed_generator, keyed_seed
 BLOCK = 10_000
 """Positions over which a blend's weights hold exactly; a weight counts in steps of 1 / BLOCK."""
 CACHED_BLOCKS = 4
+CACHED_EPOCHS = 2
+"""A global batch spans at most two epochs, unless it is larger than the data set."""
 
 
 class GlobalOrder:
@@ -33,7 +35,9 @@ class GlobalOrder:
             raise ConfigError(f"the data set has {num_samples} samples; training needs at least 1")
         self.num_samples = num_samples
         self.seed = seed
-        self._permutations: dict[int, torch.Tensor] = {}
+        self._permutation = functools.lru_cache(maxsize=CACHED_EPOCHS)(
+            functools.partial(_permutation, num_samples, seed)
+        )
 
     def sample_index(self, position: int) -> int:
         """Index of the sample at a position of the global order; positions run through the epochs without end."""
@@ -42,14 +46,10 @@ class GlobalOrder:
         epoch, offset = divmod(position, self.num_samples)
         return int(self._permutation(epoch)[offset])
 
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        if epoch not in self._permutations:
-            # A global batch spans at most two epochs at a time unless it is larger than the data set.
-            while len(self._permutations) >= 2:
-                del self._permutations[min(self._permutations)]
-            generator = keyed_generator(self.seed, "data_order", epoch)
-            self._permutations[epoch] = torch.randperm(self.num_samples, generator=generator)
-        return self._permutations[epoch]
+
+def _permutation(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
+    """int64 [num_samples]: the sample at every place of an epoch."""
+    return torch.randperm(num_samples, generator=keyed_generator(seed, "data_order", epoch))
 
 
 class Apportionment:
@@ -66,8 +66,9 @@ class Apportionment:
 
     def __init__(self, weights: Sequence[float], seed: int, purpose: str) -> None:
         self._counts = block_counts(weights)
-        self._seed, self._purpose = seed, purpose
-        self._blocks: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._block = functools.lru_cache(maxsize=CACHED_BLOCKS)(
+            functools.partial(_deal_block, tuple(self._counts), seed, purpose)
+        )
 
     def locate(self, number: int) -> tuple[int, int]:
         """The part that the number belongs to, and how many earlier numbers do."""
@@ -78,19 +79,15 @@ class Apportionment:
         part = int(parts[offset])
         return part, block * self._counts[part] + int(ranks[offset])
 
-    def _block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [BLOCK] each: the part of every number, and how many before it in the block have the same part."""
-        if block not in self._blocks:
-            while len(self._blocks) >= CACHED_BLOCKS:
-                self._blocks.popitem(last=False)
-            counts = torch.tensor(self._counts)
-            dealt = torch.repeat_interleave(torch.arange(len(self._counts)), counts)
-            parts = dealt[torch.randperm(BLOCK, generator=keyed_generator(self._seed, self._purpose, block))]
-            ranks = torch.empty_like(parts)
-            for part, count in enumerate(self._counts):
-                ranks[parts == part] = torch.arange(count)
-            self._blocks[block] = (parts, ranks)
-        return self._blocks[block]
+
+def _deal_block(counts: Sequence[int], seed: int, purpose: str, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [BLOCK] each: the part of every number, and how many before it in the block have the same part."""
+    dealt = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    parts = dealt[torch.randperm(BLOCK, generator=keyed_generator(seed, purpose, block))]
+    ranks = torch.empty_like(parts)
+    for part, count in enumerate(counts):
+        ranks[parts == part] = torch.arange(count)
+    return parts, ranks
 
 
 def block_counts(weights: Sequence[float]) -> list[int]:

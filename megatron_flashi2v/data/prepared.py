@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -127,8 +127,14 @@ class PreparedDataset:
             self._check_shard(shard)
         self._ends = list(accumulate(shard.samples for shard in self._shards))
         self._reader = TarReader()
-        self._indices: OrderedDict[str, ShardIndex] = OrderedDict()
+        self._index = functools.lru_cache(maxsize=CACHED_INDICES)(
+            functools.partial(_read_checked_index, self.folder, self.fingerprint)
+        )
         self.empty_text_rows_LD: torch.Tensor = self._read_empty_text()
+
+    def __reduce__(self) -> tuple[type[PreparedDataset], tuple[Path]]:
+        """Pickled as its folder: a worker that gets a copy opens it anew."""
+        return PreparedDataset, (self.folder,)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -180,10 +186,6 @@ class PreparedDataset:
             raise DataError(f"{tar} sample {sample.key}: its record is no JSON object")
         return record
 
-    def padded_text(self, index: int) -> torch.Tensor:
-        """The sample's text rows with zero rows appended: bf16 [text_length, text_dim]."""
-        return pad_text_rows(self[index].text_rows_LD, self.info.text_length)
-
     def _fetch_one(self, index: int) -> PreparedSample | BadSample:
         try:
             return self[index]
@@ -204,21 +206,6 @@ class PreparedDataset:
         samples = self._index(shard).samples
         tar = self.folder / SHARD_FOLDER / f"{shard.name}.tar"
         return tar, samples[index - (self._ends[position] - shard.samples)]
-
-    def _index(self, shard: ShardEntry) -> ShardIndex:
-        if shard.name not in self._indices:
-            while len(self._indices) >= CACHED_INDICES:
-                self._indices.popitem(last=False)
-            path = self.folder / SHARD_FOLDER / f"{shard.name}.json"
-            index = read_index(path)
-            if len(index.samples) != shard.samples or index.fingerprint != self.fingerprint:
-                raise DataError(
-                    f"{path}: {len(index.samples)} samples of settings {index.fingerprint[:12]}, {DATASET_FILE} says "
-                    f"{shard.samples} of {self.fingerprint[:12]}; run `flashi2v prepare` again"
-                )
-            self._indices[shard.name] = index
-        self._indices.move_to_end(shard.name)
-        return self._indices[shard.name]
 
     def _check_shard(self, shard: ShardEntry) -> None:
         tar = self.folder / SHARD_FOLDER / f"{shard.name}.tar"
@@ -243,3 +230,14 @@ class PreparedDataset:
         if rows_LD is None or rows_LD.ndim != 2 or rows_LD.shape[1] != self.info.text_dim:
             raise DataError(f"{path}: no text rows of width {self.info.text_dim}; prepare the data again")
         return rows_LD
+
+
+def _read_checked_index(folder: Path, fingerprint: str, shard: ShardEntry) -> ShardIndex:
+    path = folder / SHARD_FOLDER / f"{shard.name}.json"
+    index = read_index(path)
+    if len(index.samples) != shard.samples or index.fingerprint != fingerprint:
+        raise DataError(
+            f"{path}: {len(index.samples)} samples of settings {index.fingerprint[:12]}, {DATASET_FILE} says "
+            f"{shard.samples} of {fingerprint[:12]}; run `flashi2v prepare` again"
+        )
+    return index

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import torch
 
 from megatron_flashi2v.config.prepare import EncodingConfig
@@ -33,11 +33,34 @@ PICTURE_WIDTH = 240
 """Pixels."""
 SHOWN_SIZES = 8
 
-_STYLE = (
-    "body{font:14px sans-serif;max-width:1100px;margin:2em auto;color:#222}table{border-collapse:collapse}"
-    "td,th{border:1px solid #ccc;padding:4px 8px;text-align:left;vertical-align:top}"
-    ".sheet{display:flex;flex-wrap:wrap;gap:12px}figure{width:240px;margin:0}figcaption{font-size:12px}img{max-width:100%}"
-)
+TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image that lies in the page itself.
+
+    Attributes:
+        alt: what it shows.
+        data: a PNG or JPEG file.
+    """
+
+    alt: str
+    data: bytes
+
+    @property
+    def source(self) -> str:
+        """The image as a data URL."""
+        kind = "png" if self.data.startswith(b"\x89PNG") else "jpeg"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SheetFrame:
+    """One sample of the contact sheet; its picture is None where the file is gone since."""
+
+    picture: Picture | None
+    caption: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,43 +89,52 @@ def write_report(folder: Path, config: EncodingConfig, entries: Sequence[Entry],
         entries: annotations that passed the first filters.
         summary: the contents of ``summary.json``.
     """
-    parts = ["<h1>Prepared data</h1>", _counts(summary)]
+    parts: dict[str, Any] = {}
     if summary["kept"]:
         data = PreparedDataset(folder)
         by_index = {entry.index: entry for entry in entries}
-        facts = _facts(data, by_index)
-        parts += [_settings(data), "<h2>Samples</h2>", _picture(_png(_figure(facts, summary)), "histograms")]
-        parts += ["<h2>Contact sheet</h2>", _contact_sheet(data, config, by_index)]
+        parts["settings"] = _settings(data)
+        parts["histograms"] = Picture(alt="histograms", data=_png(_figure(_facts(data, by_index), summary)))
+        parts["sheet"] = _contact_sheet(data, config, by_index)
         data.close()
-    page = f"<!doctype html><meta charset=utf-8><title>Prepared data</title><style>{_STYLE}</style>"
-    atomic_write_text(folder / REPORT_FILE, page + "\n".join(parts) + "\n")
+    atomic_write_text(folder / REPORT_FILE, render(counts=_counts(summary), **parts))
 
 
-def _counts(summary: dict[str, Any]) -> str:
-    rows = [("annotations", summary["entries"], "", ""), ("kept", summary["kept"], f"{summary['shards']} shards", "")]
+def render(
+    *,
+    counts: Sequence[Sequence[object]],
+    settings: Sequence[Sequence[object]] = (),
+    histograms: Picture | None = None,
+    sheet: Sequence[SheetFrame] = (),
+) -> str:
+    """The page, in which all text is escaped; ``counts`` alone where no sample was kept."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    template = environment.get_template(TEMPLATE)
+    return template.render(counts=counts, settings=settings, histograms=histograms, sheet=sheet)
+
+
+def _counts(summary: dict[str, Any]) -> list[tuple[object, ...]]:
+    """Rows (what, count, meaning, first example)."""
+    rows: list[tuple[object, ...]] = [("annotations", summary["entries"], "", "")]
+    rows.append(("kept", summary["kept"], f"{summary['shards']} shards", ""))
     for reason, group in summary["dropped"].items():
         first = group["examples"][0]["detail"] if group["examples"] else ""
         rows.append((f"dropped: {reason}", group["count"], group["meaning"], first))
-    return _table(("what", "count", "meaning", "first example"), rows) + (
-        "<p>Every dropped annotation stands with its reason in <code>dropped.jsonl</code>.</p>"
-    )
+    return rows
 
 
-def _settings(data: PreparedDataset) -> str:
+def _settings(data: PreparedDataset) -> list[tuple[str, str]]:
+    """Rows (what, value)."""
     info = data.info
-    rows = [
+    return [
         ("sample", f"{info.frames} frames of {info.width} x {info.height} pixels at {info.fps:g} fps"),
         ("latents", " x ".join(map(str, info.latent_shape))),
         ("text", f"at most {info.text_length} rows of {info.text_dim}, cleaning {info.text_cleaning}"),
         ("settings", data.fingerprint),
     ]
-    return "<h2>Settings</h2>" + _table(("what", "value"), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>" + "".join(lines) + "</table>"
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -157,18 +189,19 @@ def _bars(axes: Axes, counts: Sequence[tuple[str, int]], title: str) -> None:
     axes.set_title(title)
 
 
-def _contact_sheet(data: PreparedDataset, config: EncodingConfig, entries: dict[int, Entry]) -> str:
+def _contact_sheet(data: PreparedDataset, config: EncodingConfig, entries: dict[int, Entry]) -> list[SheetFrame]:
     records = [data.record(index) for index in _spread(len(data), MAX_PICTURES)]
     chosen = [entries[record["entry"]] for record in records]
     decoder = make_decoder(config)
-    figures = []
+    frames = []
     for record, found in zip(records, decoder.decode(chosen), strict=True):
-        # The file may be gone since.
-        shown = _picture(_thumbnail(found.frames_TCHW[0]), record["source"]) if isinstance(found, Frames) else ""
+        picture = None
+        if isinstance(found, Frames):
+            picture = Picture(alt=record["source"], data=_thumbnail(found.frames_TCHW[0]))
         caption = f"{record['source']}, frame {record['frames'][0]}: {record['caption']}"
-        figures.append(f"<figure>{shown}<figcaption>{html.escape(caption)}</figcaption></figure>")
+        frames.append(SheetFrame(picture=picture, caption=caption))
     decoder.close()
-    return f"<div class=sheet>{''.join(figures)}</div>"
+    return frames
 
 
 def _thumbnail(frame_CHW: torch.Tensor) -> bytes:
@@ -185,9 +218,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     return buffer.getvalue()
-
-
-def _picture(data: bytes, what: str) -> str:
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    text = base64.b64encode(data).decode()
-    return f'<img alt="{html.escape(what, quote=True)}" src="data:image/{kind};base64,{text}">'

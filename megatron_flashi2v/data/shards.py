@@ -8,14 +8,15 @@ so a shard exists exactly when its index does; a tar without one is the rest of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import re
 import tarfile
+import weakref
 import zlib
-from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import safetensors.torch
 import torch
 
 from megatron_flashi2v.config.errors import DataError
-from megatron_flashi2v.runtime.files import atomic_write_json, read_json, write_errors
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object, write_errors
 
 SHARD_FORMAT = "megatron_flashi2v-shard"
 SHARD_VERSION = 1
@@ -232,7 +233,7 @@ def read_index(path: Path) -> ShardIndex:
     """
     if not path.is_file():
         raise DataError(f"{path}: the shard's index is missing; run `flashi2v prepare` again to write it")
-    values = read_json(path, error=DataError)
+    values = read_json_object(path, error=DataError)
     try:
         if values["format"] != SHARD_FORMAT or values["version"] != SHARD_VERSION:
             raise DataError(
@@ -291,15 +292,16 @@ class TarReader:
 
     def __init__(self, max_open: int = 64) -> None:
         self._max_open = max_open
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open = functools.lru_cache(maxsize=max_open)(_OpenFile)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_max_open": self._max_open, "_open": OrderedDict()}
+    def __reduce__(self) -> tuple[type[TarReader], tuple[int]]:
+        """Pickled without its open files."""
+        return TarReader, (self._max_open,)
 
     def read(self, path: Path, member: Member) -> bytes:
         """The member's bytes, checked against its CRC-32.
 
-        What fails is tried once more with the file opened afresh: network file systems drop open files and
+        What fails is tried once more with all files opened afresh: network file systems drop open files and
         connections now and then.
 
         Raises:
@@ -308,13 +310,13 @@ class TarReader:
         try:
             return self._read_once(path, member)
         except DataError:
-            if path in self._open:
-                os.close(self._open.pop(path))
+            self._open.cache_clear()
             return self._read_once(path, member)
 
     def _read_once(self, path: Path, member: Member) -> bytes:
         try:
-            data = os.pread(self._descriptor(path), member.size, member.offset)
+            file = self._open(path)
+            data = os.pread(file.descriptor, member.size, member.offset)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); restore it or prepare it again") from error
         if len(data) != member.size:
@@ -331,17 +333,15 @@ class TarReader:
 
     def close(self) -> None:
         """Close every tar; reading again reopens them."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._open.cache_clear()
 
-    def _descriptor(self, path: Path) -> int:
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        while len(self._open) >= self._max_open:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        return self._open[path]
+
+class _OpenFile:
+    """A file open for reading; closed once neither the cache nor a read, maybe another thread's, refers to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 def parse_tensors(data: bytes, *, source: str) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.reasons import REASONS
-from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json
+from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json_object
 
 SUMMARY_FILE = "summary.json"
 DROPPED_FILE = "dropped.jsonl"
@@ -65,10 +65,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: missing or malformed.
     """
-    values = read_json(folder / SUMMARY_FILE, error=DataError)
-    if not isinstance(values, dict):
-        raise DataError(f"{folder / SUMMARY_FILE}: not a summary; delete it and run `flashi2v prepare` again")
-    return values
+    return read_json_object(folder / SUMMARY_FILE, error=DataError)
 
 
 def require_samples(summary: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Frames to the sample's size and range: resize so that the picture is covered, crop its centre (facts: section 3.5).
+"""Frames to the sample's size and range: resize to cover the sample, crop the centre.
 
-Resizing works on uint8 and rounds to whole grey levels, as the reference does; ``bicubic`` is its main branch's
-interpolation, ``bilinear`` its npu branch's.
+As in FlashI2V's ``flashi2v/data/utils/transforms.py``, branch main. Resizing works on uint8 and rounds to whole grey
+levels, as there; ``bicubic`` is main's interpolation, ``bilinear`` that of branch npu.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.runtime.files import read_json_object
 
 
 def require_files(folder: Path, what: str, *names: str) -> None:
@@ -36,14 +36,7 @@ def read_model_config(folder: Path, what: str) -> dict[str, Any]:
         ConfigError: the file is missing or malformed.
     """
     require_files(folder, what, "config.json")
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} configuration {path}: cannot be read ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{what} configuration {path}: must be a JSON object")
-    return values
+    return read_json_object(folder / "config.json", error=ConfigError)
 
 
 def require_all_weights(folder: Path, what: str, missing: list[str]) -> None:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 class TextEncoder:
     """Prompts to rows at their real length; no gradients.
 
-    The reference pads to ``text_length``, masks the padding, and zeroes the rows past the real length
-    (facts: section 1.8). Masked tokens do not change the others, so each prompt is encoded alone without padding:
-    the same rows whatever shares its batch, at a fraction of the work. Zero rows are appended when samples are loaded.
+    The reference pads to ``text_length``, masks the padding, and zeroes the rows past the real length (FlashI2V's
+    ``flashi2v/modules/t5.py``, branch main). Masked tokens do not change the others, so each prompt is encoded alone
+    without padding: the same rows whatever shares its batch, at a fraction of the work. Zero rows are appended when
+    samples are loaded.
 
     Args:
         model: a UMT5EncoderModel, loaded and on its device; it is put into evaluation mode.

@@ -1,8 +1,8 @@
 """Cleaning of captions before tokenising.
 
-The released FlashI2V models were trained on heavily cleaned, lower-case captions ("full", facts: section 3.6), while
-prompts at inference only got the mild cleaning that Wan's pipelines use ("light"). A model should be prompted with the
-policy that it was trained with.
+The released FlashI2V models were trained on heavily cleaned, lower-case captions ("full": ``clean_caption`` in
+FlashI2V's ``flashi2v/data/utils/utils.py``, branch main), while prompts at inference only got the mild cleaning that
+Wan's pipelines use ("light"). Prompt a model with the policy that it was trained with.
 """
 
 from __future__ import annotations

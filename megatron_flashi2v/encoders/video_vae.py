@@ -151,7 +151,7 @@ class VideoVAE:
 
     @torch.no_grad()
     def encode(self, video_BCTHW: torch.Tensor) -> torch.Tensor:
-        """Normalised posterior means ``(mu - mean) / std`` (facts: section 1.7).
+        """Normalised posterior means ``(mu - mean) / std`` (FlashI2V's ``flashi2v/modules/vae.py``, branch main).
 
         The VAE is causal: ``encode(video)[:, :, :1]`` is ``encode(video[:, :, :1])``, the latents of the image
         condition.

@@ -1,4 +1,7 @@
-"""FlashI2V's Fourier guidance: the high-frequency part of the condition image's latents."""
+"""FlashI2V's Fourier guidance: the high-frequency part of the condition image's latents.
+
+Source: ``flashi2v/utils/filter.py`` on FlashI2V's main branch; the npu branch computes the same.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def cutoff_ratios(uniform_draws_B: Tensor, low: float, high: float) -> Tensor:
 def high_frequency_features(
     image_latents_BCHW: Tensor, ratio_B: Tensor, highpass: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """Magnitude of the image latents above a cutoff that holds back ``ratio`` of the spectrum.
+    """Magnitude of the image latents beyond a cutoff that removes ``ratio`` of the spectrum.
 
     The cutoff radius is found per sample: bins are taken by ascending distance from the zero frequency until
     they hold ``ratio`` of the sample's spectral magnitude (averaged over channels); the ring reached is kept.

@@ -1,4 +1,7 @@
-"""The straight path between data and noise, its velocity, and one Euler step along it."""
+"""The straight path between data and noise, its velocity, and one Euler step along it.
+
+Source: FlashI2V (arXiv 2509.25187), ``flashi2v/schedulers/flashi2v_flow_matching.py`` on its main branch.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         latents: clean latents ``z``, any shape.
-        noise: the noise ``n`` that :func:`interpolate` was given.
+        noise: the noise ``n`` of :func:`interpolate`.
     """
     _require_same_shape(latents, noise, "latents", "noise")
     return noise.float() - latents.float()

@@ -29,5 +29,5 @@ def squared_error_sum(prediction: Tensor, target: Tensor, dim: tuple[int, ...] |
 
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over all elements at hand, fp32 scalar."""
+    """Mean squared error over all local elements, fp32 scalar."""
     return squared_error_sum(prediction, target) / prediction.numel()

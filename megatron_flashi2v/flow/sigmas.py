@@ -1,4 +1,4 @@
-"""Noise levels of rectified flow: how sigma is drawn for training and stepped through for sampling.
+"""Noise levels of rectified flow: draws for training and steps for sampling.
 
 Sigma in [0, 1] is the share of noise, 1 = pure noise; the network sees ``timestep = 1000 * sigma``.
 Random draws are arguments: every function here is a pure function of its tensors. All results are fp32.
@@ -42,7 +42,7 @@ def dynamic_shift(latent_height: int, latent_width: int) -> float:
     """The resolution's shift ``exp(mu)``, where ``mu`` is linear in the tokens of one latent frame.
 
     The line goes through 0.5 at 256 tokens and 1.15 at 4096 tokens and is not clamped outside; a token covers
-    2x2 latent pixels and the number of frames does not count (the reference's rule).
+    2x2 latent pixels and the number of frames does not count (as on both branches of FlashI2V).
 
     Args:
         latent_height: rows of one latent frame (pixels over the VAE's spatial stride).
@@ -94,5 +94,5 @@ def inference_sigmas(num_steps: int, shift: float) -> Tensor:
 
 
 def timesteps_of(sigmas: Tensor) -> Tensor:
-    """What the network is told: ``1000 * sigma``, fp32, not rounded to whole timesteps."""
+    """The network's timesteps: ``1000 * sigma``, fp32, not rounded to whole numbers."""
     return sigmas.float() * NUM_TRAIN_TIMESTEPS

@@ -12,7 +12,7 @@ def timestep_sinusoid(timesteps_B: Tensor, dim: int, *, dtype: torch.dtype = tor
     """``[cos(t * w_i) | sin(t * w_i)]`` with ``w_i = 10000^(-i / (dim/2))``, computed in fp64 on the host.
 
     Timesteps reach 1000, where fp32 angles would lose three digits. Not every accelerator has fp64, hence the
-    host; there are only a few numbers. Timesteps of a device would have to be waited for: keep them on the host.
+    host; there are only a few numbers. Keep the timesteps on the host: reading a device's would wait for it.
 
     Args:
         timesteps_B: timesteps (1000 * sigma), [B].

@@ -16,7 +16,7 @@ from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
 
 
 class Rotary(NamedTuple):
-    """Where the visual tokens of a context-parallel rank stand.
+    """Rotary positions of a context-parallel rank's visual tokens.
 
     Attributes:
         cos_SR: cosines of the rotation of this rank's tokens, [S, D/2] fp32.
@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         return query, key, value
 
     def project(self, attended_SBhD: Tensor) -> Tensor:
-        """The heads' results as the update of the residual stream, [S, B, d] on this rank's tokens."""
+        """Update of the residual stream from the heads' outputs, [S, B, d] on this rank's tokens."""
         return self.linear_proj(attended_SBhD.flatten(-2))[0]
 
 

@@ -1,4 +1,4 @@
-"""Linears of the blocks, megatron-core's own or Transformer Engine's, and their precision."""
+"""The library of the blocks' linears, megatron-core or Transformer Engine, and their precision."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def megatron_fields(backend: BackendArguments) -> dict[str, Any]:
         "transformer_impl": backend.transformer_impl,
         "fp8": backend.fp8_format,
         "fp8_recipe": backend.fp8_recipe,
-        # With the cache, the first microbatch of a step would have to be announced to every linear, or FP8 weights of
-        # earlier steps would be used.
+        # Otherwise every linear must be told which microbatch is a step's first, and would reuse FP8 weights of earlier
+        # steps if it were not.
         "disable_parameter_transpose_cache": True,
     }
 
 
 def block_precision(megatron: TransformerConfig) -> AbstractContextManager[Any]:
-    """Transformer Engine's FP8 around the blocks' products, if it was chosen; nothing otherwise."""
+    """Enter Transformer Engine's FP8 for the blocks' matrix products, if it was chosen."""
     return get_fp8_context(megatron)

@@ -55,7 +55,7 @@ class TransformerBlock(nn.Module):
             hidden_SBD: residual stream on this rank's tokens.
             text_TBD: embedded text rows (this rank's, under sequence parallelism).
             modulation_6BD: projected time embedding, fp32.
-            rotary: where the visual tokens stand.
+            rotary: positions of the visual tokens.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation.unsqueeze(1) + modulation_6BD).unbind()
         attended_SBD = self.self_attention(self.norm_self(hidden_SBD, shift_1, scale_1), rotary)

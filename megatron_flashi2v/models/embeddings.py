@@ -1,4 +1,4 @@
-"""What the first stage makes of patches, text rows and the timestep."""
+"""Embeddings of text rows and of the timestep, on the first stage."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ class TimeEmbedding(nn.Module):
 
 
 def time_and_modulation(conditioning_7BD: Tensor) -> tuple[Tensor, Tensor]:
-    """What :class:`TimeEmbedding` put together: the time embedding [B, d] and its six projections [6, B, d]."""
+    """Split the rows of :class:`TimeEmbedding` into the time embedding [B, d] and its six projections [6, B, d]."""
     return conditioning_7BD[0], conditioning_7BD[1:]

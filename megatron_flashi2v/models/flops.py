@@ -1,4 +1,4 @@
-"""Floating-point operations that a model's definition asks for, whatever way they are computed in.
+"""Floating-point operations of a model's definition, however they are computed.
 
 The numerator of MFU: two for every multiplication with its addition, in matrix products, attention and convolutions.
 Left out are elementwise work, the Fourier high-pass (a few thousandths of a percent) and whatever a run does twice
@@ -15,7 +15,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.patches import token_grid
 
 BACKWARD = 2
-"""Backward's work over forward's: a product's gradients by each of its two factors."""
+"""Backward's work over forward's: the gradients of a product with respect to both factors."""
 
 
 def forward_flops(config: ModelConfig, latent_shape: tuple[int, int, int], batch: int = 1) -> Mapping[str, int]:

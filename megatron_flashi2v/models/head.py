@@ -1,4 +1,4 @@
-"""What the last stage makes of the tokens: modulated norm and a projection to patches, in fp32."""
+"""The last stage's head: modulated norm and projection to patches, in fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between latents [B, C, T, H, W] and rows of patches [S, B, P], tokens in (t, h, w) row-major order."""
+"""Convert latents [B, C, T, H, W] to rows of patches [S, B, P] and back, tokens in (t, h, w) row-major order."""
 
 from __future__ import annotations
 

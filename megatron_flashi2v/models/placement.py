@@ -21,7 +21,7 @@ PARADIGM_PREFIX = "conditioning."
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What holds of one parameter at every layout.
+    """Facts about one parameter.
 
     Attributes:
         sharded_dim: dimension that tensor-parallel ranks divide; None: each holds the whole.
@@ -119,7 +119,7 @@ def parameter_box(name: str, shape: Sequence[int], grid: ShardGrid) -> Parameter
 
 
 def placement_of(name: str, paradigm: type[ImageConditioning]) -> Placement:
-    """Everything that is declared of one parameter.
+    """All facts about one parameter.
 
     Args:
         name: global name.
@@ -141,7 +141,7 @@ def placement_of(name: str, paradigm: type[ImageConditioning]) -> Placement:
 
 
 def mark_parameters(model: nn.Module, paradigm: type[ImageConditioning]) -> None:
-    """Set the attributes by which megatron-core counts a parameter in norms and sums its gradient.
+    """Set the attributes that megatron-core reads to count a parameter in norms and to sum its gradient.
 
     Args:
         model: a stage, complete.

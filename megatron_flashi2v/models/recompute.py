@@ -1,4 +1,4 @@
-"""What backward computes again instead of keeping it. Every choice gives the same bits."""
+"""Recomputation: activations that backward computes again instead of keeping them. Every choice gives the same bits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_flashi2v.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Recompute:
-    """What a stage's blocks compute again in backward.
+    """Activations that a stage's blocks compute again in backward.
 
     Attributes:
         layers: whole blocks that keep only their input, counted from the stage's first.
         group: such blocks that share one kept input.
-        inside: what every block does: ``skip_attention`` keeps its input and what self-attention takes and gives;
+        inside: every block's mode: ``skip_attention`` keeps the block's input and self-attention's inputs and output;
             ``selective`` drops the outputs of norms, modulation and GELU.
     """
 
@@ -33,7 +33,7 @@ class Recompute:
 
 
 def build_block(spec: ModelSpec, recompute: Recompute) -> TransformerBlock:
-    """A block that keeps for backward what ``recompute.inside`` says."""
+    """A block that recomputes by the mode ``recompute.inside``."""
     if recompute.inside == "skip_attention":
         return AttentionKeepingBlock(spec)
     block = TransformerBlock(spec)
@@ -47,7 +47,7 @@ def run_blocks(blocks: Sequence[nn.Module], recompute: Recompute, hidden_SBD: Te
 
     Args:
         blocks: from :func:`build_block`.
-        recompute: of how many of them only every group's input is kept.
+        recompute: how many of the first ones keep only the input of their group; none without gradients.
         hidden_SBD: the residual stream before them.
         rest: a block's other arguments, the same for all of them.
     """
@@ -65,7 +65,7 @@ def _in_order(blocks: Sequence[nn.Module], hidden_SBD: Tensor, *rest: Any) -> Te
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """``function(*inputs)``, of which only the inputs are kept; there is no randomness to restore."""
+    """``function(*inputs)``, keeping only its inputs; there is no randomness to restore."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -1,4 +1,4 @@
-"""What every module of one model is built with: dimensions, megatron-core's configuration, groups, kernels, linears."""
+"""Settings shared by all modules of one model: dimensions, megatron-core's configuration, groups, kernels, linears."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_flashi2v.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The implementations chosen for this model, once, when it is built; ``chosen`` tells which and why."""
+    """The implementations chosen for this model, once, when it is built; ``chosen`` lists them with the reasons."""
 
     chosen: tuple[Kernel, ...]
     attention: Callable[..., Any]
@@ -52,7 +52,7 @@ def choose_kernels(
         config: the head size limits some implementations.
         attention_backend: an implementation's name, or auto.
         ring: whether keys and values pass around a ring, for which an implementation needs more abilities.
-        tensor_parallel: heads are divided over ranks, and the norms' sums with them.
+        tensor_parallel: whether heads, and so the norms' sums, are divided over ranks.
 
     Raises:
         ConfigError: the named choice of attention cannot run here; the error lists those that can.
@@ -85,7 +85,7 @@ def choose_kernels(
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How one model is built.
+    """Settings of one model.
 
     Attributes:
         config: dimensions and paradigm.
@@ -124,7 +124,7 @@ def make_spec(
     virtual_stages: int = 1,
     backend: BackendArguments | None = None,
 ) -> ModelSpec:
-    """Settle everything a model is built with.
+    """Gather the settings of one model.
 
     Args:
         config: dimensions and paradigm.
@@ -134,7 +134,7 @@ def make_spec(
         fp32_residual_connection: residual stream in fp32 although ``bf16``.
         attention_backend: implementation of attention, or auto.
         virtual_stages: stages that each pipeline rank holds.
-        backend: linears of the blocks, and their precision; megatron-core's own by default.
+        backend: library and precision of the linears; megatron-core by default.
 
     Raises:
         ConfigError: the attention backend cannot run here, or Transformer Engine is missing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from megatron.core.enums import ModelType
@@ -37,18 +38,18 @@ from megatron_flashi2v.parallel.regions import (
 )
 
 KEPT_GRIDS = 8
-"""Grids whose rotary tables are kept, so that buckets of resolutions do not make theirs anew at each change; a grid of
-20,000 tokens takes 10 MB."""
+"""Grids whose rotary tables are cached, so that resolution buckets in turn reuse theirs; a grid of 20,000 tokens takes
+10 MB."""
 
 
 @dataclass(frozen=True)
 class DiTInputs:
-    """What one forward pass needs; stages past the first use only the shape.
+    """Inputs of one forward pass; stages past the first use only the shape.
 
     Attributes:
         noisy_BCTHW: sigma * noise + (1 - sigma) * latents, fp32, not shifted.
-        sinusoid_BF: :func:`~megatron_flashi2v.flow.sinusoid.timestep_sinusoid` of 1000 * sigma, fp32. It comes from the
-            host, and is made beforehand so that the device is not waited for here.
+        sinusoid_BF: :func:`~megatron_flashi2v.flow.sinusoid.timestep_sinusoid` of 1000 * sigma, fp32. The host computes
+            it beforehand, so that the forward pass does not wait for the device.
         text_BLX: text rows, zero-padded to the model's text length.
         image_latents_BC1HW: normalised latents of the condition image, fp32.
         extras: the paradigm's own draws and settings by name, one row per sample.
@@ -68,9 +69,9 @@ class DiffusionTransformer(MegatronModule):
     fp32 on the last stage, and the packed hop on the others.
 
     Args:
-        spec: what all stages are built with.
-        stage: which part of the model this is; by default all of it.
-        recompute: what is computed again in backward; by default nothing.
+        spec: settings of all stages.
+        stage: the part of the model; by default all of it.
+        recompute: activations to compute again in backward; by default none.
     """
 
     def __init__(self, spec: ModelSpec, stage: Stage | None = None, recompute: Recompute | None = None) -> None:
@@ -78,13 +79,13 @@ class DiffusionTransformer(MegatronModule):
         self.spec = spec
         self.stage = stage or whole_model(spec.config.num_layers)
         self.recompute = recompute or Recompute()
-        # What megatron-core's schedules and gradient finalisation ask of a model.
+        # Attributes that megatron-core's schedules and gradient finalisation read.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = self.stage.is_first
         self.post_process = self.stage.is_last
         self.share_embeddings_and_output_weights = False
         self.input_tensor: Tensor | None = None
-        self._rotary: dict[tuple[Grid, torch.device], Rotary] = {}
+        self.rotary = lru_cache(maxsize=KEPT_GRIDS)(partial(rotary_of, spec))
 
         if self.pre_process:
             self.conditioning = build_conditioning(spec.config, spec.kernels.highpass, spec.dtype)
@@ -101,7 +102,7 @@ class DiffusionTransformer(MegatronModule):
         mark_parameters(self, paradigm_of(spec.config))
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
-        """Take what the previous stage sent; megatron-core's schedules call this before :meth:`forward`."""
+        """Take the previous stage's output; megatron-core's schedules call this before :meth:`forward`."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, inputs: DiTInputs) -> Tensor:
@@ -155,13 +156,10 @@ class DiffusionTransformer(MegatronModule):
             dtype=self.spec.residual_dtype,
         )
 
-    def rotary(self, grid: Grid, device: torch.device) -> Rotary:
-        """Where the tokens of this context-parallel rank stand in the grid, kept for the next calls."""
-        if (grid, device) not in self._rotary:
-            tables = rope_tables(grid, self.spec.config.head_dim)
-            cos_SR, sin_SR = (context_block(table_SR, self.spec.groups).to(device) for table_SR in tables)
-            if len(self._rotary) == KEPT_GRIDS:
-                del self._rotary[next(iter(self._rotary))]  # the oldest
-            self._rotary[grid, device] = Rotary(cos_SR, sin_SR, math.prod(grid))
-        return self._rotary[grid, device]
+
+def rotary_of(spec: ModelSpec, grid: Grid, device: torch.device) -> Rotary:
+    """Rotary tables of the grid positions that this context-parallel rank's tokens have."""
+    tables = rope_tables(grid, spec.config.head_dim)
+    cos_SR, sin_SR = (context_block(table_SR, spec.groups).to(device) for table_SR in tables)
+    return Rotary(cos_SR, sin_SR, math.prod(grid))
 

@@ -1,1 +1,1 @@
-"""Process groups, sequence sharding, gradient rules and the packing of pipeline hops."""
+"""Process groups, slices of parameters, sequence sharding, gradient rules and the packing of pipeline hops."""

@@ -41,7 +41,7 @@ class ContextAttention:
         self.ulysses, self.ring = ulysses, ring
 
     def __call__(self, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor, tokens: int) -> Tensor:
-        """What this rank's tokens attend to, [S, B, h, D]; zeros for padding.
+        """Attention output of this rank's tokens, [S, B, h, D]; zeros for padding.
 
         Args:
             query_SBhD: queries of this rank's tokens.

@@ -1,20 +1,21 @@
-"""Gradient rules at the borders between what every tensor-parallel rank holds and what is sharded.
+"""Gradient rules where tensors that every tensor-parallel rank holds meet sharded ones.
 
 The rules, in one place:
 
-* Tokens are sharded by :func:`shard_tokens`. Over tensor-parallel ranks backward gathers, so what comes before it (the
-  latent shift phi) gets the whole gradient on each of them. Over context-parallel ranks it is a plain slice: each of
-  them has the gradient of its own block for everything, weights, text and conditioning rows included, and the
-  reduction over data x context parallel ranks, to which the schedule's factor CP on the loss belongs, adds them up.
-* Parameters that act on local tokens only (patch embedding, modulation tables, the affine norm, the head) carry
-  ``sequence_parallel = True`` (``models/placement.py`` sets it): megatron-core sums their gradients over the group.
+* :func:`shard_tokens` shards tokens. Over tensor-parallel ranks backward gathers, so the layers before it (the latent
+  shift phi) get the whole gradient on each rank. Over context-parallel ranks it is a plain slice: each rank has the
+  gradient of its own block for everything, weights, text and conditioning rows included. The reduction over data x
+  context parallel ranks adds them up; the schedule multiplies the loss by CP to match its mean.
+* Parameters that act on local tokens only (patch embedding, modulation tables, the affine norm, biases of row-parallel
+  linears, the head) are declared so in ``models/placement.py``, and marked ``sequence_parallel = True`` there:
+  megatron-core sums their gradients over the group.
 * Rows that every rank holds and that act on local tokens (time embedding and modulation) go through
   :func:`sum_in_backward` once, on the first stage.
 * The mean square of a full-width norm over sharded heads is summed in both directions by
   :func:`sum_both_ways`.
 
-megatron-core has similar operators, but theirs all-reduce in place; autograd may hand the same gradient tensor to two
-branches, so ours never write into what they are given.
+megatron-core has similar operators, but theirs all-reduce in place. Autograd may pass the same gradient tensor to two
+branches, so ours never write into their inputs.
 """
 
 from __future__ import annotations

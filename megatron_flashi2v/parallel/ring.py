@@ -22,13 +22,13 @@ from torch.distributed import P2POp, ProcessGroup
 
 @dataclass(frozen=True)
 class Ring:
-    """Who attends with what.
+    """A ring's kernel, ranks and length.
 
     Attributes:
         attention: the kernel, batch first, which returns the log-sum-exp if asked.
         attention_backward: its backward for one block of the keys.
         group: ranks of consecutive blocks of one length.
-        tokens: real tokens on all ranks; what follows them is padding.
+        tokens: real tokens on all ranks; the rest is padding.
     """
 
     attention: Callable[..., Any]
@@ -37,7 +37,7 @@ class Ring:
     tokens: int
 
     def real_rows(self, owner: int, rows: int) -> int:
-        """How many of the ``rows`` of rank ``owner``'s block are no padding."""
+        """Rows of rank ``owner``'s block, ``rows`` long, that are not padding."""
         return max(0, min(self.tokens - owner * rows, rows))
 
 
@@ -51,7 +51,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, query_SBhD: Tensor, key_SBhD: Tensor, value_SBhD: Tensor, ring: Ring) -> Tensor:
         rows = len(query_SBhD)
         own_rows = ring.real_rows(ring.group.rank(), rows)
-        # Kept for backward: a view would keep alive what queries, keys and values arrived in from Ulysses' exchange.
+        # Kept for backward: a view would keep alive the whole buffer in which Ulysses' exchange delivered them.
         query_SBhD, own_2SBhD = query_SBhD.contiguous(), torch.stack([key_SBhD, value_SBhD])
         query_BQhD = query_SBhD[:own_rows].transpose(0, 1)
         merged = None
@@ -88,7 +88,7 @@ class _RingAttention(torch.autograd.Function):
                 parts = ring.attention_backward(
                     grad_output_BQhD, query_BQhD, key_BKhD, value_BKhD, output_BQhD, log_sum_exp_BhQ
                 )
-            # What the ranks before found for this block came in while this rank computed its own part.
+            # The previous ranks' gradients of this block arrived while this rank computed its own part.
             grad_2SBhD = torch.zeros_like(own_2SBhD, dtype=dtype) if arriving is None else arriving.wait()
             if parts is not None:
                 grad_query_SBhD[:own_rows] += parts[0].transpose(0, 1)
@@ -122,7 +122,7 @@ def _travelling(block: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tenso
 
 
 class _Transfer:
-    """A tensor that started for the next rank of a ring, while the previous rank's is on its way here."""
+    """An exchange under way: a tensor to the next rank of a ring, and one from the previous rank."""
 
     def __init__(self, sent: Tensor, group: ProcessGroup) -> None:
         size, rank = group.size(), group.rank()
@@ -134,7 +134,7 @@ class _Transfer:
         ])
 
     def wait(self) -> Tensor:
-        """What the previous rank sent."""
+        """Wait for the previous rank's tensor."""
         for work in self.works:
             work.wait()
         return self.received

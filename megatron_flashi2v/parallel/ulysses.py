@@ -1,4 +1,4 @@
-"""Ulysses: ranks that hold some tokens of all heads come to hold all tokens of some heads, and back."""
+"""Ulysses: exchange some tokens of all heads for all tokens of some heads, and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 
 class _Exchange(torch.autograd.Function):
-    """Part u of the first dimension goes to rank u; what rank u sends arrives as part u. Its own transpose."""
+    """Send part u of the first dimension to rank u, and receive rank u's as part u. It is its own backward."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: ProcessGroup) -> Tensor:

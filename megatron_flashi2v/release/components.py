@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.encoders.folders import read_model_config, require_files
-from megatron_flashi2v.runtime.files import read_json
+from megatron_flashi2v.runtime.files import read_json_object
 
 REFERENCES = "_component_sources"
 """Key of ``model_index.json`` with what is loaded from elsewhere; diffusers ignores keys that begin with ``_``."""
@@ -129,7 +129,7 @@ def load_references(
     """
     index = Path(path) / "model_index.json"
     if index.is_file():
-        config = read_json(index, error=ConfigError)
+        config = read_json_object(index, error=ConfigError)
     else:
         places = ("revision", "cache_dir", "local_files_only", "token", "force_download", "proxies")
         config = pipeline.load_config(path, **{key: options[key] for key in places if key in options})

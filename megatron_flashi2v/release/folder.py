@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.conversion.formats.diffusers import PIPELINE_NAME
 from megatron_flashi2v.conversion.weights import Weights
 from megatron_flashi2v.release.components import REFERENCES, Component
 from megatron_flashi2v.release.model_card import CARD_NAME, model_card
-from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json
+from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json_object
 
 # Keys of the training data's description in a checkpoint, by the pipeline's argument.
 _DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
@@ -34,7 +33,7 @@ def finish_release(
         copied: copy the parts that lie in folders; the others, and all without it, are named in ``model_index.json``.
         source_format: format that the weights come from.
     """
-    index: dict[str, Any] = read_json(folder / PIPELINE_NAME, error=CheckpointError)
+    index = read_json_object(folder / PIPELINE_NAME, error=CheckpointError)
     references: dict[str, str] = {}
     for component in components:
         if copied and component.folder is not None:

@@ -19,7 +19,7 @@ from megatron_flashi2v.conversion.weights import Weights
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.runtime.files import read_json
+from megatron_flashi2v.runtime.files import read_json_object
 from megatron_flashi2v.sampling.load import velocity_of
 
 TOLERANCE = 1e-4
@@ -109,7 +109,7 @@ def _ours(weights: Weights, config: ModelConfig, inputs: _Inputs) -> torch.Tenso
 
 def _settings(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """The configuration that was written, with as many blocks as run."""
-    stored = read_json(folder / TRANSFORMER / "config.json", error=CheckpointError)
+    stored = read_json_object(folder / TRANSFORMER / "config.json", error=CheckpointError)
     settings = {key: value for key, value in stored.items() if not key.startswith("_")}
     return {**settings, "num_layers": config.num_layers}
 

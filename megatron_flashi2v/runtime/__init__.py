@@ -1,1 +1,1 @@
-"""What this process runs on: device, launcher, distributed set-up, logging, keyed randomness, safe files."""
+"""The process and its machine: device, launcher, distributed set-up, logging, keyed randomness, safe files."""

@@ -1,6 +1,6 @@
-"""What this process computes on: CUDA, an Ascend NPU or the CPU behind one small interface.
+"""The device of this process: CUDA, an Ascend NPU or the CPU behind one small interface.
 
-All of the project's calls to ``torch.cuda`` and ``torch.npu`` live in this package.
+Only this package calls ``torch.cuda`` and ``torch.npu``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Device(abc.ABC):
 
     Attributes:
         name: "cuda", "npu" or "cpu".
-        backend: torch.distributed's backend: the device's own, "nccl", "hccl" or "gloo", or gloo by choice.
-        torch_device: where tensors go, with the index of an accelerator.
+        backend: torch.distributed's backend: the device's own ("nccl", "hccl" or "gloo"), or gloo by choice.
+        torch_device: the device of tensors, with the index of an accelerator.
     """
 
     name: str
@@ -49,15 +49,15 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def synchronize(self) -> None:
-        """Wait until all work that was queued on the device is done."""
+        """Wait until all work queued on the device is done."""
 
     @abc.abstractmethod
     def time_mark(self) -> Any:
-        """A mark in the device's queue of work, for :meth:`seconds_between`."""
+        """Put a mark into the device's queue of work, for :meth:`seconds_between`."""
 
     @abc.abstractmethod
     def seconds_between(self, first: Any, second: Any) -> float:
-        """How long the device took from one mark to a later one, both of them passed."""
+        """Seconds from one mark to a later one; the device must have passed both."""
 
     @abc.abstractmethod
     def memory_allocated(self) -> int:
@@ -69,15 +69,15 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def reset_max_memory_allocated(self) -> None:
-        """Start the peak anew; the CPU's peak cannot be reset."""
+        """Reset the peak; the CPU's cannot be reset."""
 
     @abc.abstractmethod
     def total_memory(self) -> int:
-        """Bytes of memory that the device has."""
+        """Bytes of the device's memory."""
 
     @abc.abstractmethod
     def empty_cache(self) -> None:
-        """Give cached, unused blocks back to the driver."""
+        """Return cached, unused blocks to the driver."""
 
     @abc.abstractmethod
     def manual_seed(self, seed: int) -> None:
@@ -89,22 +89,22 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def set_rng_state(self, state: torch.Tensor) -> None:
-        """Restore what :meth:`get_rng_state` returned."""
+        """Restore a state that :meth:`get_rng_state` returned."""
 
     @abc.abstractmethod
     def compute_capability(self) -> tuple[int, int] | None:
-        """CUDA's (major, minor); None where the idea does not exist."""
+        """CUDA's (major, minor); None on other devices."""
 
     @abc.abstractmethod
     def model_name(self) -> str:
         """The hardware's name, such as "NVIDIA H100 80GB HBM3"."""
 
     def group_options(self, description: str | None) -> Any:
-        """The backend's options for a process group that torch or megatron-core describes so; None for its defaults."""
+        """Options of a process group, by torch's or megatron-core's description; None for the backend's defaults."""
         return None
 
     def profiler(self) -> Any:
-        """A profiler of the host and the device, not started: ``start``, ``stop``, ``export_chrome_trace(path)``."""
+        """A profiler of host and device, not started; it has ``start``, ``stop``, ``export_chrome_trace(path)``."""
         return torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
 
     def describe(self) -> str:
@@ -172,7 +172,7 @@ class CpuDevice(Device):
 
 
 class _Accelerator(Device):
-    """What CUDA and NPU share: torch_npu mirrors torch.cuda's functions under torch.npu."""
+    """The common part of CUDA and NPU: torch_npu mirrors torch.cuda's functions under torch.npu."""
 
     def __init__(self, api: Any, index: int) -> None:
         super().__init__(torch.device(self.name, index))
@@ -227,7 +227,7 @@ class CudaDevice(_Accelerator):
 
     def __init__(self, index: int) -> None:
         super().__init__(torch.cuda, index)
-        # What is fp32 here (the VAE, FlashI2V's phi) stays fp32: cuDNN would round its convolutions to TF32.
+        # The VAE and FlashI2V's phi stay fp32: cuDNN would round their convolutions to TF32.
         torch.backends.cudnn.allow_tf32 = False
 
     def compute_capability(self) -> tuple[int, int] | None:
@@ -250,7 +250,7 @@ class NpuDevice(_Accelerator):
         self.hccl_buffer_sizes = dict(hccl_buffer_sizes or {})
         # Private tensor formats copy and pad around Conv3d (phi, patches, the VAE).
         self.api.config.allow_internal_format = False
-        # What is fp32 here (the VAE, phi, the high-pass) stays fp32: HF32 keeps 11 of the mantissa's 23 bits.
+        # The VAE, phi and the high-pass stay fp32: HF32 keeps 11 of the mantissa's 23 bits.
         self.api.conv.allow_hf32 = False
         self.api.matmul.allow_hf32 = False
 
@@ -280,14 +280,14 @@ def resolve_device(
     """Choose the device by name and make it this process's current one.
 
     Args:
-        name: "cuda", "npu", "cpu", or "auto" for the first of these that is there.
-        local_rank: the process's number on its host; it picks the accelerator of the same number.
+        name: "cuda", "npu", "cpu", or "auto" for the first of these that is available.
+        local_rank: the process's number on its host, and its accelerator's.
         backend: "auto" for the device's own collectives, or "gloo".
         hccl_buffer_sizes: for :class:`NpuDevice`.
 
     Raises:
-        ConfigError: an unknown name, a device that is not there (the message says what is missing), or fewer
-            accelerators than processes on this host.
+        ConfigError: the name is unknown, the device is not available (the message says what is missing), or the host
+            has fewer accelerators than processes.
     """
     if name not in DEVICE_NAMES:
         raise ConfigError(f"device is {name!r}; choose one of {', '.join(DEVICE_NAMES)}")
@@ -298,9 +298,9 @@ def resolve_device(
 
 
 def bind_thread(device: torch.device) -> None:
-    """Make a device the calling thread's current one: to be called first in a thread that may use it.
+    """Make a device the calling thread's current one; call it first in a thread that may use the device.
 
-    Which device is current belongs to a thread, in CUDA and in ACL, and is number 0 in a new one. Pinning memory or
+    In CUDA and in ACL every thread has its own current device, which is number 0 in a new thread. Pinning memory or
     encoding there would make a context on the card of local rank 0.
     """
     if device.type != "cpu":
@@ -328,7 +328,7 @@ def _find_device(name: str, local_rank: int, hccl_buffer_sizes: Mapping[str, int
 
 
 def _missing_cuda() -> str | None:
-    """What CUDA lacks here, or None."""
+    """What keeps CUDA from running here; None if it can."""
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
@@ -340,7 +340,7 @@ def _missing_cuda() -> str | None:
 
 
 def _missing_npu() -> str | None:
-    """What the NPU lacks here, or None; imports torch_npu where it is installed."""
+    """What keeps the NPU from running here; None if it can. Imports torch_npu if it is installed."""
     if not _has_torch_npu():
         return "torch_npu is not installed (install the version that matches torch, and CANN)"
     try:

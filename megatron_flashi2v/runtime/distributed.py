@@ -1,4 +1,4 @@
-"""Starting and ending torch.distributed."""
+"""Starts and ends torch.distributed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def init_distributed(
 
     Args:
         launch: this process's place, from :func:`~megatron_flashi2v.runtime.launch.detect_launch`.
-        device: decides the backend (nccl, hccl or gloo). gloo serves an accelerator by way of the host's memory.
-        timeout_minutes: how long the ranks wait for one another, when meeting and in every collective.
+        device: decides the backend (nccl, hccl or gloo). gloo copies an accelerator's tensors to host memory.
+        timeout_minutes: limit for the ranks to meet, and for every collective.
 
     Raises:
         ConfigError: the ranks did not meet, or the timeout is not positive.
@@ -134,45 +134,15 @@ def _store(url: str, rank: int, world_size: int, timeout: timedelta) -> torch.di
     return store
 
 
-def gather_bytes(
-    data: bytes, group: torch.distributed.ProcessGroup | None = None, device: torch.device | None = None
-) -> list[bytes]:
-    """Every rank's bytes, in the order of ranks; collective, and without pickling.
-
-    Args:
-        data: this rank's, of any length.
-        group: the ranks that take part; all by default.
-        device: where the group's backend wants tensors; the host by default.
-    """
-    count = torch.distributed.get_world_size(group)
-    if count == 1:
-        return [data]
-    device = device or torch.device("cpu")
-    size = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    sizes = [torch.empty_like(size) for _ in range(count)]
-    torch.distributed.all_gather(sizes, size, group=group)
-    lengths = [int(other) for other in sizes]
-    found = []
-    for rank, length in enumerate(lengths):
-        if not length:
-            found.append(b"")
-            continue
-        mine = rank == torch.distributed.get_rank(group)
-        buffer = torch.frombuffer(bytearray(data if mine else length), dtype=torch.uint8).to(device)
-        torch.distributed.broadcast(buffer, group=group, group_src=rank)
-        found.append(data if mine else buffer.cpu().numpy().tobytes())
-    return found
-
-
 def shutdown(*, failed: bool = False, exit_code: int = 1) -> None:
     """Leave the process group; does nothing where there is none.
 
     Args:
-        failed: this rank stops because of an error, and waits for nobody. With gloo and NCCL it drops its connections,
-            so that the other ranks' collectives fail at once instead of running into the timeout. With HCCL it leaves
-            the group as it is, and the process will end without its other exit handlers; the launcher stops the others
-            (srun if started with ``--kill-on-bad-exit=1``).
-        exit_code: of the process that fails, with HCCL.
+        failed: this rank stops because of an error, without waiting for others. With gloo and NCCL it drops its
+            connections, so that the other ranks' collectives fail at once instead of running into the timeout. With
+            HCCL it keeps the group, and the process will end without its other exit handlers; the launcher stops the
+            others (srun if started with ``--kill-on-bad-exit=1``).
+        exit_code: of the failing process, with HCCL.
     """
     if not torch.distributed.is_initialized():
         return
@@ -193,11 +163,11 @@ def shutdown(*, failed: bool = False, exit_code: int = 1) -> None:
 
 
 def _host_backends() -> list[torch._C._distributed_c10d.Backend]:
-    """The gloo backends of all groups; who holds them until the groups are destroyed lets them go without a deadlock.
+    """The gloo backends of all groups; holding them while the groups are destroyed avoids a deadlock.
 
-    torch 2.7 destroys a group with Python's lock held, and with it a backend that nobody else holds, which waits for
-    its threads. One of these may still be letting go of a tensor, and wait for the lock. A backend on its own is
-    destroyed without the lock.
+    torch 2.7 destroys a group with Python's lock held, and with it a backend without another reference, which waits for
+    its threads. One of these may still be releasing a tensor, and wait for the lock. torch destroys a backend on its
+    own without the lock.
     """
     host = torch.device("cpu")
     return [
@@ -219,11 +189,11 @@ def _is_lost_connection(error: BaseException) -> bool:
 def _leave(exit_code: int) -> None:
     """End this process without the exit handlers that were registered before.
 
-    torch_npu's waits for all that is queued on the device, such as a collective with ranks that will never come: until
-    HCCL_EXEC_TIMEOUT, and the launcher could not tell that this rank has failed. The error was printed by now.
+    torch_npu's handler waits for the device's queue, such as a collective with ranks that will never come, until
+    HCCL_EXEC_TIMEOUT; meanwhile the launcher could not tell that this rank has failed. The error is printed by now.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads any longer
+        with contextlib.suppress(OSError, ValueError):  # closed, or a pipe without a reader
             stream.flush()
     os._exit(exit_code)

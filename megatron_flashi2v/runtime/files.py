@@ -1,4 +1,4 @@
-"""Writing files so that what stands under its final name is whole, and reading them with clear errors."""
+"""Writes files that are whole under their final name, and reads files with clear errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 def full_disk_named(path: Path | str) -> Iterator[None]:
     """Turn the error of a full disk into a :class:`WriteError` that names ``path`` and the free space.
 
-    Errors of libraries that wrap the operating system's (safetensors, torch's checkpoint writer) are looked
-    through. Other errors pass.
+    Recognises it also inside the errors of libraries (safetensors, torch's checkpoint writer). Other errors pass.
     """
     path = Path(path)
     try:
@@ -43,15 +42,15 @@ def full_disk_named(path: Path | str) -> Iterator[None]:
 
 
 def require_space(path: Path | str, needed: int, what: str) -> None:
-    """Refuse to begin what would fill the disk.
+    """Refuse to begin work that would fill the disk.
 
     Args:
-        path: what will be written.
+        path: the file or folder to write.
         needed: bytes.
-        what: what needs them, for the message.
+        what: the work, for the message.
 
     Raises:
-        UserError: fewer bytes are free where ``path`` will stand.
+        UserError: the disk of ``path`` has fewer bytes free.
     """
     free = _free_mib(Path(path))
     wanted = -(-needed // _MIB)
@@ -64,9 +63,9 @@ def require_space(path: Path | str, needed: int, what: str) -> None:
 
 @contextlib.contextmanager
 def write_errors(path: Path | str) -> Iterator[None]:
-    """As :func:`full_disk_named`, and any error of the operating system: a missing permission and the like.
+    """As :func:`full_disk_named`, and for any error of the operating system, such as a missing permission.
 
-    For a body that does nothing but write ``path``, since another file's error would be blamed on it.
+    The body must only write ``path``: the message would blame another file's error on it.
     """
     try:
         with full_disk_named(path):
@@ -80,10 +79,10 @@ def write_errors(path: Path | str) -> Iterator[None]:
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     """Write a file that appears under its name only when it is whole; replaces an older one.
 
-    Parent folders are made.
+    Makes missing parent folders.
 
     Raises:
-        UserError: the disk is full or the path cannot be written; an older file is still there then.
+        UserError: the disk is full or the path cannot be written; an older file is unchanged then.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -98,7 +97,7 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
@@ -111,61 +110,24 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-@contextlib.contextmanager
-def staged_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder that appears under its final name only when it is whole.
-
-    Yields ``.NAME.partial`` beside ``final`` to write into. When the body ends, its files are flushed to the
-    disk and the folder is renamed; when the body fails, the folder is removed. What a killed run left there
-    is removed on the next try, so at most one process may write one ``final`` at a time (in a distributed
-    job, rank 0 holds the context while the others write between two barriers).
-
-    Args:
-        final: where the folder is to stand; an empty folder there counts as none. Its parents are made.
-        overwrite: replace an existing folder, which stays whole until the new one is.
-
-    Raises:
-        UserError: ``final`` exists and may not be replaced, the disk is full, or the path cannot be written.
-    """
-    final = Path(final)
-    partial, previous = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.previous")
-    with write_errors(final):
-        if previous.exists() and not final.exists():
-            previous.rename(final)  # a run was killed between the two renames below
-        _refuse_existing(final, overwrite)
-        _remove(partial)
-        partial.mkdir(parents=True)
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk: a power failure may undo a rename that was not flushed."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with full_disk_named(final):
-            yield partial
-        with write_errors(final):
-            _sync_tree(partial)
-            _refuse_existing(final, overwrite)
-            _remove(previous)
-            if final.exists() and any(final.iterdir()):
-                final.rename(previous)
-            try:
-                partial.rename(final)
-            except OSError:
-                if previous.exists() and not final.exists():
-                    previous.rename(final)
-                raise
-            _sync_folder(final.parent)
-            _remove(previous)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path | str, *, error: type[UserError] = UserError) -> Any:
-    """The value of a JSON file.
+    """Read the value of a JSON file.
 
     Args:
         path: a UTF-8 file.
         error: class of the errors raised, such as ``CheckpointError``.
 
     Raises:
-        UserError: (``error``) the file is missing, not readable, or not JSON; the message says where.
+        UserError: (``error``) the file is missing, cannot be read, or is not JSON; the message gives the place.
     """
     text = _read_text(Path(path), error)
     try:
@@ -178,13 +140,25 @@ def read_json(path: Path | str, *, error: type[UserError] = UserError) -> Any:
         raise error(f"{path}: nested too deeply for a file of this project") from None
 
 
-def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
-    """Append one row to a JSON-lines file, in one write; parent folders are made.
-
-    A torn last line that a killed run left is removed first.
+def read_json_object(path: Path | str, *, error: type[UserError] = UserError) -> dict[str, Any]:
+    """Read a file that must hold a JSON object.
 
     Raises:
-        UserError: the disk is full or the path cannot be written; the file's earlier rows stay as they were.
+        UserError: (``error``) as :func:`read_json`, or the value has another type.
+    """
+    value = read_json(path, error=error)
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
+    """Append one row to a JSON-lines file, in one write; makes missing parent folders.
+
+    Removes a torn last line first, which a killed run left.
+
+    Raises:
+        UserError: the disk is full or the path cannot be written; the file's earlier rows are unchanged then.
     """
     path = Path(path)
     line = json.dumps(dict(row), ensure_ascii=False).encode("utf-8") + b"\n"
@@ -202,7 +176,7 @@ def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path | str, *, error: type[UserError] = UserError) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, without a torn last line (a run was killed while writing it).
+    """Read the rows of a JSON-lines file, without a torn last line, which a killed run left.
 
     Raises:
         UserError: (``error``) the file is missing, or another line than the last is not a JSON object; the
@@ -216,7 +190,7 @@ def read_jsonl(path: Path | str, *, error: type[UserError] = UserError) -> list[
         if row is not None:
             rows.append(row)
         elif number == numbered[-1][0]:
-            logger.warning("%s: line %d is torn and left out", path, number)
+            logger.warning("%s: line %d is torn; leaving it out", path, number)
         else:
             raise error(
                 f"{path}: line {number} is not a JSON object: {line[:60]!r}; mend the line or remove it"
@@ -278,32 +252,3 @@ def _free_mib(path: Path) -> int:
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free // _MIB
-
-
-def _refuse_existing(final: Path, overwrite: bool) -> None:
-    if final.exists() and not final.is_dir():
-        raise UserError(f"{final}: a file is in the way of the folder; move it or choose another path")
-    if not overwrite and final.is_dir() and any(final.iterdir()):
-        raise UserError(f"{final}: the folder exists and is not empty; remove it or choose another path")
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            with open(Path(folder) / name, "rb") as file:
-                os.fsync(file.fileno())
-        _sync_folder(Path(folder))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, without which a rename may be lost with the power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

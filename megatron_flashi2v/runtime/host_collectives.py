@@ -1,7 +1,7 @@
-"""gloo for the tensors of an accelerator: collectives go through host memory.
+"""gloo for an accelerator's tensors: collectives copy them through host memory.
 
-Slow, but free of the vendor's network library: it tells a fault of HCCL or NCCL from one of the job, and runs where
-there is none. gloo itself takes no NPU tensors, and CUDA tensors in part of its collectives only.
+Slow, but independent of the vendor's network library: it separates faults of HCCL or NCCL from the job's, and runs
+without them. gloo itself takes no NPU tensors, and CUDA tensors in only part of its collectives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.distributed import Work
 
 _DISPATCH_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1"}
-# torch's collectives whose first argument is what they write ...
+# torch's collectives that write their first argument ...
 _WRITING = (
     "_allgather_base_", "_reduce_scatter_base_", "allgather_", "allgather_coalesced_",
     "allgather_into_tensor_coalesced_", "allreduce_", "allreduce_coalesced_", "alltoall_", "alltoall_base_",
@@ -28,13 +28,13 @@ _READING = ("barrier", "send")
 
 @functools.cache
 def stage_through_host(device_type: str) -> torch.library.Library:
-    """Have torch's collectives on tensors of this device type copy them to the host, run there, and copy back.
+    """Make torch's collectives on tensors of this device type copy them to the host, run there, and copy back.
 
-    It holds for the whole process. A result is on the device once its work was waited for, as elsewhere.
+    Holds for the whole process. A result is on the device after its work's ``wait``, as with other backends.
     """
     library = torch.library.Library("c10d", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # they are there, but lack gloo
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # replacing operators is intended
         for name in (*_WRITING, *_READING):
             collective = functools.partial(_staged, getattr(torch.ops.c10d, name), device_type, name in _WRITING)
             library.impl(name, collective, _DISPATCH_KEYS[device_type])
@@ -45,9 +45,9 @@ def stage_through_host(device_type: str) -> torch.library.Library:
 
 
 class _CopyBack(Work):
-    """A collective's handle, whose results reach the device when it is waited for."""
+    """A collective's handle; waiting for it copies the results to the device."""
 
-    # torch holds the handle by its C++ part alone; without the Python part it would never end.
+    # torch keeps only the handle's C++ part alive; without the Python part the work would never end.
     _unfinished: ClassVar[set[_CopyBack]] = set()
 
     def __init__(self, work: Work, results: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

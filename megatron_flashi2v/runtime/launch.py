@@ -1,7 +1,6 @@
-"""Which process of how many this is: what torchrun, msrun and Slurm leave in the environment.
+"""This process's place in the job, from the environment variables of torchrun, msrun and Slurm.
 
-Nothing here imports torch, so that msrun's scheduler process, which runs the same script once more, can leave
-at once.
+Imports no torch, so that msrun's scheduler process, which runs the same script once more, can leave at once.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from megatron_flashi2v.config.errors import ConfigError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MSRUN_WORKER = ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "RANK_ID", "DEVICE_ID")
-# RANK_ID and DEVICE_ID alone are common on Ascend, and no sign of msrun.
+# RANK_ID and DEVICE_ID alone are common on Ascend, without msrun.
 _MSRUN_ALONE = ("MS_ROLE", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT")
 
 # Slurm numbers its own steps (batch script, interactive shell, external processes) from the top of 32 bits.
@@ -29,11 +28,11 @@ class LaunchEnvironment:
         rank: 0 .. world_size - 1, over all hosts.
         world_size: processes of the job.
         local_rank: the process's number on its host, which is also the number of its accelerator.
-        local_world_size: processes on this host; None where the launcher does not say (msrun).
-        master_addr: host that rank 0 runs on; None for a single process.
+        local_world_size: processes on this host; None if the launcher does not say (msrun).
+        master_addr: host of rank 0; None for a single process.
         master_port: TCP port at which the ranks meet; None for a single process.
         launcher: "none", "torchrun", "msrun" or "slurm".
-        is_scheduler: msrun's scheduler runs the script too; such a process has no work and must exit with 0.
+        is_scheduler: whether this is msrun's scheduler, which runs the script too; it has no work and must exit with 0.
     """
 
     rank: int = 0
@@ -70,13 +69,13 @@ class LaunchEnvironment:
 
 
 def detect_launch(environ: Mapping[str, str]) -> LaunchEnvironment:
-    """Read the launcher's variables; torchrun goes before msrun, before Slurm, before a single process.
+    """Read the launcher's variables; torchrun takes precedence over msrun, Slurm and a single process, in this order.
 
     Args:
         environ: usually ``os.environ``.
 
     Raises:
-        ConfigError: a launcher's variables are there only in part, or one is not a number or out of range.
+        ConfigError: some of a launcher's variables are missing, or one is not a number or out of range.
     """
     if _is_torchrun(environ):
         return _torchrun(environ)
@@ -142,11 +141,11 @@ def _msrun(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _repeats_slurm(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun's names say again what Slurm's do: containers' hooks (enroot's for PyTorch) and wrappers export
-    them for each task, without LOCAL_WORLD_SIZE.
+    """Whether torchrun's variables repeat Slurm's: containers' hooks (enroot's for PyTorch) and wrappers export them
+    for each task, without LOCAL_WORLD_SIZE.
 
     Raises:
-        ConfigError: they are said of a task of srun, and differ from Slurm's.
+        ConfigError: in a task of srun, they differ from Slurm's.
     """
     tasks = _slurm_tasks_name(environ)
     is_only_task = _is_ordinary_step(environ) and environ.get(tasks) == "1"  # also the shell of srun --pty
@@ -163,7 +162,7 @@ def _repeats_slurm(environ: Mapping[str, str]) -> bool:
 
 
 def _is_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several tasks: no batch script, no interactive shell."""
+    """Whether srun started this process as one of several tasks; a batch script or an interactive shell is none."""
     if not _is_ordinary_step(environ) or "SLURM_PTY_PORT" in environ:
         return False
     tasks = environ.get(_slurm_tasks_name(environ), "1")
@@ -194,7 +193,7 @@ def _slurm(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _slurm_local_tasks(environ: Mapping[str, str]) -> int | None:
-    """Tasks on this host, from lists such as ``4(x2),3`` (two hosts with four tasks, one with three)."""
+    """Tasks on this host, from a list such as ``4(x2),3`` (two hosts with four tasks, one with three)."""
     name = "SLURM_STEP_TASKS_PER_NODE"
     if name not in environ:
         return _integer(environ, "SLURM_NTASKS_PER_NODE") if "SLURM_NTASKS_PER_NODE" in environ else None
@@ -219,7 +218,7 @@ def _slurm_first_host(environ: Mapping[str, str], cure: str) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: ``"gpu[003-005,9],cpu1"`` begins with ``gpu003``.
+    """The first host of a Slurm node list: ``gpu003`` of ``"gpu[003-005,9],cpu1"``.
 
     Raises:
         ConfigError: the list's brackets do not match, or it is empty.
@@ -231,7 +230,7 @@ def first_host(nodes: str) -> str:
 
 
 def _slurm_port(environ: Mapping[str, str], cure: str) -> int:
-    """MASTER_PORT, or a port that all tasks of a step agree on and that steps side by side do not share."""
+    """MASTER_PORT, or a port that is the same for all tasks of a step and differs between concurrent steps."""
     if "MASTER_PORT" in environ:
         return _integer(environ, "MASTER_PORT")
     name = "SLURM_JOB_ID" if "SLURM_JOB_ID" in environ else "SLURM_JOBID"

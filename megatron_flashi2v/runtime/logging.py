@@ -1,4 +1,4 @@
-"""Where log lines go: rank 0 tells the story on standard error, the other ranks only what is wrong."""
+"""Logging: rank 0 writes all lines to standard error, the other ranks only warnings and errors."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 AGREED = {"agreed": True}
-"""``extra`` of a warning that all ranks give alike; rank 0's is shown."""
+"""``extra`` of a warning that all ranks log alike; only rank 0's is shown."""
 
 _PACKAGE = "megatron_flashi2v"
 _NAME = "megatron_flashi2v console"
 
 
 def setup_logging(rank: int = 0, verbose: bool = False, console: Console | None = None) -> None:
-    """Send the project's log to standard error; calling it again replaces the earlier set-up.
+    """Send the project's log to standard error; a second call replaces the first.
 
     Args:
         rank: rank 0 logs from INFO on, the others from WARNING on with ``[rank N]`` before each line.
         verbose: log from DEBUG on, on every rank.
-        console: a terminal that also shows a progress bar; log lines then go above the bar.
+        console: a terminal that also shows a progress bar; log lines appear above the bar.
 
-    Python's warnings are logged too, on rank 0 only unless ``verbose`` (the ranks' warnings are the same). Unless
-    ``verbose``, what a user can do nothing about is kept back: megatron-core's advice to install Apex, its use of
-    deprecated collectives, and the loading bars of transformers. Call this before any of these is imported.
+    Logs Python's warnings too, on rank 0 only unless ``verbose`` (the ranks' warnings are the same). Unless
+    ``verbose``, hides what a user cannot change: megatron-core's advice to install Apex, its use of deprecated
+    collectives, and the loading bars of transformers. Call this before importing any of these.
     """
     if not verbose:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core(\.|$)")

@@ -1,10 +1,10 @@
-"""MindSpeed, Ascend's adapter of megatron-core, as a library: told what to replace, and asked what it replaced.
+"""MindSpeed, Ascend's adapter of megatron-core, used as a library: passes it settings, and logs what it replaced.
 
-Its adaptor reads the command line when it is imported, and merges what it found there into megatron-core's
-configurations; so it sees an empty command line here, and settings that are given one by one. It puts empty modules
-in the place of ``transformer_engine`` and ``apex`` and changes ``importlib.metadata.version``, so that whether these
-are installed can only be told by ``importlib.metadata.distribution``. It imports ``torch_npu.contrib.transfer_to_npu``,
-which gives ``torch.cuda`` the NPU's functions; ``redirect.megatron_on`` exchanges them once more, over that.
+Its adaptor reads the command line when it is imported, and merges it into megatron-core's configurations. This module
+shows it an empty command line, and passes settings one by one. MindSpeed puts empty modules in the place of
+``transformer_engine`` and ``apex`` and changes ``importlib.metadata.version``, so that only
+``importlib.metadata.distribution`` tells whether these are installed. It imports ``torch_npu.contrib.transfer_to_npu``,
+which gives ``torch.cuda`` the NPU's functions; ``redirect.megatron_on`` exchanges them once more.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Replaced:
-    """What MindSpeed changed.
+    """MindSpeed's changes.
 
     Attributes:
         functions: full names of functions, classes and methods of other packages that are now MindSpeed's.
-        dummies: packages that are not installed, but have a module now.
+        dummies: packages that have a module now without being installed.
     """
 
     functions: tuple[str, ...]
@@ -45,14 +45,14 @@ class Replaced:
 
 
 def load_mindspeed(config: TrainConfig) -> Replaced:
-    """Import MindSpeed's adaptor, hand it our settings, and log what it replaced.
+    """Import MindSpeed's adaptor, pass it our settings, and log what it replaced.
 
-    It must run before anything imports megatron-core, and after the device was resolved, whose errors are plainer.
+    Call it before anything imports megatron-core, and after resolving the device, whose errors are plainer.
 
     Raises:
         ConfigError: MindSpeed is not installed, is made for another minor version of megatron-core, or cannot be
             loaded.
-        RuntimeError: megatron-core was imported before.
+        RuntimeError: megatron-core is imported already.
     """
     version = check_version()
     loaded = [name for name in sys.modules if name.startswith("megatron.core")]
@@ -63,7 +63,7 @@ def load_mindspeed(config: TrainConfig) -> Replaced:
         with _clean_command_line():
             adaptor = importlib.import_module("mindspeed.megatron_adaptor")
             adaptor.repatch(settings(config))
-    except (Exception, SystemExit) as error:  # it replaces by name, and leaves the process at a flag it dislikes
+    except (Exception, SystemExit) as error:  # it replaces by name, and exits at a flag that it rejects
         raise ConfigError(
             f"--use-mindspeed: MindSpeed {version} cannot be loaded ({type(error).__name__}: {error}); "
             + _CURE.format(minor=_minor(importlib.metadata.version("megatron-core")))
@@ -76,10 +76,10 @@ def load_mindspeed(config: TrainConfig) -> Replaced:
 
 
 def check_version() -> str:
-    """MindSpeed's version, whose minor is megatron-core's.
+    """MindSpeed's version, after comparing its minor with megatron-core's.
 
     Raises:
-        ConfigError: it is not installed, or made for another one.
+        ConfigError: MindSpeed is not installed, or made for another minor of megatron-core.
     """
     core = importlib.metadata.version("megatron-core")
     cure = _CURE.format(minor=_minor(core))
@@ -98,8 +98,8 @@ def check_version() -> str:
 def settings(config: TrainConfig) -> dict[str, Any]:
     """MindSpeed's settings, by the names of Megatron's arguments; it merges them into megatron-core's configurations.
 
-    Only what its replacements must know, and what they must leave alone: attention and context parallelism are ours,
-    so it is told that there is no context parallelism.
+    Only the settings that its replacements need, or that keep them off: attention and context parallelism are ours, so
+    the context parallel size is always 1 here.
     """
     parallel = config.parallel
     return {
@@ -116,10 +116,10 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def find_replaced(before: set[str]) -> Replaced:
-    """Look through torch and megatron-core for code that is MindSpeed's.
+    """Search torch and megatron-core for MindSpeed's code.
 
     Args:
-        before: names of the modules that there were before it was imported.
+        before: names of the modules that were imported before it.
     """
     functions = set()
     for name, module in list(sys.modules.items()):
@@ -138,17 +138,17 @@ def find_replaced(before: set[str]) -> Replaced:
 
 
 def _is_dummy(module: ModuleType) -> bool:
-    """Whether nothing was read for it: by its file, since its specification may look like that of a namespace."""
+    """Whether a module has no source; its file tells, since its specification may look like a namespace's."""
     return getattr(module, "__file__", None) == _DUMMY_FILE or getattr(module, "__spec__", None) is None
 
 
 def _is_mindspeeds(value: Any) -> bool:
-    kind = type(value)  # isinstance would ask the object, and some of torch's warn, or start CUDA, when asked
+    kind = type(value)  # isinstance would call the object's code, and some of torch's objects warn or start CUDA then
     if issubclass(kind, type):
         return value.__module__.partition(".")[0] == _PACKAGE
     if kind in (staticmethod, classmethod):
         value, kind = value.__func__, type(value.__func__)
-    # Its wrappers carry the names of what they wrap; where they were written is told by their globals.
+    # Its wrappers have the names of what they wrap; only their globals tell where they were written.
     return kind is FunctionType and str(value.__globals__.get("__name__")).partition(".")[0] == _PACKAGE
 
 

@@ -1,4 +1,4 @@
-"""Progress of a long loop: a bar on a terminal, a plain log line now and then elsewhere."""
+"""Progress of a long loop: a bar on a terminal, a log line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressReport:
-    """What the loop calls; see :func:`progress`. This base class reports nothing."""
+    """Called by the loop; see :func:`progress`. This base class reports nothing."""
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Count finished items.
 
         Args:
             count: items finished since the last call.
-            note: short text beside the numbers, such as ``"loss 0.693"``; None leaves the last one.
+            note: short text beside the numbers, such as ``"loss 0.693"``; None keeps the last one.
         """
 
 
@@ -76,7 +76,7 @@ class _Lines(ProgressReport):
             self._log(now)
 
     def close(self) -> None:
-        """The last line, whether the loop came to its end or not."""
+        """Log the last line, even if the loop did not reach its end."""
         self._log(self._clock())
 
     def _log(self, now: float) -> None:
@@ -120,13 +120,13 @@ def progress(
     A terminal shows a bar with the rate and the time left; a CI log gets a line every ``interval_s``.
 
     Args:
-        description: what is going on, in a word or two.
+        description: the loop's name, in a word or two.
         total: items at the end.
-        initial: items that an earlier run finished; they do not count for the rate.
+        initial: items that an earlier run finished; the rate leaves them out.
         unit: plural name of an item.
         rank: ranks other than 0 report nothing.
-        console: where to draw; None takes standard error. Hand the same one to ``setup_logging``.
-        interval_s: seconds between two log lines where the console is no terminal.
+        console: where to draw; None takes standard error. Pass the same one to ``setup_logging``.
+        interval_s: seconds between two log lines if the console is no terminal.
         clock: seconds, for the log lines.
     """
     if rank != 0:
@@ -154,7 +154,7 @@ def progress(
 
 
 def format_rate(per_second: float, unit: str) -> str:
-    """``"3.20 steps/s"``, or ``"12.5 s per step"`` where a step takes longer than a second."""
+    """``"3.20 steps/s"``, or ``"12.5 s per step"`` if a step takes longer than a second."""
     if per_second >= 1:
         return f"{per_second:.2f} {unit}/s"
     return f"{1 / per_second:.1f} s per {unit.removesuffix('s')}"

@@ -1,4 +1,4 @@
-"""Which version of this software is running."""
+"""The version of the running software."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def source_commit(folder: Path = _PACKAGE) -> str | None:
-    """The git commit that a folder of source is at, with ``+`` where tracked files were changed since.
+    """The git commit of a source folder, with ``+`` if tracked files have changed since.
 
     Args:
         folder: a package's folder.
 
     Returns:
-        None where git is not there or does not track the folder: an installed package inside somebody's repository
-        must not be given that one's commit.
+        None if git is missing or does not track the folder: an installed package inside another repository must not
+        get that repository's commit.
     """
     try:
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")

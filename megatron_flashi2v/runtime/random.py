@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, never on which rank draws them.
+"""Random numbers that depend on their purpose, never on the rank that draws them.
 
-A seed is the BLAKE2b digest of (seed, purpose, position), so two layouts that see the same sample draw the
-same numbers, and any draw can be repeated on its own, without the draws before it.
+A seed is the BLAKE2b digest of (seed, purpose, position): two layouts that see the same sample draw the same numbers,
+and any draw can be repeated without the draws before it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ def keyed_seed(seed: int, purpose: str, *position: int | str) -> int:
 
     Args:
         seed: the run's seed.
-        purpose: what the draw is for, such as "noise" or "weights"; different purposes are independent.
-        position: where the draw stands, such as the sample's number in the global order, or a parameter's
-            name.
+        purpose: of the draw, such as "noise" or "weights"; different purposes are independent.
+        position: of the draw, such as the sample's number in the global order, or a parameter's name.
 
     Returns:
         An integer in [0, 2**63), the same on every machine and in every version of Python.
@@ -34,7 +33,7 @@ def keyed_seed(seed: int, purpose: str, *position: int | str) -> int:
             raise TypeError(f"a key part is {part!r} ({type(part).__name__}); it must be an int or a str")
         kind = b"s" if isinstance(part, str) else b"i"
         text = str(part).encode("utf-8")
-        # Kind and length go first, so that ("a", "bc"), ("ab", "c"), 1 and "1" are all different keys.
+        # Kind and length come first, so that ("a", "bc"), ("ab", "c"), 1 and "1" are different keys.
         digest.update(kind + len(text).to_bytes(8, "little") + text)
     return int.from_bytes(digest.digest(), "little") >> 1
 

@@ -4,9 +4,9 @@ megatron-core writes ``torch.cuda.current_device()``, ``device="cuda"``, ``tenso
 ``tensor.type()`` with ``"torch.cuda.FloatTensor"``. Inside :func:`megatron_on` these reach the NPU or the
 CPU.
 
-The functions themselves are exchanged, rather than intercepted by a ``TorchFunctionMode``: torch switches
-such a mode off while it runs ``torch.autograd.backward``, hence in every backward pass, hook and
-recomputation, and the mode costs a Python call for each tensor operation.
+It exchanges the functions themselves instead of intercepting them by a ``TorchFunctionMode``: torch switches such a
+mode off in ``torch.autograd.backward``, hence in every backward pass, hook and recomputation, and the mode costs a
+Python call for each tensor operation.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def megatron_on(device: Device) -> Iterator[None]:
-    """Let megatron-core run on ``device``: no change on CUDA, the redirection on NPU and CPU.
+    """Make megatron-core run on ``device``: changes nothing on CUDA, redirects on NPU and CPU.
 
-    Enter it before the first call into megatron-core and leave it after the last; everything is put back on
-    leaving. Inside, ``torch.cuda.is_available()`` answers False, and ``torch.cuda.current_device()`` returns
-    a ``torch.device`` (megatron-core only passes it on as ``device=``).
+    Enter it before the first call into megatron-core and leave it after the last; leaving restores everything. Inside,
+    ``torch.cuda.is_available()`` returns False, and ``torch.cuda.current_device()`` a ``torch.device`` (megatron-core
+    only passes it on as ``device=``).
     """
     if device.name == "cuda":
         yield
         return
-    # Both remember torch's functions as they are when first asked: ask before any function is exchanged. The
-    # compiler's table is made anew on leaving, because init_process_group empties it, maybe inside.
+    # Both cache torch's functions at their first call: call them before exchanging any function. Leaving clears the
+    # compiler's table, since init_process_group empties it, maybe inside.
     compiler_rules = importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map
     compiler_rules()
     _device_constructors()
@@ -62,7 +62,7 @@ def _put_back(owner: Any, name: str, value: Any) -> None:
 
 
 def _exchanges(device: Device) -> Iterator[tuple[Any, str, Any]]:
-    """(module or class, attribute, stand-in) for all that is redirected."""
+    """Yield (module or class, attribute, stand-in) for every redirected function."""
     functions = _cuda_functions(device)
     for name, value in functions.items():
         yield torch.cuda, name, value
@@ -80,9 +80,9 @@ def _exchanges(device: Device) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _cuda_functions(device: Device) -> dict[str, Any]:
-    """Stand-ins for what megatron-core calls on ``torch.cuda``, by name.
+    """Stand-ins for the functions that megatron-core calls on ``torch.cuda``, by name.
 
-    Each is an object of its own: the compiler's table refuses one object under two names.
+    Each is a separate object: the compiler's table refuses one object under two names.
     """
     functions: dict[str, Any] = {
         "is_available": lambda: False,
@@ -122,7 +122,7 @@ def _cuda_functions(device: Device) -> dict[str, Any]:
 
 
 class HostEvent:
-    """A ``torch.cuda.Event`` of the CPU, where work is done when its call returns."""
+    """A ``torch.cuda.Event`` of the CPU, where a call returns when its work is done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         del args, kwargs
@@ -142,7 +142,7 @@ class HostEvent:
 
 
 class HostStream:
-    """A ``torch.cuda.Stream`` of the CPU: work runs in the order of the calls."""
+    """A ``torch.cuda.Stream`` of the CPU, where work runs in the order of the calls."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         del args, kwargs
@@ -154,7 +154,7 @@ class HostStream:
         """Nothing to wait for."""
 
     def record_event(self, event: Any = None) -> Any:
-        """An event that is already over."""
+        """Return an event that is over."""
         return HostEvent() if event is None else event
 
     def synchronize(self) -> None:
@@ -224,7 +224,7 @@ def _redirect_module_cuda(target: torch.device) -> Callable[..., Any]:
 
 
 def _redirect_new_group(new_group: Callable[..., Any], device: Device) -> Callable[..., Any]:
-    """megatron-core has options for NCCL's groups alone; here the device gives its own."""
+    """Give groups the device's options; megatron-core has options for NCCL's groups alone."""
 
     @functools.wraps(new_group)
     def redirected(*args: Any, **kwargs: Any) -> Any:
@@ -236,7 +236,7 @@ def _redirect_new_group(new_group: Callable[..., Any], device: Device) -> Callab
 
 
 def _redirect_type(type_: Callable[..., Any], device: Device) -> Callable[..., Any]:
-    """``tensor.type()`` answers "torch.cuda.FloatTensor" for the device's tensors; casts by name go there."""
+    """Make ``tensor.type()`` return "torch.cuda.FloatTensor" for the device's tensors, and cast by such names to it."""
     own = "torch." if device.name == "cpu" else f"torch.{device.name}."
     cuda = "torch.cuda."
 

@@ -1,9 +1,8 @@
-"""Stacks of all threads of a job's processes, also of one that cannot speak for itself.
+"""Stacks of all threads of a job's processes, even of a process that cannot report itself.
 
-A process that is stopped, or whose interpreter is held by other code, cannot write its stacks. But ``faulthandler`` can
-be made to write them on a signal, without the interpreter's help; a stopped process does so as soon as it is let go on.
-Each process keeps an open file for that, which has no name and leaves nothing behind; others on its host read it in
-``/proc`` (Linux).
+A stopped process, or one whose interpreter other code holds, cannot write its stacks. ``faulthandler`` writes them on a
+signal, without the interpreter; a stopped process does so once it is continued. Each process keeps an open file for
+that, which has no name and leaves nothing behind; others on its host read it in ``/proc`` (Linux).
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ _OURS = os.path.join("megatron_flashi2v", "")
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """One process of a job, as another one on its host can find it.
+    """One process of a job, with what other processes on its host need to find it.
 
     Attributes:
         rank: its rank.
         host: its host's name.
         pid: its number there.
-        started: when it was started, as ``/proc`` tells, since numbers are used again; empty where there is no /proc.
+        started: start time in ``/proc``, since numbers are reused; empty without /proc.
         descriptor: its open file for stacks.
     """
 
@@ -47,14 +46,14 @@ class Process:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still runs, on this host."""
+        """Whether it still runs on this host."""
         return bool(self.started) and _stat(self.pid)[1] == self.started
 
     @property
     def state(self) -> str:
-        """In words, as far as the system knows; on this host."""
+        """Its state in words, from this host's ``/proc``."""
         if not self.started:
-            return "cannot be looked at on this system"
+            return "cannot be inspected on this system"
         if not self.is_alive:
             return "has ended"
         words = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits for a device or a file system",
@@ -62,13 +61,13 @@ class Process:
         return words.get(_stat(self.pid)[0], "runs")
 
     def dump(self, seconds: float) -> str:
-        """Let it write its stacks, and go on if it is stopped.
+        """Make it write its stacks; continues it if it is stopped.
 
         Args:
-            seconds: to wait for them at most.
+            seconds: limit of the wait.
 
         Returns:
-            The stacks, or why there are none.
+            The stacks, or the reason why there are none.
         """
         before = self.state
         try:
@@ -86,54 +85,54 @@ class Process:
                     break
             text = place.read_bytes()[known:].decode(errors="replace")
         except OSError as error:
-            return f"(process {self.pid}, which {before}, cannot be asked: {error.strerror})\n"
+            return f"(process {self.pid}, which {before}, cannot be signalled: {error.strerror})\n"
         return text or f"(process {self.pid}, which {before}, did not answer)\n"
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it."""
         with contextlib.suppress(OSError):
             if self.is_alive:
                 os.kill(self.pid, signal.SIGKILL)
 
 
 class OwnStacks:
-    """Lets this process write its stacks, by itself or when another one asks for them by :data:`DUMP_SIGNAL`."""
+    """Writes this process's stacks, on its own or at another one's :data:`DUMP_SIGNAL`."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process may be asked)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open until close)
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
 
     def process(self, rank: int) -> Process:
-        """How others find this process."""
+        """This process, for others to find."""
         pid = os.getpid()
         return Process(rank=rank, host=socket.gethostname(), pid=pid, started=_stat(pid)[1],
                        descriptor=self._file.fileno())
 
     def dump(self) -> str:
-        """The stacks of all threads."""
+        """Return the stacks of all threads."""
         known = self._file.seek(0, os.SEEK_END)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         self._file.seek(known)
         return self._file.read().decode(errors="replace")
 
     def close(self) -> None:
-        """Be asked no more."""
+        """Stop answering dump requests."""
         faulthandler.unregister(DUMP_SIGNAL)
         self._file.close()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What is known of one rank when its job hangs: the first line of its file of stacks.
+class RankReport:
+    """Position of one rank when its job hangs: the first line of its file of stacks.
 
     Attributes:
-        run: names the launch, so that files of an earlier one do not count.
+        run: names the launch, to tell files of an earlier one apart.
         process: the rank's.
-        point: how many phases the rank has begun, the same number on all ranks for the same phase; 0 if unknown.
+        point: number of phases that the rank has begun, the same on all ranks for the same phase; 0 if unknown.
         phase: the last of them.
-        where: the innermost line of the main thread that is ours.
+        where: the main thread's innermost line in our code.
         waits: whether the main thread is in a collective.
-        silent: why the rank did not report by itself; None if it did.
+        silent: why the rank did not report itself; None if it did.
     """
 
     run: str
@@ -145,12 +144,12 @@ class Report:
     silent: str | None = None
 
     def to_text(self, stacks: str) -> str:
-        """The file: one line of JSON, then the stacks."""
+        """Content of the file: one line of JSON, then the stacks."""
         return json.dumps(asdict(self)) + "\n\n" + stacks
 
     @classmethod
-    def read(cls, path: Path, run: str) -> Report | None:
-        """A rank's report of this launch, if it is there."""
+    def read(cls, path: Path, run: str) -> RankReport | None:
+        """Read a rank's report of this launch; None if there is none."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
             report = cls(**{**fields, "process": Process(**fields["process"])})
@@ -160,7 +159,7 @@ class Report:
 
 
 def main_thread_position() -> tuple[str, bool]:
-    """Where the main thread is, in our code if it is there, and whether it waits for other ranks."""
+    """Position of the main thread, in our code if possible, and whether it waits for other ranks."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
     frames = []
     while frame is not None:
@@ -173,17 +172,17 @@ def main_thread_position() -> tuple[str, bool]:
     return f"{Path(ours.f_code.co_filename).name}:{ours.f_lineno} in {ours.f_code.co_name}", waits
 
 
-def summary(reports: dict[int, Report], world_size: int, limit: int = 8) -> str:
-    """Which ranks keep the others waiting, in one line.
+def summary(reports: dict[int, RankReport], world_size: int, limit: int = 8) -> str:
+    """Name the ranks that keep the others waiting, in one line.
 
     Args:
         reports: by rank.
         world_size: ranks of the job.
-        limit: ranks that are named one by one.
+        limit: number of ranks to name.
     """
     spoken = [report for report in reports.values() if report.silent is None]
     last = max((report.point for report in spoken), default=0)
-    named = [f"rank {rank} gave no sign" for rank in range(world_size) if rank not in reports]
+    named = [f"rank {rank} did not report" for rank in range(world_size) if rank not in reports]
     for rank, report in sorted(reports.items()):
         who = f"rank {rank} (process {report.process.pid} on {report.process.host})"
         if report.silent is not None:
@@ -200,7 +199,7 @@ def summary(reports: dict[int, Report], world_size: int, limit: int = 8) -> str:
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """State letter and start time of a process of this host; empty where it has none."""
+    """State letter and start time of a process of this host; empty if there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return fields[0], fields[19]

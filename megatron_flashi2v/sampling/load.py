@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
-from megatron_flashi2v.checkpoint.model_state import holds_weights
-from megatron_flashi2v.checkpoint.model_state import load_model as load_parameters
+from megatron_flashi2v.checkpoint.model_state import holds_weights, load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.encoders.text import TextEncoder

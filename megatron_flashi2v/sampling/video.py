@@ -104,17 +104,6 @@ def choose_frames(num_frames: int, columns: int) -> list[int]:
     return [round(column * (num_frames - 1) / (count - 1)) for column in range(count)]
 
 
-def write_strip(
-    path: Path,
-    frames_THWC: NDArray[np.uint8],
-    *,
-    columns: int = 8,
-    captions: Sequence[str] | None = None,
-) -> None:
-    """Write evenly spread frames of one video side by side as a PNG; see :func:`write_comparison`."""
-    write_comparison(path, [StripRow(frames_THWC=frames_THWC, captions=captions)], columns=columns)
-
-
 def write_comparison(path: Path, rows: Sequence[StripRow], *, columns: int = 8) -> None:
     """Write a PNG with one row of frames per video (source above sample, for instance).
 

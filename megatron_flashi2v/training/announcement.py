@@ -47,7 +47,7 @@ def announce(
     padded = held.tokens * groups.token_parts
     logger.info("data: %d samples of %d visual tokens%s from %s", len(data), tokens,
                 f", padded to {padded}," if padded > tokens else "", data.name)
-    for line in held_by_all(held, groups.pp.rank(), device.torch_device):
+    for line in held_by_all(held, groups.pp.rank()):
         logger.info("%s", line)
     logger.info("%d microbatches of %d samples each iteration on each of %d replicas", num_microbatches,
                 config.batch.micro_batch_size, groups.dp.size())

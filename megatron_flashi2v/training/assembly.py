@@ -13,6 +13,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
@@ -64,7 +65,7 @@ def open_trainer(
     Raises:
         UserError: the data or the checkpoint does not fit the configuration.
     """
-    hang_watch = hang_watch or HangWatch(0.0, None, launch, device.torch_device)
+    hang_watch = hang_watch or HangWatch(0.0, None, launch, gather_json)
     interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
     if launch.rank == 0:
         require_packages(config.watch)
@@ -84,7 +85,7 @@ def open_trainer(
             micro_batch_size=config.batch.micro_batch_size,
         )
         source = training_source(config, data.training, state, step)
-        begin_part = LongWork(interrupts, hang_watch, device.torch_device).begin_part
+        begin_part = LongWork(interrupts, hang_watch).begin_part
         watching = Observers([
             *figure_observers(config, state, source, device, clock),
             *observers,
@@ -130,5 +131,5 @@ def bad_sample_ledger(config: TrainConfig, state: TrainState, source: Microbatch
     """Records the samples that cannot be used, which all ranks agree on; collective."""
     return BadSampleLedger(
         config.checkpoint.save, config.data.max_bad_samples, consumed=state.consumed_samples, replica=source.dp_rank,
-        reads=not source.shapes_only, device=state.spec.device,
+        reads=not source.shapes_only,
     )

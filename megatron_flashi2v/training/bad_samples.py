@@ -12,7 +12,7 @@ import torch
 
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.blend import BadPosition
-from megatron_flashi2v.runtime.distributed import gather_bytes
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.runtime.files import atomic_write_text, read_jsonl
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.metrics import RowFile
@@ -33,17 +33,16 @@ class BadSampleLedger:
         consumed: position that the run starts from.
         replica: which of the replicas this rank belongs to.
         reads: whether this rank reads samples (middle pipeline stages do not).
-        device: where the default group's backend wants tensors.
     """
 
     def __init__(
-        self, folder: Path | None, limit: int, *, consumed: int, replica: int, reads: bool, device: torch.device
+        self, folder: Path | None, limit: int, *, consumed: int, replica: int, reads: bool
     ) -> None:
-        self._limit, self._replica, self._reads, self._device = limit, replica, reads, device
+        self._limit, self._replica, self._reads = limit, replica, reads
         path = None if folder is None or torch.distributed.get_rank() else folder / BAD_SAMPLES_FILE
         self._file = RowFile(path)
         earlier = [] if path is None else _rows_before(path, consumed)
-        self._rows: list[dict[str, Any]] = self._exchange(earlier)[0]
+        self._rows: list[dict[str, Any]] = gather_json(earlier)[0]
         self._require_few()
 
     def settle(self, own: Sequence[BadPosition], counted: int) -> None:
@@ -58,7 +57,7 @@ class BadSampleLedger:
         """
         if not counted:
             return
-        found = self._exchange({"replica": self._replica, "reads": self._reads, "rows": [row.to_json() for row in own]})
+        found = gather_json({"replica": self._replica, "reads": self._reads, "rows": [row.to_json() for row in own]})
         _require_agreement(found)
         # The ranks of a replica met the same ones.
         fresh = {(row["position"], row["dataset"], row["key"]): row for report in found for row in report["rows"]}
@@ -81,10 +80,6 @@ class BadSampleLedger:
                 f"{len(different)} bad samples were met, and --max-bad-samples allows {self._limit}; the first, at "
                 f"position {first['position']}: {first['dataset']} sample {first['key']}: {first['reason']}"
             )
-
-    def _exchange(self, value: Any) -> list[Any]:
-        found = gather_bytes(json.dumps(value).encode(), device=self._device)
-        return [json.loads(data) for data in found]
 
 
 def _rows_before(path: Path, consumed: int) -> list[dict[str, Any]]:

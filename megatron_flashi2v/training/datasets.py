@@ -21,8 +21,8 @@ from megatron_flashi2v.config.train import BatchArguments, DataArguments, TrainC
 from megatron_flashi2v.data.blend import Blend, SampleSource, require_same_kind
 from megatron_flashi2v.data.online import OnlineDataset, Replica
 from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.parallel.agreement import gather_bytes, gather_json
 from megatron_flashi2v.parallel.groups import Groups
-from megatron_flashi2v.runtime.distributed import gather_bytes
 from megatron_flashi2v.runtime.random import keyed_seed
 
 VALIDATION_SEED = keyed_seed(0, "validation")
@@ -70,7 +70,7 @@ def opened_data(config: TrainConfig, model: ModelConfig, groups: Groups, device:
             )
             opened.callback(validation.close)
             fit_model_to_data(model, validation)
-        share_encoding(training, groups, device, config.parallel.distributed_timeout_minutes)
+        share_encoding(training, groups, config.parallel.distributed_timeout_minutes)
         yield RunData(training=training, validation=validation, model=model)
 
 
@@ -139,7 +139,7 @@ def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
     return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
 
 
-def share_encoding(data: Blend, groups: Groups, device: torch.device, timeout_minutes: float) -> None:
+def share_encoding(data: Blend, groups: Groups, timeout_minutes: float) -> None:
     """Let the ranks of each replica (tensor, context and pipeline parallel) share online encoding; all ranks call it.
 
     The group is of its own, over gloo and host memory: the thread that reads ahead exchanges samples there while the
@@ -148,14 +148,13 @@ def share_encoding(data: Blend, groups: Groups, device: torch.device, timeout_mi
     Args:
         data: what is read.
         groups: this rank's.
-        device: where the default group's backend wants tensors.
         timeout_minutes: how long a rank waits for the others' part.
     """
     online = [dataset for dataset in data.datasets if isinstance(dataset, OnlineDataset)]
     world = torch.distributed.get_world_size()
     if not online or world == groups.dp.size():
         return
-    replicas = [int(data) for data in gather_bytes(str(groups.dp.rank()).encode(), device=device)]
+    replicas: list[int] = gather_json(groups.dp.rank())
     mine = None
     for replica in sorted(set(replicas)):
         ranks = [rank for rank, of in enumerate(replicas) if of == replica]

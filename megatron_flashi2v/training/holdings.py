@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.distributed
-
 from megatron_flashi2v.models.stages import Stage
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.regions import rows_per_rank
 
 
@@ -45,19 +43,15 @@ def holding_of(stages: Sequence[DiffusionTransformer], latent_shapes: Sequence[t
     )
 
 
-def held_by_all(mine: Holding, place: int, device: torch.device) -> list[str]:
+def held_by_all(mine: Holding, place: int) -> list[str]:
     """One line for each place in the pipeline: what its ranks hold. Collective; gathers four numbers of each rank.
 
     Args:
         mine: this rank's.
         place: this rank's in the pipeline.
-        device: where the default group's backend wants tensors.
     """
     numbers = [place, sum(len(stage.layers) for stage in mine.stages), mine.parameters, mine.tokens]
-    row = torch.tensor(numbers, dtype=torch.int64, device=device)
-    rows = [torch.empty_like(row) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(rows, row)
-    alike = Counter(tuple(found) for found in torch.stack(rows).tolist())
+    alike = Counter(tuple(found) for found in gather_json(numbers))
     return [
         f"pipeline rank {where}: each of {count} ranks holds {blocks} blocks, {parameters:,} parameters and {tokens:,} "
         "visual tokens of a sample"

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-import torch.distributed
-
 from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.parallel.agreement import sum_counts
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 
 logger = logging.getLogger(__name__)
@@ -81,16 +79,13 @@ class LongWork:
     Args:
         interrupts: this rank's.
         hang_watch: each part is a phase of it.
-        device: where the default group's backend wants tensors.
     """
 
-    def __init__(self, interrupts: Interrupts, hang_watch: HangWatch, device: torch.device) -> None:
-        self._interrupts, self._hang_watch, self._device = interrupts, hang_watch, device
+    def __init__(self, interrupts: Interrupts, hang_watch: HangWatch) -> None:
+        self._interrupts, self._hang_watch = interrupts, hang_watch
 
     def begin_part(self, doing: str) -> bool:
         """Begin another part; False, on all ranks alike, where one of them was asked to leave. Collective."""
         self._hang_watch.enter(doing, SLOW)
-        counts = torch.tensor(self._interrupts.counts(), dtype=torch.float32, device=self._device)
-        torch.distributed.all_reduce(counts)
-        self._interrupts.settle([int(count) for count in counts.tolist()])
+        self._interrupts.settle(sum_counts(self._interrupts.counts()))
         return self._interrupts.agreed is None

@@ -96,10 +96,11 @@ def entered_run(
 
         load_mindspeed(config)
     # These import megatron-core, which MindSpeed must come before.
+    from megatron_flashi2v.parallel.agreement import gather_json
     from megatron_flashi2v.parallel.world import world
     from megatron_flashi2v.training.assembly import open_trainer
 
-    watch = HangWatch(hang_timeout_s(config, launch.world_size), config.checkpoint.save, launch, device.torch_device)
+    watch = HangWatch(hang_timeout_s(config, launch.world_size), config.checkpoint.save, launch, gather_json)
     timeout_minutes = parallel.distributed_timeout_minutes
     with (
         deterministic_algorithms(config.runtime.deterministic),

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_flashi2v.checkpoint.folders import load_model_config, require_same_model
-from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces
+from megatron_flashi2v.checkpoint.model_state import load_parameters, model_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.models.spec import ModelSpec
@@ -113,7 +113,7 @@ class TrainState:
         require_same_model(load_model_config(folder), self.spec.config, folder)
         state = load_training_state(folder)
         parameters = self.named_parameters()
-        load_model(folder, parameters, self.grid)
+        load_parameters(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
         self._resume_clipper(state.get("clipper"), folder)

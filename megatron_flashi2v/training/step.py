@@ -20,6 +20,7 @@ from megatron_flashi2v.flow.loss import squared_error_sum
 from megatron_flashi2v.models.patches import output_patches
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
+from megatron_flashi2v.parallel.agreement import share_numbers
 from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.batch import Microbatch, MicrobatchSource
@@ -181,10 +182,7 @@ class TrainingStep:
             loss: of :meth:`losses_and_gradients`.
         """
         self.optimizer.prepare_grads()
-        # Replicas sum it each for itself; rank 0's word keeps a rounding from telling their decisions apart.
-        numbers = torch.tensor([loss, self.optimizer.get_grad_norm()], device=self.spec.device)
-        torch.distributed.broadcast(numbers, 0)
-        loss, grad_norm = numbers.tolist()
+        loss, grad_norm = share_numbers([loss, self.optimizer.get_grad_norm()])
         return loss, grad_norm
 
     def apply(self, grad_norm: float) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import save_checkpoint
 from helpers.ranks import run_ranks
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
 
 from megatron_flashi2v.checkpoint.model_state import model_pieces
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.build import build_model

@@ -22,7 +22,8 @@ from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import load_model
 
-# From main's names to npu's, as facts section 2.2 has them; written out apart from the key table on purpose.
+# From main's names to those of mindspeed_mm/models/predictor/dits/wan_dit.py in FlashI2V's branch npu; written out
+# apart from the key table on purpose.
 NPU_NAMES = (
     (r"^text_embedding\.0\.", "text_embedding.linear_1."),
     (r"^text_embedding\.2\.", "text_embedding.linear_2."),

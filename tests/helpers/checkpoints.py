@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
-from megatron_flashi2v.checkpoint.storage import TensorPiece, keys, read_full
+from megatron_flashi2v.checkpoint.peers import Peers
+from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention
+from megatron_flashi2v.checkpoint.saving import CheckpointSave
+from megatron_flashi2v.checkpoint.storage import TensorPiece, keys, read_index, read_pieces
 from megatron_flashi2v.config.model import ModelConfig
 
 # Three heads, a width that is no power of two, and settings that no shape can tell.
@@ -28,6 +32,34 @@ ODD = ModelConfig(
     text_cleaning="light",
     norm_eps=1e-5,
 )
+
+
+def save_checkpoint(
+    root: Path,
+    iteration: int,
+    *,
+    pieces: Iterable[TensorPiece],
+    model_config: ModelConfig,
+    state: Mapping[str, Any],
+    retention: Retention = KEEP_ALL,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Path:
+    """All steps of one save, as training does them when it waits; every rank calls it. The published folder."""
+    save = CheckpointSave(
+        root, iteration, pieces=pieces, model_config=model_config, state=state, retention=retention,
+        peers=Peers(rank, world_size),
+    )
+    save.finish()
+    return save.folder
+
+
+def read_full(folder: Path, key: str) -> torch.Tensor:
+    """One whole tensor of a sharded folder, on the host, in its stored dtype."""
+    index = read_index(folder)
+    tensor = torch.empty(index.tensors[key].shape, dtype=index.tensors[key].dtype)
+    read_pieces(folder, [TensorPiece.whole(key, tensor)], index=index)
+    return tensor
 
 
 def tensors_of(config: ModelConfig) -> dict[str, torch.Tensor]:

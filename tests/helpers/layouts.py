@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from helpers.checkpoints import read_full
 from helpers.ranks import run_ranks
 from helpers.run_plan import run_plan
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
-from megatron_flashi2v.checkpoint.storage import read_full, read_index
+from megatron_flashi2v.checkpoint.storage import read_index
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""torch's fused LayerNorm with each sample's scale and shift in the place of its weight and bias.
+"""torch's fused LayerNorm, with each sample's scale and shift as its weight and bias.
 
 Backward keeps the rows in their own dtype and two numbers per row; nothing is expanded over the tokens.
 """
@@ -35,7 +35,7 @@ class _AdaLayerNorm(torch.autograd.Function):
             torch.native_layer_norm(rows[:, b], width, factor[b], shift_wide[b], eps)
             for b in range(hidden.shape[1])
         ]
-        # kept by sample: torch's backward takes the statistics for contiguous
+        # one tensor per sample: torch's backward assumes contiguous statistics
         ctx.save_for_backward(hidden, scale, *(part for _, *statistics in samples for part in statistics))
         ctx.shift_dtype = shift.dtype
         return _stacked([output for output, _, _ in samples]).to(dtype)
@@ -50,7 +50,7 @@ class _AdaLayerNorm(torch.autograd.Function):
         samples = [
             torch.ops.aten.native_layer_norm_backward(
                 gradient[:, b], rows[:, b], width, mean, rstd, factor[b],
-                factor[b],  # in the bias' place, whose value plays no part
+                factor[b],  # stands for the bias, whose values backward does not read
                 (needs_hidden, needs_scale, needs_shift),
             )
             for b, (mean, rstd) in enumerate(zip(statistics[::2], statistics[1::2], strict=True))

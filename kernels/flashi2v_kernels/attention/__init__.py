@@ -1,7 +1,7 @@
 """Full attention over [batch, tokens, heads, head size], optionally with padded keys and the log-sum-exp.
 
-An implementation with ``block_backward`` also has the gradients that come from one block of the keys: what ring
-attention needs beside the log-sum-exp.
+An implementation with ``block_backward`` also computes the gradients from one block of the keys. Ring attention needs
+them and the log-sum-exp.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch_npu
 from torch import Tensor
 
 _LAYOUT = "BSND"  # batch, tokens, heads, head size
-_REPLICAS = 8  # the operator keeps its softmax statistics eight times over, in a last dimension
+_REPLICAS = 8  # the operator repeats its softmax statistics eight times, in a last dimension
 
 
 def attention(
@@ -21,10 +21,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`flashi2v_kernels.attention.reference.attention`.
 
-    A padding mask becomes one byte for each pair of a query and a key: the operator knows no smaller form.
+    A padding mask becomes one byte for each pair of a query and a key: the operator has no smaller form.
     """
     mask = None
-    if key_padding_mask_BK is not None:  # True hides a key here, and the whole matrix must be there
+    if key_padding_mask_BK is not None:  # here True masks a key out, and the operator takes the whole matrix
         mask = ~key_padding_mask_BK[:, None, None, :].expand(-1, 1, query_BQhD.shape[1], -1)
     output_BQhD, max_BhQ8, sum_BhQ8, *_ = torch_npu.npu_fusion_attention(
         query_BQhD, key_BKhD, value_BKhD, query_BQhD.shape[2], _LAYOUT, atten_mask=mask,
@@ -48,8 +48,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`flashi2v_kernels.attention.reference.attention_backward`.
 
-    The operator wants the softmax's maximum and sum, which
-    it uses as ``exp(score - maximum) / sum``: the log-sum-exp and 1 are such a pair.
+    The operator takes the softmax's maximum and sum, and computes ``exp(score - maximum) / sum``: the log-sum-exp and
+    1 are such a pair.
     """
     statistics_BhQ8 = log_sum_exp_BhQ.float().unsqueeze(-1).expand(-1, -1, -1, _REPLICAS).contiguous()
     grads = torch_npu.npu_fusion_attention_grad(

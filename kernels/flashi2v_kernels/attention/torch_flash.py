@@ -1,4 +1,4 @@
-"""torch's built-in flash attention on CUDA, called directly: ``torch_sdpa`` does not hand out its log-sum-exp.
+"""torch's built-in flash attention on CUDA, called directly: ``torch_sdpa`` does not return its log-sum-exp.
 
 The operators' arguments were checked against torch's schemas and shape functions; they have not run on a GPU here.
 """
@@ -44,7 +44,7 @@ def attention_backward(
     random_state = torch.zeros(2, dtype=torch.uint64, device=query_BQhD.device)
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         *heads_first,
-        log_sum_exp_BhQ.contiguous(),  # the kernel takes it for contiguous
+        log_sum_exp_BhQ.contiguous(),  # the kernel assumes contiguous memory
         None,
         None,
         query_BQhD.shape[1],

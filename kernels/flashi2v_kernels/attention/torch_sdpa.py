@@ -1,4 +1,4 @@
-"""torch's scaled dot product attention, which picks a fused kernel of its own for the device."""
+"""torch's scaled dot product attention, which picks a fused kernel for the device."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def attention(
     """See :func:`flashi2v_kernels.attention.reference.attention`.
 
     Raises:
-        NotImplementedError: the log-sum-exp is asked for on another device than the CPU.
+        NotImplementedError: ``return_log_sum_exp`` on another device than the CPU.
     """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query_BQhD, key_BKhD, value_BKhD))
-    # [B, 1, 1, K] broadcasts over heads and queries; flash kernels need that there is no mask without padding
+    # [B, 1, 1, K] broadcasts over heads and queries; without padding there is no mask, which flash kernels refuse
     mask = None if key_padding_mask_BK is None else key_padding_mask_BK[:, None, None, :]
     if not return_log_sum_exp:
         if query.device.type != "cuda":

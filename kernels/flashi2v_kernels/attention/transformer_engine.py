@@ -20,7 +20,7 @@ def attention(
     """See :func:`flashi2v_kernels.attention.reference.attention`.
 
     Raises:
-        NotImplementedError: keys are padded, or the log-sum-exp is asked for.
+        NotImplementedError: keys are padded, or ``return_log_sum_exp``.
     """
     if key_padding_mask_BK is not None or return_log_sum_exp:
         raise NotImplementedError("transformer_engine takes no padded keys and returns no log-sum-exp")
@@ -31,7 +31,7 @@ def attention(
 
 @functools.cache
 def _attention_of(heads: int, head_dim: int, softmax_scale: float) -> nn.Module:
-    """A module without parameters: it stands for these sizes alone."""
+    """A module without parameters, one for each set of sizes."""
     return DotProductAttention(
         heads, head_dim, attention_dropout=0.0, qkv_format="bshd", attn_mask_type="no_mask",
         softmax_scale=softmax_scale,

@@ -13,7 +13,7 @@ from flashi2v_kernels.bias_gelu_tanh.reference import require_bias
 from flashi2v_kernels.triton_launch import block_of, runs_of, warps_of
 
 COLUMNS = 1024
-"""Columns of one program: rows are split, for nothing is summed along them."""
+"""Columns of one program. Rows are split: nothing is summed along them."""
 
 
 def bias_gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPSILON = 1e-12
-"""Added under every square root of a squared magnitude (so that zeros come out as 1e-6)."""
+"""Added under every square root of a squared magnitude (a zero becomes 1e-6)."""
 
 
 def squared_radius_map(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -30,11 +30,11 @@ def squared_cutoff(magnitude_BHW: Tensor, squared_radius_HW: Tensor, ratio_B: Te
     Args:
         magnitude_BHW: the shifted spectrum's magnitude, averaged over channels.
         squared_radius_HW: of :func:`squared_radius_map`.
-        ratio_B: share of each image's magnitude to hold back, clamped to [0, 1].
+        ratio_B: share of each image's magnitude to remove, clamped to [0, 1].
 
     Returns:
         squared radius of the cutoff ring, [B]; bins at or beyond it pass. 0 when the ratio is 0 or the zero
-        frequency alone holds the share: then everything passes. 1 leaves the outermost ring.
+        frequency alone holds the share: then everything passes. At 1 the outermost ring passes.
     """
     sorted_radius_N, order_N = squared_radius_HW.flatten().sort(stable=True)
     summed_BN = prefix_sums(magnitude_BHW.flatten(1)[:, order_N])
@@ -57,7 +57,7 @@ def prefix_sums(values_BN: Tensor) -> Tensor:
 
 
 def require_images(images_BCHW: Tensor, ratio_B: Tensor) -> None:
-    """Refuse wrong shapes without looking at values, which would wait for the device.
+    """Refuse wrong shapes. Values are not read: that would wait for the device.
 
     Raises:
         ValueError: images are not four-dimensional, or there is not one ratio for each.

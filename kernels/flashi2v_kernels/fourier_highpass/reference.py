@@ -14,7 +14,7 @@ from flashi2v_kernels.fourier_highpass.cutoff import EPSILON, require_images
 def fourier_highpass(
     images_BCHW: Tensor, ratio_B: Tensor, *, return_abs: bool = True, return_low: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Keep what lies at or beyond the cutoff radius of each image's spectrum.
+    """Keep the frequencies at or beyond the cutoff radius of each image's spectrum.
 
     The radius is counted in bins from the zero frequency. Rings are added from the centre outward until they
     hold ``ratio`` of the spectrum's magnitude (its mean over channels); the ring that reaches it is the
@@ -22,7 +22,7 @@ def fourier_highpass(
 
     Args:
         images_BCHW: images, e.g. one latent frame each; any float dtype.
-        ratio_B: share of the magnitude to hold back in [0, 1], [B]; values outside are clamped.
+        ratio_B: share of the magnitude to remove, in [0, 1], [B]; values outside are clamped.
         return_abs: return the magnitude ``sqrt(v^2 + 1e-12)`` of the filtered image, else the (signed) real
             part.
         return_low: also return the complement, the signed low-pass.

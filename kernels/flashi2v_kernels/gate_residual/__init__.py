@@ -1,4 +1,4 @@
-"""A layer's update, weighted by channel for each sample, added to the residual stream."""
+"""Add a layer's update, gated by channel and sample, to the residual stream."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def gate_residual(hidden_SBD: Tensor, update_SBD: Tensor, gate_BD: Tensor) -> Te
 
     Args:
         hidden_SBD: residual stream, [tokens, batch, width].
-        update_SBD: what a layer adds, same shape, any float dtype.
+        update_SBD: a layer's update, same shape, any float dtype.
         gate_BD: weight of every channel of the update, [batch, width].
 
     Returns:

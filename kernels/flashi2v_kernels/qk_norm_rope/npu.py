@@ -1,7 +1,7 @@
 """Ascend's fused norm and rotation one after the other; backward keeps the heads and one number per token.
 
-In fp32, so that the result is rounded once. ``npu_rms_norm`` knows its own rows only: where they are spread over
-ranks, the norm is eager torch.
+In fp32, so that the result is rounded once. ``npu_rms_norm`` needs whole rows: where ranks share a row, eager torch
+computes the norm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The definition of queries' and keys' way from projection to attention: norm over the full width, then rotation."""
+"""The definition of the norm and rotation of queries and keys, between their projection and attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every implementation of the norm shares: what is normalised, and a rank's part of the statistics."""
+"""Shapes and partial sums that all implementations of the norm share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weight_like_tail(x: Tensor, weight: Tensor, sum_of_squares: Tensor | None = 
     for dims in range(1, x.ndim + 1):
         rows, tail = x.shape[: x.ndim - dims], x.shape[x.ndim - dims :]
         weight_fits = tuple(weight.shape) in (tuple(tail), (math.prod(tail),))
-        # the sums tell (1 head, head size) from (head size), which hold as many numbers
+        # the sums distinguish (1 head, head size) from (head size), which have equally many numbers
         if weight_fits and (sum_of_squares is None or sum_of_squares.shape == rows):
             return weight.view(tail)
     sums = "" if sum_of_squares is None else f" and sums {tuple(sum_of_squares.shape)}"

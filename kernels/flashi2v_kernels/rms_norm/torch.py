@@ -74,7 +74,7 @@ def _rows_of(tables: tuple[Tensor | None, Tensor | None], rows: slice) -> tuple[
 class _NormAndTurn(torch.autograd.Function):
     """With r = (mean(x^2) + eps)^-1/2 and g turned back: dx = r*(gw - x * r^2 * mean(gw*x)).
 
-    A sum of squares that is given takes the second term as its own gradient.
+    A given sum of squares receives the second term as its gradient.
     """
 
     @staticmethod

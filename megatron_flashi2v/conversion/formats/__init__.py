@@ -1,1 +1,1 @@
-"""One short file per format: how to read weights from it and how to write them to it."""
+"""One short file per format: reads its weights and writes them."""

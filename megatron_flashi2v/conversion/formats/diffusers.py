@@ -1,7 +1,7 @@
 """The format ``diffusers``: a folder whose ``transformer/`` is diffusers' ``WanTransformer3DModel``.
 
-What diffusers' model has no place for, FlashI2V's own tensors and the settings that shapes cannot tell, lies
-in the sibling ``image_conditioning/``, under the names of FlashI2V's main branch.
+The sibling ``image_conditioning/`` holds what diffusers' model has no place for: FlashI2V's own tensors, under the
+names of FlashI2V's main branch, and the settings that no shape tells.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from megatron_flashi2v.conversion.weights import (
     external_groups,
     write_hub_folder,
 )
-from megatron_flashi2v.runtime.files import atomic_write_json, read_json
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 
 TRANSFORMER, CONDITIONING, SCHEDULER = "transformer", "image_conditioning", "scheduler"
 PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "README.md")
-"""What a release adds to the folder."""
+"""Further entries of a release's folder."""
 TRANSFORMER_CLASS, CONDITIONING_CLASS = "WanTransformer3DModel", "FlashI2VImageConditioning"
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 
-# What our model is, among the things that diffusers' class can be.
+# The options of diffusers' class that describe our model.
 _FIXED: Mapping[str, Any] = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -53,7 +53,7 @@ _FIXED: Mapping[str, Any] = {
 
 
 def transformer_config(config: ModelConfig) -> dict[str, Any]:
-    """``transformer/config.json``."""
+    """Content of ``transformer/config.json``."""
     return {
         "_class_name": TRANSFORMER_CLASS,
         "_diffusers_version": metadata.version("diffusers"),
@@ -72,7 +72,7 @@ def transformer_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
-    """Write the folder's files."""
+    """Fill a folder with the model."""
     config = weights.config
     inside, beside = table(config)
     for name in (TRANSFORMER, CONDITIONING):
@@ -101,7 +101,7 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
             "_class_name": "FlashI2VPipeline",
             "_diffusers_version": version,
             TRANSFORMER: ["diffusers", TRANSFORMER_CLASS],
-            # The module's own path, as diffusers itself writes it for classes of other libraries.
+            # The module's path, as diffusers writes it for classes of other libraries.
             CONDITIONING: ["megatron_flashi2v.release.image_conditioning", CONDITIONING_CLASS],
             SCHEDULER: ["diffusers", SCHEDULER_CLASS],
         },
@@ -109,14 +109,14 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
 
 
 def table(config: ModelConfig) -> tuple[list[Mapped], list[Mapped]]:
-    """What lies in the transformer, and what beside it: all that diffusers has no place for."""
+    """The transformer's tensors, and the others, which diffusers has no place for."""
     inside = list(mappings(config, "diffusers"))
     held = {entry.ours for entry in inside}
     return inside, [entry for entry in mappings(config, "wan") if entry.ours not in held]
 
 
 def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """What each of our tensors is called, after its folder's name."""
+    """External names of each of our tensors, with their folder."""
     return {
         entry.ours: tuple(f"{folder}/{name}" for name in entry.external)
         for folder, entries in zip((TRANSFORMER, CONDITIONING), table(config), strict=True)
@@ -125,28 +125,29 @@ def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
-    """The model of a folder: from the conditioning's settings, checked against the transformer's.
+    """Read a folder's model from the conditioning's settings, and check it against the transformer's.
 
     Raises:
-        CheckpointError: a file is missing or malformed, they contradict each other, or it is another kind of
-            model.
+        CheckpointError: a file is missing or malformed, the files contradict each other, or hold another kind of model.
     """
     path = transformer / "config.json"
-    stored = _object(path)
+    stored = read_json_object(path, error=CheckpointError)
     if stored.get("_class_name") != TRANSFORMER_CLASS:
         raise CheckpointError(
             f"{path}: _class_name is {stored.get('_class_name')!r}, it must be {TRANSFORMER_CLASS!r}"
         )
     for key, value in _FIXED.items():
-        # An absent key has the class's default, which is what ours is.
+        # An absent key has the class's default, which describes our model.
         if key != "rope_max_seq_len" and stored.get(key, value) != value:
             raise CheckpointError(f"{path}: {key} is {stored[key]!r}, this model family has {value!r}")
     try:
         beside = conditioning / "config.json"
         if not beside.exists():
             return _from_transformer(stored)
-        settings = {key: value for key, value in _object(beside).items() if not key.startswith("_")}
-        config = read_model_config(settings, source=str(beside))
+        settings = read_json_object(beside, error=CheckpointError)
+        config = read_model_config(
+            {key: value for key, value in settings.items() if not key.startswith("_")}, source=str(beside)
+        )
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         reason = f"{path}: no key {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(reason) from error
@@ -159,7 +160,7 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
 def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
     """The model of a plain transformer folder, whose paradigm its input channels tell."""
     channels = stored["in_channels"]
-    latents = stored["out_channels"] or channels  # diffusers takes none for as many
+    latents = stored["out_channels"] or channels  # diffusers reads None as equal to in_channels
     paradigm = recognise(ForeignModel(latent_channels=latents, input_channels=channels))
     if paradigm is None:
         raise ConfigError(
@@ -180,18 +181,11 @@ def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path, error=CheckpointError)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 def open_weights(path: Path, options: ReadOptions) -> Weights:
-    """The weights of an exported folder, or of a ``WanTransformer3DModel`` folder.
+    """Open the weights of an exported folder, or of a ``WanTransformer3DModel`` folder.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or of another model; or EMA weights are asked for.
+        CheckpointError: a file is missing, damaged, or of another model; or the caller wants EMA weights.
     """
     if options.weights == "ema":
         raise CheckpointError(f"{path}: the format diffusers holds one set of weights; leave out --weights ema")
@@ -202,14 +196,14 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     inside, beside = table(config)
     tensors = open_safetensors_folder(transformer, WEIGHTS_STEM)
     if external_name("head.linear.weight", "wan") in tensors:
-        raise CheckpointError(f"{transformer} holds tensors under the original Wan names, which is the format wan")
+        raise CheckpointError(f"{transformer} holds tensors under the original Wan names; give the format wan")
     if beside:
         tensors |= open_safetensors_folder(conditioning, WEIGHTS_STEM)
     return ExternalWeights(path, config, inside + beside, tensors, options.dtype)
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds what :func:`write_weights` wrote, perhaps with a release's parts, and nothing else."""
+    """Whether a folder holds what :func:`write_weights` writes, maybe with a release's parts, and nothing else."""
     found = {path.name for path in folder.iterdir()}
     required = {TRANSFORMER, CONDITIONING, SCHEDULER, PIPELINE_NAME}
     return required <= found <= required | set(RELEASE_PARTS)

@@ -1,4 +1,4 @@
-"""The format ``megatron``: what ``flashi2v train`` saves and loads."""
+"""The format ``megatron``: the checkpoints of ``flashi2v train``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from megatron_flashi2v.conversion.weights import (
 
 
 class MegatronWeights(Weights):
-    """The tensors of one ``iter_*`` folder; of the model, fp32 master copies where fp32 is asked for."""
+    """The tensors of one ``iter_*`` folder; reads the model's fp32 master copies if it reads fp32."""
 
     def __init__(self, folder: Path, options: ReadOptions) -> None:
         self.source = folder
@@ -86,12 +86,12 @@ class MegatronWeights(Weights):
 
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:
-    """The weights of a ``--save`` folder's newest good checkpoint, or of an ``iter_*`` folder.
+    """Open the weights of a ``--save`` folder's newest whole checkpoint, or of an ``iter_*`` folder.
 
-    The files that hold them are verified first.
+    Verifies the files that hold them first.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is damaged, or it holds no EMA weights though they are asked for.
+        CheckpointError: there is no checkpoint, it is damaged, or it lacks the EMA weights that the caller wants.
     """
     folder = find_checkpoint(path, needs=partial(holds_weights, options.weights))
     if folder is None:
@@ -100,12 +100,12 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
 
 
 def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """What each of our tensors is called in a checkpoint."""
+    """Key of each of our tensors in a checkpoint."""
     return {name: (MODEL_PREFIX + name,) for name in parameter_shapes(config)}
 
 
 def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
-    """Write a ``--load`` folder: iteration 0, no samples consumed, no optimizer, loadable at any layout."""
+    """Write a ``--load`` folder: iteration 0, no samples consumed, no optimizer state, loadable at any layout."""
     checkpoint = folder / iteration_folder(0)
     checkpoint.mkdir()
     groups = [
@@ -136,6 +136,5 @@ def _read_one(weights: Weights, name: str) -> tuple[torch.Tensor]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds what :func:`write_weights` wrote and nothing else, such as a run's
-    checkpoints."""
+    """Whether a folder holds what :func:`write_weights` writes and nothing else, such as a run's checkpoints."""
     return {path.name for path in folder.iterdir()} == {iteration_folder(0), TRACKER_NAME}

@@ -1,8 +1,8 @@
 """The formats under original names: ``wan``, ``flashi2v-npu`` and ``flashi2v-gpu``.
 
-They differ in the key table's column and in phi's order. All are read from safetensors (one file, or shards with their
-index), from ``.pt`` and ``.pth`` files, and from folders of torch's distributed checkpoint; all are written as
-safetensors, which Wan's and both FlashI2V code bases read.
+They differ in the key table's column and in phi's order. Reads safetensors (one file, or shards with their index),
+``.pt`` and ``.pth`` files, and folders of torch's distributed checkpoint. Writes safetensors, which Wan's and both
+FlashI2V code bases read.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ STEM = "diffusion_pytorch_model"
 CONFIG_NAME, MODEL_CONFIG_NAME = "config.json", "model_config.json"
 EMA = "ema"
 
-# A tensor that every model has under the same name in every column; what stands before it is the state's prefix.
+# Every model has this tensor under the same name in every column; what precedes the name is the state's prefix.
 _MARK = "patch_embedding.weight"
-# Where training code puts the state of a model; the reference looks in this order, after the EMA weights.
+# Prefixes that training code gives the state of a model; the reference tries them in this order, after the EMA weights.
 _MODEL_PREFIXES = ("", "model.", "state_dict.", "module.", "model.module.")
-# FlashI2V's main branch keeps both sets side by side, each in a file of its own.
+# FlashI2V's main branch writes a file for each set.
 _MODEL_FILE, _EMA_FILE = "model_state_dict.pt", "ema_model_state_dict.pt"
 
 
@@ -49,7 +49,7 @@ class OriginalFormat:
     Attributes:
         name: as on the command line.
         column: of the key table.
-        phi_order: in which the format's own code computes phi; None where it knows no phi.
+        phi_order: order in which the format's own code computes phi; None if it has no phi.
     """
 
     name: str
@@ -57,15 +57,15 @@ class OriginalFormat:
     phi_order: str | None
 
     def open(self, path: Path, options: ReadOptions) -> Weights:
-        """The weights in a file or a folder.
+        """Open the weights in a file or a folder.
 
         Raises:
-            CheckpointError: nothing fit is there, a file is damaged, or it needs more than the restricted loader gives.
-            ConfigError: the model cannot be told from the files; the error names the flag that is needed.
+            CheckpointError: there are no weights, a file is damaged, or it needs more than the restricted loader gives.
+            ConfigError: the files do not determine the model; the error names the flag that is needed.
         """
         held, others = _open_container(path, options.weights)
         tensors, left_out, ema_only = _select(path, held, options.weights)
-        notes = ["it holds EMA weights only: they are taken"] if ema_only else []
+        notes = ["the source holds EMA weights only; took these"] if ema_only else []
         config, assumed = read_config(path, tensors, self.column, self.phi_order, options)
         entries = list(mappings(config, self.column))
         weights = ExternalWeights(path, config, entries, tensors, options.dtype)
@@ -74,30 +74,30 @@ class OriginalFormat:
         return weights
 
     def write(self, folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
-        """Write safetensors, Wan's ``config.json``, and ``model_config.json`` with what that has no place for."""
+        """Write safetensors, Wan's ``config.json``, and ``model_config.json``, which describes the whole model."""
         groups = external_groups(weights, list(mappings(weights.config, self.column)))
         write_hub_folder(folder, STEM, groups, max_bytes, on_bytes)
         atomic_write_json(folder / CONFIG_NAME, wan_config(weights.config))
         atomic_write_json(folder / MODEL_CONFIG_NAME, weights.config.to_json())
 
     def is_ours(self, folder: Path) -> bool:
-        """Whether a folder holds what :meth:`write` wrote and nothing else."""
+        """Whether a folder holds what :meth:`write` writes and nothing else."""
         names = {path.name for path in folder.iterdir()}
         rest = {name for name in names if not re.fullmatch(rf"{STEM}[\w-]*\.safetensors(\.index\.json)?", name)}
         return rest == {CONFIG_NAME, MODEL_CONFIG_NAME} and rest != names
 
     def names(self, config: ModelConfig) -> dict[str, tuple[str, ...]]:
-        """What each of our tensors is called."""
+        """External names of each of our tensors."""
         return {entry.ours: entry.external for entry in mappings(config, self.column)}
 
     def caveats(self, config: ModelConfig) -> tuple[str, ...]:
-        """What the format's own code would do otherwise than this model does."""
+        """What the format's own code computes otherwise than this model."""
         matters = "phi_order" in paradigm_of(config).meaningful_fields(config)
         if not matters or self.phi_order in (None, config.phi_order):
             return ()
         return (
             f"{self.name}'s own code computes phi as {self.phi_order}; this model's phi is {config.phi_order} over a "
-            f"kernel that spans time, so only readers of {MODEL_CONFIG_NAME} will run it right",
+            f"kernel that spans time, so only readers of {MODEL_CONFIG_NAME} run it right",
         )
 
 
@@ -107,7 +107,7 @@ FLASHI2V_GPU = OriginalFormat(name="flashi2v-gpu", column="wan", phi_order="conv
 
 
 def _open_container(path: Path, weights: str) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
-    """All tensors at a path, whatever holds them, and the names of what else is there."""
+    """Open all tensors at a path, whatever the container; also returns the names of its other entries."""
     if path.is_file():
         return _open_file(path)
     if not path.is_dir():
@@ -135,20 +135,20 @@ def _open_file(path: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
         return open_distributed(path.parent)
     if is_torch_archive(path):
         return open_torch_archive(path)
-    raise CheckpointError(f"{path} is no file of weights; they end in .safetensors, {INDEX_SUFFIX}, .pt or .pth")
+    raise CheckpointError(f"{path} is no file of weights; give a .safetensors, {INDEX_SUFFIX}, .pt or .pth file")
 
 
 def _select(
     path: Path, held: Mapping[str, SourceTensor], weights: str
 ) -> tuple[dict[str, SourceTensor], tuple[str, ...], bool]:
-    """The tensors of the set that was asked for, without its prefix; what is left out; whether only EMA was there."""
+    """Select a set of weights: its tensors without their prefix, the names left out, whether the source is EMA only."""
     prefixes = [name.removesuffix(_MARK) for name in held if name == _MARK or name.endswith(f".{_MARK}")]
     if not prefixes:
         raise CheckpointError(f"{path} holds no tensor {_MARK}, but {len(held)} others: another format or model")
     ema = [prefix for prefix in prefixes if prefix.startswith(EMA)]
     file = held[prefixes[0] + _MARK].path
     if file.name.startswith(EMA) or file.suffix == f".{EMA}":
-        ema = prefixes  # the file's name says so, as main's and MindSpeed's do
+        ema = prefixes  # main and MindSpeed mark EMA weights by the file's name
     plain = [prefix for prefix in prefixes if prefix not in ema]
     if weights == EMA and not ema:
         raise CheckpointError(f"{path} holds no EMA weights; leave out --weights ema")
@@ -156,9 +156,9 @@ def _select(
     prefix = next((prefix for prefix in _MODEL_PREFIXES if prefix in candidates), candidates[0])
     if prefix not in _MODEL_PREFIXES and len(candidates) > 1:
         several = ", ".join(candidates)
-        raise CheckpointError(f"{path} holds several models, under {several}; save the one to be read by itself")
+        raise CheckpointError(f"{path} holds several models, under {several}; save the one to read in its own file")
     tensors = {name.removeprefix(prefix): tensor for name, tensor in held.items() if name.startswith(prefix)}
-    # megatron's linears leave an entry each that holds nothing, or a byte or two.
+    # megatron's linears add an entry each that is empty or holds a few bytes.
     extra = [name for name in tensors if name.endswith("_extra_state")]
     for name in extra:
         del tensors[name]

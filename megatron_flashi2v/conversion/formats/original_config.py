@@ -1,4 +1,4 @@
-"""The model that tensors under original names are of: from a file beside them, their shapes, and flags."""
+"""The configuration of a model under original names: from a file beside the weights, shapes, and flags."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.sources import SourceTensor
 from megatron_flashi2v.conversion.weights import ReadOptions
-from megatron_flashi2v.runtime.files import read_json
+from megatron_flashi2v.runtime.files import read_json_object
 
 HEAD_DIM = 128
-"""Channels of a head in all of Wan's and FlashI2V's releases."""
+"""Channels of a head in all releases of Wan and FlashI2V."""
 
 
 def wan_config(config: ModelConfig) -> dict[str, Any]:
-    """``config.json`` as Wan's code reads it."""
+    """Content of ``config.json`` for Wan's code."""
     return {
         "_class_name": "WanModel",
         "model_type": paradigm_of(config).wan_model_type,
@@ -49,23 +49,23 @@ def wan_config(config: ModelConfig) -> dict[str, Any]:
 def read_config(
     path: Path, tensors: Mapping[str, SourceTensor], column: str, phi_order: str | None, options: ReadOptions
 ) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The model, and what had to be assumed.
+    """Determine the model, and list the assumptions made.
 
     Args:
         path: folder or file of the weights.
-        tensors: under the names of ``column``.
+        tensors: by their names in ``column``.
         column: of the key table.
         phi_order: of the format's own code, if it has one.
         options: the flags.
 
     Raises:
         ConfigError: a flag is needed, or contradicts the file beside the weights.
-        CheckpointError: that file is malformed, or a tensor that tells a dimension is missing or misshapen.
+        CheckpointError: that file is malformed, or a tensor that gives a dimension is missing or has a wrong shape.
     """
     folder = path if path.is_dir() else path.parent
     exact = folder / "model_config.json"
     if exact.is_file():
-        config = read_model_config(_object(exact), source=str(exact))
+        config = read_model_config(read_json_object(exact, error=CheckpointError), source=str(exact))
         options.require_agreement(config, exact)
         return config, ()
     notes: list[str] = []
@@ -106,10 +106,10 @@ def read_config(
 
 
 def _stated(path: Path) -> Mapping[str, Any]:
-    """What Wan's ``config.json`` says, if there is one."""
+    """Content of Wan's ``config.json``; empty if there is none."""
     if not path.is_file():
         return {}
-    stated = _object(path)
+    stated = read_json_object(path, error=CheckpointError)
     return stated if "num_heads" in stated or "dim" in stated else {}
 
 
@@ -153,10 +153,3 @@ def _from_shapes(path: Path, tensors: Mapping[str, SourceTensor], column: str) -
             f"{recognition_rules()}; another paradigm needs the model_config.json of its export"
         )
     return fields | paradigm
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path, error=CheckpointError)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed
-
 
 class Schedule:
     """Multiples of an interval, and the run's last iteration; what was done before a run was resumed is done.
@@ -22,15 +19,3 @@ class Schedule:
         """Whether the work is due when so many iterations are done."""
         wanted = iteration > 0 and (iteration % self._interval == 0 or iteration == self._train_iters)
         return wanted and iteration != self._done_at
-
-
-def word_of_rank_0(number: int, device: torch.device) -> int:
-    """Rank 0's number, on every rank: what it finds in files that are its own; collective.
-
-    Args:
-        number: of this rank.
-        device: where the default group's backend wants tensors.
-    """
-    word = torch.tensor([number], dtype=torch.int64, device=device)
-    torch.distributed.broadcast(word, 0)
-    return int(word)

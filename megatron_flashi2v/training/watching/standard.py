@@ -8,6 +8,7 @@ import torch.distributed
 
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.parallel.agreement import share_json
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.training.batch import MICROBATCHES_AHEAD, MicrobatchSource
 from megatron_flashi2v.training.metrics import ProgressLine
@@ -17,7 +18,7 @@ from megatron_flashi2v.training.watching.norms import NormsByPart
 from megatron_flashi2v.training.watching.observer import Observer
 from megatron_flashi2v.training.watching.previews import Previews, preview_folder
 from megatron_flashi2v.training.watching.profiling import Profiling
-from megatron_flashi2v.training.watching.schedule import Schedule, word_of_rank_0
+from megatron_flashi2v.training.watching.schedule import Schedule
 from megatron_flashi2v.training.watching.stragglers import ReplicaClock, StragglerWatch
 from megatron_flashi2v.training.watching.throughput import ThroughputMeter, ThroughputWatch
 from megatron_flashi2v.training.watching.validation import Validation, validation_source
@@ -75,7 +76,7 @@ def recording_observers(
     watch, save, spec, train_iters = config.watch, config.checkpoint.save, state.spec, config.batch.train_iters
     found: list[Observer] = []
     if watch.sample_interval is not None and save is not None and validation_data is not None:
-        made = word_of_rank_0(preview_folder(save, state.iteration).exists(), spec.device)
+        made = share_json(preview_folder(save, state.iteration).exists())
         schedule = Schedule(watch.sample_interval, train_iters, done_at=state.iteration if made else None)
         found.append(
             Previews(watch, save, validation_data, spec.config, spec.groups, device, schedule, begin_part)
@@ -84,7 +85,7 @@ def recording_observers(
     if watch.eval_interval is not None and validation_data is not None:
         source = validation_source(validation_data, spec.config, config.data, config.batch, step,
                                    iterations=watch.eval_iters, ahead=MICROBATCHES_AHEAD)
-        done_at = word_of_rank_0(writers.last_iteration(VALIDATION), spec.device)
+        done_at = share_json(writers.last_iteration(VALIDATION))
         found.insert(0, Validation(
             source, step, watch.eval_iters, Schedule(watch.eval_interval, train_iters, done_at), begin_part,
             record=lambda row: writers.write(VALIDATION, row),

@@ -8,16 +8,15 @@ slow, and it is the replica, with its hosts, that is named.
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
-from megatron_flashi2v.runtime.distributed import gather_bytes
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.watching.observer import Observer, Row
 from megatron_flashi2v.training.watching.throughput import MICROSECONDS, PerReplica
@@ -66,9 +65,8 @@ class StragglerWatch(Observer):
         self._clock, self._own = clock, PerReplica(groups)
         self._seconds = 0.0
         self._slow_for = [0] * groups.dp.size()
-        mine = json.dumps([groups.dp.rank(), socket.gethostname()]).encode()
         self._hosts: list[dict[str, None]] = [{} for _ in self._slow_for]
-        for replica, host in map(json.loads, gather_bytes(mine, device=device.torch_device)):
+        for replica, host in gather_json([groups.dp.rank(), socket.gethostname()]):
             self._hosts[replica][host] = None
 
     def before_iteration(self, state: TrainState) -> None:

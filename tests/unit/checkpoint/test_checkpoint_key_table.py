@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from megatron_flashi2v.checkpoint.key_table import FORMATS, mappings, parameter_count, parameter_shapes
+from megatron_flashi2v.checkpoint.key_table import COLUMNS, mappings, parameter_count, parameter_shapes
 from megatron_flashi2v.config.model import ModelConfig
 
 # Sizes that are all different, with an odd number of heads, so that no two dimensions can be confused.
@@ -73,12 +73,12 @@ def test_diffusers_names_and_shapes_are_those_of_the_real_model() -> None:
     assert mapped == expected
 
 
-@pytest.mark.parametrize("external_format", FORMATS)
-def test_every_tensor_maps_once_and_back_bit_for_bit(external_format: str) -> None:
-    config = T2V if external_format == "diffusers" else ODD
+@pytest.mark.parametrize("column", COLUMNS)
+def test_every_tensor_maps_once_and_back_bit_for_bit(column: str) -> None:
+    config = T2V if column == "diffusers" else ODD
     generator = torch.Generator().manual_seed(0)
     ours = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(config).items()}
-    entries = list(mappings(config, external_format))
+    entries = list(mappings(config, column))
     assert [entry.ours for entry in entries] == list(ours)
     names = [name for entry in entries for name in entry.external]
     assert len(names) == len(set(names)) and not any("{" in name for name in names)

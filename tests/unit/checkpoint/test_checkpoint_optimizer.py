@@ -15,6 +15,7 @@ import megatron.core.optimizer
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.checkpoints import read_full
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -23,14 +24,14 @@ from megatron.core.transformer import TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_flashi2v.checkpoint.index import write_index
-from megatron_flashi2v.checkpoint.model_state import load_model, model_pieces
+from megatron_flashi2v.checkpoint.model_state import load_parameters, model_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import (
     load_optimizer,
     optimizer_common_state,
     optimizer_pieces,
     optimizer_shards,
 )
-from megatron_flashi2v.checkpoint.storage import keys, merge_parts, read_full, write_rank_file
+from megatron_flashi2v.checkpoint.storage import keys, merge_parts, write_rank_file
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.runtime.device import resolve_device
@@ -175,7 +176,7 @@ def carried_over(source: Path, target: Path, layout: Layout, common: dict[str, o
     parts = []
     for rank in range(layout.world):
         with on_rank(layout, rank) as (stage, optimizer, grid):
-            load_model(source, stage.named(), grid)
+            load_parameters(source, stage.named(), grid)
             load_optimizer(source, optimizer, stage.named(), grid, common)
             assert optimizer_common_state(optimizer) == common or not optimizer_pieces(
                 optimizer, stage.named(), grid
@@ -237,7 +238,7 @@ def test_the_distributed_optimizer_continues_bit_for_bit(tmp_path: Path) -> None
     plain = Layout("plain", bf16=True)
     for name, resumed in (("distributed", layout), ("plain", plain)):
         with on_rank(resumed, 0) as (stage, optimizer, grid):
-            load_model(tmp_path / "after-3", stage.named(), grid)
+            load_parameters(tmp_path / "after-3", stage.named(), grid)
             load_optimizer(tmp_path / "after-3", optimizer, stage.named(), grid, common)
             for number in (3, 4):
                 step(stage, optimizer, number)
@@ -286,7 +287,7 @@ def test_a_checkpoint_without_moments_starts_the_optimizer_anew(tmp_path: Path) 
     assert common == {"step": None}
     assert not any(key.startswith("optimizer.") for key in keys(tmp_path / "a"))
     with on_rank(Layout("b", bf16=True, distributed=True), 0) as (stage, optimizer, grid):
-        load_model(tmp_path / "a", stage.named(), grid)
+        load_parameters(tmp_path / "a", stage.named(), grid)
         load_optimizer(tmp_path / "a", optimizer, stage.named(), grid, common)
         for shard in optimizer_shards(optimizer, stage.named(), grid):
             # The master copies have the stored precision, not that of the bf16 parameters.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.checkpoints import read_full, save_checkpoint
 from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import saving, tensor_file
@@ -23,8 +24,8 @@ from megatron_flashi2v.checkpoint.folders import (
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.model_state import MODEL_PREFIX
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.saving import CheckpointSave, save_checkpoint
-from megatron_flashi2v.checkpoint.storage import TensorPiece, read_full
+from megatron_flashi2v.checkpoint.saving import CheckpointSave
+from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.runtime.distributed import shutdown
@@ -105,7 +106,7 @@ def test_a_run_killed_before_the_tracker_was_written_resumes(tmp_path: Path) -> 
         ),
         (
             lambda root: (root / "iter_0000010" / "index.json").unlink(),
-            "no checkpoint that is whole: .*index.json cannot be read",
+            "no whole checkpoint: .*index.json cannot be read",
         ),
         (lambda root: (root / "model_index.json").write_text("{}"), "exported model"),
     ],
@@ -336,7 +337,7 @@ def test_a_save_that_is_given_up_ends_with_the_next_tensor(tmp_path: Path) -> No
     given_up.abandon()
     given_up.work()
     written = sum(path.stat().st_size for path in (tmp_path / ".iter_0000010.partial").iterdir())
-    with pytest.raises(CheckpointError, match="given up"):
+    with pytest.raises(CheckpointError, match="abandoned"):
         given_up.settle()
     assert given_up.done and not names(tmp_path)
     file = save(tmp_path, 10) / "tensors-00000-of-00001.safetensors"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import read_full
 from safetensors.torch import load_file
 
 from megatron_flashi2v.checkpoint import storage
@@ -17,7 +18,6 @@ from megatron_flashi2v.checkpoint.manifest import verify, write_manifest
 from megatron_flashi2v.checkpoint.storage import (
     TensorPiece,
     merge_parts,
-    read_full,
     read_pieces,
     write_rank_file,
 )
@@ -218,7 +218,7 @@ def rename_file(document: dict) -> None:
         (lambda f: edit_index(f, lambda d: d.update(format_version=2)), "format_version"),
         (lambda f: edit_index(f, rename_file), "../x.safetensors"),
         (lambda f: (f / "index.json").write_text('{"format_version": 1'), "index.json"),
-        (lambda f: (f / "index.json").write_text("[]"), "format_version"),
+        (lambda f: (f / "index.json").write_text("[]"), "must hold a JSON object"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:

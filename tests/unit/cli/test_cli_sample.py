@@ -6,11 +6,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import save_checkpoint
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
 from PIL import Image
 
 from megatron_flashi2v.checkpoint.model_state import model_pieces
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.cli.sample import VideoShape, video_shape
 from megatron_flashi2v.config.model import ModelConfig

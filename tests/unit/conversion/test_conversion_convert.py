@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, tensors_of
+from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, save_checkpoint, tensors_of
 from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.checkpoint import tensor_file
@@ -26,11 +26,9 @@ from megatron_flashi2v.checkpoint.folders import (
 )
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count
 from megatron_flashi2v.checkpoint.manifest import verify
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
-from megatron_flashi2v.config.convert import FORMATS as ANNOUNCED
-from megatron_flashi2v.config.convert import ConvertConfig
+from megatron_flashi2v.config.convert import FORMAT_NAMES, ConvertConfig
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 
@@ -272,10 +270,10 @@ def test_a_damaged_folder_is_named_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("weight_map", "words"),
     [
-        ({"a": "../../etc/passwd"}, "tensor a is said to be in .*, which is not a plain file name"),
+        ({"a": "../../etc/passwd"}, "says that tensor a is in .*, which is not a plain file name"),
         (
             {"a": "diffusion_pytorch_model-00009-of-00009.safetensors"},
-            "tensor a is said to be in .*00009-of-00009.safetensors, but there is no such file",
+            "says that tensor a is in .*00009-of-00009.safetensors, but there is no such file",
         ),
         (None, "no weight_map"),
     ],
@@ -306,10 +304,10 @@ def test_targets_are_not_lost(tmp_path: Path, run: Path) -> None:
     checkpoint(tmp_path / "other")
     (tmp_path / "export" / "notes.txt").write_text("mine")
     for target in (("megatron", tmp_path / "other"), export):
-        with pytest.raises(UserError, match="is not replaced"):
+        with pytest.raises(UserError, match="is not an earlier conversion"):
             convert(("megatron", run), target, overwrite=True)
     for target in (run, run / "export", tmp_path):
-        with pytest.raises(UserError, match="must not lie in one another"):
+        with pytest.raises(UserError, match="neither may lie in the other"):
             convert(("megatron", run), ("diffusers", target), overwrite=True)
     assert (tmp_path / "export" / "notes.txt").exists() and find_checkpoint(tmp_path / "other") is not None
 
@@ -374,7 +372,7 @@ def test_shard_sizes(text: str, size: int) -> None:
 
 
 def test_the_formats_announced_are_those_that_work() -> None:
-    assert tuple(FORMATS) == ANNOUNCED
+    assert tuple(FORMATS) == FORMAT_NAMES
 
 
 def test_help_does_not_load_torch() -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, tensors_of
+from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, save_checkpoint, tensors_of
 from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.model import ModelConfig
@@ -105,7 +104,7 @@ def test_names_in_the_files_are_the_tables(tmp_path: Path, name: str) -> None:
     # Again onto itself; a folder with other things in it is kept.
     convert(("megatron", tmp_path / "run"), (name, tmp_path / "out"), overwrite=True)
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not replaced"):
+    with pytest.raises(UserError, match="is not an earlier conversion"):
         convert(("megatron", tmp_path / "run"), (name, tmp_path / "out"), overwrite=True)
 
 

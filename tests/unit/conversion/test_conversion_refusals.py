@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import ODD, checkpoint, model_tensors, names, tensors_of
+from helpers.checkpoints import ODD, checkpoint, model_tensors, names, save_checkpoint, tensors_of
 from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.manifest import write_manifest
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.errors import UserError
@@ -62,11 +61,11 @@ def cut(path: Path, share: float) -> None:
     [
         (False, lambda f: cut(f / FILE, 0.9), rf"{FILE} is not a whole .*; tensor \S+ ends at byte [\d,]+, the"),
         (False, lambda f: cut(f / FILE, 0.001), f"{FILE} is not a whole safetensors file"),
-        (True, lambda f: next(f.glob("*3-of*")).unlink(), rf"{INDEX}: tensor \S+ is said to be in \S+, but there"),
+        (True, lambda f: next(f.glob("*3-of*")).unlink(), rf"{INDEX} says that tensor \S+ is in \S+, but there"),
         (True, lambda f: cut(next(f.glob("*3-of*")), 0.8), r"3-of-\d+.safetensors is not a whole .*; tensor \S+ ends"),
-        (True, lambda f: edit_index(f, lambda m: m.update({Q: f"../{FILE}"})), f"tensor {Q} is said to be in '../"),
-        (True, lambda f: edit_index(f, lambda m: m.update({Q: f"/etc/{FILE}"})), f"tensor {Q} is said to be in '/etc/"),
-        (True, lambda f: edit_index(f, lambda m: m.update({"x": m[Q]})), "tensor x is said to be in .*which does not"),
+        (True, lambda f: edit_index(f, lambda m: m.update({Q: f"../{FILE}"})), f"says that tensor {Q} is in '../"),
+        (True, lambda f: edit_index(f, lambda m: m.update({Q: f"/etc/{FILE}"})), f"says that tensor {Q} is in '/etc/"),
+        (True, lambda f: edit_index(f, lambda m: m.update({"x": m[Q]})), "says that tensor x is in .*which does not"),
         (True, lambda f: edit_index(f, lambda m: m.pop(Q)), f"1 tensors are missing .{Q}"),
         (True, lambda f: (f / INDEX).write_text('{"weight_map": {"a": 3}}'), "has no weight_map from tensors to files"),
         (False, lambda f: edit_tensors(f / FILE, **{Q: None}), f"1 tensors are missing .{Q}"),
@@ -144,7 +143,7 @@ def test_a_disk_that_fills_meanwhile(tmp_path: Path, name: str) -> None:
 def test_a_target_that_is_a_file_of_weights_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path / "run")
     for target in ("a.pt", "a.safetensors"):
-        with pytest.raises(UserError, match=f"{target} is to be a folder, of safetensors and JSON files"):
+        with pytest.raises(UserError, match=f"{target} must be a folder, of safetensors and JSON files"):
             convert(("megatron", tmp_path / "run"), ("flashi2v-npu", tmp_path / target))
 
 

@@ -264,7 +264,7 @@ def rewritten(path: Path, change: Callable[[str, bytes], bytes], compression: in
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "a.pt is not a whole torch archive"),
         (lambda path: path.write_bytes(b""), "a.pt is not a whole torch archive"),
-        (lambda path: rewritten(path, lambda name, data: data[:-4] if "data/0" in name else data), "which is not what"),
+        (lambda path: rewritten(path, lambda name, data: data[:-4] if "data/0" in name else data), "says another size"),
         (lambda path: rewritten(path, lambda name, data: b"big" if "byteorder" in name else data), "big-endian"),
         (lambda path: rewritten(path, lambda name, data: data, zipfile.ZIP_DEFLATED), "compressed"),
         (lambda path: rewritten(path, lambda name, data: b"\x80\x02" if "data.pkl" in name else data), "is damaged"),
@@ -296,7 +296,7 @@ def edited_metadata(folder: Path, change: Callable[[bytes], bytes]) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "__0_0.distcp").unlink(), "said to be in __0_0.distcp, but there is no such file"),
+        (lambda f: (f / "__0_0.distcp").unlink(), "is in __0_0.distcp, but there is no such file"),
         (lambda f: edited_metadata(f, lambda data: data.replace(b"__0_0.distcp", b"../_0.distcp")), "not a plain file"),
         (lambda f: (f / "__0_0.distcp").write_bytes((f / "__0_0.distcp").read_bytes()[:2000]), "cut short|archive"),
         (lambda f: edited_metadata(f, lambda data: data[:200]), "metadata: its pickled description is damaged"),

@@ -37,7 +37,7 @@ def test_samples_by_index(folder: Path) -> None:
         rows = int(torch.randint(1, 7, (1,), generator=generator))
         assert torch.equal(sample.latents_CTHW, torch.randn(SHAPE, generator=generator))
         assert sample.text_rows_LD.shape == (rows, 8) and sample.text_rows_LD.dtype == torch.bfloat16
-        padded_LD = data.padded_text(index)
+        padded_LD = pad_text_rows(sample.text_rows_LD, data.info.text_length)
         assert padded_LD.shape == (6, 8) and padded_LD.dtype == torch.bfloat16
         assert torch.equal(padded_LD[:rows], sample.text_rows_LD) and not padded_LD[rows:].any()
         assert data.record(index)["caption"] == sample.caption

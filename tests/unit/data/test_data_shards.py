@@ -145,12 +145,30 @@ def test_reader_keeps_few_files_open(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     for number, index in enumerate(indices * 2):
         reader.read(tar_path(tmp_path, number % 5), index.samples[0].record)
-    assert len(reader._open) == 2
+    assert reader._open.cache_info().currsize == 2
     if before:
         assert len(os.listdir("/proc/self/fd")) == before + 2
     copy = pickle.loads(pickle.dumps(reader))  # noqa: S301 - as a spawned worker gets it
     assert copy.read(tar_path(tmp_path, 0), indices[0].samples[0].record)
     reader.close()
+
+
+def test_a_file_that_is_being_read_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may meanwhile read more files than are kept open."""
+    members = [write_shard(tmp_path, number).samples[0].record for number in range(2)]
+    reader, pread, descriptors = TarReader(max_open=1), os.pread, []
+
+    def reads_another_first(descriptor: int, size: int, offset: int) -> bytes:
+        descriptors.append(descriptor)
+        if len(descriptors) == 1:
+            reader.read(tar_path(tmp_path, 1), members[1])
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", reads_another_first)
+    assert reader.read(tar_path(tmp_path, 0), members[0])
+    assert len(descriptors) == 2 and len(set(descriptors)) == 2  # nothing was tried again
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptors[0])
 
 
 def test_foreign_bytes_are_no_tensors() -> None:

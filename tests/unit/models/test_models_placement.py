@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.paradigms import PARADIGMS
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.conditioning.flashi2v import FlashI2V
-from megatron_flashi2v.config.model import PARADIGMS, ModelConfig
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.models import transformer
 from megatron_flashi2v.models.placement import PLACEMENTS, parameter_box, placement_of, sharded_dim

@@ -13,8 +13,8 @@ from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.models.recompute import Recompute, build_block, run_blocks
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.load import single_process
 
 CONFIG = dataclasses.replace(PRESETS["1.3b"], num_layers=1, text_length=4)
 KEPT = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from helpers.checkpoints import save_checkpoint
 from helpers.paradigms import PARADIGMS
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae
 from PIL import Image
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 
 from megatron_flashi2v import FlashI2VPipeline
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.model import ModelConfig

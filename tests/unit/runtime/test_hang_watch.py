@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.runtime import hang_watch
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.distributed import init_distributed, shutdown
 from megatron_flashi2v.runtime.hang_watch import HangWatch
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.runtime.stacks import OwnStacks, Process, Report, main_thread_position, summary
+from megatron_flashi2v.runtime.stacks import OwnStacks, Process, RankReport, main_thread_position, summary
 
 LAUNCH = LaunchEnvironment()
 
@@ -42,7 +42,7 @@ class Watched:
         self.offset = 0.0
         monkeypatch.setattr(HangWatch, "_give_up", lambda _, phase: self.gave_up.append(phase.name))
         monkeypatch.setattr(hang_watch, "time", self)
-        self.watch = HangWatch(timeout_s, None, LAUNCH, torch.device("cpu"))
+        self.watch = HangWatch(timeout_s, None, LAUNCH, gather_json)
 
     def monotonic(self) -> float:
         return time.monotonic() + self.offset
@@ -86,14 +86,15 @@ def test_time_in_which_the_process_did_not_run_does_not_count(monkeypatch: pytes
 
 def test_nothing_is_watched_without_a_timeout() -> None:
     before = threading.active_count()
-    with HangWatch(0.0, None, LAUNCH, torch.device("cpu")) as watch:
+    with HangWatch(0.0, None, LAUNCH, gather_json) as watch:
         watch.enter("iteration 1")
         assert threading.active_count() == before
 
 
 ALONE = """
-import sys, time, torch
+import sys, time
 from pathlib import Path
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.distributed import init_distributed
 from megatron_flashi2v.runtime.hang_watch import HangWatch
@@ -104,7 +105,7 @@ setup_logging()
 launch = LaunchEnvironment()
 init_distributed(launch, CpuDevice())
 save = None if sys.argv[1] == "-" else Path(sys.argv[1])
-with HangWatch(1.0, save, launch, torch.device("cpu")) as watch:
+with HangWatch(1.0, save, launch, gather_json) as watch:
     watch.enter("iteration 1")
     watch.enter("iteration 2")
     print(time.monotonic(), flush=True)
@@ -125,7 +126,7 @@ def test_it_ends_the_process_whatever_else_fails(tmp_path: Path, where: str) -> 
     assert time.monotonic() - float(done.stdout) < 10
     assert "no progress in iteration 2 for 1 s" in done.stderr
     if where == "refused":
-        assert "the stacks cannot be kept" in done.stderr and "<module>" in done.stderr
+        assert "the stacks cannot be written" in done.stderr and "<module>" in done.stderr
         return
     (path,) = tmp_path.rglob("rank_00000.txt")
     assert f"all stacks are in {path.parent}" in done.stderr and "<module>" in path.read_text()
@@ -164,9 +165,9 @@ def test_a_stopped_process_is_ended_also_where_no_launcher_does(tmp_path: Path) 
     assert "time.sleep(60)" not in error and "<module>" in (tmp_path / "stacks" / "rank_00000.txt").read_text()
 
 
-def report(rank: int, **changed: object) -> Report:
+def report(rank: int, **changed: object) -> RankReport:
     process = Process(rank=rank, host="node", pid=100 + rank, started="1", descriptor=3)
-    base = Report(run="r", process=process, point=7, phase="iteration 3", where="step.py:1 in f", waits=True)
+    base = RankReport(run="r", process=process, point=7, phase="iteration 3", where="step.py:1 in f", waits=True)
     return dataclasses.replace(base, **changed)
 
 
@@ -178,7 +179,7 @@ def report(rank: int, **changed: object) -> Report:
     ({2: {"waits": False, "where": "batch.py:5 in load"}},
      ["rank 2 (process 102 on node) is busy at batch.py:5 in load", "the others are at"], ["rank 0 (", "rank 1 ("]),
     ({}, ["all ranks are at step.py:1 in f"], ["rank 0 (", "rank 1 (", "rank 2 ("]),
-    ({1: None}, ["rank 1 gave no sign"], ["rank 0 (", "rank 2 ("]),
+    ({1: None}, ["rank 1 did not report"], ["rank 0 (", "rank 2 ("]),
 ])
 def test_the_summary_names_the_ranks_that_are_late(changed: dict, words: list[str], silent_about: list[str]) -> None:
     kinds = {rank: changed.get(rank, {}) for rank in range(3)}
@@ -190,17 +191,17 @@ def test_the_summary_names_the_ranks_that_are_late(changed: dict, words: list[st
 
 def test_many_late_ranks_are_counted() -> None:
     text = summary({0: report(0)}, 100)
-    assert "rank 8 gave no sign" in text and "rank 9 gave" not in text and "and 91 more" in text
+    assert "rank 8 did not report" in text and "rank 9 did" not in text and "and 91 more" in text
 
 
 def test_reports_of_another_launch_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "rank_00000.txt"
     path.write_text(report(0).to_text("stacks\n"))
-    assert Report.read(path, "r") == report(0) and Report.read(path, "another") is None
+    assert RankReport.read(path, "r") == report(0) and RankReport.read(path, "another") is None
     for text in ("", "{", "[]", json.dumps({"run": "r"}), "\ufffd"):
         path.write_text(text)
-        assert Report.read(path, "r") is None
-    assert Report.read(tmp_path / "absent", "r") is None
+        assert RankReport.read(path, "r") is None
+    assert RankReport.read(tmp_path / "absent", "r") is None
 
 
 def test_a_process_that_has_ended_is_not_signalled() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.checkpoints import save_checkpoint
 
 from megatron_flashi2v.checkpoint.model_state import model_pieces
-from megatron_flashi2v.checkpoint.saving import save_checkpoint
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.build import build_model

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from megatron_flashi2v.sampling import video
-from megatron_flashi2v.sampling.video import StripRow, choose_frames, write_comparison, write_mp4, write_strip
+from megatron_flashi2v.sampling.video import StripRow, choose_frames, write_comparison, write_mp4
 
 
 def smooth_frames(num_frames=9, height=64, width=96):
@@ -84,7 +84,7 @@ def test_malformed_frames_are_refused(frames, tmp_path):
     with pytest.raises(ValueError, match="uint8"):
         write_mp4(tmp_path / "a.mp4", frames, 16)
     with pytest.raises(ValueError, match="uint8"):
-        write_strip(tmp_path / "a.png", frames)
+        write_comparison(tmp_path / "a.png", [StripRow(frames_THWC=frames)])
 
 
 def test_fps_must_be_above_zero(tmp_path):
@@ -102,7 +102,7 @@ def test_chosen_frames_are_spread_from_first_to_last(num_frames, columns, expect
 
 def test_strip_shows_the_chosen_frames_pixel_by_pixel(tmp_path):
     frames = smooth_frames(num_frames=5)
-    write_strip(tmp_path / "a.png", frames, columns=3)
+    write_comparison(tmp_path / "a.png", [StripRow(frames_THWC=frames)], columns=3)
     picture = np.asarray(Image.open(tmp_path / "a.png"))
     factor = 2  # 64 rows are enlarged to at least 128
     tile = video.MARGIN + 96 * factor
@@ -115,7 +115,7 @@ def test_strip_shows_the_chosen_frames_pixel_by_pixel(tmp_path):
 
 def test_large_frames_are_not_enlarged(tmp_path):
     frames = np.zeros((1, 200, 100, 3), np.uint8)
-    write_strip(tmp_path / "a.png", frames)
+    write_comparison(tmp_path / "a.png", [StripRow(frames_THWC=frames)])
     assert Image.open(tmp_path / "a.png").size == (
         100 + 2 * video.MARGIN,
         200 + video.LABEL_HEIGHT + 2 * video.MARGIN,
@@ -138,4 +138,4 @@ def test_comparison_stacks_rows_of_different_sizes_under_labels(tmp_path):
 
 def test_captions_must_match_the_frames_shown(tmp_path):
     with pytest.raises(ValueError, match="2 captions for 4 frames"):
-        write_strip(tmp_path / "a.png", smooth_frames(), columns=4, captions=["a", "b"])
+        write_comparison(tmp_path / "a.png", [StripRow(frames_THWC=smooth_frames(), captions=["a", "b"])], columns=4)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.checkpoints import ODD, tensors_of
+from helpers.checkpoints import ODD, read_full, tensors_of
 from helpers.ranks import run_ranks
 
 from megatron_flashi2v.checkpoint import saving
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.index import Index
 from megatron_flashi2v.checkpoint.peers import Peers
-from megatron_flashi2v.checkpoint.storage import TensorPiece, keys, read_full
+from megatron_flashi2v.checkpoint.storage import TensorPiece, keys
 from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.distributed import shutdown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from types import SimpleNamespace
 
@@ -18,8 +17,8 @@ SOUND = [100_000, 101_000, 99_000, 100_500]
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> StragglerWatch:
     """Of four replicas with two ranks each, on two hosts."""
-    places = [json.dumps([rank // 2, f"node{rank // 4}"]).encode() for rank in range(8)]
-    monkeypatch.setattr(stragglers, "gather_bytes", lambda data, device: places)
+    places = [[rank // 2, f"node{rank // 4}"] for rank in range(8)]
+    monkeypatch.setattr(stragglers, "gather_json", lambda value: places)
     group = {size: SimpleNamespace(size=lambda size=size: size, rank=lambda: 0) for size in (1, 2, 4)}
     groups = SimpleNamespace(dp=group[4], tp=group[2], cp=group[1], pp=group[1])
     return StragglerWatch(groups, CpuDevice(), ReplicaClock(CpuDevice()))  # type: ignore[arg-type]
