@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
+from megatron_flashi2v.config.help import show
 from megatron_flashi2v.config.layout import model_ranks
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
@@ -37,4 +37,4 @@ def dry_run(config: TrainConfig) -> None:
         with logging_to_stderr():
             from megatron_flashi2v.planning.dry_run import dry_run_report
 
-            sys.stdout.write(dry_run_report(config, model, world_size))
+            show(dry_run_report(config, model, world_size))

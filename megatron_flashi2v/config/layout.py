@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from megatron_flashi2v.config.bounds import check_bounds
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
@@ -16,12 +17,7 @@ def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: in
     Raises:
         ConfigError: names the rule and the nearest valid choice.
     """
-    require_at_least_one({
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-        "num_virtual_stages_per_pipeline_rank": parallel.num_virtual_stages_per_pipeline_rank,
-    })
+    check_bounds(parallel)
     _check_tensor(parallel, model)
     stage_layer_counts(parallel, model.num_layers)
     _check_context(parallel, model)
@@ -34,23 +30,9 @@ def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: in
         )
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise ConfigError(
-            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them, or leave it "
-            "out"
+            "--overlap-param-gather requires --use-distributed-optimizer and --overlap-grad-reduce; add them, or leave "
+            "it out"
         )
-
-
-def require_at_least_one(values: Mapping[str, int | None]) -> None:
-    """Refuse values below 1; None is one that was not given.
-
-    Args:
-        values: by the field's name.
-
-    Raises:
-        ConfigError: names the flag.
-    """
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:

@@ -75,8 +75,8 @@ def open_trainer(
         resumed = checkpoint_to_resume(config.checkpoint.load, peers)
         clock = ReplicaClock(device)
         state = build_state(
-            config, spec_of(config, data.model, groups, device), resumed, provenance_of(config, data.training, launch),
-            hang_watch, clock.meet,
+            config, spec_of(config, data.model, groups, device), resumed,
+            provenance_of(config.batch, config.parallel, data.training, launch), hang_watch, clock.meet,
         )
         data.training.require_whole_batches(state.consumed_samples)
         step = TrainingStep(

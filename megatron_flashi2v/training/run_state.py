@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_state
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.train import BatchArguments, ParallelArguments
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED
@@ -44,15 +44,17 @@ class Provenance:
         }
 
 
-def provenance_of(config: TrainConfig, data: Blend, launch: LaunchEnvironment) -> Provenance:
+def provenance_of(
+    batch: BatchArguments, parallel: ParallelArguments, data: Blend, launch: LaunchEnvironment
+) -> Provenance:
     """The provenance of the run that these flags make of these data."""
     info = data.info
     return Provenance(
-        seed=config.batch.seed,
+        seed=batch.seed,
         data_name=data.name,
         data={"samples": len(data), "fingerprint": data.fingerprint, "frames": info.frames, "height": info.height,
               "width": info.width, "fps": info.fps},
-        layout=layout_of(config, launch.world_size),
+        layout=layout_of(batch, parallel, launch.world_size),
         commit=source_commit() if launch.rank == 0 else None,
     )
 
@@ -74,16 +76,15 @@ def warn_of_changes(folder: Path, state: dict[str, Any], now: Provenance) -> Non
         logger.warning("%s was trained on other data than %s", folder, now.data_name, extra=AGREED)
 
 
-def layout_of(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """How the model and the batch were divided, and in what precision, for the record."""
-    parallel = config.parallel
+def layout_of(batch: BatchArguments, parallel: ParallelArguments, world_size: int) -> dict[str, Any]:
+    """Layout of the model and the batch, and their precision, for the record."""
     return {
         "processes": world_size,
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,
         "context": parallel.context_parallel_size,
-        "global_batch_size": config.batch.global_batch_size,
-        "precision": "bf16" if config.batch.bf16 else "fp32",
+        "global_batch_size": batch.global_batch_size,
+        "precision": "bf16" if batch.bf16 else "fp32",
     }
 
 

@@ -87,7 +87,7 @@ def test_help_and_bad_flags_answer_without_torch() -> None:
         ({"height": 0}, "--height is 0"),
         ({"fps": 0.0}, "--fps is 0.0; it must be above 0"),
         ({"fps": float("nan")}, "--fps is nan"),
-        ({"min_aspect": 2.0, "max_aspect": 1.0}, "--max-aspect is 1.0; it must be at least min_aspect 2"),
+        ({"min_aspect": 2.0, "max_aspect": 1.0}, "--max-aspect is 1.0; it must be at least --min-aspect 2"),
         ({"min_pixels": -1}, "--min-pixels is -1"),
         ({"too_long_factor": 0.5}, "--too-long-factor is 0.5"),
         ({"min_motion": 0.6, "max_motion": 0.5}, "--max-motion"),
