@@ -8,10 +8,9 @@ import pytest
 from helpers.layouts import Layout, assert_same_metrics, run_layouts
 from helpers.tiny_corpus import make_corpus
 
-from megatron_flashi2v.cli.prepare import run as run_prepare
 from megatron_flashi2v.config.prepare import PrepareConfig
 from megatron_flashi2v.config.recipe import parse
-from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.data.run import prepare
 
 CLIPS, SEED = 6, "7"
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
@@ -24,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("online")
     shared = make_corpus(folder / "corpus", CLIPS)
     prepared = [*shared, "--seed", SEED, "--output", str(folder / "data"), "--samples-per-shard", "4"]
-    run_prepare(parse(PrepareConfig, prepared, prog="prepare", description=""), detect_launch({}))
+    prepare(parse(PrepareConfig, prepared, prog="prepare", description=""))
     online = ("--online-encoding", *shared)
     layouts = [
         Layout("prepared", 1, ("--data-path", str(folder / "data"), "--text-length", "32")),

@@ -12,7 +12,6 @@ import pytest
 import torch
 from helpers.tiny_corpus import make_corpus
 
-from megatron_flashi2v.cli.prepare import run as run_prepare
 from megatron_flashi2v.config.errors import ConfigError, UserError
 from megatron_flashi2v.config.prepare import EncodingConfig, PrepareConfig
 from megatron_flashi2v.config.recipe import parse
@@ -20,7 +19,7 @@ from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.data.encoding_cache import EncodingCache
 from megatron_flashi2v.data.online import OnlineDataset, Replica
 from megatron_flashi2v.data.prepared import BadSample, PreparedDataset, PreparedSample
-from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.data.run import prepare
 
 CLIPS = 5
 
@@ -31,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     flags = make_corpus(folder, CLIPS, z_dim=4, text_dim=16)
     config = parse(PrepareConfig, [*flags, "--output", str(folder / "data"), "--seed", "3"], prog="", description="")
-    run_prepare(config, detect_launch({}))
+    prepare(config)
     return folder
 
 
