@@ -124,7 +124,7 @@ def run_layout(layout: Layout, launch, device, planted: list[Observer]) -> None:
         open_trainer(config, model, groups, launch, device, observers=[*planted, kept]) as trainer,
     ):
         if layout.saves_again:
-            trainer.save(last=True)
+            trainer.checkpoints.save(last=True)
             return
         save, rank = config.checkpoint.save, launch.rank
         noted = noted_samples(save / f"samples-{rank}.jsonl")
