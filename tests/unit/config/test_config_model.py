@@ -26,7 +26,7 @@ def test_round_trip(name: str) -> None:
     ({"patch_size": [2, 2]}, r"patch_size is \(2, 2\); it must be three"),
     ({"patch_size": [1, "2", 2]}, r"patch_size is \(1, '2', 2\)"),
     ({"hidden_size": "192"}, "hidden_size is '192'"),
-    ({"conditioning": "magic"}, "conditioning is 'magic'"),
+    ({"conditioning": 3}, "conditioning is 3; it must be a paradigm's name"),
 ])
 def test_refused(change: dict, word: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model_config\.json: .*{word}"):
