@@ -32,7 +32,7 @@ from megatron_flashi2v.checkpoint.arrangements import (
 from megatron_flashi2v.conditioning.build import input_channels
 from megatron_flashi2v.config.model import ModelConfig
 
-COLUMNS = ("wan", "diffusers", "flashi2v_npu")
+EXTERNAL_COLUMNS = ("wan", "diffusers", "flashi2v_npu")
 """The table's columns of external names; a format (``conversion/formats/``) uses one or two of them."""
 
 _SAME = Same()
@@ -284,8 +284,8 @@ def mappings(config: ModelConfig, column: str) -> Iterator[Mapped]:
 
     Leaves out the modules without a name there (image conditioning, in diffusers).
     """
-    if column not in COLUMNS:
-        raise ValueError(f"no such column: {column}; the table has {', '.join(COLUMNS)}")
+    if column not in EXTERNAL_COLUMNS:
+        raise ValueError(f"no such column: {column}; the table has {', '.join(EXTERNAL_COLUMNS)}")
     sizes = _sizes(config)
     for module, block in _instances(config):
         external = getattr(module, column)
