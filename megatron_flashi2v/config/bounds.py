@@ -171,8 +171,10 @@ def suggestion(name: str, known: typing.Iterable[str]) -> str:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:
-    """The known name that is nearest; None where none is near."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=CLOSE)), None)
+    """The known name that is nearest, or has the same letters in another order; None where none is near."""
+    names = list(known)
+    shuffled = (one for one in names if sorted(one) == sorted(name))
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=CLOSE)), None) or next(shuffled, None)
 
 
 def _parts(kind: Any, notes: tuple[Any, ...], value: Any) -> Iterator[tuple[Any, tuple[Any, ...], Any]]:

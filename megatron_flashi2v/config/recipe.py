@@ -75,26 +75,24 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str, description: str
 
 
 def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The value of ``--config``, and the other words.
+    """The value of ``--config``, the last one as for any flag, and the other words.
 
     Raises:
-        ConfigError: its value is missing, or it is given twice.
+        ConfigError: its value is missing.
     """
-    paths: list[str] = []
+    path: str | None = None
     words: list[str] = []
     remaining = iter(argv)
     for word in remaining:
         if word == "--config":
-            paths.append(next(remaining, ""))
+            path = next(remaining, "")
         elif word.startswith("--config="):
-            paths.append(word.partition("=")[2])
+            path = word.partition("=")[2]
         else:
             words.append(word)
-    if any(not path or path.startswith("--") for path in paths):
-        raise ConfigError("--config: the recipe's path is missing; give --config FILE.yaml")
-    if len(paths) > 1:
-        raise ConfigError(f"--config is given twice, as {paths[0]} and {paths[1]}; give one recipe")
-    return (_at_home(Path(paths[0])) if paths else None), words
+        if path is not None and (not path or path.startswith("--")):
+            raise ConfigError("--config: the recipe's path is missing; give --config FILE.yaml")
+    return (None if path is None else _at_home(Path(path))), words
 
 
 def read_recipe(cls: type, path: Path) -> dict[str, Any]:
