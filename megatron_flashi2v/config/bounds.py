@@ -22,7 +22,7 @@ class Bound(Protocol):
 
     @property
     def rule(self) -> str:
-        """What the value must be, after "it must be"."""
+        """The words after "it must be"."""
 
     def holds(self, value: Any) -> bool:
         """Whether a value keeps the rule."""
@@ -171,12 +171,14 @@ def suggestion(name: str, known: typing.Iterable[str]) -> str:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:
-    """The known name that is nearest; None where none is near."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=CLOSE)), None)
+    """The known name that is nearest, or has the same letters in another order; None where none is near."""
+    names = list(known)
+    shuffled = (one for one in names if sorted(one) == sorted(name))
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=CLOSE)), None) or next(shuffled, None)
 
 
 def _parts(kind: Any, notes: tuple[Any, ...], value: Any) -> Iterator[tuple[Any, tuple[Any, ...], Any]]:
-    """A value, or the parts of a tuple, each with its type and what that is annotated with."""
+    """A value, or the parts of a tuple, each with its type and its notes."""
     if value is None:
         return
     if typing.get_origin(kind) is typing.Annotated:
@@ -193,7 +195,7 @@ def _parts(kind: Any, notes: tuple[Any, ...], value: Any) -> Iterator[tuple[Any,
 
 
 def _broken_type(kind: Any, value: Any) -> str | None:
-    """What a number must be that is none: JSON and Python calls can hold anything where a flag holds a number."""
+    """The rule that a value breaks by its type: JSON and Python calls can hold anything in place of a number."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if kind is int and not is_whole:
         return "a whole number"

@@ -23,7 +23,7 @@ class Named:
 
 @dataclass(frozen=True)
 class HoldsPath:
-    """At a field of text: a path stands in it, alone or after a colon, so that ``~`` is the home folder."""
+    """At a field of text: it holds a path, alone or after a colon, in which ``~`` is the home folder."""
 
 
 class Only:
@@ -41,9 +41,9 @@ class Flag:
         name: with underscores.
         path: names of the fields that lead to its value, from the outermost dataclass on.
         kind: its type, such as ``int | None``.
-        notes: what the type is annotated with.
+        notes: metadata that the type is annotated with.
         group: the dataclass that defines it.
-        default: its value where it is not given; ``dataclasses.MISSING`` where it must be.
+        default: its value if it is not given; ``dataclasses.MISSING`` if it must be given.
     """
 
     name: str
@@ -114,7 +114,7 @@ def spelling(name: str) -> str:
 
 @functools.cache
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The docstrings below the fields that a class itself defines, each in one line; none where there is no source."""
+    """The docstrings below the fields that a class itself defines, each in one line; empty without the source."""
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):
@@ -130,7 +130,7 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def _bare(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type without what it is annotated with, and that."""
+    """A type without its notes, and the notes."""
     if typing.get_origin(kind) is typing.Annotated:
         return kind.__origin__, kind.__metadata__
     return kind, ()

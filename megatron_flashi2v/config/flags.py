@@ -121,7 +121,7 @@ def _metavar(flag: Flag) -> str | None:
 
 
 def _unboxed(box: str) -> str:
-    """The gist of what tyro prints: a title, then paragraphs between rules, framed."""
+    """The first paragraph of tyro's message, which has a title and paragraphs between rules, in a frame."""
     paragraphs: list[list[str]] = [[]]
     for line in (line.strip("│╰╯ ") for line in box.splitlines()[1:]):
         if _RULE.fullmatch(line):

@@ -19,18 +19,18 @@ COLUMN = 30
 """Where explanations begin, in characters."""
 WIDEST = 120
 OBVIOUS = (AtLeast(1),)
-"""Bounds that nobody needs to be told."""
+"""Bounds that go without saying."""
 CONFIG_HELP = "Recipe: a YAML file with the flags' names as keys; flags win over it."
 WORDS: dict[Any, str] = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 def help_text(cls: type, prog: str, description: str, recipe: Mapping[str, Any]) -> str:
-    """What ``--help`` prints.
+    """The text that ``--help`` prints.
 
     Args:
         cls: a dataclass, or a dataclass of dataclasses, whose fields name the flags.
         prog: name of the command.
-        description: what it does, in a sentence.
+        description: of the command, in a sentence.
         recipe: values by flag that are shown as defaults, instead of the fields' own.
     """
     flags = {flag.name: flag for flag in flags_of(cls)}
@@ -49,7 +49,7 @@ def help_text(cls: type, prog: str, description: str, recipe: Mapping[str, Any])
 
 
 def metavar(flag: Flag) -> str:
-    """What follows the flag, such as ``INT``; nothing for a switch."""
+    """The words after the flag, such as ``INT``; empty for a switch."""
     given = next((note.metavar for note in flag.notes if isinstance(note, Named)), None)
     if given is None and any(isinstance(note, HoldsPath) for note in flag.notes):
         return _words(flag.kind).replace(WORDS[str], WORDS[Path])
@@ -57,7 +57,7 @@ def metavar(flag: Flag) -> str:
 
 
 def show(text: str) -> None:
-    """Print on standard output; a reader that has left, as ``head`` does, wants no more."""
+    """Print on standard output; a reader that leaves early, as ``head`` does, is no error."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Whether a model divides over ranks as a layout asks: a value that is suggested is one that these rules accept."""
+"""Layouts: how a model divides over ranks. Every value that an error suggests is one that these rules accept."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def stage_layer_counts(parallel: ParallelArguments, num_layers: int) -> tuple[in
 
 
 def _even_split(stages: int, num_layers: int) -> tuple[int, ...]:
-    """Where the blocks do not divide evenly, the middle stages hold one more than the first and the last one, which
-    embed and project; the first is the fullest, so it gets its extra block last."""
+    """Divide the blocks; if they do not divide evenly, the middle stages hold one more than the first and the last one,
+    which embed and project. The first is the fullest, so it gets its extra block last."""
     counts = [num_layers // stages] * stages
     by_room = [*range(1, stages - 1), stages - 1, 0]  # the middle stages, then the head's, then the embeddings'
     for stage in by_room[: num_layers % stages]:
@@ -136,7 +136,7 @@ def _fewer_stages(pipeline: int, virtual: int, num_layers: int) -> str:
 
 
 def _check_tensor(parallel: ParallelArguments, model: ModelConfig) -> None:
-    """One suggestion for all that is divided, and for Ulysses' degree where there is one that it divides by."""
+    """Suggest one size that divides heads, feed-forward width and text rows, and suits Ulysses' degree if one does."""
     tensor = parallel.tensor_model_parallel_size
     heads = model.num_attention_heads
     common = math.gcd(heads, model.ffn_hidden_size, model.text_length if parallel.sequence_parallel else 0)
@@ -187,7 +187,7 @@ def _divisors(count: int) -> list[int]:
 
 
 def _nearest(choices: Sequence[int], wanted: int) -> int:
-    """The choice that is nearest; the smaller of two as near."""
+    """The nearest choice; the smaller of two that are equally near."""
     return min(choices, key=lambda choice: (abs(choice - wanted), choice))
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint must record to be rebuilt: the model's dimensions and its image conditioning."""
+"""The model's dimensions and image conditioning, which a checkpoint records to be rebuilt."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class EncodingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(FlagNames):
-    """Output, and how the work is done."""
+    """Output, shards and device."""
 
     command: ClassVar[str] = "flashi2v prepare"
     everyday: ClassVar[tuple[str, ...]] = (

@@ -26,7 +26,7 @@ class FlagNames:
     """Gives a configuration constructors that take the flat names of flags and recipes, and checks its bounds."""
 
     command: ClassVar[str] = "flashi2v"
-    """Whose ``--help`` explains the names, such as ``flashi2v train``."""
+    """The command whose ``--help`` explains the names, such as ``flashi2v train``."""
     everyday: ClassVar[tuple[str, ...]] = ()
     """Names of the flags that the help lists first."""
 
@@ -75,26 +75,24 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str, description: str
 
 
 def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The value of ``--config``, and the other words.
+    """The value of ``--config``, the last one as for any flag, and the other words.
 
     Raises:
-        ConfigError: its value is missing, or it is given twice.
+        ConfigError: its value is missing.
     """
-    paths: list[str] = []
+    path: str | None = None
     words: list[str] = []
     remaining = iter(argv)
     for word in remaining:
         if word == "--config":
-            paths.append(next(remaining, ""))
+            path = next(remaining, "")
         elif word.startswith("--config="):
-            paths.append(word.partition("=")[2])
+            path = word.partition("=")[2]
         else:
             words.append(word)
-    if any(not path or path.startswith("--") for path in paths):
-        raise ConfigError("--config: the recipe's path is missing; give --config FILE.yaml")
-    if len(paths) > 1:
-        raise ConfigError(f"--config is given twice, as {paths[0]} and {paths[1]}; give one recipe")
-    return (_at_home(Path(paths[0])) if paths else None), words
+        if path is not None and (not path or path.startswith("--")):
+            raise ConfigError("--config: the recipe's path is missing; give --config FILE.yaml")
+    return (None if path is None else _at_home(Path(path))), words
 
 
 def read_recipe(cls: type, path: Path) -> dict[str, Any]:
@@ -150,7 +148,8 @@ def typed_values(cls: type, values: Mapping[Any, Any]) -> dict[str, Any]:
             continue
         flags[flag.name] = flag
         words += _as_words(flag, value)
-    off = {name: False for name, flag in flags.items() if flag.kind is bool}  # else tyro wants a word after it
+    # Without a default, tyro requires a word after a switch.
+    off = {name: False for name, flag in flags.items() if flag.kind is bool}
     return {**convert(tuple(flags.values()), words, off), **empty}
 
 
@@ -209,7 +208,7 @@ def _mapping(path: Path) -> dict[Any, Any]:
 
 
 def _yaml_problem(error: Exception) -> str:
-    """In one line what PyYAML says in several."""
+    """PyYAML's message in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
@@ -217,7 +216,7 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
-    """Refuse what would be a stray word or another value once it is a flag; the conversion checks the rest."""
+    """Refuse values that would become a stray word as a flag; the conversion checks the rest."""
     if kind is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} is {_shown(value)}; it must be true or false")
     if kind is not bool and isinstance(value, bool):

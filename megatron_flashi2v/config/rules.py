@@ -27,7 +27,7 @@ DEFAULT_HANG_TIMEOUT_S = 600.0
 
 
 def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> None:
-    """Check everything that needs no data.
+    """Check the bounds and rules that need no data.
 
     Args:
         config: flags and recipe.

@@ -17,7 +17,7 @@ DEFAULT_SHIFT = 7.0
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """How a video follows its image; each paradigm reads the settings that it knows.
+    """Image guidance; each paradigm reads the settings that it knows.
 
     Raises:
         ConfigError: a value is out of range.
@@ -61,9 +61,9 @@ class SampleConfig(FlagNames):
     tokenizer: Path
     """Folder of the text encoder's tokenizer."""
     image: Path | None = None
-    """First frame: a png or jpg, or a video whose first frame is taken; only a text-to-video model goes without."""
+    """First frame: a png or jpg, or a video whose first frame is taken; only a text-to-video model needs none."""
     prompt: str
-    """What happens in the video."""
+    """Description of the video."""
     output: Annotated[Path, EndsWith(".mp4")]
     """Video to write."""
     negative_prompt: str | None = None

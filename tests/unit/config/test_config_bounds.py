@@ -89,4 +89,5 @@ def test_what_is_no_flag_is_called_by_its_field(make: Any, message: str) -> None
 def test_only_near_names_are_suggested() -> None:
     known = ["num_layers", "fp8_format", "train_iters", "micro_batch_size"]
     assert nearest("num_workers", known) is nearest("ckpt_format", known) is nearest("iters", known) is None
+    assert nearest("form", ["to", "from"]) == "from"
     assert nearest("train_iter", known) == "train_iters" and nearest("num_layer", known) == "num_layers"

@@ -76,9 +76,11 @@ def test_config_without_its_file(argv: list[str]) -> None:
         read(*argv)
 
 
-def test_config_twice() -> None:
-    with pytest.raises(ConfigError, match=r"--config is given twice, as a.yaml and b.yaml"):
-        read("--config", "a.yaml", "--config=b.yaml")
+def test_the_last_config_counts(tmp_path: Path) -> None:
+    for name, text in (("a.yaml", "lr: 1\nseed: 5"), ("b.yaml", "lr: 2")):
+        (tmp_path / name).write_text(text)
+    config = read("--config", f"{tmp_path}/a.yaml", f"--config={tmp_path}/b.yaml")
+    assert (config.optimizer.lr, config.batch.seed) == (2.0, TrainConfig().batch.seed)
 
 
 def test_config_stands_anywhere_and_its_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
