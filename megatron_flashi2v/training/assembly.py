@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import num_microbatches
@@ -24,6 +22,7 @@ from megatron_flashi2v.training.batch import MICROBATCHES_AHEAD, MicrobatchSourc
 from megatron_flashi2v.training.build import build_state, spec_of
 from megatron_flashi2v.training.datasets import opened_data
 from megatron_flashi2v.training.interrupts import Interrupts, LongWork
+from megatron_flashi2v.training.run_folder import choose_start
 from megatron_flashi2v.training.run_state import provenance_of
 from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.state import TrainState
@@ -72,11 +71,12 @@ def open_trainer(
     with opened_data(config, model, groups, device.torch_device) as data:
         peers = Peers(launch.rank, launch.world_size)
         hang_watch.enter("verifying the checkpoint", SLOW)
-        resumed = checkpoint_to_resume(config.checkpoint.load, peers)
+        start = choose_start(config, peers)
+        provenance = provenance_of(config, data.training, launch, started_from=start.started_from)
+        start.require_same_run(data.model, provenance)
         clock = ReplicaClock(device)
         state = build_state(
-            config, spec_of(config, data.model, groups, device), resumed,
-            provenance_of(config.batch, config.parallel, data.training, launch), hang_watch, clock.meet,
+            config, spec_of(config, data.model, groups, device), start.checkpoint, provenance, hang_watch, clock.meet
         )
         data.training.require_whole_batches(state.consumed_samples)
         step = TrainingStep(
@@ -92,26 +92,13 @@ def open_trainer(
             *recording_observers(config, state, step, data.validation, device, begin_part),
         ])
         with contextlib.closing(watching):
-            announce(config, state.stages, data.training, launch, device, num_microbatches=step.num_microbatches,
-                     starts_anew=not state.iteration)
+            announce(config, state.stages, data.training, launch, device, num_microbatches=step.num_microbatches)
             yield Trainer(
                 state=state, step=step, source=source, bad_samples=bad_sample_ledger(config, state, source),
                 observers=watching, saver=CheckpointSaver(config.checkpoint, data.model, peers, device),
                 interrupts=interrupts, hang_watch=hang_watch, checkpoints=config.checkpoint,
                 train_iters=config.batch.train_iters, device=device,
             )
-
-
-def checkpoint_to_resume(load: Path | None, peers: Peers) -> Path | None:
-    """The newest good checkpoint in ``--load``, or the ``iter_*`` folder that it is; None starts anew.
-
-    Raises:
-        CheckpointError: the ``iter_*`` folder is damaged.
-    """
-    found = None if load is None else find_checkpoint(load, peers=peers)
-    if found is None and load is not None:
-        logger.info("%s holds no checkpoint: starting anew", load)
-    return found
 
 
 def training_source(config: TrainConfig, data: Blend, state: TrainState, step: TrainingStep) -> MicrobatchSource:

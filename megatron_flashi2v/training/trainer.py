@@ -105,7 +105,7 @@ class Trainer:
                     self.save_if_due(last=True)
         if stop is not None:
             self.saver.finish()
-            logger.info("leaving at iteration %d: %s", state.iteration, stop)
+            logger.info("leaving at iteration %d: %s%s", state.iteration, stop, self.way_back())
         return row
 
     def run_iteration(self) -> Row:
@@ -145,6 +145,10 @@ class Trainer:
             iteration=number, consumed_samples=state.consumed_samples, loss=mean_loss, grad_norm=grad_norm, lr=lr,
             step_time_s=seconds, loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma, skipped=skipped,
         ).to_row()
+
+    def way_back(self) -> str:
+        """How to go on after leaving, for the log."""
+        return "" if self.checkpoint is None else f"; the same command goes on from {self.checkpoint}"
 
     @property
     def checkpoint(self) -> Path | None:
