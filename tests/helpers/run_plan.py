@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from helpers.planted_bugs import planted
 from helpers.planted_faults import faulty
-from megatron_flashi2v.checkpoint.index import write_index
+from megatron_flashi2v.checkpoint.index import index_text, parse_index, write_index
 from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import merge_parts, write_rank_file
@@ -54,9 +54,10 @@ def write_gradients(trainer, folder: Path) -> None:
         )
     ]
     peers = Peers(trainer.launch.rank, trainer.launch.world_size)
-    parts = peers.gather(write_rank_file(folder, pieces, rank=peers.rank, world_size=peers.world_size))
+    part = write_rank_file(folder, pieces, rank=peers.rank, world_size=peers.world_size)
+    parts = peers.collect(index_text(part).encode())
     if peers.rank == 0:
-        write_index(folder, merge_parts(parts))
+        write_index(folder, merge_parts([parse_index(text.decode(), folder) for text in parts]))
 
 
 def digests(trainer, tensor_of) -> dict[str, str]:
