@@ -24,7 +24,7 @@ ImageLike = Union["Image", torch.Tensor, str, Path]
 def load_image(path: Path) -> torch.Tensor:
     """Read a picture, or the first frame of a video, as uint8 ``[3, H, W]`` in red, green, blue.
 
-    The orientation that cameras note in a picture is applied; transparent pixels are laid on white.
+    Applies the orientation that cameras note in a picture, and lays transparent pixels on white.
 
     Raises:
         DataError: the file is missing, empty, or neither a picture nor a video.

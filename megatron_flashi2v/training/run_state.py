@@ -1,4 +1,4 @@
-"""What a checkpoint's ``state.json`` says of the run, besides the optimizer's and the clipper's state."""
+"""The checkpoint that a run goes on from, and what its ``state.json`` says besides the trained state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_state
+from megatron_flashi2v.checkpoint.folders import STATE_NAME, find_checkpoint, load_state
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.train import BatchArguments, ParallelArguments
 from megatron_flashi2v.data.blend import Blend
@@ -102,3 +103,15 @@ def load_training_state(folder: Path) -> dict[str, Any]:
             f"{folder / STATE_NAME} has no {', '.join(missing)}; the checkpoint is damaged, load another one"
         )
     return state
+
+
+def checkpoint_to_resume(load: Path | None, peers: Peers) -> Path | None:
+    """The newest good checkpoint in ``--load``, or the ``iter_*`` folder that it is; None starts anew. Collective.
+
+    Raises:
+        CheckpointError: the ``iter_*`` folder is damaged.
+    """
+    found = None if load is None else find_checkpoint(load, peers=peers)
+    if found is None and load is not None:
+        logger.info("%s holds no checkpoint: starting anew", load)
+    return found

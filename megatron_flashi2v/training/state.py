@@ -74,6 +74,10 @@ class TrainState:
         """Global names and parameters of all of this rank's stages."""
         return named_parameters(self.stages)
 
+    def is_multiple_of(self, interval: int | None) -> bool:
+        """Whether the present iteration is a multiple of an interval, if there is one."""
+        return interval is not None and self.iteration % interval == 0
+
     def advance(self, samples: int) -> None:
         """Another iteration, of so many samples, is done: its update was applied or skipped."""
         self.scheduler.step(increment=1)

@@ -16,7 +16,6 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
 from megatron_flashi2v.config.recipe import from_values
 from megatron_flashi2v.data.prepared import PreparedDataset
-from megatron_flashi2v.runtime import logging
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_recipe_and_flags(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging, "setup_logging", lambda *_, **__: None)  # its handlers would outlive the test
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     flags = ["--config", f"{world}/recipe.yaml", "--annotations", f"{world}/meta.json", "--output", f"{tmp_path}/out"]

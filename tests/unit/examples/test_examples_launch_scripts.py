@@ -241,12 +241,16 @@ def test_ascends_container_has_no_cuda() -> None:
     assert "-c constraints.txt -e . torch==${TORCH}" in later[0]
 
 
-@pytest.mark.parametrize("page", PAGES := [ROOT / "README.md", *sorted(EXAMPLES.glob("*/README.md"))],
+@pytest.mark.parametrize("page", PAGES := sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md",
+                                                  *EXAMPLES.glob("*/README.md"),
+                                                  *(ROOT / "megatron_flashi2v").glob("*/README.md")}),
                          ids=[str(page.relative_to(ROOT)) for page in PAGES])  # fmt: skip
 def test_commands_of_the_pages(page: Path) -> None:
-    """Command lines with a recipe have flags that exist; files that a page names in examples/ are there."""
+    """Command lines with a recipe have flags that exist; linked files, and those named in examples/, are there."""
     for name in set(re.findall(r"examples/[\w./-]+\w", page.read_text())):
         assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
     commands_of(page)
 
 
