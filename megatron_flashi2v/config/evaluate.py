@@ -36,7 +36,7 @@ class EvaluateConfig:
     """Compute distances from fewer videos than the features are wide: their covariance is singular then, and the
     Frechet distance far too high."""
     trust_torchscript: bool = False
-    """Run the program inside the file of `i3d:FILE`, in a process of its own. Give it only for a file that you trust."""
+    """Run the program inside the file of `i3d:FILE`, in a process of its own; only for a file that you trust."""
     resamples: int = 1000
     """Bootstrap resamples of every interval (95%)."""
     splits: int = 10

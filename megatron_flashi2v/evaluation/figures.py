@@ -21,29 +21,29 @@ COLUMNS = 8
 
 
 def chunk_figure(evaluations: Sequence[Mapping[str, Any]]) -> bytes:
-    """Frechet distance and MMD of each chunk, with the references' own split-half distance."""
-    figure = _figure(2)
-    frechet, mmd = figure.subplots(1, 2)
+    """Frechet distance and MMD of each chunk, and the distance of halves beside the references' own."""
+    figure = _figure(3)
+    frechet, mmd, half = figure.subplots(1, 3)
     for number, evaluation in enumerate(evaluations):
         chunks, colour, label = evaluation["chunks"], f"C{number}", _label(evaluation)
         places = [chunk["first_frame"] for chunk in chunks]
         frechet.plot(places, _column(chunks, "frechet"), "o-", color=colour, label=label)
-        halves = [chunk["halves"] for chunk in chunks]
-        count = halves[0]["samples"]
-        name = f"{label}, {count} against {count}"
-        _band(frechet, places, halves, "videos", colour=colour, label=name, style="o--")
+        _band(half, places, [chunk["halves"] for chunk in chunks], "videos", colour, label)
         values = _column(chunks, "mmd")
         low, high = _column(chunks, "mmd_low"), _column(chunks, "mmd_high")
         mmd.plot(places, values, "o-", color=colour, label=label)
         mmd.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
     halves = [chunk["halves"] for chunk in evaluations[0]["chunks"]]
     places = [chunk["first_frame"] for chunk in evaluations[0]["chunks"]]
-    name = f"references, {halves[0]['samples']} against {halves[0]['samples']}"
-    _band(frechet, places, halves, "references", colour=REFERENCE_COLOUR, label=name, style="s--")
+    _band(half, places, halves, "references", REFERENCE_COLOUR, "references")
     mmd.axhline(0, color=REFERENCE_COLOUR, linewidth=1)
-    _finish(frechet, "Fréchet distance", "first frame of the chunk", places)
-    _finish(mmd, "squared MMD, 95% interval", "first frame of the chunk", places)
-    frechet.set_ylim(bottom=0)
+    pairs, count = evaluations[0]["settings"]["pairs"], halves[0]["samples"]
+    across = "first frame of the chunk"
+    _finish(frechet, f"Fréchet distance, {pairs} pairs", across, places)
+    _finish(mmd, "squared MMD, 95% interval", across, places)
+    _finish(half, f"Fréchet distance, {count} images against {count} others", across, places)
+    for axes in (frechet, half):
+        axes.set_ylim(bottom=0)
     return _png(figure)
 
 
@@ -68,7 +68,10 @@ def fidelity_figure(evaluations: Sequence[Mapping[str, Any]]) -> bytes:
 def motion_figure(evaluations: Sequence[Mapping[str, Any]]) -> bytes:
     """Optical flow and differences between frames, over time."""
     figure = _figure(2)
-    panels = [("flow", "optical flow, % of the longer side", 100.0), ("differences", "difference to the frame before", 1.0)]
+    panels = [
+        ("flow", "optical flow, % of the longer side", 100.0),
+        ("differences", "difference to the frame before, 8-bit levels", 1.0),
+    ]
     for axes, (name, title, factor) in zip(figure.subplots(1, 2), panels, strict=True):
         curves = [(motion["motion"][name]["videos"], f"C{number}", _label(motion))
                   for number, motion in enumerate(evaluations)]  # fmt: skip
@@ -134,10 +137,9 @@ def _curve(
 
 
 def _band(
-    axes: Axes, places: Sequence[int], halves: Sequence[Mapping[str, float]], side: str, *, colour: str, label: str,
-    style: str,
-) -> None:  # fmt: skip
-    axes.plot(places, _column(halves, side), style, color=colour, label=label, linewidth=1, markersize=3)
+    axes: Axes, places: Sequence[int], halves: Sequence[Mapping[str, float]], side: str, colour: str, label: str
+) -> None:
+    axes.plot(places, _column(halves, side), "o-", color=colour, label=label, markersize=3)
     low, high = _column(halves, f"{side}_low"), _column(halves, f"{side}_high")
     axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
 

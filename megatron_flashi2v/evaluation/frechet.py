@@ -1,9 +1,9 @@
 """Frechet distance between two sets of features, each taken for a normal distribution.
 
 ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))``: D. Dowson, B. Landau, "The Frechet distance between multivariate normal
-distributions", 1982; for video features T. Unterthiner et al., arXiv 1812.01717. With ``Ci = Li Li^T``, the trace of the
-root is the sum of the singular values of ``L1^T L2``, which needs no square root of a matrix and stays exact where the
-covariances are singular.
+distributions", 1982; for features of videos T. Unterthiner et al., arXiv 1812.01717. With ``Ci = Li Li^T``, the trace
+of the root is the sum of the singular values of ``L1^T L2``, which needs no square root of a matrix and stays exact
+where the covariances are singular.
 
 Shapes: N samples, D features. All computation is in fp64.
 """
@@ -74,10 +74,12 @@ def halves_distance(
         generator: draws them.
     """
     count = len(references_ND) // 2
-    found = np.array([
-        (frechet_distance(videos_ND[one], references_ND[other]), frechet_distance(references_ND[one], references_ND[other]))
-        for one, other in _halvings(len(references_ND), splits, generator)
-    ])
+    found = np.array(
+        [
+            [frechet_distance(side_ND[one], references_ND[other]) for side_ND in (videos_ND, references_ND)]
+            for one, other in _halvings(len(references_ND), splits, generator)
+        ]
+    )
     (videos_low, references_low), (videos_high, references_high) = np.quantile(found, (0.025, 0.975), axis=0)
     return HalvesDistance(
         samples=count,
@@ -90,7 +92,9 @@ def halves_distance(
     )
 
 
-def _halvings(count: int, splits: int, generator: np.random.Generator) -> Iterator[tuple[Array, Array]]:
+def _halvings(
+    count: int, splits: int, generator: np.random.Generator
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     half = count // 2
     for _ in range(splits):
         order = generator.permutation(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ GENERATOR = f'<meta name="generator" content="{KIND}">'
 
 
 def require_own(folder: Path) -> None:
-    """Refuse an output folder whose files would be replaced though they are not an evaluation's.
+    """Refuse an output folder that cannot be written, or that holds files which are not an evaluation's.
 
     Raises:
         ConfigError: names the file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder}: is a file; give a folder")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"--output {folder}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {folder}: {existing} may not be written; choose another folder")
     path = folder / EVALUATION_FILE
     if path.exists() and not _is_ours(path):
         raise ConfigError(f"{path}: exists and is no evaluation; move it, or choose another --output")
@@ -63,8 +67,8 @@ def require_same_settings(settings: Mapping[str, Any], other: Mapping[str, Any],
     differing = list(_differences("", settings, other))
     if differing:
         raise ConfigError(
-            f"{path}: was evaluated with other settings and is not comparable: {'; '.join(differing)}. Evaluate it again "
-            "with the same ones"
+            f"{path}: was evaluated with other settings and is not comparable: {'; '.join(differing)}. Evaluate it "
+            "again with the same ones"
         )
 
 

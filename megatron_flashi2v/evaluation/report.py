@@ -57,14 +57,14 @@ figure { margin: 1em 0 } figcaption { font-size: 13px; color: #555; overflow-wra
 {{ picture(figures.chunks, "distances by chunk") }}
 <p class="note">{{ main.settings.pairs }} videos against {{ main.settings.pairs }} references;
 {{ main.settings.features.width }} features a chunk of {{ main.settings.chunks.frames }} frames. The Fréchet distance is
-too high at any finite number of samples: compare the dashed curves, which have
-{{ main.chunks[0].halves.samples }} samples on each side, with the references' own. The MMD has no such bias; 0 means
-that nothing tells the videos from the references.</p>
+too high at any finite number of samples. How much, the right panel shows: one half of the images against the other,
+{{ main.chunks[0].halves.samples }} on each side, by their videos and by the references themselves (shaded: 95% of
+random halvings). The MMD has no such bias; 0 means that nothing tells the videos from the references.</p>
 {% if main.settings.pairs < main.settings.features.width %}
 <p class="low">Fewer videos than features: the Fréchet distance is far too high. Rely on the MMD.</p>
 {% endif %}
 <table>
-<tr><th></th><th>frames</th><th>Fréchet</th><th>videos, half</th><th>references, half</th><th>MMD</th>
+<tr><th></th><th>frames</th><th>Fréchet</th><th>halves: videos</th><th>halves: references</th><th>MMD</th>
 <th>95% interval</th></tr>
 {% for one in all %}{% for chunk in one.chunks %}
 <tr><td>{{ one.name }}</td><td class="n">{{ chunk.first_frame }} to {{ chunk.last_frame }}</td>

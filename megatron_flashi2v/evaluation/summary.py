@@ -74,7 +74,7 @@ class Summary:
         several = [image for image in self._images if image.pixel_diversity is not None]
         if not several:
             return None
-        between_images = np.array([mean_distance(self._features("videos", place)) for place in range(self._chunks.count)])
+        between_images = [mean_distance(self._features("videos", place)) for place in range(self._chunks.count)]
         pixels = np.stack([image.pixel_diversity for image in several if image.pixel_diversity is not None])
         features = np.stack([image.feature_diversity for image in several if image.feature_diversity is not None])
         return {
@@ -83,7 +83,7 @@ class Summary:
             "pixels": self._mean("diversity pixels", pixels),
             "first_frames": [part.start for part in self._chunks.ranges],
             "features": self._mean("diversity features", features),
-            "features_between_images": between_images.tolist(),
+            "features_between_images": between_images,
         }
 
     def _chunk(self, place: int, part: range) -> dict[str, Any]:
@@ -106,9 +106,11 @@ class Summary:
         return np.stack([video.features_KD[place] for video in chosen])
 
     def _both(self, name: str, values: Callable[[VideoMeasures], Array]) -> dict[str, Any]:
-        videos = np.stack([np.mean([values(video) for video in image.videos], axis=0) for image in self._images])
-        references = np.stack([values(image.reference) for image in self._images])
-        return {"videos": self._mean(f"{name} videos", videos), "references": self._mean(f"{name} references", references)}
+        sides = {
+            "videos": [np.mean([values(video) for video in image.videos], axis=0) for image in self._images],
+            "references": [values(image.reference) for image in self._images],
+        }
+        return {side: self._mean(f"{name} {side}", np.stack(rows)) for side, rows in sides.items()}
 
     def _mean(self, name: str, values_NT: Array) -> dict[str, list[float]]:
         found = bootstrap_mean(values_NT, self._config.resamples, self._generator(name))

