@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_flashi2v.config.evaluate import EvaluateConfig
-from megatron_flashi2v.config.flags import parse_flags
+from megatron_flashi2v.config.recipe import parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a file, a folder or a setting is wrong.
     """
-    config = parse_flags(
+    config = parse(
         EvaluateConfig,
         argv,
         prog="flashi2v evaluate",
@@ -22,8 +22,8 @@ def main(argv: Sequence[str]) -> int:
         "image, motion and diversity.",
     )
     from megatron_flashi2v.evaluation.evaluate import evaluate
-    from megatron_flashi2v.runtime.logging import setup_logging
+    from megatron_flashi2v.runtime.logging import logging_to_stderr
 
-    setup_logging()
-    evaluate(config)
+    with logging_to_stderr():
+        evaluate(config)
     return 0

