@@ -46,7 +46,6 @@ setup(
         "tyro>=0.9",
         "rich",
         "matplotlib",
-        "jinja2",
     ],
     extras_require={
         "test": ["pytest", "pytest-timeout", "ruff", "import-linter", "mypy", "types-PyYAML",
