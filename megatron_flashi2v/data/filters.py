@@ -112,7 +112,9 @@ def _broken_time_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]
     if length is None and reference:
         yield Drop("malformed_entry", f"{entry.source}: num_frames is missing; the reference's rules need it")
         return
-    if length is not None and fps is not None:
+    picking = "index" if reference else settings.frame_picking
+    timeless = settings.num_frames == 1 and picking == "time"  # one frame has no rate and no length
+    if length is not None and fps is not None and not (timeless and length == 1):
         limit = settings.too_long_factor * settings.num_frames * fps / settings.fps
         if length > limit:
             yield Drop(
@@ -120,8 +122,7 @@ def _broken_time_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]
                 f"{entry.source}: the clip has {length} frames at {fps:g} fps; it may have {limit:.0f} "
                 f"({settings.too_long_factor:g} samples)",
             )
-    interval = None if fps is None else frame_interval(fps, settings.fps, settings.frame_picking)
-    timeless = settings.num_frames == 1 and settings.frame_picking == "time"  # one frame has no rate
+    interval = None if fps is None else frame_interval(fps, settings.fps, picking)
     if interval is not None and interval < 1.0 and not timeless:
         yield Drop("fps_too_low", f"{entry.source}: fps is {fps:g}; it must be at least {settings.fps:g}")
     yield from _broken_motion_rules(entry, settings)

@@ -51,7 +51,7 @@ def still_kind(path: Path) -> str | None:
         The format's name; None for a video and whatever else is no picture.
     """
     try:
-        with Image.open(path, formats=_formats(path, FORMATS)) as image:
+        with path.open("rb") as file, Image.open(file, formats=_formats(path, FORMATS)) as image:
             moves = image.format in _SEQUENCES and getattr(image, "n_frames", 1) > 1
             return None if moves else image.format
     except UnidentifiedImageError:
@@ -77,7 +77,8 @@ def read_picture(path: Path, max_pixels: int | None = None) -> torch.Tensor:
         PictureError: the picture is damaged, too large, or of a mode that cannot be shown right.
     """
     try:
-        with Image.open(path, formats=_formats(path, FORMATS + MOVING)) as image:
+        # Given a path, Pillow maps files into memory, and does so wrongly where a TIFF's tag turns the picture.
+        with path.open("rb") as file, Image.open(file, formats=_formats(path, FORMATS + MOVING)) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise PictureError(
                     path, "too_large", f"has {image.width} x {image.height} pixels; at most {max_pixels} are read"
@@ -108,6 +109,7 @@ def picture_to_tensor(image: Image.Image) -> torch.Tensor:
     Raises:
         UnreadableModeError: the mode is unknown, or its levels cannot be scaled.
     """
+    image.load()  # TIFFs are turned upright by it
     image = _eight_bits(image)
     image = _in_srgb(ImageOps.exif_transpose(image))
     if image.has_transparency_data:

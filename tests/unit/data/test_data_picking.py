@@ -107,7 +107,7 @@ def test_missing_frames(tmp_path: Path, ending: str, fps: float) -> None:
 
 
 def test_jitter_neither_repeats_nor_skips_frames(tmp_path: Path) -> None:
-    """Phones stamp frames when they come; at their own rate and at half of it, each or every other is taken."""
+    """Phones stamp frames when they come; at their own rate each frame is taken, at half of it every other."""
     jitter = np.random.default_rng(0).integers(-7, 8, 80)
     stamps = [max(0, round(1000 * n / 30) + int(jitter[n])) for n in range(80)]
     path = write_video(tmp_path / "a.mkv", patterns(80), rate=30, stamps=stamps, time_base=MILLISECOND)
