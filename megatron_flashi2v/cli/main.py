@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "pretraining, alone or under torchrun, msrun or srun",
     "sample": "an image and a prompt to a video",
     "convert": "checkpoints to and from other formats",
+    "evaluate": "sampled videos and references to measures and a report",
 }
 
 

@@ -15,6 +15,8 @@ from megatron_flashi2v.config.errors import ConfigError
 
 FilterRules = Literal["corrected", "reference"]
 Interpolation = Literal["bicubic", "bilinear"]
+FramePicking = Literal["time", "index"]
+PictureReading = Literal["shown", "stored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,9 @@ class FilterSettings:
     """Greatest motion score of a clip."""
     filter_rules: FilterRules = "corrected"
     """Filter as FlashI2V's reference does, to the letter, or with its slips corrected."""
+    frame_picking: FramePicking = "time"
+    """Pick frames by presentation time, or by number at the header's rate, as FlashI2V's reference does. Clips of a
+    constant rate give the same frames either way."""
 
     @property
     def pixel_floor(self) -> int:
@@ -78,6 +83,9 @@ class ClipSettings:
     wanted: FilterSettings = field(default_factory=FilterSettings)
     interpolation: Interpolation = "bicubic"
     """Interpolation when frames are resized (the reference's main branch: bicubic, its npu branch: bilinear)."""
+    picture: PictureReading = "shown"
+    """Read the picture that players show (square pixels, mirrors, HDR and transparency resolved, BT.709 from 720 lines
+    on), or pixels as they are stored, as FlashI2V's reference does."""
 
 
 @dataclass(frozen=True, kw_only=True)

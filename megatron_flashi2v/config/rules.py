@@ -86,6 +86,13 @@ def check_tokens(model: ModelConfig, latent_shape: tuple[int, int, int]) -> None
 
 
 def _check_saving(checkpoint: CheckpointArguments) -> None:
+    save, load = checkpoint.save, checkpoint.load
+    if checkpoint.fresh and save is None:
+        raise ConfigError("--fresh sets the --save folder aside, and there is none; give --save, or leave --fresh out")
+    if checkpoint.fresh and save is not None and load is not None and load.resolve() == save.resolve():
+        raise ConfigError(
+            f"--fresh starts anew, and --load {load} goes on from the same --save folder; give one of them"
+        )
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
         raise ConfigError(
             f"--keep-every is {checkpoint.keep_every}, but without --keep-last everything is kept; give --keep-last too"

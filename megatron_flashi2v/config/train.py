@@ -218,9 +218,13 @@ class CheckpointArguments:
     """Saving and resuming."""
 
     save: Path | None = None
-    """Folder for checkpoints, config.yaml and metrics.jsonl."""
+    """Folder for checkpoints, config.yaml and metrics.jsonl. A run goes on from the checkpoints that it holds."""
     load: Path | None = None
-    """Folder to resume from; an empty or absent one starts anew."""
+    """Start from another folder's newest checkpoint, or from one iter_* folder, with its optimizer and position."""
+    fresh: bool = False
+    """Start anew although --save holds a run: set that folder aside, whole, as SAVE.before-TIME."""
+    override_opt_param_scheduler: bool = False
+    """Let a resumed run change the schedule under way: learning rate, decay, warm-up, weight decay, global batch."""
     load_weights: Annotated[str | None, Named("load_weights", "FORMAT:PATH"), HoldsPath()] = None
     """Start a new run from weights, as FORMAT:PATH with a format of `flashi2v convert`, such as wan:Wan2.1-T2V-1.3B or
     megatron:runs/a, of a text-to-video or FlashI2V model, or of the run's own paradigm."""
@@ -237,7 +241,9 @@ class CheckpointArguments:
     exit_interval: Annotated[int | None, AtLeast(1)] = None
     """Save and leave when the iteration is a multiple of this, to split a run over several jobs."""
     exit_duration_minutes: Annotated[float | None, Above(0)] = None
-    """Save and leave, with exit code 0, after this many minutes; SIGTERM and SIGUSR1 do the same at any time."""
+    """Save and leave after this many minutes; SIGTERM, SIGUSR1 and Ctrl-C do the same at any time."""
+    exit_code_when_unfinished: Annotated[int, Within(0, 255)] = 0
+    """Exit code of a run that saved and left before --train-iters, for launchers that take 0 for finished."""
 
     @property
     def load_weights_source(self) -> tuple[str, Path] | None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
-from megatron_flashi2v.config.clips import ClipSettings, FilterSettings
+from megatron_flashi2v.config.clips import ClipSettings
 from megatron_flashi2v.data.annotations import Entry
-from megatron_flashi2v.data.filters import clip_length, judge, with_measured
-from megatron_flashi2v.data.frames import FPS_TOLERANCE, choose_window, frame_indices, frame_interval
-from megatron_flashi2v.data.reasons import Drop
+from megatron_flashi2v.data.picking import pick_frames, pick_still
+from megatron_flashi2v.data.pictures import read_picture, still_kind
+from megatron_flashi2v.data.reasons import Drop, FileError
 from megatron_flashi2v.data.transforms import resize_and_crop, to_model_range
-from megatron_flashi2v.data.video import Video, VideoError, VideoFacts
+from megatron_flashi2v.data.video import MAX_PIXELS, Video, VideoFacts
 from megatron_flashi2v.runtime.random import keyed_seed
 
 
@@ -65,61 +66,47 @@ def load_frames(entry: Entry, settings: ClipSettings, seed: int) -> Frames | Dro
     """
     wanted = settings.wanted
     try:
-        with Video(entry.file) as video:
-            indices = _window(entry, wanted, video.facts, seed)
-            if isinstance(indices, Drop):
-                return indices
-            frames_TCHW = video.read(indices, entry.crop)
-            facts = video.facts
-    except VideoError as error:
+        kind = still_kind(entry.file)
+        found = _read_still(entry, settings, kind) if kind else _read_video(entry, settings, seed)
+    except FileError as error:
         return Drop(error.reason, str(error))
-    frames_TCHW = resize_and_crop(frames_TCHW, wanted.height, wanted.width, settings.interpolation)
-    return Frames(frames_TCHW=frames_TCHW, indices=tuple(indices), facts=facts)
+    if isinstance(found, Drop):
+        return found
+    frames_TCHW = resize_and_crop(found.frames_TCHW, wanted.height, wanted.width, settings.interpolation)
+    return dataclasses.replace(found, frames_TCHW=frames_TCHW)
+
+
+def _read_video(entry: Entry, settings: ClipSettings, seed: int) -> Frames | Drop:
+    """A window of frames in the file's own size."""
+    wanted = settings.wanted
+    with Video(entry.file, frame_picking=wanted.frame_picking, picture=settings.picture) as video:
+        indices = pick_frames(entry, wanted, video, lambda starts: keyed_seed(seed, "frame_window", entry.key) % starts)
+        if isinstance(indices, Drop):
+            return indices
+        return Frames(frames_TCHW=video.read(indices, entry.crop), indices=tuple(indices), facts=video.facts)
+
+
+def _read_still(entry: Entry, settings: ClipSettings, kind: str) -> Frames | Drop:
+    """A still picture in its own size, as a sample of one frame."""
+    if settings.wanted.num_frames > 1:
+        return Drop(
+            "too_short",
+            f"{entry.source}: {entry.file} is a picture ({kind}); a sample needs {settings.wanted.num_frames} frames "
+            "(--num-frames 1 takes pictures)",
+        )
+    picture_CHW = read_picture(entry.file, MAX_PIXELS)
+    _, height, width = picture_CHW.shape
+    facts = VideoFacts(height=height, width=width, fps=settings.wanted.fps, num_frames=1)
+    drop = pick_still(entry, settings.wanted, facts)
+    if drop is not None:
+        return drop
+    if entry.crop is not None:
+        x_start, x_end, y_start, y_end = entry.crop
+        picture_CHW = picture_CHW[:, y_start:y_end, x_start:x_end]
+    return Frames(frames_TCHW=picture_CHW[None], indices=(0,), facts=facts)
 
 
 def choose_caption(entry: Entry, *, seed: int) -> str:
     """One of the entry's captions that are not blank, drawn by (seed, the sample's key)."""
     captions = [caption for caption in entry.captions or () if caption.strip()] or [""]
     return captions[keyed_seed(seed, "caption", entry.key) % len(captions)]
-
-
-def _window(entry: Entry, settings: FilterSettings, facts: VideoFacts, seed: int) -> list[int] | Drop:
-    if entry.fps is not None and abs(entry.fps - facts.fps) > FPS_TOLERANCE:
-        return Drop(
-            "fps_mismatch",
-            f"{entry.source}: fps is {entry.fps:g}, but {entry.file} has {facts.fps:g}; correct the annotation or "
-            "leave fps out",
-        )
-    measured = with_measured(
-        entry,
-        settings,
-        height=facts.height,
-        width=facts.width,
-        fps=facts.fps,
-        num_frames=facts.num_frames,
-    )
-    length = clip_length(measured, settings.filter_rules) or 0
-    annotated = clip_length(entry, settings.filter_rules) or 0
-    drop = judge(measured, settings)
-    if drop is not None and drop.reason == "too_short" and length < annotated:
-        return Drop(
-            "truncated",
-            f"{entry.source}: the clip ends at frame {entry.start_frame + annotated}, "
-            f"but {entry.file} ends at {facts.num_frames}",
-        )
-    if drop is not None:
-        return drop
-    indices = frame_indices(measured.start_frame, length, frame_interval(facts.fps, settings.fps))
-    if len(indices) < settings.num_frames:
-        return Drop(
-            "too_short",
-            f"{entry.source}: {length} frames at the file's {facts.fps:g} fps are {len(indices)} at {settings.fps:g} "
-            f"fps; a sample needs {settings.num_frames}",
-        )
-    chosen = choose_window(
-        indices,
-        settings.num_frames,
-        lambda starts: keyed_seed(seed, "frame_window", entry.key) % starts,
-        settings.filter_rules,
-    )
-    return [int(index) for index in chosen]

@@ -120,8 +120,9 @@ def _broken_time_rules(entry: Entry, settings: FilterSettings) -> Iterator[Drop]
                 f"{entry.source}: the clip has {length} frames at {fps:g} fps; it may have {limit:.0f} "
                 f"({settings.too_long_factor:g} samples)",
             )
-    interval = None if fps is None else frame_interval(fps, settings.fps)
-    if interval is not None and interval < 1.0:
+    interval = None if fps is None else frame_interval(fps, settings.fps, settings.frame_picking)
+    timeless = settings.num_frames == 1 and settings.frame_picking == "time"  # one frame has no rate
+    if interval is not None and interval < 1.0 and not timeless:
         yield Drop("fps_too_low", f"{entry.source}: fps is {fps:g}; it must be at least {settings.fps:g}")
     yield from _broken_motion_rules(entry, settings)
     if length is not None and interval is not None:

@@ -1,6 +1,7 @@
-"""Which frames of a file make a clip: frame-rate conversion by index arithmetic, then a window.
+"""Which frames of a file make a clip: conversion of the frame rate, then a window of the sample's length.
 
-As in FlashI2V's ``flashi2v/data/utils/wan_utils.py``, branch main.
+By index: FlashI2V's arithmetic on frame numbers (branch main, flashi2v/data/utils/wan_utils.py). By time: the frame
+nearest to each wanted time, for files whose frames are not evenly spaced.
 """
 
 from __future__ import annotations
@@ -9,15 +10,31 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_flashi2v.config.clips import FilterRules
+from megatron_flashi2v.config.clips import FilterRules, FramePicking
 
 FPS_TOLERANCE = 0.1
-"""Rates closer than this, in frames per second, count as equal (29.97 and 30)."""
+"""By index, rates closer than this, in frames per second, count as equal (29.97 and 30)."""
+RATE_TOLERANCE = 0.02
+"""By time, rates closer than this share count as equal (119.88 and 120; 29.6, where frames are missing, and 30)."""
 
 
-def frame_interval(file_fps: float, fps: float) -> float:
-    """Frames of the file per frame of the clip; 1 where the rates are equal within :data:`FPS_TOLERANCE`."""
-    return 1.0 if abs(file_fps - fps) < FPS_TOLERANCE else file_fps / fps
+def same_rate(first: float, second: float, picking: FramePicking) -> bool:
+    """Whether two frame rates are one and the same, written down by two people."""
+    if picking == "index":
+        return abs(first - second) <= FPS_TOLERANCE
+    return abs(first - second) <= RATE_TOLERANCE * max(first, second)
+
+
+def frame_interval(file_fps: float, fps: float, picking: FramePicking = "index") -> float:
+    """Frames of the file per frame of the clip; 1 where the rates are nearly equal.
+
+    Args:
+        file_fps: frames per second of the file.
+        fps: frames per second of the clip.
+        picking: by time, a file that is a little too slow is taken as it is.
+    """
+    slow = picking == "time" and file_fps < fps and same_rate(file_fps, fps, picking)
+    return 1.0 if slow or abs(file_fps - fps) < FPS_TOLERANCE else file_fps / fps
 
 
 def frame_indices(start: int, num_frames: int, interval: float) -> np.ndarray:
@@ -58,3 +75,40 @@ def choose_window(indices: np.ndarray, size: int, pick: Callable[[int], int], ru
         starts = max(1, starts - 1)
     first = pick(starts)
     return indices[first : first + size]
+
+
+def choose_by_time(
+    times_s: np.ndarray, size: int, fps: float, pick: Callable[[int], int], rules: FilterRules
+) -> np.ndarray:
+    """A window of ``size`` frames at the times t, t + 1 / fps, t + 2 / fps and so on, t being its first frame's.
+
+    Args:
+        times_s: ascending, seconds of the frames to choose from.
+        size: frames of the window.
+        fps: frames per second of the window.
+        pick: as for :func:`choose_window`.
+        rules: likewise.
+
+    Returns:
+        int64 [size], places in ``times_s``; empty where the window is longer than the frames last.
+    """
+    if not len(times_s):
+        return np.empty(0, np.int64)
+    half_s = float(np.median(np.diff(times_s))) / 2 if len(times_s) > 1 else 0.0
+    end_s = times_s[-1] + half_s
+    firsts = nearest(times_s, np.arange(times_s[0], end_s, 1 / fps))
+    firsts = firsts[times_s[firsts] + (size - 1) / fps <= end_s]
+    if not len(firsts):
+        return firsts
+    starts = max(1, len(firsts) - 1) if rules == "reference" else len(firsts)
+    first = firsts[pick(starts)]
+    return nearest(times_s, times_s[first] + np.arange(size) / fps)
+
+
+def nearest(times_s: np.ndarray, wanted_s: np.ndarray) -> np.ndarray:
+    """Of each wanted time the place of the nearest frame; of two as near, the earlier."""
+    if len(times_s) == 1:
+        return np.zeros(len(wanted_s), np.int64)
+    after = np.clip(np.searchsorted(times_s, wanted_s), 1, len(times_s) - 1)
+    before = after - 1
+    return np.where(wanted_s - times_s[before] <= times_s[after] - wanted_s, before, after)

@@ -19,6 +19,7 @@ from rich.console import Console
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
 from megatron_flashi2v.data.annotations import Entry
+from megatron_flashi2v.data.continuation import SETTINGS_FILE, as_begun, has_begun
 from megatron_flashi2v.data.description import (
     DATASET_FILE,
     EMPTY_TEXT_FILE,
@@ -45,8 +46,6 @@ from megatron_flashi2v.data.shards import (
 from megatron_flashi2v.data.summary import DROPPED_FILE, SUMMARY_FILE, read_summary, summarise, write_summary
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json, write_errors
 from megatron_flashi2v.runtime.progress import progress
-
-SETTINGS_FILE = "settings.json"
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +105,9 @@ def prepare(
         UserError: the disk is full or failing.
     """
     check_prepare(config)
-    output, plan = config.folder(), make_plan(config)
+    output = config.folder()
+    config = as_begun(config, output)
+    plan = make_plan(config)
     if place.rank == 0:
         _warn_of_malformed(plan)
         _claim_folder(output, plan, fresh=config.fresh)
@@ -155,8 +156,7 @@ def _claim_folder(output: Path, plan: Plan, *, fresh: bool) -> None:
         _remove_data_set(output)
     path = output / SETTINGS_FILE
     found = read_json(path, error=DataError) if path.exists() else None
-    # Before the first shard stands (the last run failed over a flag, say) settings may still change.
-    begun = (output / DATASET_FILE).exists() or any((output / SHARD_FOLDER).glob("shard-*.json"))
+    begun = has_begun(output)
     if begun and found is None:
         raise ConfigError(f"--output {output}: holds shards but no {SETTINGS_FILE}; {cure}")
     if begun and found != plan.settings:

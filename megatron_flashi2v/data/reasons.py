@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from megatron_flashi2v.config.errors import DataError
 
 FILTER_REASONS = {
     "no_cap": "no caption",
@@ -31,6 +34,7 @@ ERROR_REASONS = {
     "truncated": "the file ends before the annotated clip does",
     "undecodable": "frames cannot be decoded",
     "size_changed": "the picture size changes inside the clip",
+    "unsupported_picture": "the picture is in a form whose colours or transparency cannot be shown right",
     "bad_crop": "the annotated crop lies outside the picture",
     "decoder_crash": "the decoder crashed on the file; its process was restarted",
     "decoder_hang": "the decoder passed its time limit on the file; its process was restarted",
@@ -39,6 +43,20 @@ ERROR_REASONS = {
 """Damage: of an annotation or a file."""
 
 REASONS = {**FILTER_REASONS, **ERROR_REASONS}
+
+
+class FileError(DataError):
+    """A video or picture file cannot give a clip.
+
+    Attributes:
+        reason: one of :data:`ERROR_REASONS`.
+    """
+
+    def __init__(self, path: Path, reason: str, detail: str) -> None:
+        super().__init__(f"{path}: {detail}")
+        if reason not in ERROR_REASONS:
+            raise ValueError(f"unknown reason {reason!r}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)

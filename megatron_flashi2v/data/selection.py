@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from megatron_flashi2v.config.clips import EncodingArguments, given
+from megatron_flashi2v.config.clips import EncodingArguments, FilterSettings, given
 from megatron_flashi2v.data.annotations import Entry, read_annotations
 from megatron_flashi2v.data.filters import judge
 from megatron_flashi2v.data.reasons import DroppedEntry
+
+MAX_FPS = 300.0
+"""Annotated rates beyond this are looked up in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ def select(arguments: EncodingArguments) -> Selection:
     entries, malformed = read_annotations(given(arguments.sources.annotations, "--annotations"))
     candidates, filtered = [], []
     for entry in entries:
-        drop = judge(entry, arguments.clips.wanted)
+        drop = judge(_believed(entry, arguments.clips.wanted), arguments.clips.wanted)
         if drop is None:
             candidates.append(entry)
         else:
@@ -52,3 +56,11 @@ def select(arguments: EncodingArguments) -> Selection:
         candidates=tuple(candidates),
         filtered=tuple(filtered),
     )
+
+
+def _believed(entry: Entry, wanted: FilterSettings) -> Entry:
+    """The annotation without a rate that says no more than that a header counts in small units of time."""
+    absurd = entry.fps is not None and entry.fps > MAX_FPS
+    if absurd and wanted.frame_picking == "time" and wanted.filter_rules == "corrected":
+        return dataclasses.replace(entry, fps=None)
+    return entry

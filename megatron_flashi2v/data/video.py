@@ -7,49 +7,53 @@ numbers are exact for variable frame rates and wrong headers; decoding then star
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import av
 import av.container
 import numpy as np
 import torch
 from av.stream import Disposition
+from numpy.typing import NDArray
 
-from megatron_flashi2v.config.errors import DataError
-from megatron_flashi2v.data.reasons import ERROR_REASONS
+from megatron_flashi2v.config.clips import FramePicking, PictureReading
+from megatron_flashi2v.data.reasons import FileError
+from megatron_flashi2v.data.rendering import Rendering, ShownPicture, StoredPicture, UnsupportedPictureError
+from megatron_flashi2v.data.timestamps import mean_rate, packet_stamps, times_from_stamps, typical_rate
 
 MAX_PIXELS = 2**26
 """Pictures beyond this (an 8K picture has half of it) are taken for damaged headers, and never allocated."""
 
 CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,mxf,nut,ivf,gif,rm,dv,"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,mxf,nut,ivf,gif,apng,rm,dv,"
     "h264,hevc,m4v,obu,yuv4mpegpipe"
 )
 """Demuxers that read one file. Playlists and lists of files, in disguise, would open others, or the network."""
 
+AVI_CHECKED_FRAMES = 32
+"""More than decoders reorder."""
+
+_CLOCKLESS = ("h264", "hevc", "m4v", "mpegvideo", "obu")
+"""Demuxers of bare streams, which number frames at 25 frames per second; the stream itself may know better."""
+
 _DECODER_ERRORS = (av.FFmpegError, OSError, ValueError, MemoryError, ZeroDivisionError, OverflowError)
+_NO_PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders of the transparency that WebM keeps beside the picture; FFmpeg's own leave it out."""
 
 
-class VideoError(DataError):
-    """A video file cannot give a clip.
-
-    Attributes:
-        reason: one of :data:`megatron_flashi2v.data.reasons.ERROR_REASONS`.
-    """
-
-    def __init__(self, path: Path, reason: str, detail: str) -> None:
-        super().__init__(f"{path}: {detail}")
-        if reason not in ERROR_REASONS:
-            raise ValueError(f"unknown reason {reason!r}")
-        self.reason = reason
+class VideoError(FileError):
+    """A video file cannot give a clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFacts:
-    """What a file itself says; sizes are those of the picture as displayed, after rotation.
+    """What a file itself says; sizes are those of the picture as displayed.
 
     Attributes:
         height: pixels.
@@ -69,19 +73,29 @@ class Video:
 
     Args:
         path: of the file.
+        frame_picking: "time" takes the rate from time stamps where the header is wrong; "index" believes the header.
+        picture: as players show it, or as FlashI2V's reference reads it (:mod:`megatron_flashi2v.data.rendering`).
+
+    Attributes:
+        facts: what the file says.
+        times_s: float64 [num_frames], seconds from the first frame.
+        rates: frames per second that an annotator may have read from this file.
 
     Raises:
         VideoError: the file is missing, damaged, or holds no video.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, frame_picking: FramePicking = "time", picture: PictureReading = "shown"
+    ) -> None:
         self.path = path
+        self._by_time, self._as_shown = frame_picking == "time", picture == "shown"
         if not path.is_file():
             raise VideoError(path, "missing_file", "there is no such file; correct the path in the annotation")
         self._container, self._stream = self._open()
         try:
             self._time_stamps = self._read_time_stamps()
-            self._turns, self.facts = self._measure()
+            self._rendering, self.facts, self.times_s = self._measure()
         except BaseException:
             self._container.close()
             raise
@@ -94,12 +108,30 @@ class Video:
     ) -> None:
         self._container.close()
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The mean rate, the header's, and the one where no frame is missing."""
+        if not self._by_time:
+            return (self.facts.fps,)
+        return tuple(rate for rate in (self.facts.fps, self._claimed_rate(), typical_rate(self.times_s)) if rate)
+
+    def crop_size(self, crop: tuple[int, int, int, int]) -> tuple[int, int]:
+        """(height, width) of a crop as displayed.
+
+        Args:
+            crop: as for :meth:`read`.
+        """
+        x_start, x_end, y_start, y_end = crop
+        height, width = self._rendering.upright_size
+        rows, columns = self.facts.height / height, self.facts.width / width
+        return round((y_end - y_start) * rows), round((x_end - x_start) * columns)
+
     def read(self, indices: Sequence[int] | np.ndarray, crop: tuple[int, int, int, int] | None = None) -> torch.Tensor:
         """Decode the named frames.
 
         Args:
             indices: ascending frame numbers; a number may come twice.
-            crop: (x_start, x_end, y_start, y_end) in pixels of the displayed picture.
+            crop: (x_start, x_end, y_start, y_end) in pixels of the upright picture before its pixels are made square.
 
         Returns:
             uint8 RGB [T, C, H, W], T = len(indices).
@@ -114,12 +146,12 @@ class Video:
                 "truncated",
                 f"frames {numbers[0]} to {numbers[-1]} are needed, but the file holds {self.facts.num_frames}",
             )
-        region = self._region(crop)
+        self._check_crop(crop)
         wanted = set(numbers)
-        pictures = self._decode_from_key_frame(wanted, region)
+        pictures = self._decode_from_key_frame(wanted, crop)
         if wanted - pictures.keys():
             # Seeking may land behind the clip in damaged or odd files; from the start it is slow but sure.
-            pictures = self._decode_from_start(wanted, region)
+            pictures = self._decode_from_start(wanted, crop)
         lost = wanted - pictures.keys()
         if lost:
             raise VideoError(
@@ -131,7 +163,8 @@ class Video:
     def _open(self) -> tuple[av.container.InputContainer, av.VideoStream]:
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
         try:
-            container = av.open(f"file:{self.path}", options=options)
+            # Titles in other encodings than UTF-8 are nothing to fail for.
+            container = av.open(f"file:{self.path}", options=options, metadata_errors="replace")
         except _DECODER_ERRORS as error:
             raise VideoError(self.path, "unreadable", f"is not a readable video file ({_plain(error)})") from error
         try:
@@ -144,11 +177,12 @@ class Video:
         streams = [
             stream
             for stream in container.streams.video
-            if not stream.disposition & Disposition.attached_pic  # the cover of a song is no video
-        ]
+            if not stream.disposition & (_NO_PICTURE if self._as_shown else Disposition.attached_pic)
+        ]  # the cover of a song is no video
         if not streams:
             raise VideoError(self.path, "no_video_stream", "holds no video stream")
-        codec = streams[0].codec_context
+        stream = max(streams, key=_size) if self._as_shown else streams[0]  # previews come before the real one
+        codec = stream.codec_context
         if codec is None:
             raise VideoError(self.path, "undecodable", "is in a format that this build of FFmpeg cannot decode")
         if codec.height * codec.width > MAX_PIXELS:
@@ -158,71 +192,108 @@ class Video:
                 f"the header claims {codec.width} x {codec.height} pixels; at most {MAX_PIXELS} are read",
             )
         codec.thread_type = "AUTO"
-        return streams[0]
+        return stream
 
     def _read_time_stamps(self) -> list[int] | None:
         """Presentation time stamps of all frames, ascending; None where they do not tell the frames apart."""
-        stamps: list[int] = []
-        try:
-            for packet in self._container.demux(self._stream):
-                if packet.size == 0 or packet.is_discard or packet.is_corrupt:
-                    continue
-                if packet.pts is None:
-                    return None
-                stamps.append(packet.pts)
-        except _DECODER_ERRORS:
-            pass  # a truncated file: the frames before the damage are still good
-        stamps.sort()
-        return stamps if len(set(stamps)) == len(stamps) else None
+        return packet_stamps(self._packets(), ordered=self._by_time)
 
-    def _measure(self) -> tuple[int, VideoFacts]:
-        """Quarter turns counter-clockwise, and the facts; decodes the first frame."""
-        rate = self._stream.average_rate or self._stream.guessed_rate or self._stream.base_rate
-        if not rate or rate <= 0:
-            raise VideoError(self.path, "no_fps", "does not say how many frames it shows per second")
+    def _packets(self) -> Iterator[av.Packet]:
+        try:
+            yield from self._container.demux(self._stream)
+        except _DECODER_ERRORS:
+            return  # a truncated file: the frames before the damage are still good
+
+    def _claimed_rate(self) -> float | None:
+        """Frames per second that the header claims."""
+        stream = self._stream
+        rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
+        if self._is_clockless():
+            rates.insert(0, stream.guessed_rate)
+        rate = next((rate for rate in rates if rate), None)
+        return float(rate) if rate and rate > 0 else None
+
+    def _is_clockless(self) -> bool:
+        return self._by_time and self._container.format.name in _CLOCKLESS
+
+    def _measure(self) -> tuple[Rendering, VideoFacts, NDArray[np.float64]]:
+        """How frames become pictures, the facts, and each frame's time; decodes the first frame."""
         with contextlib.closing(self._all_frames()) as frames:
             first = next(frames, None)
             if first is None:
                 raise VideoError(self.path, "no_frames", "holds no frame that can be decoded")
-            count = 1 + sum(1 for _ in frames) if self._time_stamps is None else len(self._time_stamps)
-        turns = round(first.rotation / 90) % 4
+            if self._by_time and "avi" in self._container.format.name:
+                self._distrust_avi(first, frames)
+            stamps: Sequence[int | None] | None = self._time_stamps
+        if stamps is None:
+            with contextlib.closing(self._all_frames()) as frames:
+                stamps = [frame.pts for frame in frames]
         self._coded_size = (first.height, first.width)
-        height, width = self._coded_size[::-1] if turns % 2 else self._coded_size
-        return turns, VideoFacts(height=height, width=width, fps=float(rate), num_frames=count)
+        rendering = self._render(first)
+        times_s = self._times(stamps)
+        rate = mean_rate(times_s, self._claimed_rate()) if self._by_time else self._claimed_rate()
+        if rate is None and (len(stamps) > 1 or not self._by_time):
+            raise VideoError(self.path, "no_fps", "does not say how many frames it shows per second")
+        facts = VideoFacts(height=rendering.height, width=rendering.width, fps=rate or 0.0, num_frames=len(stamps))
+        return rendering, facts, times_s
 
-    def _region(self, crop: tuple[int, int, int, int] | None) -> tuple[slice, slice]:
-        if crop is None:
-            return slice(None), slice(None)
-        x_start, x_end, y_start, y_end = crop
-        if x_end > self.facts.width or y_end > self.facts.height:
+    def _distrust_avi(self, first: av.VideoFrame, following: Iterator[av.VideoFrame]) -> None:
+        """Drop the time stamps if they are those of decoding, as AVI keeps no others."""
+        shown = [frame.pts for frame in (first, *itertools.islice(following, AVI_CHECKED_FRAMES))]
+        if None in shown or not _ascending(shown):
+            self._time_stamps = None
+
+    def _times(self, stamps: Sequence[int | None]) -> NDArray[np.float64]:
+        """Seconds from the first frame; counted at the header's rate where frames carry no time of their own."""
+        if not self._is_clockless() and None not in stamps and _ascending(stamps):
+            return times_from_stamps(stamps, float(self._stream.time_base or 1))
+        return np.arange(len(stamps)) / (self._claimed_rate() or 1.0)
+
+    def _render(self, first: av.VideoFrame) -> Rendering:
+        if not self._as_shown:
+            return StoredPicture(first)
+        rendering = ShownPicture(first, self._stream.codec_context.name, self._stream.sample_aspect_ratio)
+        if rendering.height * rendering.width > MAX_PIXELS:
+            raise VideoError(
+                self.path,
+                "too_large",
+                f"pixels of the shape {self._stream.sample_aspect_ratio} make a picture of {rendering.width} x "
+                f"{rendering.height}; at most {MAX_PIXELS} pixels are read",
+            )
+        return rendering
+
+    def _check_crop(self, crop: tuple[int, int, int, int] | None) -> None:
+        height, width = self._rendering.upright_size
+        if crop is not None and (crop[1] > width or crop[3] > height):
             raise VideoError(
                 self.path,
                 "bad_crop",
-                f"crop {list(crop)} lies outside the picture of {self.facts.width} x {self.facts.height} pixels",
+                f"crop {list(crop)} lies outside the picture of {width} x {height} pixels",
             )
-        return slice(y_start, y_end), slice(x_start, x_end)
 
-    def _decode_from_key_frame(self, wanted: set[int], region: tuple[slice, slice]) -> dict[int, np.ndarray]:
+    def _decode_from_key_frame(
+        self, wanted: set[int], crop: tuple[int, int, int, int] | None
+    ) -> dict[int, np.ndarray]:
         if self._time_stamps is None:
             return {}
         numbers = {self._time_stamps[number]: number for number in wanted}
         pictures: dict[int, np.ndarray] = {}
         for frame in self._frames_from(min(numbers)):
             if frame.pts in numbers:
-                pictures[numbers[frame.pts]] = self._picture(frame, region)
+                pictures[numbers[frame.pts]] = self._picture(frame, crop)
             if len(pictures) == len(wanted) or (frame.pts is not None and frame.pts > max(numbers)):
                 break
         return pictures
 
-    def _decode_from_start(self, wanted: set[int], region: tuple[slice, slice]) -> dict[int, np.ndarray]:
+    def _decode_from_start(self, wanted: set[int], crop: tuple[int, int, int, int] | None) -> dict[int, np.ndarray]:
         # With time stamps, a frame that the decoder leaves out does not shift the numbers of those after it.
         numbers = None if self._time_stamps is None else {pts: n for n, pts in enumerate(self._time_stamps)}
         pictures: dict[int, np.ndarray] = {}
         with contextlib.closing(self._all_frames()) as frames:
             for count, frame in enumerate(frames):
-                number = count if numbers is None else numbers.get(-1 if frame.pts is None else frame.pts, -1)
+                number = count if numbers is None else numbers.get(frame.pts, -1) if frame.pts is not None else -1
                 if number in wanted:
-                    pictures[number] = self._picture(frame, region)
+                    pictures[number] = self._picture(frame, crop)
                 if len(pictures) == len(wanted):
                     break
         return pictures
@@ -231,7 +302,7 @@ class Video:
         """Decoded frames from the key frame at or before ``pts`` up to the first damage."""
         try:
             self._container.seek(pts, stream=self._stream, backward=True)
-            yield from self._container.decode(self._stream)
+            yield from self._decoded(self._container, self._stream)
         except _DECODER_ERRORS:
             return
 
@@ -240,11 +311,30 @@ class Video:
         container, stream = self._open()
         with container:
             try:
-                yield from container.decode(stream)
+                yield from self._decoded(container, stream)
             except _DECODER_ERRORS:
                 return
 
-    def _picture(self, frame: av.VideoFrame, region: tuple[slice, slice]) -> np.ndarray:
+    def _decoded(self, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+        decoder = self._alpha_decoder(stream) if self._as_shown else None
+        if decoder is None:
+            yield from container.decode(stream)
+            return
+        for packet in container.demux(stream):
+            yield from decoder.decode(packet if packet.size else None)
+
+    def _alpha_decoder(self, stream: av.VideoStream) -> Any:
+        name = _ALPHA_DECODERS.get(stream.codec_context.name)
+        if name is None or stream.metadata.get("alpha_mode") != "1":
+            return None
+        try:
+            return av.CodecContext.create(name, "r")
+        except _DECODER_ERRORS as error:
+            raise VideoError(
+                self.path, "unsupported_picture", f"is transparent, and this build of FFmpeg has no {name} to show it"
+            ) from error
+
+    def _picture(self, frame: av.VideoFrame, crop: tuple[int, int, int, int] | None) -> np.ndarray:
         if frame.is_corrupt:
             raise VideoError(self.path, "undecodable", f"the frame at {frame.time} s is damaged")
         if (frame.height, frame.width) != self._coded_size:
@@ -255,10 +345,25 @@ class Video:
                 f"{frame.width} x {frame.height} pixels at {frame.time} s",
             )
         try:
-            picture_HWC = frame.to_ndarray(format="rgb24")
+            return self._rendering.picture(frame, crop)
+        except UnsupportedPictureError as error:
+            raise VideoError(self.path, "unsupported_picture", str(error)) from error
         except _DECODER_ERRORS as error:
-            raise VideoError(self.path, "undecodable", f"cannot be converted to RGB ({_plain(error)})") from error
-        return np.ascontiguousarray(np.rot90(picture_HWC, self._turns)[region])
+            raise VideoError(
+                self.path,
+                "undecodable",
+                f"its pixel format {frame.format.name} cannot be converted to RGB ({_plain(error)})",
+            ) from error
+
+
+def _ascending(stamps: Sequence[Any]) -> bool:
+    return all(earlier < later for earlier, later in zip(stamps, stamps[1:], strict=False))
+
+
+def _size(stream: av.VideoStream) -> tuple[int, bool]:
+    """Pixels, and whether it is the one to be shown; no decoder, no picture."""
+    codec = stream.codec_context
+    return (0 if codec is None else codec.width * codec.height, bool(stream.disposition & Disposition.default))
 
 
 def _plain(error: BaseException) -> str:

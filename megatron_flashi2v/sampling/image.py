@@ -6,62 +6,36 @@ Shape suffixes: B images, C = 3 colours, H and W rows and columns.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
 
-import numpy as np
 import torch
+from PIL import UnidentifiedImageError
+from PIL.Image import Image
 
 from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.pictures import PictureError, picture_to_tensor, read_picture
 from megatron_flashi2v.data.transforms import resize_and_crop
+from megatron_flashi2v.data.video import Video
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-ImageLike = Union["Image", torch.Tensor, str, Path]
+ImageLike = Image | torch.Tensor | str | Path
 """A PIL image, a uint8 tensor ``[3, H, W]``, or a picture's or video's file."""
 
 
 def load_image(path: Path) -> torch.Tensor:
     """Read a picture, or the first frame of a video, as uint8 ``[3, H, W]`` in red, green, blue.
 
-    Applies the orientation that cameras note in a picture, and lays transparent pixels on white.
-
     Raises:
         DataError: the file is missing, empty, or neither a picture nor a video.
     """
-    from PIL import Image, UnidentifiedImageError
-
     if not path.is_file():
         raise DataError(
             f"image {path}: no such file; give a picture (png, jpg) or a video, whose first frame is used"
         )
     try:
-        with Image.open(path) as image:
-            return image_to_tensor(image)
+        return read_picture(path)
     except UnidentifiedImageError:
         return _first_frame(path)
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow's decoders raise
-        raise DataError(f"image {path}: damaged picture ({error}); give another file") from error
-
-
-def image_to_tensor(image: Image) -> torch.Tensor:
-    """A PIL image of any mode as uint8 ``[3, H, W]``, upright and on white."""
-    from PIL import Image as images
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit levels at 255; the upper byte is the picture.
-        image = images.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = images.alpha_composite(images.new("RGBA", image.size, "white"), image)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except PictureError as error:
+        raise DataError(f"image {error}; give another file") from error
 
 
 def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
@@ -77,7 +51,7 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
     if isinstance(image, (str, Path)):
         image = load_image(Path(image))
     if not isinstance(image, torch.Tensor):
-        image = image_to_tensor(image)
+        image = picture_to_tensor(image)
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"an image tensor must be uint8 [3, H, W], not {image.dtype} {list(image.shape)}")
     return resize_and_crop(image.unsqueeze(0), height, width)[0]
@@ -85,8 +59,6 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
 
 def _first_frame(path: Path) -> torch.Tensor:
     """The first frame of a video file, upright, uint8 ``[3, H, W]``."""
-    from megatron_flashi2v.data.video import Video
-
     try:
         with Video(path) as video:
             return video.read([0])[0]

@@ -20,7 +20,8 @@ from megatron_flashi2v.training.checkpoints import RunCheckpoints
 from megatron_flashi2v.training.datasets import opened_data
 from megatron_flashi2v.training.interrupts import Interrupts, LongWork
 from megatron_flashi2v.training.reading import bad_sample_ledger, training_source
-from megatron_flashi2v.training.run_state import checkpoint_to_resume, provenance_of
+from megatron_flashi2v.training.run_folder import choose_start
+from megatron_flashi2v.training.run_state import provenance_of
 from megatron_flashi2v.training.saver import CheckpointSaver
 from megatron_flashi2v.training.step import TrainingStep
 from megatron_flashi2v.training.trainer import Trainer
@@ -63,11 +64,12 @@ def open_trainer(
     with opened_data(config, model, groups, device.torch_device) as data:
         peers = Peers(launch.rank, launch.world_size)
         hang_watch.enter("verifying the checkpoint", SLOW)
-        resumed = checkpoint_to_resume(config.checkpoint.load, peers)
+        start = choose_start(config, peers)
+        provenance = provenance_of(config, data.training, launch, started_from=start.started_from)
+        start.require_same_run(data.model, provenance)
         clock = ReplicaClock(device)
         state = build_state(
-            config, spec_of(config, data.model, groups, device), resumed,
-            provenance_of(config.batch, config.parallel, data.training, launch), hang_watch, clock.meet,
+            config, spec_of(config, data.model, groups, device), start.checkpoint, provenance, hang_watch, clock.meet
         )
         data.training.require_whole_batches(state.consumed_samples)
         step = TrainingStep(
@@ -83,8 +85,7 @@ def open_trainer(
             *recording_observers(config, state, step, data.validation, device, begin_part),
         ])
         with contextlib.closing(watching):
-            announce(config, state.stages, data.training, launch, device, num_microbatches=step.num_microbatches,
-                     starts_anew=not state.iteration)
+            announce(config, state.stages, data.training, launch, device, num_microbatches=step.num_microbatches)
             saver = CheckpointSaver(config.checkpoint, data.model, peers, device)
             yield Trainer(
                 state=state, step=step, source=source, bad_samples=bad_sample_ledger(config, state, source),

@@ -65,3 +65,7 @@ class RunCheckpoints:
         """The present iteration's checkpoint, if it is there."""
         folder = None if self._folder is None else self._folder / iteration_folder(self._state.iteration)
         return folder if folder is not None and folder.exists() else None
+
+    def way_back(self) -> str:
+        """How to go on after leaving, for the log; empty where nothing was saved."""
+        return "" if self.published is None else f"; the same command goes on from {self.published}"

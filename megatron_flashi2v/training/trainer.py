@@ -100,7 +100,7 @@ class Trainer:
                     self.checkpoints.save_if_due(last=True)
         if stop is not None:
             self.saver.finish()
-            logger.info("leaving at iteration %d: %s", state.iteration, stop)
+            logger.info("leaving at iteration %d: %s%s", state.iteration, stop, self.checkpoints.way_back())
         return row
 
     def run_iteration(self) -> Row:
