@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(
         EvaluateConfig,
         argv,
-        prog="flashi2v evaluate",
+        prog=EvaluateConfig.command,
         description="Measure sampled videos against real ones: chunk-wise Frechet distance, fidelity to the condition "
         "image, motion and diversity.",
     )

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(
         SampleConfig,
         argv,
-        prog="flashi2v sample",
+        prog=SampleConfig.command,
         description="Sample a video that starts from an image and follows a prompt.",
     )
     launch = detect_launch(os.environ)

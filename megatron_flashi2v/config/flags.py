@@ -42,13 +42,14 @@ def parse_words(
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given (see {prog} --help)")
     try:
-        return convert(flags, words, defaults)
+        found = convert([flag for flag in flags if flag.name in given], words)
     except ConfigError as error:
         raise ConfigError(f"{error} (see {prog} --help)") from None
+    return {flag.name: flag.default for flag in flags} | dict(defaults) | found
 
 
-def convert(flags: Sequence[Flag], words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert words that are known to belong to flags by the flags' types.
+def convert(flags: Sequence[Flag], words: Sequence[str]) -> dict[str, Any]:
+    """Convert the words of these flags, which all are given, by the flags' types.
 
     Raises:
         ConfigError: a value is malformed.
@@ -58,8 +59,9 @@ def convert(flags: Sequence[Flag], words: Sequence[str], defaults: Mapping[str, 
     fields: list[Any] = []
     for flag in flags:
         named = tyro.conf.arg(name=flag.spelling.removeprefix("--"), metavar=_metavar(flag))
-        default = defaults.get(flag.name, flag.default)
-        fields.append((f"{flag.name}_", Annotated[flag.kind, named], dataclasses.field(default=default)))
+        # Without a default, tyro would require a word after a switch.
+        field = dataclasses.field(default=False) if flag.kind is bool else dataclasses.field()
+        fields.append((f"{flag.name}_", Annotated[flag.kind, named], field))
     flat = dataclasses.make_dataclass("Flags", fields, kw_only=True, frozen=True)
     said = io.StringIO()
     try:
@@ -84,9 +86,11 @@ def word_count(kind: Any) -> int | None:
 
 def _given(flags: Sequence[Flag], words: Sequence[str], prog: str) -> set[str]:
     """Names of the flags that the words give; a word too many is blamed on the flag that it follows."""
+    known = {flag.name for flag in flags}
     kinds: dict[str, Any] = {flag.name: flag.kind for flag in flags}
     kinds |= {f"no_{flag.name}": bool for flag in flags if flag.kind is bool}
-    given, after, room = set(), "", 0.0
+    given: set[str] = set()
+    after, room = "", 0.0
     for word in words:
         found = _FLAG.match(word)
         if found is None and room < 1:
@@ -99,7 +103,7 @@ def _given(flags: Sequence[Flag], words: Sequence[str], prog: str) -> set[str]:
             raise ConfigError(_unknown(found[0], [*kinds, "config", "help"], prog))
         count = word_count(kinds[name])
         after, room = word, float("inf") if count is None else count - ("=" in word)
-        given.add(name)
+        given.add(name if name in known else name.removeprefix("no_"))
     return given
 
 
@@ -129,4 +133,5 @@ def _unboxed(box: str) -> str:
         elif line:
             paragraphs[-1].append(line)
     first = next(filter(None, paragraphs), ["the flags cannot be understood"])
-    return " ".join(first).removeprefix("Error parsing ").partition(" Got errors:")[0].rstrip(".")
+    text = " ".join(first).removeprefix("Error parsing ").partition(" Got errors:")[0].rstrip(".")
+    return text.replace("{None}|", "")

@@ -123,6 +123,8 @@ TRAIN = {
     "train_samples": "--train-iters counts iterations, of --global-batch-size samples each",
     "untie_embeddings_and_output_weights": _ARCHITECTURE,
     "use_checkpoint_args": "leave it out: --model and the sizes must be those of the checkpoint, which is checked",
+    "use_checkpoint_opt_param_scheduler": "leave it out: a resumed run keeps its schedule, unless "
+                                          "--override-opt-param-scheduler changes it",
     "use_cpu_initialization": "leave it out: initial weights are drawn on the host, so that no layout changes them",
     "use_custom_fsdp": _FSDP,
     "use_dist_ckpt": _FORMAT,

@@ -148,9 +148,7 @@ def typed_values(cls: type, values: Mapping[Any, Any]) -> dict[str, Any]:
             continue
         flags[flag.name] = flag
         words += _as_words(flag, value)
-    # Without a default, tyro requires a word after a switch.
-    off = {name: False for name, flag in flags.items() if flag.kind is bool}
-    return {**convert(tuple(flags.values()), words, off), **empty}
+    return {**convert(list(flags.values()), words), **empty}
 
 
 def flat_values(config: Any) -> dict[str, Any]:

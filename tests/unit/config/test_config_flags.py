@@ -8,6 +8,7 @@ import pytest
 
 from megatron_flashi2v.config.convert import ConvertConfig
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.evaluate import EvaluateConfig
 from megatron_flashi2v.config.fields import flags_of
 from megatron_flashi2v.config.prepare import PrepareConfig
 from megatron_flashi2v.config.recipe import parse
@@ -94,7 +95,7 @@ def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_flags_are_flat_and_have_the_names_that_users_type() -> None:
-    for config in (TrainConfig, PrepareConfig, SampleConfig, ConvertConfig):
+    for config in (TrainConfig, PrepareConfig, SampleConfig, ConvertConfig, EvaluateConfig):
         names = [flag.name for flag in flags_of(config)]
         assert len(set(names)) == len(names) and "config" not in names
     assert {"from", "to"} <= {flag.name for flag in flags_of(ConvertConfig)}

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_flashi2v.cli.main import COMMANDS
 from megatron_flashi2v.config.convert import ConvertConfig
+from megatron_flashi2v.config.evaluate import EvaluateConfig
 from megatron_flashi2v.config.fields import field_docstrings, flags_of, spelling
 from megatron_flashi2v.config.help import help_text
 from megatron_flashi2v.config.prepare import PrepareConfig
@@ -20,7 +21,7 @@ from megatron_flashi2v.config.recipe import FlagNames, parse
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.config.train import TrainConfig
 
-CONFIGS = (TrainConfig, PrepareConfig, SampleConfig, ConvertConfig)
+CONFIGS = (TrainConfig, PrepareConfig, SampleConfig, ConvertConfig, EvaluateConfig)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.command)
