@@ -50,6 +50,8 @@ setup(
     extras_require={
         "test": ["pytest", "pytest-timeout", "ruff", "import-linter", "mypy", "types-PyYAML",
                  "tensorboard",
+                 # evaluation's measures are checked against theirs
+                 "scipy", "scikit-image",
                  # for the kernels' tests without a GPU; CUDA builds of torch bring it, CPU builds do not
                  "triton>=3; platform_system == 'Linux'"],
         "cuda": ["transformer-engine[pytorch]", "flash-attn"],

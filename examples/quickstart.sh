@@ -37,7 +37,7 @@ train() {
     [ "$(iteration)" -ge "$until" ] && { echo "already at iteration $(iteration)"; return; }
     python -m torch.distributed.run --standalone --nproc-per-node 2 examples/pretrain_flashi2v.py \
         --config examples/recipes/tiny.yaml --data-path "$RUN/data" --device cpu \
-        --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 100 --log-interval 20 \
+        --save "$RUN/checkpoints" --save-interval 100 --log-interval 20 \
         --train-iters "$STEPS" --exit-interval "$((STEPS / 2))" "$@"
 }
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     model, launch = resolve_model(config.model), detect_launch(os.environ)
     check_train(config, model, launch.world_size)
     with entered_run(config, model, launch) as trainer:
-        from megatron_flashi2v.training.assembly import training_source
+        from megatron_flashi2v.training.reading import training_source
 
         for wrapped in trainer.state.models:
             wrapped.train()

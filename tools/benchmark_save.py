@@ -23,7 +23,7 @@ import torch.distributed
 from megatron_flashi2v.checkpoint.folders import iteration_folder
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
-from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.runtime.launch import detect_launch
 from megatron_flashi2v.runtime.logging import logging_to_stderr
@@ -46,15 +46,16 @@ def main(argv: Sequence[str]) -> None:
     model, launch = resolve_model(config.model), detect_launch(os.environ)
     check_train(config, model, launch.world_size)
     with logging_to_stderr(launch.rank), entered_run(config, model, launch) as trainer:
-        report = compare(trainer)
+        report = compare(trainer, config.checkpoint)
     if launch.rank == 0:
         shutil.rmtree(folder)
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
 
 
-def compare(trainer: Trainer) -> dict[str, Any]:
+def compare(trainer: Trainer, checkpoint: CheckpointArguments) -> dict[str, Any]:
     """Seconds of iterations without a save, and of saves in either way."""
     from megatron_flashi2v.checkpoint.peers import Peers
+    from megatron_flashi2v.training.checkpoints import RunCheckpoints
     from megatron_flashi2v.training.saver import CheckpointSaver
 
     for model in trainer.state.models:
@@ -63,23 +64,26 @@ def compare(trainer: Trainer) -> dict[str, Any]:
     report: dict[str, Any] = {"iteration_s": [_seconds(trainer.run_iteration) for _ in range(5)][1:]}
     for name, beside in (("at_once", False), ("beside", True)):
         arguments = dataclasses.replace(
-            trainer.checkpoints, async_save=beside, save_interval=1, keep_last=1, keep_every=None
+            checkpoint, async_save=beside, save_interval=1, keep_last=1, keep_every=None
         )
         peers = Peers(torch.distributed.get_rank(), torch.distributed.get_world_size())
         trainer.saver = CheckpointSaver(arguments, trainer.state.spec.config, peers, trainer.device)
+        trainer.checkpoints = RunCheckpoints(arguments, trainer.state, trainer.saver, trainer.hang_watch)
         trainer.saver.reserve(trainer.state.pieces)  # as the first iteration of a run does
         for _ in range(10):
             trainer.run_iteration()
-        report[name] = [measure(trainer) for _ in range(SAVES)]
+        assert checkpoint.save is not None
+        report[name] = [measure(trainer, checkpoint.save) for _ in range(SAVES)]
     trainer.source.abandon()
     return report
 
 
-def measure(trainer: Trainer) -> dict[str, Any]:
+def measure(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Save once, train until the checkpoint is published, and measure both."""
     trainer.run_iteration()
-    start, saved_at = time.perf_counter(), trainer.state.iteration
-    blocked = _seconds(lambda: trainer.save(last=False))
+    saved_at = trainer.state.iteration
+    start = time.perf_counter()
+    blocked = _seconds(lambda: trainer.checkpoints.save(last=False))
     published, iterations = time.perf_counter() - start, []
     advance = trainer.saver.advance
 
@@ -94,8 +98,7 @@ def measure(trainer: Trainer) -> dict[str, Any]:
     while trainer.saver.is_saving and len(iterations) < MOST_ITERATIONS:
         iterations.append(_seconds(trainer.run_iteration))
     del trainer.saver.advance  # type: ignore[method-assign]
-    assert trainer.checkpoints.save is not None
-    size = _size(trainer.checkpoints.save / iteration_folder(saved_at))
+    size = _size(folder / iteration_folder(saved_at))
     return {
         "gigabytes": size / 1e9, "blocked_s": blocked, "blocked_s_per_gigabyte": blocked / size * 1e9,
         "published_after_s": published, "gigabytes_per_s": size / 1e9 / published, "iterations_meanwhile_s": iterations,

@@ -13,6 +13,6 @@ NNODES="${NNODES:-1}" NPUS="${NPUS:-8}"
 # --join: msrun waits, and its exit code is true. msrun starts the script once more as its scheduler; it leaves at once.
 # The ranks meet one port above --master_port. Without --node_rank every worker would believe that it is rank 0.
 exec msrun --worker_num "$((NNODES * NPUS))" --local_worker_num "$NPUS" --join True --log_dir runs/msrun_logs \
-    --master_addr "${HEAD:?address of node 0}" --master_port 8118 --node_rank "${NODE_RANK:?0, 1, ... on each node}" \
+    --master_addr "${HEAD:?address of node 0}" --master_port "${MASTER_PORT:-8118}" --node_rank "${NODE_RANK:?0, 1, ... on each node}" \
     examples/pretrain_flashi2v.py --config examples/recipes/1.3b.yaml --device npu \
     --hccl-buffer-sizes dp_cp:200,default:50 "$@"

@@ -35,7 +35,7 @@ from megatron_flashi2v.conditioning.interface import MODULE
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.placement import fused_parts
 
-COLUMNS = ("wan", "diffusers", "flashi2v_npu")
+EXTERNAL_COLUMNS = ("wan", "diffusers", "flashi2v_npu")
 """The table's columns of external names; a format (``conversion/formats/``) uses one or two of them."""
 
 _SAME = Same()
@@ -242,8 +242,8 @@ def mappings(config: ModelConfig, column: str) -> Iterator[Mapped]:
 
     Leaves out a paradigm's own tensors for diffusers, whose transformer has no place for them.
     """
-    if column not in COLUMNS:
-        raise ValueError(f"no such column: {column}; the table has {', '.join(COLUMNS)}")
+    if column not in EXTERNAL_COLUMNS:
+        raise ValueError(f"no such column: {column}; the table has {', '.join(EXTERNAL_COLUMNS)}")
     sizes = _sizes(config)
     for module, block in _instances(config):
         external = getattr(module, column)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_flashi2v.config.convert import ConvertConfig
-from megatron_flashi2v.config.flags import parse_flags
+from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.release.convert import convert
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a path or a flag is wrong, or a file is damaged.
     """
-    convert(parse_flags(
+    convert(parse(
         ConvertConfig,
         argv,
         prog=ConvertConfig.command,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from megatron_flashi2v.cli.errors import tell_error, tell_interrupt
+from megatron_flashi2v.config.bounds import suggestion
 from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.config.help import show
 from megatron_flashi2v.runtime.launch import detect_launch
 from megatron_flashi2v.version import __version__
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "train": "pretraining, alone or under torchrun, msrun or srun",
     "sample": "an image and a prompt to a video",
     "convert": "checkpoints to and from other formats",
+    "evaluate": "sampled videos and references to measures and a report",
 }
 
 
@@ -41,16 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(usage())
+        show(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        sys.stdout.write(f"megatron-flashi2v {__version__}\n")
+        show(f"megatron-flashi2v {__version__}\n")
         return 0
     command, *rest = arguments
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        sys.stderr.write(f"flashi2v: error: unknown command {command!r}{hint} (see flashi2v --help)\n")
+        close = suggestion(command, COMMANDS)
+        sys.stderr.write(f"flashi2v: error: unknown command {command!r}{close} (see flashi2v --help)\n")
         return 2
     return run_command(command, rest)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_flashi2v.config.flags import parse_flags
 from megatron_flashi2v.config.layout import check_layout, model_ranks
+from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
@@ -42,10 +42,10 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a file, a checkpoint or a setting is wrong.
     """
-    config = parse_flags(
+    config = parse(
         SampleConfig,
         argv,
-        prog="flashi2v sample",
+        prog=SampleConfig.command,
         description="Sample a video that starts from an image and follows a prompt.",
     )
     launch = detect_launch(os.environ)
@@ -191,7 +191,7 @@ def sample(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape, 
     """Run the pipeline with a progress bar over its steps; rank 0 alone makes frames."""
     from megatron_flashi2v.runtime.progress import progress
 
-    with progress("sampling", config.num_steps, rank=rank) as report:
+    with progress("sampling", config.sampler.num_steps, rank=rank) as report:
         return pipeline(
             images,
             config.prompt,
@@ -199,11 +199,11 @@ def sample(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape, 
             height=shape.height,
             width=shape.width,
             negative_prompt=config.negative_prompt,
-            num_steps=config.num_steps,
-            guidance_scale=config.guidance_scale,
-            shift=config.shift,
-            cutoff_ratio=config.cutoff_ratio,
-            image_noise=config.image_noise,
+            num_steps=config.sampler.num_steps,
+            guidance_scale=config.sampler.guidance_scale,
+            shift=config.sampler.shift,
+            cutoff_ratio=config.image_settings.cutoff_ratio,
+            image_noise=config.image_settings.image_noise,
             seed=config.seed,
             decode=rank == 0,
             callback=lambda done, steps, state: report.advance(),

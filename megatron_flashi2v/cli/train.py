@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
+from megatron_flashi2v.config.help import show
 from megatron_flashi2v.config.layout import model_ranks
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
@@ -17,15 +17,15 @@ from megatron_flashi2v.training.run import train
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train, or with ``--dry-run`` print what would be trained."""
+    """Train, or with ``--dry-run`` print the plan; the exit code."""
     config = parse(
         TrainConfig, argv, prog=TrainConfig.command, description="Pretrain a FlashI2V diffusion transformer."
     )
     if config.runtime.dry_run:
         dry_run(config)
-    else:
-        train(config)
-    return 0
+        return 0
+    finished = train(config).iteration >= config.batch.train_iters
+    return 0 if finished else config.checkpoint.exit_code_when_unfinished
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -37,4 +37,4 @@ def dry_run(config: TrainConfig) -> None:
         with logging_to_stderr():
             from megatron_flashi2v.planning.dry_run import dry_run_report
 
-            sys.stdout.write(dry_run_report(config, model, world_size))
+            show(dry_run_report(config, model, world_size))

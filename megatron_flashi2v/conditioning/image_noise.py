@@ -21,7 +21,7 @@ LEVEL, NOISE = "image_noise_level", "image_noise"
 
 
 class NoisyImageConcat(ImageConditioning):
-    """What the paradigms that concatenate a noisy image share: its channels and its draws."""
+    """Channels and draws of the paradigms that concatenate a noisy image."""
 
     @classmethod
     def added_channels(cls, config: ModelConfig) -> int:
@@ -41,7 +41,7 @@ class NoisyImageConcat(ImageConditioning):
     def sampling_extras(
         cls, settings: ImageSettings, image_shape: tuple[int, int, int, int], generator_of: GeneratorOf
     ) -> dict[str, Tensor]:
-        """The level that the user set, and noise of the image's shape."""
+        """The level of the settings, and noise of the image's shape."""
         level = torch.tensor(settings.image_noise, dtype=torch.float32)
         return {LEVEL: level, NOISE: torch.randn(image_shape, generator=generator_of("image-noise"))}
 

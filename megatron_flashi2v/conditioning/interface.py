@@ -180,10 +180,11 @@ class ImageConditioning(nn.Module, ABC):
 
     @classmethod
     def external_name(cls, name: str, column: str) -> str:
-        """Name of one of :meth:`own_tensors` in a column of the key table; ours where none is given."""
+        """Name of one of :meth:`own_tensors` in a column of the key table; where ``external_modules`` has none, ours
+        after the paradigm's name."""
         module, _, parameter = name.rpartition(".")
-        ours = f"{MODULE}.{module}" if module else MODULE
-        return f"{cls.external_modules.get(module, {}).get(column, ours)}.{parameter}"
+        theirs = cls.external_modules.get(module, {}).get(column)
+        return f"{cls.name}.{name}" if theirs is None else f"{theirs}.{parameter}"
 
     @classmethod
     def multiply_adds(cls, config: ModelConfig, latent_shape: tuple[int, int, int], tokens: int) -> dict[str, int]:

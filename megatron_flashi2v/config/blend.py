@@ -12,18 +12,18 @@ from megatron_flashi2v.config.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedFolder:
-    """One data set of a blend, and its share of the samples relative to the others'."""
+    """One data set of a blend, and its share of the samples relative to the others."""
 
     folder: Path
     weight: float = 1.0
 
 
 def parse_blend(values: Sequence[str], flag: str = "--data-path") -> tuple[WeightedFolder, ...]:
-    """What ``--data-path`` names.
+    """Read the value of ``--data-path``.
 
     Args:
         values: one folder, or weights and folders in turn.
-        flag: what they were given by.
+        flag: name of the flag.
 
     Raises:
         ConfigError: nothing is named, a weight is missing or not a number above 0, or a folder is named twice.
@@ -54,7 +54,7 @@ def _weight(text: str, shown: str) -> float:
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
         raise ConfigError(
-            f"{shown}: {text!r} stands where a weight must; give a number above 0 before each folder, "
+            f"{shown}: {text!r} must be a weight; give a number above 0 before each folder, "
             "such as 0.7 FOLDER 0.3 FOLDER"
         )
     return weight

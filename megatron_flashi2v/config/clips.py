@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from megatron_flashi2v.config.bounds import Above, AtLeast
 from megatron_flashi2v.config.errors import ConfigError
 
 FilterRules = Literal["corrected", "reference"]
@@ -20,7 +21,7 @@ PictureReading = Literal["shown", "stored"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingSources:
-    """What is encoded, and with which encoders."""
+    """Annotations and encoders."""
 
     annotations: Path | None = None
     """JSON list of clips (path, cap, ...; paths relative to its folder), or a text file of lines root_dir,meta.json."""
@@ -38,30 +39,33 @@ class EncodingSources:
 
 @dataclass(frozen=True, kw_only=True)
 class FilterSettings:
-    """The size and rate of a sample, and which clips become one; defaults are the reference's."""
+    """Size and rate of a sample, and the clips that become one.
 
-    num_frames: int = 49
+    Defaults are the reference's.
+    """
+
+    num_frames: Annotated[int, AtLeast(1)] = 49
     """Frames of a sample: 1 + a multiple of the VAE's temporal stride."""
-    height: int = 480
+    height: Annotated[int, AtLeast(1)] = 480
     """Rows of a sample, in pixels: a multiple of the VAE's spatial stride."""
-    width: int = 832
+    width: Annotated[int, AtLeast(1)] = 832
     """Columns of a sample, in pixels: a multiple of the VAE's spatial stride."""
-    fps: float = 16.0
+    fps: Annotated[float, Above(0)] = 16.0
     """Frames per second of a sample."""
-    min_aspect: float = 0.5
+    min_aspect: Annotated[float, Above(0)] = 0.5
     """Least height / width of a clip."""
-    max_aspect: float = 2.0
+    max_aspect: Annotated[float, Above(0)] = 2.0
     """Greatest height / width of a clip."""
-    min_pixels: int | None = None
+    min_pixels: Annotated[int | None, AtLeast(0)] = None
     """Least height * width of a clip; by default that of a sample."""
-    too_long_factor: float = 5.0
-    """Greatest length of a clip, in samples."""
+    too_long_factor: Annotated[float, AtLeast(1)] = 5.0
+    """Greatest length of a clip, in lengths of a sample."""
     min_motion: float = 0.0
     """Least motion score of a clip."""
     max_motion: float = 1.0
     """Greatest motion score of a clip."""
     filter_rules: FilterRules = "corrected"
-    """Filter as FlashI2V's reference does to the letter, or with its slips corrected."""
+    """Filter as FlashI2V's reference does, to the letter, or with its slips corrected."""
     frame_picking: FramePicking = "time"
     """Pick frames by presentation time, or by number at the header's rate, as FlashI2V's reference does. Clips of a
     constant rate give the same frames either way."""
@@ -74,11 +78,11 @@ class FilterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
-    """What decides a sample's pixels, besides its annotation, its file and the seed."""
+    """Settings of a sample's pixels."""
 
     wanted: FilterSettings = field(default_factory=FilterSettings)
     interpolation: Interpolation = "bicubic"
-    """How frames are resized (the reference's main branch: bicubic, its npu branch: bilinear)."""
+    """Interpolation when frames are resized (the reference's main branch: bicubic, its npu branch: bilinear)."""
     picture: PictureReading = "shown"
     """Read the picture that players show (square pixels, mirrors, HDR and transparency resolved, BT.709 from 720 lines
     on), or pixels as they are stored, as FlashI2V's reference does."""
@@ -86,27 +90,27 @@ class ClipSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSettings:
-    """What decides a sample's text rows, besides its caption and their greatest number."""
+    """Text rows of a sample."""
 
     text_cleaning: Literal["full", "light"] = "full"
-    """Cleaning of captions: as the released models were trained (full), or of encoding and white space only."""
+    """Cleaning of captions: full, as the released models were trained, or light, of encoding and white space only."""
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the text encoder; bfloat16 halves its memory. Rows are stored in bfloat16 either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSettings:
-    """The processes that decode videos; none of it changes a sample."""
+    """Decoding of videos, which changes no sample."""
 
-    decode_workers: int = 1
-    """Processes of each rank that decode ahead; 0 decodes in the rank itself, where nothing contains a crash."""
-    decode_timeout_s: float = 120.0
-    """Seconds that decoding one clip may take before its process is stopped and the clip dropped."""
+    decode_workers: Annotated[int, AtLeast(0)] = 1
+    """Processes of each rank that decode ahead; 0 decodes in the rank itself, which a crash then ends."""
+    decode_timeout_s: Annotated[float, Above(0)] = 120.0
+    """Stop a decoder and drop its clip after this many seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingArguments:
-    """Which clips become samples, and how; the same for `prepare` and for training with `--online-encoding`."""
+    """How clips become samples; the same for `prepare` and for training with `--online-encoding`."""
 
     sources: EncodingSources = field(default_factory=EncodingSources)
     clips: ClipSettings = field(default_factory=ClipSettings)

@@ -1,4 +1,4 @@
-"""The configuration of ``flashi2v convert``."""
+"""The configuration of ``flashi2v convert``; field names are the flags' names and the recipe's keys."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import tyro
-
+from megatron_flashi2v.config.bounds import AtLeast, OneOf
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
 
 FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+FormatAndPath = tuple[Annotated[str, OneOf(*FORMAT_NAMES)], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,44 +24,42 @@ class ConvertConfig(FlagNames):
     """Weights from one format to another."""
 
     command: ClassVar[str] = "flashi2v convert"
+    everyday: ClassVar[tuple[str, ...]] = ("from", "to", "dtype", "weights", "verify", "overwrite", "report")
 
-    source: Annotated[tuple[str, Path], tyro.conf.arg(name="from", metavar="FORMAT PATH")]
-    """What to read: `megatron` (a folder of `train --save`, or one iter_* in it), `diffusers` (a folder), or `wan`,
+    source: Annotated[FormatAndPath, Named("from", "FORMAT PATH")]
+    """Weights to read: `megatron` (a folder of `train --save`, or one iter_* in it), `diffusers` (a folder), or `wan`,
     `flashi2v-npu`, `flashi2v-gpu` (a .safetensors, .pt or .pth file, or a folder with one, with shards and their index,
     or of torch's distributed checkpoint)."""
-    target: Annotated[tuple[str, Path], tyro.conf.arg(name="to", metavar="FORMAT PATH")]
-    """What to write: a format, and a folder that does not exist yet."""
+    target: Annotated[FormatAndPath, Named("to", "FORMAT PATH")]
+    """Weights to write: a format, and a folder that does not exist yet."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of all tensors written; float32 takes a bf16 run's fp32 master weights."""
     weights: Literal["model", "ema"] = "model"
-    """Which of the sets that the source holds."""
-    num_attention_heads: int | None = None
-    """Heads, where no file beside the weights tells and they are not 128 wide."""
+    """Set to take from the source: the trained weights, or their moving average."""
+    num_attention_heads: Annotated[int | None, AtLeast(1)] = None
+    """Heads, if no file beside the weights names them and they are not 128 wide."""
     phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] | None = None
-    """Order of FlashI2V's latent shift, where no file beside the weights tells; by default as the format's own code."""
+    """Order of FlashI2V's latent shift, if no file beside the weights names it; by default that of the format's own
+    code."""
     max_shard_size: str = "5GB"
     """Largest file written, such as 5GB or 500MB."""
     verify: bool = False
-    """Before anything is published, read both sides again, compare every tensor, and run a small forward pass."""
+    """Before publishing, read both sides again, compare every tensor, and run a small forward pass."""
     report: Path | None = None
-    """JSON file to write: what became of every tensor."""
+    """JSON file to write, with the fate of every tensor."""
     overwrite: bool = False
     """Replace an earlier conversion to the same folder."""
-    vae: str | None = None
-    """For `diffusers`: the VAE of the release, a folder, or a Hub repository as OWNER/NAME:SUBFOLDER."""
-    text_encoder: str | None = None
-    """For `diffusers`: the text encoder of the release, likewise."""
-    tokenizer: str | None = None
-    """For `diffusers`: the tokenizer of the release, likewise."""
+    vae: Annotated[str | None, HoldsPath()] = None
+    """For `diffusers`: VAE of the release, as a folder, or a Hub repository OWNER/NAME:SUBFOLDER."""
+    text_encoder: Annotated[str | None, HoldsPath()] = None
+    """For `diffusers`: text encoder of the release, likewise."""
+    tokenizer: Annotated[str | None, HoldsPath()] = None
+    """For `diffusers`: tokenizer of the release, likewise."""
     components: Literal["copy", "reference"] = "copy"
-    """Whether those folders are copied into the release, or named in it; repositories are always named."""
+    """Copy those folders into the release, or name them in it; repositories are always named."""
 
     def __post_init__(self) -> None:
-        for flag, (name, _) in (("from", self.source), ("to", self.target)):
-            if name not in FORMAT_NAMES:
-                raise ConfigError(f"--{flag} {name}: no such format; available are {', '.join(FORMAT_NAMES)}")
-        if self.num_attention_heads is not None and self.num_attention_heads < 1:
-            raise ConfigError(f"--num-attention-heads is {self.num_attention_heads}; it must be at least 1")
+        super().__post_init__()
         for flag, value in self.parts.items():
             if self.target[0] != "diffusers":
                 raise ConfigError(f"--{flag.replace('_', '-')} {value}: only `--to diffusers` makes a release folder")

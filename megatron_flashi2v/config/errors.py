@@ -41,7 +41,7 @@ class WriteError(UserError):
 
 
 class PeerError(UserError):
-    """This process stops only because another process of the job failed, whose own message says why."""
+    """This process stops only because another process of the job failed; the message of that one says why."""
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -1,91 +1,131 @@
-"""Command-line flags to a dataclass; whatever is wrong with them is told in one line, like every other error."""
+"""Words of a command line to values by the flags' names; any mistake is one line, like every other error."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import re
+import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-import tyro
-
+from megatron_flashi2v.config.bounds import nearest
 from megatron_flashi2v.config.errors import ConfigError
-
-Config = TypeVar("Config")
+from megatron_flashi2v.config.fields import Flag, Named, spelling
+from megatron_flashi2v.config.megatron_flags import megatron_flag
 
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?=$|[ =])")
 _RULE = re.compile(r"[─-]{4,}")
 
 
-def parse_flags(cls: type[Config], flags: Sequence[str], *, prog: str, **options: Any) -> Config:
-    """``tyro.cli`` with our errors.
+def parse_words(
+    flags: Sequence[Flag], words: Sequence[str], defaults: Mapping[str, Any], *, prog: str
+) -> dict[str, Any]:
+    """Check and convert the words of a command line.
 
     Args:
-        cls: a dataclass, or a dataclass of dataclasses whose fields together name the flags.
-        flags: the arguments.
-        prog: what the help calls the command.
-        options: further arguments of ``tyro.cli``.
+        flags: the flags that there are.
+        words: such as ``["--lr", "1e-4", "--no-bf16"]``.
+        defaults: values of flags that are not given, by name; the others have their fields' defaults.
+        prog: name of the command, for errors.
+
+    Returns:
+        Every flag's value, by name.
 
     Raises:
-        ConfigError: a flag is unknown (with a suggestion), missing or malformed.
-        SystemExit: the help was asked for, and has been printed.
+        ConfigError: a flag is unknown (with a suggestion), missing or malformed, or a word belongs to none.
     """
-    _refuse_unknown(cls, flags)
-    told = io.StringIO()
+    given = _given(flags, words, prog)
+    missing = [flag.spelling for flag in flags if flag.is_required and flag.name not in {*defaults, *given}]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given (see {prog} --help)")
     try:
-        with contextlib.redirect_stderr(told):
-            return tyro.cli(cls, args=list(flags), prog=prog, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ConfigError(f"{_unboxed(told.getvalue(), flags)} (see {prog} --help)") from None
+        found = convert([flag for flag in flags if flag.name in given], words)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (see {prog} --help)") from None
+    return {flag.name: flag.default for flag in flags} | dict(defaults) | found
 
 
-def flag_types(cls: type) -> Iterator[tuple[str, Any]]:
-    """Name, with underscores, and type of each flag that the dataclass and the dataclasses inside it define."""
-    return ((flag, kind) for _, flag, kind in flag_fields(cls))
+def convert(flags: Sequence[Flag], words: Sequence[str]) -> dict[str, Any]:
+    """Convert the words of these flags, which all are given, by the flags' types.
 
+    Raises:
+        ConfigError: a value is malformed.
+    """
+    import tyro  # it takes longer to import than the help takes to print
 
-def flag_fields(cls: type) -> Iterator[tuple[str, str, Any]]:
-    """Name of the field, name of its flag, with underscores, and type, of each flag as in :func:`flag_types`."""
-    for name, flag, kind in named_fields(cls):
-        if dataclasses.is_dataclass(kind):
-            yield from flag_fields(typing.cast(type, kind))
-        else:
-            yield name, flag, kind
-
-
-def named_fields(cls: type) -> Iterator[tuple[str, str, Any]]:
-    """Each field of the dataclass itself: its name, its flag's with underscores, and its type."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        kind = hints[field.name]
-        names = (getattr(note, "name", None) for note in getattr(kind, "__metadata__", ()))
-        yield field.name, next(filter(None, names), field.name), kind
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean ...?"`` with the known name that is nearest, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _refuse_unknown(cls: type, flags: Sequence[str]) -> None:
-    types = dict(flag_types(cls))
-    known = {"help", *types, *(f"no_{name}" for name, kind in types.items() if kind is bool)}
+    fields: list[Any] = []
     for flag in flags:
-        found = _FLAG.match(flag)
-        if found and found[1].replace("-", "_") not in known:
-            spelt = sorted(f"--{name.replace('_', '-')}" for name in known)
-            raise ConfigError(f"unknown flag {found[0]}{suggestion(found[0], spelt)}")
+        named = tyro.conf.arg(name=flag.spelling.removeprefix("--"), metavar=_metavar(flag))
+        # Without a default, tyro would require a word after a switch.
+        field = dataclasses.field(default=False) if flag.kind is bool else dataclasses.field()
+        fields.append((f"{flag.name}_", Annotated[flag.kind, named], field))
+    flat = dataclasses.make_dataclass("Flags", fields, kw_only=True, frozen=True)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found: Any = tyro.cli(flat, args=list(words), prog="flashi2v")
+    except SystemExit:
+        raise ConfigError(_unboxed(said.getvalue())) from None
+    return {flag.name: getattr(found, f"{flag.name}_") for flag in flags}
 
 
-def _unboxed(box: str, flags: Sequence[str]) -> str:
-    """The gist of what tyro prints: a title, then paragraphs between rules, framed."""
+def word_count(kind: Any) -> int | None:
+    """Words that follow a flag of this type; None is any number."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (kind,) = (one for one in typing.get_args(kind) if one is not type(None))
+    if kind is bool:
+        return 0
+    if typing.get_origin(kind) is not tuple:
+        return 1
+    parts = typing.get_args(kind)
+    return None if parts[-1:] == (Ellipsis,) else len(parts)
+
+
+def _given(flags: Sequence[Flag], words: Sequence[str], prog: str) -> set[str]:
+    """Names of the flags that the words give; a word too many is blamed on the flag that it follows."""
+    known = {flag.name for flag in flags}
+    kinds: dict[str, Any] = {flag.name: flag.kind for flag in flags}
+    kinds |= {f"no_{flag.name}": bool for flag in flags if flag.kind is bool}
+    given: set[str] = set()
+    after, room = "", 0.0
+    for word in words:
+        found = _FLAG.match(word)
+        if found is None and room < 1:
+            raise ConfigError(f"unexpected {word!r}{after and f' after {after}'}{_hint(word)} (see {prog} --help)")
+        if found is None:
+            after, room = f"{after} {word}", room - 1
+            continue
+        name = found[1].replace("-", "_")
+        if name not in kinds:
+            raise ConfigError(_unknown(found[0], [*kinds, "config", "help"], prog))
+        count = word_count(kinds[name])
+        after, room = word, float("inf") if count is None else count - ("=" in word)
+        given.add(name if name in known else name.removeprefix("no_"))
+    return given
+
+
+def _unknown(flag: str, known: Sequence[str], prog: str) -> str:
+    name = flag.removeprefix("--").replace("-", "_")
+    instead = megatron_flag(name, prog)
+    if instead is not None:
+        return f"unknown flag {flag}; it is Megatron-LM's: {instead}"
+    close = nearest(name, known)
+    return f"unknown flag {flag}" + (f"; did you mean {spelling(close)}?" if close else "")
+
+
+def _hint(word: str) -> str:
+    return f"; a recipe is given by --config {word}" if word.endswith((".yaml", ".yml")) else ""
+
+
+def _metavar(flag: Flag) -> str | None:
+    return next((note.metavar for note in flag.notes if isinstance(note, Named)), None)
+
+
+def _unboxed(box: str) -> str:
+    """The first paragraph of tyro's message, which has a title and paragraphs between rules, in a frame."""
     paragraphs: list[list[str]] = [[]]
     for line in (line.strip("│╰╯ ") for line in box.splitlines()[1:]):
         if _RULE.fullmatch(line):
@@ -93,17 +133,5 @@ def _unboxed(box: str, flags: Sequence[str]) -> str:
         elif line:
             paragraphs[-1].append(line)
     first = next(filter(None, paragraphs), ["the flags cannot be understood"])
-    if first[0].startswith("Missing from"):
-        missing = [found[0] for line in first[1:] if (found := _FLAG.match(line))]
-        return f"{', '.join(missing)} must be given"
     text = " ".join(first).removeprefix("Error parsing ").partition(" Got errors:")[0].rstrip(".")
-    if text.startswith("Unrecognized options: "):
-        word = text.removeprefix("Unrecognized options: ").split(",")[0]
-        return f"unexpected {word!r}{_after(word, flags)}"
-    return text
-
-
-def _after(word: str, flags: Sequence[str]) -> str:
-    """Where a word that belongs to no flag stands."""
-    place = list(flags).index(word) if word in flags else 0
-    return f" after {flags[place - 1]}" if place else ""
+    return text.replace("{None}|", "")

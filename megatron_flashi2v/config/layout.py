@@ -1,10 +1,11 @@
-"""Whether a model divides over ranks as a layout asks: a value that is suggested is one that these rules accept."""
+"""Layouts: how a model divides over ranks. Every value that an error suggests is one that these rules accept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from megatron_flashi2v.config.bounds import check_bounds
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
@@ -16,12 +17,7 @@ def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: in
     Raises:
         ConfigError: names the rule and the nearest valid choice.
     """
-    require_at_least_one({
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-        "num_virtual_stages_per_pipeline_rank": parallel.num_virtual_stages_per_pipeline_rank,
-    })
+    check_bounds(parallel)
     _check_tensor(parallel, model)
     stage_layer_counts(parallel, model.num_layers)
     _check_context(parallel, model)
@@ -34,23 +30,9 @@ def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: in
         )
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise ConfigError(
-            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them, or leave it "
-            "out"
+            "--overlap-param-gather requires --use-distributed-optimizer and --overlap-grad-reduce; add them, or leave "
+            "it out"
         )
-
-
-def require_at_least_one(values: Mapping[str, int | None]) -> None:
-    """Refuse values below 1; None is one that was not given.
-
-    Args:
-        values: by the field's name.
-
-    Raises:
-        ConfigError: names the flag.
-    """
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
 def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:
@@ -111,8 +93,8 @@ def stage_layer_counts(parallel: ParallelArguments, num_layers: int) -> tuple[in
 
 
 def _even_split(stages: int, num_layers: int) -> tuple[int, ...]:
-    """Where the blocks do not divide evenly, the middle stages hold one more than the first and the last one, which
-    embed and project; the first is the fullest, so it gets its extra block last."""
+    """Divide the blocks; if they do not divide evenly, the middle stages hold one more than the first and the last one,
+    which embed and project. The first is the fullest, so it gets its extra block last."""
     counts = [num_layers // stages] * stages
     by_room = [*range(1, stages - 1), stages - 1, 0]  # the middle stages, then the head's, then the embeddings'
     for stage in by_room[: num_layers % stages]:
@@ -154,7 +136,7 @@ def _fewer_stages(pipeline: int, virtual: int, num_layers: int) -> str:
 
 
 def _check_tensor(parallel: ParallelArguments, model: ModelConfig) -> None:
-    """One suggestion for all that is divided, and for Ulysses' degree where there is one that it divides by."""
+    """Suggest one size that divides heads, feed-forward width and text rows, and suits Ulysses' degree if one does."""
     tensor = parallel.tensor_model_parallel_size
     heads = model.num_attention_heads
     common = math.gcd(heads, model.ffn_hidden_size, model.text_length if parallel.sequence_parallel else 0)
@@ -205,7 +187,7 @@ def _divisors(count: int) -> list[int]:
 
 
 def _nearest(choices: Sequence[int], wanted: int) -> int:
-    """The choice that is nearest; the smaller of two as near."""
+    """The nearest choice; the smaller of two that are equally near."""
     return min(choices, key=lambda choice: (abs(choice - wanted), choice))
 
 

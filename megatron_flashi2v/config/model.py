@@ -1,16 +1,20 @@
-"""What a checkpoint must record to be rebuilt: the model's dimensions and its image conditioning."""
+"""The model's dimensions and image conditioning, which a checkpoint records to be rebuilt."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from megatron_flashi2v.config.bounds import AtLeast, check_bounds
 from megatron_flashi2v.config.errors import ConfigError
 
 PHI_ORDERS = ("conv_then_broadcast", "repeat_then_conv")
 FREE_OF_WEIGHTS = ("text_length", "text_cleaning")
 """Fields that weights can be taken over from without being equal."""
+
+
+Count = Annotated[int, AtLeast(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,29 +42,25 @@ class ModelConfig:
         text_cleaning: how captions were cleaned before tokenising; inference must do the same.
     """
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    latent_channels: int = 16
+    num_layers: Count
+    hidden_size: Count
+    ffn_hidden_size: Count
+    num_attention_heads: Count
+    latent_channels: Count = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    freq_dim: int = 256
-    text_dim: int = 4096
-    text_length: int = 512
+    freq_dim: Count = 256
+    text_dim: Count = 4096
+    text_length: Count = 512
     norm_eps: float = 1e-6
     conditioning: str = "flashi2v"
     phi_kernel_size: tuple[int, int, int] = (1, 3, 3)
-    phi_hidden_channels: int = 64
+    phi_hidden_channels: Count = 64
     phi_order: str = "conv_then_broadcast"
-    mask_channels: int = 4
+    mask_channels: Count = 4
     text_cleaning: str = "full"
 
     def __post_init__(self) -> None:
-        for field in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "freq_dim",
-                      "latent_channels", "text_dim", "text_length", "phi_hidden_channels", "mask_channels"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1")
+        check_bounds(self, as_flags=False)
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} must be an "

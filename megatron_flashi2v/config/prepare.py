@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from megatron_flashi2v.config.clips import EncodingArguments, given
+from megatron_flashi2v.config.bounds import AtLeast
+from megatron_flashi2v.config.clips import EncodingArguments, FilterSettings, given
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.fields import spelling
 from megatron_flashi2v.config.recipe import FlagNames
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig:
-    """Everything that decides the samples."""
+    """Text length and seed of the samples."""
 
     arguments: EncodingArguments = field(default_factory=EncodingArguments)
-    text_length: int = 512
-    """Most text rows of a caption; longer ones are cut."""
+    text_length: Annotated[int, AtLeast(1)] = 512
+    """Greatest number of text rows of a caption; longer captions are cut."""
     seed: int = 1234
-    """Seed of the draws of frame windows and captions."""
+    """Key of the draws of frame windows and captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(FlagNames):
-    """What is prepared, from what, and with which encoders."""
+    """Output, shards and device."""
 
     command: ClassVar[str] = "flashi2v prepare"
+    everyday: ClassVar[tuple[str, ...]] = (
+        "annotations", "output", "vae", "text_encoder", "tokenizer", "height", "width",
+    )
 
     encoding: EncodingConfig = field(default_factory=EncodingConfig)
     output: Path | None = None
     """Folder of the prepared data set; an unfinished one is continued."""
-    samples_per_shard: int = 64
-    """Clips per shard; a shard is the unit of work of one process and what a killed run can lose."""
+    samples_per_shard: Annotated[int, AtLeast(1)] = 64
+    """Clips in a shard, which is the unit of work of one process; a killed run loses at most one for each process."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
-    """Where the encoders run."""
+    """Device of the encoders; auto takes the first that is there."""
     strict: bool = False
-    """Stop at the first malformed annotation or damaged file instead of dropping it with its reason."""
+    """Stop at the first malformed annotation or damaged file, instead of dropping it with its reason."""
     fresh: bool = False
-    """Delete what an earlier run left in the output folder and start over."""
+    """Delete the data set of an earlier run in the output folder, and start over."""
 
     def folder(self) -> Path:
         """The output folder, which must be given.
@@ -51,35 +55,25 @@ class PrepareConfig(FlagNames):
         return given(self.output, "--output")
 
 
-def check_clips(arguments: EncodingArguments) -> None:
-    """Refuse values that cannot work, before anything heavy is loaded.
+def check_clips(wanted: FilterSettings) -> None:
+    """Refuse filters that no clip passes.
 
     Raises:
         ConfigError: names the flag, its value and the rule.
     """
-    wanted = arguments.clips.wanted
-    for name in ("num_frames", "height", "width"):
-        _require(wanted, name, getattr(wanted, name) >= 1, "at least 1")
-    for owner, name in ((wanted, "fps"), (wanted, "min_aspect"), (wanted, "max_aspect"),
-                        (arguments.decoding, "decode_timeout_s")):
-        value = getattr(owner, name)
-        _require(owner, name, math.isfinite(value) and value > 0, "above 0")
-    _require(wanted, "max_aspect", wanted.max_aspect >= wanted.min_aspect, f"at least min_aspect {wanted.min_aspect:g}")
-    _require(wanted, "min_pixels", wanted.pixel_floor >= 0, "at least 0")
-    _require(wanted, "too_long_factor", wanted.too_long_factor >= 1, "at least 1")
-    _require(wanted, "max_motion", wanted.max_motion >= wanted.min_motion, f"at least min_motion {wanted.min_motion:g}")
-    _require(arguments.decoding, "decode_workers", arguments.decoding.decode_workers >= 0, "at least 0")
+    for least, most in (("min_aspect", "max_aspect"), ("min_motion", "max_motion")):
+        low, high = getattr(wanted, least), getattr(wanted, most)
+        if high < low:
+            raise ConfigError(f"{spelling(most)} is {high}; it must be at least {spelling(least)} {low:g}")
 
 
 def check_prepare(config: PrepareConfig) -> None:
-    """:func:`check_clips`, and what else ``prepare`` takes; all paths must be given.
+    """:func:`check_clips`, and that all paths are given.
 
     Raises:
         ConfigError: names the flag, its value and the rule.
     """
-    _require(config, "samples_per_shard", config.samples_per_shard >= 1, "at least 1")
-    _require(config.encoding, "text_length", config.encoding.text_length >= 1, "at least 1")
-    check_clips(config.encoding.arguments)
+    check_clips(config.encoding.arguments.clips.wanted)
     output = ["output"] if config.output is None else []
     require_given([*config.encoding.arguments.sources.missing(), *output], "prepare")
 
@@ -91,10 +85,5 @@ def require_given(missing: Sequence[str], command: str) -> None:
         ConfigError: names them.
     """
     if missing:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        flags = ", ".join(map(spelling, missing))
         raise ConfigError(f"{flags} must be given; `flashi2v {command} --help` explains every flag")
-
-
-def _require(config: Any, name: str, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be {rule}")

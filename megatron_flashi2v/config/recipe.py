@@ -1,38 +1,46 @@
-"""Recipes and flags: a flat YAML file whose keys are the flags' names, overridden by the command line."""
+"""Recipes, flags and keyword arguments: one flat list of names, from which a nested configuration is built.
+
+A recipe is a YAML file whose keys are the flags' names. :func:`parse` reads it, with flags that win over it, and so
+does ``from_recipe``; ``from_flags`` takes the same names from Python.
+"""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import tyro
-import yaml
-
+from megatron_flashi2v.config.bounds import check_bounds, check_value, suggestion
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.flags import flag_fields, flag_types, named_fields, parse_flags, suggestion
+from megatron_flashi2v.config.fields import Flag, HoldsPath, flags_of, nested_dataclasses
+from megatron_flashi2v.config.flags import convert, parse_words, word_count
+from megatron_flashi2v.config.help import help_text, show
+from megatron_flashi2v.config.megatron_flags import megatron_flag
 
 Config = TypeVar("Config")
 
 
 class FlagNames:
-    """Gives a configuration constructors that take the flat names of flags and recipes."""
+    """Gives a configuration constructors that take the flat names of flags and recipes, and checks its bounds."""
 
-    command: ClassVar[str]
-    """Whose ``--help`` explains the names, such as ``flashi2v train``."""
+    command: ClassVar[str] = "flashi2v"
+    """The command whose ``--help`` explains the names, such as ``flashi2v train``."""
+    everyday: ClassVar[tuple[str, ...]] = ()
+    """Names of the flags that the help lists first."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
     @classmethod
     def from_flags(cls: type[Config], **values: Any) -> Config:
         """Build it from values by the flags' names, such as ``train_iters=100``; the others keep their defaults.
 
         Raises:
-            ConfigError: a name is unknown (with a suggestion), or a value malformed.
+            ConfigError: a name is unknown (with a suggestion), or a value malformed or out of bounds.
         """
-        return parse_values(cls, values, None)
+        return from_values(cls, values)
 
     @classmethod
     def from_recipe(cls: type[Config], recipe: str | Path, **values: Any) -> Config:
@@ -41,27 +49,7 @@ class FlagNames:
         Raises:
             ConfigError: the recipe is missing or no YAML mapping; or as for :meth:`from_flags`.
         """
-        path = Path(recipe)
-        return parse_values(cls, values, read_recipe(cls, path, getattr(cls, "command", "flashi2v")))
-
-
-def parse_values(cls: type[Config], values: Mapping[str, Any], default: Config | None) -> Config:
-    """Build the dataclass ``cls`` from values by the names of its fields, or of their flags.
-
-    Args:
-        cls: a dataclass, or a dataclass of dataclasses whose fields together name the flags.
-        values: by name; a path may be a string, and a sequence any.
-        default: where the others come from; by default the fields' own.
-
-    Raises:
-        ConfigError: a name is unknown (with a suggestion), or a value malformed.
-    """
-    flag_of = {field: flag for field, flag, _ in flag_fields(cls)}
-    named = {flag_of.get(name, name): value for name, value in values.items()}
-    options: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,)}
-    if default is not None:
-        options["default"] = default
-    return parse_flags(cls, value_flags(cls, named), prog=getattr(cls, "command", "flashi2v"), **options)
+        return from_values(cls, values, read_recipe(cls, Path(recipe)))
 
 
 def parse(cls: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
@@ -70,45 +58,140 @@ def parse(cls: type[Config], argv: Sequence[str], *, prog: str, description: str
     Args:
         cls: a dataclass, or a dataclass of dataclasses whose fields together name the flags.
         argv: arguments after the command's name.
-        prog: what the help calls the command.
+        prog: name of the command in the help.
         description: first line of the help.
 
     Raises:
-        ConfigError: the recipe is missing or no YAML mapping, or a key or a flag is unknown or malformed.
+        ConfigError: the recipe is missing or no YAML mapping, or a key or a flag is unknown, malformed or out of
+            bounds.
+        SystemExit: the help was asked for, and has been printed.
     """
-    finder = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", type=Path, default=None)
-    try:
-        known, flags = finder.parse_known_args(list(argv))
-    except argparse.ArgumentError:
-        raise ConfigError("--config: the recipe's path is missing; give --config FILE.yaml") from None
-    options: dict[str, Any] = {
-        "description": f"{description} A recipe (--config FILE.yaml) holds the same names as keys; flags win over it.",
-        "config": (tyro.conf.OmitArgPrefixes,),
-    }
-    if known.config is None:
-        return parse_flags(cls, flags, prog=prog, **options)
-    return parse_flags(cls, flags, default=read_recipe(cls, known.config, prog), prog=prog, **options)
+    path, words = split_config(argv)
+    recipe = {} if path is None else read_recipe(cls, path)
+    if {"-h", "--help"} & set(words):
+        show(help_text(cls, prog, description, recipe))
+        raise SystemExit(0)
+    return _built(cls, parse_words(flags_of(cls), words, recipe, prog=prog))
 
 
-def read_recipe(cls: type[Config], path: Path, prog: str) -> Config:
-    """Build the dataclass ``cls`` from a recipe alone.
+def split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The value of ``--config``, the last one as for any flag, and the other words.
 
     Raises:
-        ConfigError: as for :func:`parse`.
+        ConfigError: its value is missing.
+    """
+    path: str | None = None
+    words: list[str] = []
+    remaining = iter(argv)
+    for word in remaining:
+        if word == "--config":
+            path = next(remaining, "")
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+        else:
+            words.append(word)
+        if path is not None and (not path or path.startswith("--")):
+            raise ConfigError("--config: the recipe's path is missing; give --config FILE.yaml")
+    return (None if path is None else _at_home(Path(path))), words
+
+
+def read_recipe(cls: type, path: Path) -> dict[str, Any]:
+    """The values of a recipe, by the flags' names.
+
+    Raises:
+        ConfigError: as for :func:`parse`; it names the file.
     """
     try:
-        return parse_flags(cls, recipe_flags(cls, path), prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+        return typed_values(cls, _mapping(path))
     except ConfigError as error:
         raise ConfigError(f"--config {path}: {error}") from error
 
 
-def recipe_flags(cls: type, path: Path) -> list[str]:
-    """The recipe's entries as command-line flags.
+def from_values(cls: type[Config], values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Config:
+    """Build the dataclass ``cls`` from values by the flags' names; the others keep their defaults.
+
+    Args:
+        cls: as for :func:`parse`.
+        values: such as ``{"lr": 1e-4}``; a path may be a string, and a sequence of any type.
+        defaults: values, by name, to use instead of the fields' defaults.
 
     Raises:
-        ConfigError: as for :func:`parse`, which names the file.
+        ConfigError: a name is unknown (with a suggestion) or missing, or a value malformed or out of bounds.
     """
+    found = {**(defaults or {}), **typed_values(cls, values)}
+    missing = [flag.name for flag in flags_of(cls) if flag.is_required and flag.name not in found]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given")
+    return _built(cls, {flag.name: found.get(flag.name, flag.default) for flag in flags_of(cls)})
+
+
+def typed_values(cls: type, values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Values by the flags' names, in either spelling, or their fields', converted to the flags' types.
+
+    Raises:
+        ConfigError: a name is unknown, or a value malformed.
+    """
+    known = {flag.path[-1]: flag for flag in flags_of(cls)} | {flag.name: flag for flag in flags_of(cls)}
+    flags: dict[str, Flag] = {}
+    words: list[str] = []
+    empty: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            instead = megatron_flag(name, getattr(cls, "command", ""))
+            hint = suggestion(name, known) if instead is None else f"; it is Megatron-LM's: {instead}"
+            raise ConfigError(f"unknown key {key!r}{hint}")
+        flag = known[name]
+        _check_kind(name, value, flag.kind)
+        if value is None:
+            empty[flag.name] = None
+            continue
+        flags[flag.name] = flag
+        words += _as_words(flag, value)
+    return {**convert(list(flags.values()), words), **empty}
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+    """The configuration as one flat, YAML-ready mapping, which a recipe can be."""
+    return {flag.name: _plain(flag.value_in(config)) for flag in flags_of(type(config))}
+
+
+def _built(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """The configuration of these values, one for each flag; ``~`` in a path becomes the home folder."""
+    expanded = {}
+    for flag in flags_of(cls):
+        expanded[flag.name] = _expanded(values[flag.name], any(isinstance(note, HoldsPath) for note in flag.notes))
+        check_value(flag, expanded[flag.name], flag.spelling)
+    return _nested(cls, {flag.path: expanded[flag.name] for flag in flags_of(cls)})
+
+
+def _nested(cls: type[Config], values: Mapping[tuple[str, ...], Any]) -> Config:
+    fields = {path[0]: value for path, value in values.items() if len(path) == 1}
+    for name, kind in nested_dataclasses(cls).items():
+        fields[name] = _nested(kind, {path[1:]: value for path, value in values.items() if path[0] == name})
+    return cls(**fields)
+
+
+def _expanded(value: Any, holds_path: bool) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_expanded(part, holds_path) for part in value)
+    if isinstance(value, Path):
+        return _at_home(value)
+    if holds_path and isinstance(value, str):
+        before, colon, path = value.rpartition(":")
+        return f"{before}{colon}{_at_home(Path(path))}" if path.startswith("~") else value
+    return value
+
+
+def _at_home(path: Path) -> Path:
+    """The path with the home folder for ``~``, which no shell has expanded in a recipe or after ``FORMAT:``."""
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
+def _mapping(path: Path) -> dict[Any, Any]:
+    """The YAML mapping that a file holds."""
+    import yaml
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -119,89 +202,30 @@ def recipe_flags(cls: type, path: Path) -> list[str]:
         raise ConfigError("is nested too deeply; it must be a flat mapping of flag names to values") from None
     if not isinstance(values, dict):
         raise ConfigError(f"must be a mapping of flag names to values, not {type(values).__name__}")
-    return value_flags(cls, values)
-
-
-def value_flags(cls: type, values: Mapping[Any, Any]) -> list[str]:
-    """Values by the flags' names, in either spelling, as command-line flags.
-
-    Raises:
-        ConfigError: a name is unknown, or a value no flag's.
-    """
-    types = dict(flag_types(cls))
-    flags: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in types:
-            raise ConfigError(f"unknown key {key!r}{suggestion(name, types)}")
-        _check_kind(name, value, types[name])
-        flags += _as_flags(name.replace("_", "-"), value)
-    return flags
-
-
-def from_values(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The dataclass of dataclasses ``cls`` with fields set by their flat names; the others keep their defaults.
-
-    Args:
-        cls: as for :func:`parse`.
-        values: Python objects by the flag's name, such as ``{"lr": 1e-4}``; of their fields' types.
-
-    Raises:
-        ConfigError: a name is unknown (with a suggestion).
-    """
-    known = dict(flag_types(cls))
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"unknown name {name!r}{suggestion(name, known)}")
-    return _built(cls, values)
-
-
-def _built(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    fields: dict[str, Any] = {}
-    for field, name, kind in named_fields(cls):
-        if dataclasses.is_dataclass(kind):
-            fields[field] = _built(typing.cast(type, kind), values)
-        elif name in values:
-            fields[field] = values[name]
-    return cls(**fields)
-
-
-def flat_values(config: Any) -> dict[str, Any]:
-    """The configuration as one flat, YAML-ready mapping: what :func:`recipe_flags` reads back."""
-    values: dict[str, Any] = {}
-    for field, name, _ in named_fields(type(config)):
-        value = getattr(config, field)
-        if dataclasses.is_dataclass(value):
-            values.update(flat_values(value))
-        else:
-            values[name] = str(value) if isinstance(value, Path) else value
     return values
 
 
 def _yaml_problem(error: Exception) -> str:
-    """In one line what PyYAML says in several."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    """PyYAML's message in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
     return " ".join(str(error).split())
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
-    """Refuse what would become a stray word as a flag; tyro checks the rest."""
+    """Refuse values that would become a stray word as a flag; the conversion checks the rest."""
     if kind is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} is {_shown(value)}; it must be true or false")
+    if kind is not bool and isinstance(value, bool):
+        raise ConfigError(f"{name} is {_shown(value)}; it must not be true or false: if it is a word, quote it")
     if value is None and type(None) not in typing.get_args(kind):
         raise ConfigError(f"{name} has no value; give one, or leave the key out")
     several = isinstance(value, (list, tuple))
-    if isinstance(value, dict) or (several and _plain(kind) not in (list, tuple)):
+    if isinstance(value, dict) or (several and word_count(kind) in (0, 1)):
         raise ConfigError(f"{name} is {_shown(value)}; it must be a single value")
-    if several and any(isinstance(item, (dict, list, tuple)) for item in value):
+    if several and any(item is None or isinstance(item, (dict, list, tuple)) for item in value):
         raise ConfigError(f"{name} is {_shown(value)}; it must be a list of single values")
-
-
-def _plain(kind: Any) -> Any:
-    """``tuple`` of ``tuple[str, ...]``, whatever it is annotated with."""
-    origin = typing.get_origin(kind)
-    return typing.get_origin(typing.get_args(kind)[0]) if origin is typing.Annotated else origin
 
 
 def _shown(value: Any) -> str:
@@ -211,9 +235,16 @@ def _shown(value: Any) -> str:
     return short.repr(value)
 
 
-def _as_flags(name: str, value: Any) -> list[str]:
+def _as_words(flag: Flag, value: Any) -> list[str]:
     if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
+        return [flag.spelling if value else f"--no-{flag.spelling[2:]}"]
     if isinstance(value, (list, tuple)):
-        return [f"--{name}", *(str(item) for item in value)]
-    return [f"--{name}", str(value)]
+        return [flag.spelling, *(str(item) for item in value)]
+    return [f"{flag.spelling}={value}"]
+
+
+def _plain(value: Any) -> Any:
+    """A value of YAML's own types."""
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -15,7 +15,7 @@ import torch
 
 from megatron_flashi2v.config.clips import given
 from megatron_flashi2v.config.errors import DataError
-from megatron_flashi2v.config.prepare import EncodingConfig, PrepareConfig
+from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.clips import Frames, choose_caption
 from megatron_flashi2v.data.decoder import Decoder
@@ -134,13 +134,15 @@ class ShardWork:
         folder: the data set's ``shards`` folder.
         fingerprint: hash of the settings, written into every index and record.
         report: is advanced once per annotation.
+        strict: raise at the first damaged file.
     """
 
     def __init__(
-        self, config: PrepareConfig, encoders: Encoders, folder: Path, fingerprint: str, report: ProgressReport
+        self, config: EncodingConfig, encoders: Encoders, folder: Path, fingerprint: str, report: ProgressReport,
+        *, strict: bool = False,
     ) -> None:
-        self._config = config
-        self._decoder = make_decoder(config.encoding)
+        self._config, self._strict = config, strict
+        self._decoder = make_decoder(config)
         self._encoders = encoders
         self._folder = folder
         self._fingerprint = fingerprint
@@ -184,7 +186,7 @@ class ShardWork:
     def _add(self, writer: ShardWriter, entry: Entry, found: Frames | Drop) -> Drop | None:
         if isinstance(found, Drop):
             return found
-        encoded = encode_clip(self._config.encoding, self._encoders, entry, found)
+        encoded = encode_clip(self._config, self._encoders, entry, found)
         if isinstance(encoded, Drop):
             return encoded
         tensors = {"latents": encoded.latents_CTHW, "text": encoded.text_rows_LD}
@@ -193,7 +195,7 @@ class ShardWork:
 
     def _refused(self, drop: Drop) -> Drop:
         if drop.is_error:
-            if self._config.strict:
+            if self._strict:
                 raise DataError(drop.detail)
             self._errors += 1
             if self._errors <= MAX_WARNINGS:
@@ -210,7 +212,7 @@ class ShardWork:
             "text_rows": len(encoded.text_rows_LD),
             "entry": entry.index,
             "frames": list(frames.indices),
-            "fps": self._config.encoding.arguments.clips.wanted.fps,
+            "fps": self._config.arguments.clips.wanted.fps,
             "source_fps": frames.facts.fps,
             "source_frames": frames.facts.num_frames,
             "source_height": frames.facts.height,

@@ -208,7 +208,7 @@ def _write_shards(
     done = total - sum(len(plan.shards[number]) for number in open_shards)
     _ = encoders.info  # sizes that do not fit the encoders are found before the first clip is decoded
     with progress("prepare", total, initial=done, unit="clips", rank=place.rank, console=console) as report:
-        work = ShardWork(config, encoders, folder, plan.fingerprint, report)
+        work = ShardWork(config.encoding, encoders, folder, plan.fingerprint, report, strict=config.strict)
         try:
             for number in open_shards:
                 work.run(number, plan.shards[number])
@@ -242,7 +242,7 @@ def _finish(output: Path, plan: Plan, encoders: Encoders, config: PrepareConfig)
         (output / REPORT_FILE).unlink(missing_ok=True)
     summary = read_summary(output)
     if not (output / REPORT_FILE).exists():
-        write_report(output, config, [entry for shard in plan.shards for entry in shard], summary)
+        write_report(output, config.encoding, [entry for shard in plan.shards for entry in shard], summary)
     return summary
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import torch
 
-from megatron_flashi2v.config.prepare import PrepareConfig
+from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.clips import Frames
 from megatron_flashi2v.data.encoding import make_decoder
@@ -80,7 +80,7 @@ class Facts:
     text_rows: list[int]
 
 
-def write_report(folder: Path, config: PrepareConfig, entries: Sequence[Entry], summary: dict[str, Any]) -> None:
+def write_report(folder: Path, config: EncodingConfig, entries: Sequence[Entry], summary: dict[str, Any]) -> None:
     """Write the report of a finished data set.
 
     Args:
@@ -189,10 +189,10 @@ def _bars(axes: Axes, counts: Sequence[tuple[str, int]], title: str) -> None:
     axes.set_title(title)
 
 
-def _contact_sheet(data: PreparedDataset, config: PrepareConfig, entries: dict[int, Entry]) -> list[SheetFrame]:
+def _contact_sheet(data: PreparedDataset, config: EncodingConfig, entries: dict[int, Entry]) -> list[SheetFrame]:
     records = [data.record(index) for index in _spread(len(data), MAX_PICTURES)]
     chosen = [entries[record["entry"]] for record in records]
-    decoder = make_decoder(config.encoding)
+    decoder = make_decoder(config)
     frames = []
     for record, found in zip(records, decoder.decode(chosen), strict=True):
         picture = None

@@ -5,65 +5,52 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer import TransformerConfig
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.train import BackendArguments
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """A choice of library and FP8 format.
+def linear_provider(backend: BackendArguments) -> BackendSpecProvider:
+    """megatron-core's provider of linear classes.
 
-    Attributes:
-        transformer_impl: local, or transformer_engine.
-        fp8_format: FP8 products of Transformer Engine in this format; None for the model's dtype.
-        fp8_recipe: how FP8 scales are found.
+    Raises:
+        ConfigError: Transformer Engine is not installed, or cannot be loaded.
     """
+    if backend.transformer_impl == "local":
+        return LocalSpecProvider()
+    try:  # MindSpeed puts an empty module in its place, and makes importlib.metadata.version answer for it
+        version = importlib.metadata.distribution("transformer_engine").version
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "--transformer-impl is transformer_engine, which is not installed; install transformer-engine[pytorch] (it "
+            "needs CUDA), or choose local"
+        ) from None
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # it loads CUDA's libraries, which fail in many ways
+        raise ConfigError(
+            f"--transformer-impl is transformer_engine, but version {version} cannot be loaded "
+            f"({type(error).__name__}: {error}); install the version that matches torch and CUDA, or choose local"
+        ) from error
+    module = importlib.import_module("megatron.core.extensions.transformer_engine_spec_provider")
+    return module.TESpecProvider()
 
-    transformer_impl: Literal["local", "transformer_engine"] = "local"
-    fp8_format: Literal["e4m3", "hybrid"] | None = None
-    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "tensorwise"
 
-    def provider(self) -> BackendSpecProvider:
-        """megatron-core's classes.
-
-        Raises:
-            ConfigError: Transformer Engine is not installed, or cannot be loaded.
-        """
-        if self.transformer_impl == "local":
-            return LocalSpecProvider()
-        try:  # MindSpeed puts an empty module in its place, and makes importlib.metadata.version answer for it
-            version = importlib.metadata.distribution("transformer_engine").version
-        except importlib.metadata.PackageNotFoundError:
-            raise ConfigError(
-                "--transformer-impl is transformer_engine, which is not installed; install "
-                "transformer-engine[pytorch] (it needs CUDA), or choose local"
-            ) from None
-        try:
-            importlib.import_module("transformer_engine.pytorch")
-        except Exception as error:  # it loads CUDA's libraries, which fail in many ways
-            raise ConfigError(
-                f"--transformer-impl is transformer_engine, but version {version} cannot be loaded "
-                f"({type(error).__name__}: {error}); install the version that matches torch and CUDA, or choose local"
-            ) from error
-        module = importlib.import_module("megatron.core.extensions.transformer_engine_spec_provider")
-        return module.TESpecProvider()
-
-    def megatron_fields(self) -> dict[str, Any]:
-        """Fields of megatron-core's configuration."""
-        return {
-            "transformer_impl": self.transformer_impl,
-            "fp8": self.fp8_format,
-            "fp8_recipe": self.fp8_recipe,
-            # Otherwise every linear must be told which microbatch is a step's first, and would reuse FP8 weights of
-            # earlier steps if it were not.
-            "disable_parameter_transpose_cache": True,
-        }
+def megatron_fields(backend: BackendArguments) -> dict[str, Any]:
+    """Fields of megatron-core's configuration."""
+    return {
+        "transformer_impl": backend.transformer_impl,
+        "fp8": backend.fp8_format,
+        "fp8_recipe": backend.fp8_recipe,
+        # Otherwise every linear must be told which microbatch is a step's first, and would reuse FP8 weights of earlier
+        # steps if it were not.
+        "disable_parameter_transpose_cache": True,
+    }
 
 
 def block_precision(megatron: TransformerConfig) -> AbstractContextManager[Any]:

@@ -109,7 +109,7 @@ class DroppedOutput:
     """A cheap function whose output is emptied when its only reader is done, and computed again for its backward.
 
     Args:
-        function: of tensors.
+        function: of tensors alone.
         reader: the linear that takes the output and saves it for its own backward, directly after each call.
     """
 
@@ -118,12 +118,12 @@ class DroppedOutput:
         self.unread: CheckpointWithoutOutput | None = None
         reader.register_forward_hook(self._read)
 
-    def __call__(self, *inputs: Tensor, **options: Any) -> Tensor:
-        """``function(*inputs, **options)``."""
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """``function(*inputs)``."""
         if not torch.is_grad_enabled():
-            return self.function(*inputs, **options)
+            return self.function(*inputs)
         self.unread = CheckpointWithoutOutput(fp8=None)  # megatron-core takes any other value, False too, for fp8
-        return self.unread.checkpoint(lambda *tensors: self.function(*tensors, **options), *inputs)
+        return self.unread.checkpoint(self.function, *inputs)
 
     def _read(self, reader: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
         if self.unread is not None:

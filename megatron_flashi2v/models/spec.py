@@ -15,7 +15,8 @@ from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve
 from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.models.backend import Backend
+from megatron_flashi2v.config.train import BackendArguments
+from megatron_flashi2v.models.backend import linear_provider, megatron_fields
 from megatron_flashi2v.parallel.groups import Groups
 
 
@@ -121,7 +122,7 @@ def make_spec(
     fp32_residual_connection: bool = False,
     attention_backend: str = "auto",
     virtual_stages: int = 1,
-    backend: Backend | None = None,
+    backend: BackendArguments | None = None,
 ) -> ModelSpec:
     """Gather the settings of one model.
 
@@ -141,8 +142,8 @@ def make_spec(
     interleaved = virtual_stages > 1
     dtype = torch.bfloat16 if bf16 else torch.float32
     residual_dtype = torch.float32 if fp32_residual_connection else dtype
-    backend = backend or Backend()
-    provider = backend.provider()
+    backend = backend or BackendArguments()
+    provider = linear_provider(backend)
     megatron = TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -169,7 +170,7 @@ def make_spec(
         deallocate_pipeline_outputs=not interleaved,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        **backend.megatron_fields(),
+        **megatron_fields(backend),
     )
     return ModelSpec(
         config=config,

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a run would be made of, told without its devices and, where there are none yet, its data."""
+"""``--dry-run``: the plan of a run, without its devices and, where there are none yet, its data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from flashi2v_kernels.registry import describe
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.conditioning.build import BASE, paradigm_of
 from megatron_flashi2v.config.blend import parse_blend
+from megatron_flashi2v.config.clips import EncodingArguments
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.layout import data_parallel_size, ring_degree
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches
-from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.train import DataArguments, ParallelArguments, RuntimeArguments, TrainConfig
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.encoders.video_vae import WAN_STRIDES, read_strides
 from megatron_flashi2v.models.spec import choose_kernels
@@ -54,7 +55,7 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
             are malformed.
     """
     paradigm = paradigm_of(model)
-    data = planned_data(config)
+    data = planned_data(config.data, config.encoding)
     for shape in data.latent_shapes:
         check_tokens(model, shape)
     if data.temporal_stride is not None:
@@ -84,17 +85,18 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         f"data: {replicas}" + (" with distributed optimizer" if parallel.use_distributed_optimizer else ""),
         f"microbatches: {num_microbatches(config, world_size)} of {config.batch.micro_batch_size}",
     ]
-    lines += ["", *held_by_ranks(config, model, data, replicas), "", *chosen_kernels(config, model)]
+    lines += ["", *held_by_ranks(parallel, model, data, replicas)]
+    lines += ["", *chosen_kernels(config.runtime, parallel, model, bf16=config.batch.bf16)]
     return "\n".join(lines) + "\n"
 
 
-def planned_data(config: TrainConfig) -> PlannedData:
+def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> PlannedData:
     """Of the prepared folders, or by the flags of online encoding; of the released models, before there are data."""
-    if config.data.online_encoding:
-        return _of_online_encoding(config)
+    if arguments.online_encoding:
+        return _of_online_encoding(encoding)
     infos = {}
     missing = []
-    for part in parse_blend(config.data.data_path) if config.data.data_path else ():
+    for part in parse_blend(arguments.data_path) if arguments.data_path else ():
         try:
             infos[part.folder] = PreparedDataset(part.folder).info
         except DataError:
@@ -108,14 +110,14 @@ def planned_data(config: TrainConfig) -> PlannedData:
     return PlannedData(shapes, next(iter(infos.values())).temporal_stride, source)
 
 
-def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, replicas: int) -> list[str]:
+def held_by_ranks(parallel: ParallelArguments, model: ModelConfig, data: PlannedData, replicas: int) -> list[str]:
     """What each rank holds, one entry for each place in the pipeline."""
-    tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     lines = [
         "# held by each rank",
         f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
     ]
-    for place, held in enumerate(planned_holdings(config.parallel, model, data.latent_shapes)):
+    for place, held in enumerate(planned_holdings(parallel, model, data.latent_shapes)):
         parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
         if held.stages[0].is_first:
             parts.insert(0, "embeddings")
@@ -128,17 +130,19 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, re
     return lines
 
 
-def chosen_kernels(config: TrainConfig, model: ModelConfig) -> list[str]:
+def chosen_kernels(
+    runtime: RuntimeArguments, parallel: ParallelArguments, model: ModelConfig, *, bf16: bool
+) -> list[str]:
     """Which implementation of every operator this machine would run, and why not a preferred one.
 
     A dry run may happen where the training's devices are not: then it says so.
     """
     try:
-        device = resolve_device(config.runtime.device)
+        device = resolve_device(runtime.device)
         kernels = choose_kernels(
-            device.torch_device, torch.bfloat16 if config.batch.bf16 else torch.float32, model,
-            config.runtime.attention_backend, ring=ring_degree(config.parallel) > 1,
-            tensor_parallel=config.parallel.tensor_model_parallel_size > 1,
+            device.torch_device, torch.bfloat16 if bf16 else torch.float32, model,
+            runtime.attention_backend, ring=ring_degree(parallel) > 1,
+            tensor_parallel=parallel.tensor_model_parallel_size > 1,
         )
     except ConfigError as error:
         return [f"# kernels: not those of the training, for on this machine: {error}"]
@@ -147,8 +151,8 @@ def chosen_kernels(config: TrainConfig, model: ModelConfig) -> list[str]:
             *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "") for operator, name, why_not in rows)]
 
 
-def _of_online_encoding(config: TrainConfig) -> PlannedData:
-    clip, vae, whose = config.encoding.clips.wanted, config.encoding.sources.vae, "the VAE of --vae"
+def _of_online_encoding(encoding: EncodingArguments) -> PlannedData:
+    clip, vae, whose = encoding.clips.wanted, encoding.sources.vae, "the VAE of --vae"
     if vae is not None and vae.exists():
         strides = read_strides(vae)
     else:

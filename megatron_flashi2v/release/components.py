@@ -16,7 +16,7 @@ from megatron_flashi2v.encoders.folders import read_model_config, require_files
 from megatron_flashi2v.runtime.files import read_json_object
 
 REFERENCES = "_component_sources"
-"""Key of ``model_index.json`` with what is loaded from elsewhere; diffusers ignores keys that begin with ``_``."""
+"""Key of ``model_index.json`` for components that lie elsewhere; diffusers ignores keys that begin with ``_``."""
 
 _FOLDER_ENDINGS = (".json", ".safetensors", ".model", ".txt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
@@ -30,7 +30,7 @@ class Component:
 
     Attributes:
         name: ``vae``, ``text_encoder`` or ``tokenizer``.
-        library: that its class is of.
+        library: of its class.
         class_name: its class.
         folder: where it lies; None for a Hub repository.
         reference: the folder's absolute path or the repository, as ``OWNER/NAME:SUBFOLDER``.
@@ -43,12 +43,12 @@ class Component:
     reference: str
 
     def files(self) -> list[Path]:
-        """What is copied: configurations, vocabularies and safetensors, never a pickle."""
+        """The files to copy: configurations, vocabularies and safetensors, never a pickle."""
         assert self.folder is not None
         return sorted(path for path in self.folder.iterdir() if path.is_file() and path.suffix in _FOLDER_ENDINGS)
 
     def nbytes(self) -> int:
-        """Bytes of the files that are copied."""
+        """Bytes of :meth:`files`."""
         return sum(path.stat().st_size for path in self.files())
 
     def copy(self, target: Path) -> None:
@@ -59,14 +59,14 @@ class Component:
 
 
 def find_component(name: str, place: str) -> Component:
-    """Look at what was given for one part.
+    """Recognise a part of a release in a folder, or name its Hub repository.
 
     Args:
         name: ``vae``, ``text_encoder`` or ``tokenizer``.
         place: a folder, or a Hub repository as ``OWNER/NAME:SUBFOLDER``.
 
     Raises:
-        ConfigError: it is neither, or the folder holds something else.
+        ConfigError: the place is neither, or the folder holds something else.
     """
     folder = Path(place)
     if not folder.is_dir():
@@ -120,7 +120,7 @@ _LOOK = {"vae": _look_at_vae, "text_encoder": _look_at_text_encoder, "tokenizer"
 def load_references(
     pipeline: Any, path: str | os.PathLike[str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """``options`` with the components that a release names elsewhere, loaded; one that is given already is kept.
+    """Add to ``options`` the components that a release names elsewhere, loaded; keep those that are given already.
 
     Args:
         pipeline: the class, whose ``load_config`` finds ``model_index.json``.

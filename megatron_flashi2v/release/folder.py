@@ -1,4 +1,4 @@
-"""A converted folder made a release: its frozen parts, the pipeline's defaults, and the model card."""
+"""Turn a converted folder into a release: frozen parts, the pipeline's defaults, and the model card."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def finish_release(
     copied: bool,
     source_format: str,
 ) -> None:
-    """Add to a folder of the format diffusers what makes it a release.
+    """Turn a folder of the format diffusers into a release.
 
     Args:
         folder: just written, not published yet.
-        weights: what was written into it.
-        components: its frozen parts; may be none, and are given to ``from_pretrained`` then.
-        copied: copy the parts that lie in folders; the others, and all without it, are named in ``model_index.json``.
-        source_format: format that the weights come from.
+        weights: the weights in it.
+        components: its frozen parts; without them, users give theirs to ``from_pretrained``.
+        copied: copy the parts that lie in folders; otherwise name them in ``model_index.json``, as Hub repositories
+            always are.
+        source_format: of the weights before the conversion.
     """
     index = read_json_object(folder / PIPELINE_NAME, error=CheckpointError)
     references: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""A small forward pass of a model on both sides of a conversion: equal weights must also compute the same."""
+"""Compare a small forward pass on both sides of a conversion: equal weights must also compute the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_flashi2v.sampling.load import velocity_of
 
 TOLERANCE = 1e-4
 MAX_BYTES = 2_000_000_000
-"""Of fp32 weights; of a larger model as many of the first blocks run as fit in."""
+"""Of fp32 weights; a larger model runs only as many of its first blocks as fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def compare_forward(source: Weights, written: Weights, folder: Path, target_form
     error = float((first - second).abs().max() / first.abs().max().clamp(min=1e-6))
     if not error <= TOLERANCE:
         raise CheckpointError(
-            f"{folder}: a forward pass of what was written ({where}) is {error:.1e} of its size away from one of "
+            f"{folder}: a forward pass of the written weights ({where}) is {error:.1e} of its size away from one of "
             f"{source.source}; at most {TOLERANCE:.0e} is allowed"
         )
     blocks = f"{config.num_layers} of {source.config.num_layers} blocks"

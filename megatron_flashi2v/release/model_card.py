@@ -37,7 +37,7 @@ def model_card(weights: Weights, source_format: str, references: Mapping[str, st
 
     Args:
         weights: their configuration and facts.
-        source_format: format that they come from.
+        source_format: of the weights before the conversion.
         references: components that lie elsewhere, by name.
     """
     config, facts = weights.config, weights.facts

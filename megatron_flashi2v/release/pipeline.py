@@ -63,9 +63,9 @@ class FlashI2VPipeline(DiffusionPipeline):
         image_conditioning: the image's way into it.
         vae: AutoencoderKLWan.
         scheduler: FlowMatchEulerDiscreteScheduler; its ``shift`` is the sampler's.
-        num_frames: default of a call; of the training data.
-        height: likewise.
-        width: likewise.
+        num_frames: default of a call, from the training data; so are the next two.
+        height: pixels.
+        width: pixels.
         fps: of the training data, for writing the frames to a file.
     """
 
@@ -148,7 +148,7 @@ class FlashI2VPipeline(DiffusionPipeline):
             image: PIL images or uint8 tensors ``[3, H, W]``; one serves all prompts. Cropped as in training.
             prompt: one serves all images.
             negative_prompt: guidance steers away from it; None takes the one of ``flashi2v sample``.
-            height: pixels; by default of the training data, as the next two.
+            height: pixels; None takes the training data's, here and for the next two.
             width: pixels.
             num_frames: video frames.
             num_inference_steps: steps of the scheduler.

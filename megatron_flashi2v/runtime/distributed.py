@@ -139,9 +139,10 @@ def shutdown(*, failed: bool = False, exit_code: int = 1) -> None:
 
     Args:
         failed: this rank stops because of an error, without waiting for others. With gloo and NCCL it drops its
-            connections, so that the other ranks' collectives fail at once instead of running into the timeout. With
-            HCCL it keeps the group, and the process will end without its other exit handlers; the launcher stops the
-            others (srun if started with ``--kill-on-bad-exit=1``).
+            connections, so that the other ranks' collectives fail at once instead of running into the timeout (with
+            gloo, once nothing holds the groups any longer, such as the error's traceback). With HCCL it keeps the
+            group, and the process will end without its other exit handlers; the launcher stops the others (srun if
+            started with ``--kill-on-bad-exit=1``).
         exit_code: of the failing process, with HCCL.
     """
     if not torch.distributed.is_initialized():

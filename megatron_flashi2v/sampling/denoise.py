@@ -51,7 +51,7 @@ def denoise(
 
     Args:
         velocity: the model.
-        noise_BCTHW: the state at the solver's first noise level; computed with in fp32 whatever its dtype.
+        noise_BCTHW: the state at the solver's first noise level, of any float dtype; the loop keeps it in fp32.
         conditions: the model's other inputs, on the device of the noise.
         solver: the noise levels, and the step from one to the next; solves once.
         guidance: makes the guided velocity of the plain one; None for the plain one.

@@ -81,7 +81,7 @@ class StripRow:
 
     Attributes:
         frames_THWC: uint8 frames.
-        label: what the row shows, drawn above it; empty for none.
+        label: title, drawn above the row; empty for none.
         captions: one short text per chosen frame, drawn above each; by default the frame's number.
     """
 

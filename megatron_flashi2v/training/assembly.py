@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import TrainConfig
-from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.announcement import announce
-from megatron_flashi2v.training.bad_samples import BadSampleLedger
-from megatron_flashi2v.training.batch import MICROBATCHES_AHEAD, MicrobatchSource
 from megatron_flashi2v.training.build import build_state, spec_of
+from megatron_flashi2v.training.checkpoints import RunCheckpoints
 from megatron_flashi2v.training.datasets import opened_data
 from megatron_flashi2v.training.interrupts import Interrupts, LongWork
+from megatron_flashi2v.training.reading import bad_sample_ledger, training_source
+from megatron_flashi2v.training.run_folder import choose_start
 from megatron_flashi2v.training.run_state import provenance_of
 from megatron_flashi2v.training.saver import CheckpointSaver
-from megatron_flashi2v.training.state import TrainState
 from megatron_flashi2v.training.step import TrainingStep
 from megatron_flashi2v.training.trainer import Trainer
 from megatron_flashi2v.training.watching.observer import Observer, Observers
 from megatron_flashi2v.training.watching.standard import figure_observers, recording_observers
 from megatron_flashi2v.training.watching.stragglers import ReplicaClock
 from megatron_flashi2v.training.watching.writers import require_packages
-
-logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -47,11 +41,9 @@ def open_trainer(
     hang_watch: HangWatch | None = None,
     observers: Sequence[Observer] = (),
 ) -> Iterator[Trainer]:
-    """Open the data, build or resume this rank's part of a run, and announce it.
+    """Open the data, build or resume this rank's part of a run, and announce it; on the way out, close all of it.
 
-    On the way out observers and data are closed.
-
-    It lives inside :func:`~megatron_flashi2v.parallel.world.world`. All ranks call it.
+    All ranks enter it together, inside :func:`~megatron_flashi2v.parallel.world.world`.
 
     Args:
         config: flags and recipe, checked by ``config.rules.check_train``.
@@ -72,11 +64,12 @@ def open_trainer(
     with opened_data(config, model, groups, device.torch_device) as data:
         peers = Peers(launch.rank, launch.world_size)
         hang_watch.enter("verifying the checkpoint", SLOW)
-        resumed = checkpoint_to_resume(config.checkpoint.load, peers)
+        start = choose_start(config, peers)
+        provenance = provenance_of(config, data.training, launch, started_from=start.started_from)
+        start.require_same_run(data.model, provenance)
         clock = ReplicaClock(device)
         state = build_state(
-            config, spec_of(config, data.model, groups, device), resumed, provenance_of(config, data.training, launch),
-            hang_watch, clock.meet,
+            config, spec_of(config, data.model, groups, device), start.checkpoint, provenance, hang_watch, clock.meet
         )
         data.training.require_whole_batches(state.consumed_samples)
         step = TrainingStep(
@@ -92,44 +85,11 @@ def open_trainer(
             *recording_observers(config, state, step, data.validation, device, begin_part),
         ])
         with contextlib.closing(watching):
-            announce(config, state.stages, data.training, launch, device, num_microbatches=step.num_microbatches,
-                     starts_anew=not state.iteration)
+            announce(config, state.stages, data.training, launch, device, num_microbatches=step.num_microbatches)
+            saver = CheckpointSaver(config.checkpoint, data.model, peers, device)
             yield Trainer(
                 state=state, step=step, source=source, bad_samples=bad_sample_ledger(config, state, source),
-                observers=watching, saver=CheckpointSaver(config.checkpoint, data.model, peers, device),
-                interrupts=interrupts, hang_watch=hang_watch, checkpoints=config.checkpoint,
-                train_iters=config.batch.train_iters, device=device,
+                observers=watching, checkpoints=RunCheckpoints(config.checkpoint, state, saver, hang_watch),
+                saver=saver, interrupts=interrupts, hang_watch=hang_watch, device=device,
+                train_iters=config.batch.train_iters, exit_interval=config.checkpoint.exit_interval,
             )
-
-
-def checkpoint_to_resume(load: Path | None, peers: Peers) -> Path | None:
-    """The newest good checkpoint in ``--load``, or the ``iter_*`` folder that it is; None starts anew.
-
-    Raises:
-        CheckpointError: the ``iter_*`` folder is damaged.
-    """
-    found = None if load is None else find_checkpoint(load, peers=peers)
-    if found is None and load is not None:
-        logger.info("%s holds no checkpoint: starting anew", load)
-    return found
-
-
-def training_source(config: TrainConfig, data: Blend, state: TrainState, step: TrainingStep) -> MicrobatchSource:
-    """Reads this replica's samples, up to the run's end or the exit that --exit-interval asks for."""
-    groups, last, interval = state.spec.groups, config.batch.train_iters, config.checkpoint.exit_interval
-    if interval is not None:
-        last = min(last, (state.iteration // interval + 1) * interval)
-    return MicrobatchSource(
-        data, state.spec.config, config.data, config.batch, dp_rank=groups.dp.rank(), dp_size=groups.dp.size(),
-        device=state.spec.device, shapes_only=step.reading_stage is None,
-        ahead=step.num_microbatches if data.encodes_together else MICROBATCHES_AHEAD,
-        end=state.consumed_samples + (last - state.iteration) * step.samples,
-    )
-
-
-def bad_sample_ledger(config: TrainConfig, state: TrainState, source: MicrobatchSource) -> BadSampleLedger:
-    """Records the samples that cannot be used, which all ranks agree on; collective."""
-    return BadSampleLedger(
-        config.checkpoint.save, config.data.max_bad_samples, consumed=state.consumed_samples, replica=source.dp_rank,
-        reads=not source.shapes_only,
-    )

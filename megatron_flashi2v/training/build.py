@@ -10,7 +10,6 @@ from megatron_flashi2v.config.layout import virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
-from megatron_flashi2v.models.backend import Backend
 from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.initialization import initialize_weights
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
@@ -46,9 +45,7 @@ def spec_of(config: TrainConfig, model: ModelConfig, groups: Groups, device: Dev
         model, groups, device.torch_device, bf16=config.batch.bf16,
         fp32_residual_connection=config.batch.fp32_residual_connection,
         attention_backend=runtime.attention_backend, virtual_stages=virtual_stages(config.parallel),
-        backend=Backend(
-            transformer_impl=runtime.transformer_impl, fp8_format=runtime.fp8_format, fp8_recipe=runtime.fp8_recipe
-        ),
+        backend=runtime.backend,
     )
 
 

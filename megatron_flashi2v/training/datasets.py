@@ -1,4 +1,4 @@
-"""The data that a run's flags name, opened and checked."""
+"""The data of a run, opened and checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.rules import check_tokens
-from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.train import BatchArguments, DataArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend, SampleSource, require_same_kind
 from megatron_flashi2v.data.online import OnlineDataset, Replica
 from megatron_flashi2v.data.prepared import PreparedDataset
@@ -58,53 +58,62 @@ def opened_data(config: TrainConfig, model: ModelConfig, groups: Groups, device:
         UserError: data are missing, damaged, or do not fit the model or one another.
     """
     with contextlib.ExitStack() as opened:
-        training, validation = open_data(config, model, device), None
+        encoding = EncodingConfig(
+            arguments=config.encoding, text_length=model.text_length, seed=config.batch.seed
+        )
+        training, validation = open_data(config.data, config.batch, encoding, device), None
         opened.callback(training.close)
         model = fit_model_to_data(model, training)
         if config.watch.valid_data_path:
-            validation = open_validation_data(config, training, VALIDATION_SEED)
+            validation = open_validation_data(
+                config.watch.valid_data_path, training, batch=config.batch.global_batch_size, seed=VALIDATION_SEED
+            )
             opened.callback(validation.close)
             fit_model_to_data(model, validation)
         share_encoding(training, groups, config.parallel.distributed_timeout_minutes)
         yield RunData(training=training, validation=validation, model=model)
 
 
-def open_data(config: TrainConfig, model: ModelConfig, device: torch.device) -> Blend:
+def open_data(data: DataArguments, batch: BatchArguments, encoding: EncodingConfig, device: torch.device) -> Blend:
     """Open the prepared data sets of ``--data-path``, or the annotations of ``--online-encoding``.
 
     Args:
-        config: flags and recipe, checked.
-        model: its text length is that of online encoding.
-        device: where online encoding's encoders run.
+        data: names the data; checked.
+        batch: global batch and seed.
+        encoding: of ``--online-encoding``, ignored without it.
+        device: where the encoders of online encoding run.
 
     Raises:
         ConfigError: no path was given, or the data sets do not belong together.
         DataError: one is missing, damaged or empty.
     """
     datasets: list[SampleSource]
-    if config.data.online_encoding:
-        datasets, weights = [_open_online(config, model, device)], [1.0]
+    if data.online_encoding:
+        memory_bytes = data.encoding_cache_mib * 2**20
+        datasets = [OnlineDataset(encoding, device, memory_bytes=memory_bytes, cache=data.encoding_cache)]
+        weights = [1.0]
     else:
-        datasets, weights = _open_prepared(config.data.data_path, "--data-path")
-    return Blend(datasets, weights, batch=config.batch.global_batch_size, seed=config.batch.seed)
+        datasets, weights = _open_prepared(data.data_path, "--data-path")
+    return Blend(datasets, weights, batch=batch.global_batch_size, seed=batch.seed)
 
 
-def open_validation_data(config: TrainConfig, training: Blend, seed: int) -> Blend:
+def open_validation_data(data_path: Sequence[str], training: Blend, *, batch: int, seed: int) -> Blend:
     """Open the prepared data sets of ``--valid-data-path``.
 
     Args:
-        config: flags and recipe, checked.
-        training: what the run trains on.
+        data_path: the flag's value.
+        training: data that the run trains on.
+        batch: samples of a global batch.
         seed: of the order in which samples are taken.
 
     Raises:
         ConfigError: a data set does not belong to the training's.
         DataError: one is missing, damaged or empty.
     """
-    datasets, weights = _open_prepared(config.watch.valid_data_path, "--valid-data-path")
+    datasets, weights = _open_prepared(data_path, "--valid-data-path")
     for dataset in datasets:
         require_same_kind(dataset, training.datasets[0])
-    return Blend(datasets, weights, batch=config.batch.global_batch_size, seed=seed)
+    return Blend(datasets, weights, batch=batch, seed=seed)
 
 
 def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
@@ -172,13 +181,3 @@ def _open_prepared(data_path: Sequence[str], flag: str) -> tuple[list[SampleSour
             raise DataError(f"{flag} {part.folder} holds no samples; prepare it again")
         datasets.append(dataset)
     return datasets, [part.weight for part in parts]
-
-
-def _open_online(config: TrainConfig, model: ModelConfig, device: torch.device) -> OnlineDataset:
-    encoding = EncodingConfig(arguments=config.encoding, text_length=model.text_length, seed=config.batch.seed)
-    return OnlineDataset(
-        encoding,
-        device,
-        memory_bytes=config.data.encoding_cache_mib * 2**20,
-        cache=config.data.encoding_cache,
-    )

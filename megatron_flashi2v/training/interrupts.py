@@ -16,12 +16,14 @@ from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What clusters send before they take a machine away: SIGTERM on preemption, SIGUSR1 by ``sbatch --signal``."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""SIGTERM on preemption, SIGUSR1 by ``sbatch --signal``, SIGINT by Ctrl-C: ask for a checkpoint and the end."""
 
 
 class Interrupts:
     """Collects what asks this rank to stop; within the context signals do not end the process, but are remembered.
+
+    A second Ctrl-C ends it at once.
 
     One rank's reason is enough: ranks exchange :meth:`counts` with the loss of each iteration, and decide by the sums.
 
@@ -60,6 +62,8 @@ class Interrupts:
             raise SystemExit(128 + signal.SIGTERM) from error
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in self._received:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for a checkpoint
         self._received.add(number)
 
     def counts(self) -> tuple[int, ...]:

@@ -64,7 +64,9 @@ def train(config: TrainConfig, observers: Sequence[Observer] = ()) -> TrainResul
     paradigm_of(model)  # refuses an unknown --conditioning
     with logging_to_stderr(launch.rank), entered_run(config, model, launch, observers) as trainer:
         row = trainer.train()
-        return TrainResult(iteration=trainer.state.iteration, metrics=row, checkpoint=trainer.checkpoint)
+        return TrainResult(
+            iteration=trainer.state.iteration, metrics=row, checkpoint=trainer.checkpoints.published
+        )
 
 
 @contextlib.contextmanager

@@ -1,20 +1,28 @@
-"""What a checkpoint's ``state.json`` says of the run, besides the optimizer's and the clipper's state."""
+"""The checkpoint that a run goes on from, and what its ``state.json`` says besides the trained state."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_state
-from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.config.recipe import flat_values
+from megatron_flashi2v.config.train import BatchArguments, ParallelArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.runtime.provenance import source_commit
 from megatron_flashi2v.version import __version__
+
+SETTINGS_OF_A_START = frozenset({
+    "save", "load", "fresh", "override_opt_param_scheduler", "exit_interval", "exit_duration_minutes",
+    "exit_code_when_unfinished", "dry_run", "world_size", "log_interval", "load_weights", "load_weights_kind",
+})
+"""Flags of one start of a run; a resumed run may have others without a word."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +36,9 @@ class Provenance:
         data_name: of the data, for messages.
         data: count, fingerprint and sizes of the samples.
         layout: see :func:`layout_of`.
+        config: the flags by their names.
+        started_from: folder that ``--load`` named when the run began; None for one that began anew.
+        overrides_schedule: whether the run may change the schedule that it resumes.
         commit: of the source, where it is known; rank 0's.
     """
 
@@ -35,16 +46,22 @@ class Provenance:
     data_name: str
     data: dict[str, Any]
     layout: dict[str, Any]
+    config: dict[str, Any]
+    started_from: str | None
+    overrides_schedule: bool
     commit: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Entries of state.json."""
         return {
-            "version": __version__, "seed": self.seed, "data": self.data, "layout": self.layout, "commit": self.commit,
+            "version": __version__, "seed": self.seed, "data": self.data, "layout": self.layout, "config": self.config,
+            "started_from": self.started_from, "commit": self.commit,
         }
 
 
-def provenance_of(config: TrainConfig, data: Blend, launch: LaunchEnvironment) -> Provenance:
+def provenance_of(
+    config: TrainConfig, data: Blend, launch: LaunchEnvironment, *, started_from: str | None
+) -> Provenance:
     """The provenance of the run that these flags make of these data."""
     info = data.info
     return Provenance(
@@ -52,21 +69,44 @@ def provenance_of(config: TrainConfig, data: Blend, launch: LaunchEnvironment) -
         data_name=data.name,
         data={"samples": len(data), "fingerprint": data.fingerprint, "frames": info.frames, "height": info.height,
               "width": info.width, "fps": info.fps},
-        layout=layout_of(config, launch.world_size),
+        layout=layout_of(config.batch, config.parallel, launch.world_size),
+        config=flat_values(config),
+        started_from=started_from,
+        overrides_schedule=config.checkpoint.override_opt_param_scheduler,
         commit=source_commit() if launch.rank == 0 else None,
     )
 
 
-def warn_of_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None:
-    """Say so where a run goes on with another seed or other data than the checkpoint's.
+def settle_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None:
+    """List once what a run changes in the one that it resumes; refuse to bend the schedule under way unasked.
 
     Args:
         folder: the checkpoint.
         state: its :func:`load_training_state`.
         now: of the run that resumes.
+
+    Raises:
+        ConfigError: the schedule of learning rate, weight decay or batch differs, without
+            ``--override-opt-param-scheduler``.
     """
     if not state["iteration"]:  # converted weights know no run
         return
+    before = state.get("config", {})  # version 0.1 did not record it
+    changed = {
+        name: (before[name], value) for name, value in now.config.items()
+        if name not in SETTINGS_OF_A_START and name in before and before[name] != value
+    }
+    if changed:
+        logger.warning("settings that differ from those of %s:\n%s", folder, _table(changed), extra=AGREED)
+    bent = [name for name in changed if name in _schedule_fields(before, now.config)]
+    if bent and not now.overrides_schedule:
+        flags = ", ".join(
+            f"--{name.replace('_', '-')} is {changed[name][1]} and was {changed[name][0]}" for name in bent
+        )
+        raise ConfigError(
+            f"{flags} in {folder}, which changes the schedule under way; give the old values, or "
+            "--override-opt-param-scheduler to go on with the new ones"
+        )
     if state["seed"] != now.seed:
         logger.warning("--seed is %d, but %s was trained with %d: draws and the order of samples change", now.seed,
                        folder, state["seed"], extra=AGREED)
@@ -74,16 +114,31 @@ def warn_of_changes(folder: Path, state: dict[str, Any], now: Provenance) -> Non
         logger.warning("%s was trained on other data than %s", folder, now.data_name, extra=AGREED)
 
 
-def layout_of(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """How the model and the batch were divided, and in what precision, for the record."""
-    parallel = config.parallel
+def _schedule_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """Flags that decide how learning rate, weight decay and batch go on."""
+    fields = {"lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "global_batch_size"}
+    if {before.get("lr_decay_style"), now["lr_decay_style"]} != {"constant"}:
+        fields |= {"min_lr", "lr_decay_iters"}
+        if before.get("lr_decay_iters") is None or now["lr_decay_iters"] is None:
+            fields.add("train_iters")  # the decay's length by default
+    return fields
+
+
+def _table(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    rows = [("setting", "there", "here"), *((name, str(old), str(new)) for name, (old, new) in changed.items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"  {name:<{widths[0]}}  {old:<{widths[1]}}  {new}" for name, old, new in rows)
+
+
+def layout_of(batch: BatchArguments, parallel: ParallelArguments, world_size: int) -> dict[str, Any]:
+    """Layout of the model and the batch, and their precision, for the record."""
     return {
         "processes": world_size,
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,
         "context": parallel.context_parallel_size,
-        "global_batch_size": config.batch.global_batch_size,
-        "precision": "bf16" if config.batch.bf16 else "fp32",
+        "global_batch_size": batch.global_batch_size,
+        "precision": "bf16" if batch.bf16 else "fp32",
     }
 
 

@@ -23,7 +23,7 @@ from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.clipping import Clipper
 from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
-from megatron_flashi2v.training.run_state import Provenance, load_training_state, warn_of_changes
+from megatron_flashi2v.training.run_state import Provenance, load_training_state, settle_changes
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -74,6 +74,10 @@ class TrainState:
         """Global names and parameters of all of this rank's stages."""
         return named_parameters(self.stages)
 
+    def is_multiple_of(self, interval: int | None) -> bool:
+        """Whether the present iteration is a multiple of an interval, if there is one."""
+        return interval is not None and self.iteration % interval == 0
+
     def advance(self, samples: int) -> None:
         """Another iteration, of so many samples, is done: its update was applied or skipped."""
         self.scheduler.step(increment=1)
@@ -112,6 +116,7 @@ class TrainState:
         """
         require_same_model(load_model_config(folder), self.spec.config, folder)
         state = load_training_state(folder)
+        settle_changes(folder, state, self.provenance)
         parameters = self.named_parameters()
         load_parameters(folder, parameters, self.grid)
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
@@ -125,7 +130,6 @@ class TrainState:
             logger.warning("%s holds a moving average of the weights, which ends here: there is no --ema-decay", folder,
                            extra=AGREED)
         self.scheduler.step(increment=self.iteration)
-        warn_of_changes(folder, state, self.provenance)
         logger.info("resumed from %s at iteration %d", folder, self.iteration)
 
     def _resume_clipper(self, state: dict[str, Any] | None, folder: Path) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-from megatron_flashi2v.checkpoint.folders import iteration_folder
 from megatron_flashi2v.config.errors import DataError, DivergenceError
-from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
-from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.bad_samples import BadSampleLedger
 from megatron_flashi2v.training.batch import MicrobatchSource
+from megatron_flashi2v.training.checkpoints import RunCheckpoints
 from megatron_flashi2v.training.interrupts import Interrupts
 from megatron_flashi2v.training.metrics import IterationMetrics
 from megatron_flashi2v.training.saver import CheckpointSaver
@@ -35,14 +32,13 @@ class Trainer:
         source: reads this replica's samples.
         bad_samples: those that could not be used.
         observers: look at the run.
-        saver: writes checkpoints.
+        checkpoints: save the state when it is due.
+        saver: writes them, at once or beside training.
         interrupts: ask this rank to leave.
         hang_watch: enters a phase for each part of an iteration.
-        checkpoints: when to save and to leave.
-        train_iters: the run's length.
         device: what this rank runs on.
-        save_is_due: whether --save-interval has asked for a checkpoint that is not written yet.
-        saved_at: iteration that was saved last.
+        train_iters: the run's length.
+        exit_interval: iterations after whose multiples the run leaves; None runs on.
     """
 
     state: TrainState
@@ -50,14 +46,13 @@ class Trainer:
     source: MicrobatchSource
     bad_samples: BadSampleLedger
     observers: Observer
+    checkpoints: RunCheckpoints
     saver: CheckpointSaver
     interrupts: Interrupts
     hang_watch: HangWatch
-    checkpoints: CheckpointArguments
-    train_iters: int
     device: Device
-    save_is_due: bool = field(default=False, init=False)
-    saved_at: int | None = field(default=None, init=False)
+    train_iters: int
+    exit_interval: int | None
 
     def train(self) -> Row | None:
         """Run to ``train_iters``, or until it is time to leave; the last iteration is always saved.
@@ -95,17 +90,17 @@ class Trainer:
             self.observers.after_iteration(row)
             self.saver.reserve(state.pieces)
             stop = self.interrupts.agreed
-            if stop is None and self.is_due(self.checkpoints.exit_interval):
+            if stop is None and state.is_multiple_of(self.exit_interval):
                 stop = "--exit-interval asks for it"
-            self.save_if_due(last=stop is not None or state.iteration == self.train_iters)
+            self.checkpoints.save_if_due(last=stop is not None or state.iteration == self.train_iters)
             if stop is None:
                 self.observers.between_iterations(state)
                 stop = self.interrupts.agreed
                 if stop is not None:
-                    self.save_if_due(last=True)
+                    self.checkpoints.save_if_due(last=True)
         if stop is not None:
             self.saver.finish()
-            logger.info("leaving at iteration %d: %s", state.iteration, stop)
+            logger.info("leaving at iteration %d: %s%s", state.iteration, stop, self.checkpoints.way_back())
         return row
 
     def run_iteration(self) -> Row:
@@ -146,13 +141,6 @@ class Trainer:
             step_time_s=seconds, loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma, skipped=skipped,
         ).to_row()
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The present iteration's checkpoint, if it is published."""
-        save = self.checkpoints.save
-        folder = None if save is None else save / iteration_folder(self.state.iteration)
-        return folder if folder is not None and folder.exists() else None
-
     def counts(self) -> dict[str, tuple[int, ...]]:
         """This rank's numbers that are summed over all ranks with the loss, once its microbatches were read."""
         return {
@@ -161,35 +149,3 @@ class Trainer:
             **self.observers.counts(),
             "interrupts": self.interrupts.counts(),
         }
-
-    def is_due(self, interval: int | None) -> bool:
-        """Whether the present iteration is a multiple of an interval that was set."""
-        return interval is not None and self.state.iteration % interval == 0
-
-    def save_if_due(self, *, last: bool) -> None:
-        """Save where --save-interval or the end of the run asks for it, and the present iteration is not saved yet.
-
-        Raises:
-            StorageError: as for :meth:`save`.
-        """
-        self.save_is_due = self.save_is_due or self.is_due(self.checkpoints.save_interval)
-        # Skipped updates may mean spoiled weights: then the newest checkpoint stays the good one.
-        due = last or (self.save_is_due and not self.state.guard.streak)
-        if due and self.checkpoints.save is not None and self.saved_at != self.state.iteration:
-            self.save(last=last)
-
-    def save(self, *, last: bool) -> None:
-        """Write a checkpoint of the present iteration, or begin to, if it is not the run's last and --async-save is on.
-
-        Raises:
-            StorageError: on all ranks: a disk is full or refuses, and it is the last; one in between costs a warning.
-        """
-        state, streak = self.state, self.state.guard.streak
-        self.hang_watch.enter(f"saving iteration {state.iteration}", SLOW)
-        state.gather_weights()
-        if streak:
-            logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
-                           streak, state.iteration - streak, extra=AGREED)
-        # Weights that may be spoiled must not cost older ones.
-        self.saver.save(state.iteration, state.pieces(), state.to_json(), last=last, delete_older=not streak)
-        self.save_is_due, self.saved_at = False, state.iteration

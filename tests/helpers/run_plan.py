@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from helpers.planted_bugs import planted_bug
 from helpers.planted_faults import planted_fault
-from megatron_flashi2v.checkpoint.index import write_index
+from megatron_flashi2v.checkpoint.index import index_text, parse_index, write_index
 from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import merge_parts, write_rank_file
@@ -73,9 +73,10 @@ def write_gradients(state: TrainState, folder: Path) -> None:
         )
     ]
     peers = Peers(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    parts = peers.gather(write_rank_file(folder, pieces, rank=peers.rank, world_size=peers.world_size))
+    part = write_rank_file(folder, pieces, rank=peers.rank, world_size=peers.world_size)
+    parts = peers.collect(index_text(part).encode())
     if peers.rank == 0:
-        write_index(folder, merge_parts(parts))
+        write_index(folder, merge_parts([parse_index(text.decode(), folder) for text in parts]))
 
 
 def digests(state: TrainState, tensor_of) -> dict[str, str]:
@@ -124,7 +125,7 @@ def run_layout(layout: Layout, launch, device, planted: list[Observer]) -> None:
         open_trainer(config, model, groups, launch, device, observers=[*planted, kept]) as trainer,
     ):
         if layout.saves_again:
-            trainer.save(last=True)
+            trainer.checkpoints.save(last=True)
             return
         save, rank = config.checkpoint.save, launch.rank
         noted = noted_samples(save / f"samples-{rank}.jsonl")

@@ -79,7 +79,7 @@ def test_trains_resumes_exports_and_samples(train: Train, parts: Path, tmp_path:
     export, back, latents = tmp_path / "export", tmp_path / "back", tmp_path / "latents.safetensors"
     assert command("convert", "--verify", "--from", "megatron", straight, "--to", "diffusers", export, **encoders) == 0
     stored = load_file(export / "image_conditioning" / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(stored.pop("conditioning.gain"), trained["model.conditioning.gain"]) and not stored
+    assert torch.equal(stored.pop("gained_image.gain"), trained["model.conditioning.gain"]) and not stored
     assert "Image-to-video model (gained_image)" in (export / "README.md").read_text()
     assert command("convert", "--from", "diffusers", export, "--to", "megatron", back) == 0
 
@@ -93,7 +93,7 @@ def test_trains_resumes_exports_and_samples(train: Train, parts: Path, tmp_path:
     assert found.shape == (1, *LATENT_SHAPE)
     torch.testing.assert_close(found, load_file(latents)["latents_BCTHW"], atol=1e-4, rtol=0)
     with torch.no_grad():  # the gain does something
-        pipeline.image_conditioning.get_parameter("conditioning.gain").zero_()
+        pipeline.image_conditioning.get_parameter("gained_image.gain").zero_()
     other = pipeline(image=picture, **settings, generator=seed).frames
     assert (other - found).abs().max() > 1e-2
 

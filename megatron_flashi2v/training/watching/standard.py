@@ -39,7 +39,7 @@ def figure_observers(
     """
     watch, spec = config.watch, state.spec
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    fp8 = config.runtime.fp8_format is not None
+    fp8 = config.runtime.backend.fp8_format is not None
     found: list[Observer] = [
         Profiling(watch, config.checkpoint.save, device, rank),
         ThroughputWatch(ThroughputMeter(config.batch, spec.config, device, world_size, fp8=fp8), source, spec.groups),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from megatron_flashi2v.checkpoint.key_table import COLUMNS, mappings, parameter_count, parameter_shapes
+from megatron_flashi2v.checkpoint.key_table import EXTERNAL_COLUMNS, mappings, parameter_count, parameter_shapes
 from megatron_flashi2v.config.model import ModelConfig
 
 # Sizes that are all different, with an odd number of heads, so that no two dimensions can be confused.
@@ -73,7 +73,7 @@ def test_diffusers_names_and_shapes_are_those_of_the_real_model() -> None:
     assert mapped == expected
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", EXTERNAL_COLUMNS)
 def test_every_tensor_maps_once_and_back_bit_for_bit(column: str) -> None:
     config = T2V if column == "diffusers" else ODD
     generator = torch.Generator().manual_seed(0)

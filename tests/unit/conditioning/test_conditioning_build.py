@@ -10,8 +10,15 @@ import pytest
 import torch
 from helpers.paradigms import PARADIGMS
 
-from megatron_flashi2v.conditioning.build import build_conditioning, paradigm_named, read_model_config, register
-from megatron_flashi2v.conditioning.interface import ImageConditioning, stack_extras
+from megatron_flashi2v.conditioning import build
+from megatron_flashi2v.conditioning.build import (
+    build_conditioning,
+    paradigm_named,
+    read_model_config,
+    recognise,
+    register,
+)
+from megatron_flashi2v.conditioning.interface import ForeignModel, ImageConditioning, stack_extras
 from megatron_flashi2v.conditioning.text_to_video import TextToVideo
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
@@ -89,3 +96,29 @@ def test_own_tensors_are_the_modules_parameters(name: str) -> None:
     found = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
     assert found == [(name, tensor.shape) for name, tensor in module.own_tensors(config).items()]
     assert not list(module.buffers())  # a checkpoint holds parameters alone
+
+
+def test_weights_without_a_configuration_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fields(channels: int, column: str = "wan", **shapes: tuple[int, ...]) -> dict[str, object] | None:
+        return recognise(ForeignModel(
+            latent_channels=16, input_channels=channels, column=column,
+            shape_of=lambda name, dimensions: shapes.get(name.replace(".", "_")),
+        ))  # fmt: skip
+
+    assert fields(16) == {"conditioning": "text_to_video"} and fields(32) is None
+    assert fields(36) == {"conditioning": "inpainting", "mask_channels": 4}
+    phi = {"conditioning": "flashi2v", "phi_hidden_channels": 64, "phi_kernel_size": (1, 3, 3)}
+    assert fields(16, learnable_proj_proj_0_weight=(64, 16, 1, 3, 3)) == phi
+    assert fields(16, "flashi2v_npu", learnable_proj_0_weight=(64, 16, 1, 3, 3)) == phi
+
+    class Doubled(TextToVideo):
+        name = "doubled"
+
+        @classmethod
+        def recognise(cls, foreign: ForeignModel) -> dict[str, object] | None:
+            return {} if foreign.input_channels in (16, 32) else None
+
+    monkeypatch.setattr(build, "_registered", dict(build._registered))
+    register(Doubled)
+    assert fields(32) == fields(16) == {"conditioning": "doubled"}  # asked before the built-in ones
+    assert fields(36) == {"conditioning": "inpainting", "mask_channels": 4}

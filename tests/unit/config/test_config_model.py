@@ -24,9 +24,9 @@ def test_round_trip(name: str) -> None:
     ({"phi_kernel_size": [2, 3, 3]}, "odd"),
     ({"phi_kernel_size": 3}, "phi_kernel_size is 3; it must be three"),
     ({"patch_size": [2, 2]}, r"patch_size is \(2, 2\); it must be three"),
-    ({"patch_size": [1, "2", 2]}, r"patch_size is \(1, '2', 2\)"),
+    ({"patch_size": [1, "2", 2]}, "patch_size is '2'; it must be a whole number"),
     ({"hidden_size": "192"}, "hidden_size is '192'"),
-    ({"conditioning": "magic"}, "conditioning is 'magic'"),
+    ({"conditioning": 3}, "conditioning is 3"),
 ])
 def test_refused(change: dict, word: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model_config\.json: .*{word}"):

@@ -123,6 +123,19 @@ def test_weights_that_do_not_suit_are_refused(tmp_path: Path) -> None:
         open_initial_weights(run, dataclasses.replace(SMALL, conditioning="inpainting"), "ema")
 
 
+def test_only_the_paradigms_own_fields_must_agree(tmp_path: Path) -> None:
+    """phi's kernel and the mask's channels mean nothing to a text-to-video model."""
+    other = {"phi_kernel_size": (3, 3, 3), "mask_channels": 2}
+    for name in ("text_to_video", "flashi2v", "inpainting"):
+        checkpoint(tmp_path / name, dataclasses.replace(SMALL, conditioning=name, **other))
+    run, model = ("megatron", tmp_path / "text_to_video"), dataclasses.replace(SMALL, conditioning="text_to_video")
+    assert not open_initial_weights(run, model).missing
+    for name, field, stays in (("flashi2v", "phi_kernel_size", "mask"), ("inpainting", "mask_channels", "phi")):
+        with pytest.raises(UserError, match=f"{field} is .* in the checkpoint") as caught:
+            open_initial_weights(("megatron", tmp_path / name), dataclasses.replace(SMALL, conditioning=name))
+        assert f"{stays}_" not in str(caught.value)
+
+
 def test_what_a_file_does_not_tell_is_as_in_the_run(tmp_path: Path) -> None:
     """Heads of six channels; and phi's order, which only matters where its kernel spans time."""
     checkpoint(tmp_path / "run", ODD)

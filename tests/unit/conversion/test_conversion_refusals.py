@@ -185,7 +185,7 @@ def test_verify_runs_a_forward_pass_on_both_sides(
     wrong = {"num_attention_heads": 5, "attention_head_dim": 6}
     monkeypatch.setattr(forward_check, "_settings", lambda *of: {**settings(*of), **wrong})
     assert main([*run, "diffusers", str(tmp_path / "out")]) == 1
-    assert "a forward pass of what was written (diffusers' WanTransformer3DModel) is" in capsys.readouterr().err
+    assert "a forward pass of the written weights (diffusers' WanTransformer3DModel) is" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     # Of a model that is too large only some blocks run.
     monkeypatch.setattr(forward_check, "MAX_BYTES", 100_000)

@@ -79,8 +79,8 @@ def test_facts_are_read_from_the_file(folder: Path) -> None:
     settings = FilterSettings(num_frames=9, height=32, width=48, fps=8.0, min_pixels=10_000)
     result = load(folder, settings=settings, **small)
     assert isinstance(result, Drop) and result.reason == "res_too_small" and "48 * 64" in result.detail
-    too_small = FilterSettings(num_frames=5, height=32, width=48, min_pixels=9999)
-    assert reason(folder, settings=too_small) == "res_too_small"
+    large = FilterSettings(num_frames=5, height=32, width=48, min_pixels=9999)
+    assert reason(folder, settings=large) == "res_too_small"
     too_long = FilterSettings(num_frames=5, height=32, width=48, fps=8.0, min_pixels=0)
     assert reason(folder, settings=too_long) == "too_long"
 

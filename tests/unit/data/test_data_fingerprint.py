@@ -35,6 +35,7 @@ def config_of(folder: Path, **changes: Any) -> EncodingConfig:
         values[name].mkdir(exist_ok=True)
         (values[name] / "config.json").write_text(name)
     values |= {"height": 48, "width": 80, "num_frames": 9, "fps": 12.0, "min_aspect": 0.2, "text_length": 32, "seed": 7}
+    values |= fingerprint.LATER_FIELDS  # at what earlier versions did
     return from_values(EncodingConfig, values | changes)
 
 
@@ -55,6 +56,7 @@ def test_a_later_field_counts_once_it_changes_samples(tmp_path: Path, monkeypatc
     monkeypatch.setitem(fingerprint.LATER_FIELDS, "interpolation", "bicubic")
     assert "interpolation" not in data_settings(config_of(tmp_path), [], [])
     assert data_settings(config_of(tmp_path, interpolation="bilinear"), [], [])["interpolation"] == "bilinear"
+    assert data_settings(config_of(tmp_path, frame_picking="time"), [], [])["frame_picking"] == "time"
 
 
 def test_a_path_that_is_missing_is_named(tmp_path: Path) -> None:

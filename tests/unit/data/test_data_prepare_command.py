@@ -16,7 +16,6 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
 from megatron_flashi2v.config.recipe import from_values
 from megatron_flashi2v.data.prepared import PreparedDataset
-from megatron_flashi2v.runtime import logging
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_recipe_and_flags(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging, "setup_logging", lambda *_, **__: None)  # its handlers would outlive the test
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     flags = ["--config", f"{world}/recipe.yaml", "--annotations", f"{world}/meta.json", "--output", f"{tmp_path}/out"]
@@ -87,7 +85,7 @@ def test_help_and_bad_flags_answer_without_torch() -> None:
         ({"height": 0}, "--height is 0"),
         ({"fps": 0.0}, "--fps is 0.0; it must be above 0"),
         ({"fps": float("nan")}, "--fps is nan"),
-        ({"min_aspect": 2.0, "max_aspect": 1.0}, "--max-aspect is 1.0; it must be at least min_aspect 2"),
+        ({"min_aspect": 2.0, "max_aspect": 1.0}, "--max-aspect is 1.0; it must be at least --min-aspect 2"),
         ({"min_pixels": -1}, "--min-pixels is -1"),
         ({"too_long_factor": 0.5}, "--too-long-factor is 0.5"),
         ({"min_motion": 0.6, "max_motion": 0.5}, "--max-motion"),

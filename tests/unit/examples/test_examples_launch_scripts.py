@@ -63,7 +63,7 @@ def understood(command: list[str]) -> tuple[int, int, list[str]]:
             world = int(own["worker_num"])
             assert int(own["node_rank"]) * int(own["local_worker_num"]) < world
         else:
-            assert (launcher, before) == ("srun", ["python"])
+            assert (launcher, before) == ("srun", ["--kill-on-bad-exit=1", "python"])
     assert script == "examples/pretrain_flashi2v.py" and (ROOT / script).exists()
     return nodes, world, flags
 
@@ -208,7 +208,7 @@ def test_kubernetes_job(job: Path) -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     config = check(flags, world)
     mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
-    for path in (config.checkpoint.save, config.checkpoint.load, Path(config.data.data_path[0])):
+    for path in (config.checkpoint.save, Path(config.data.data_path[0])):
         assert path is not None and any(path.is_relative_to(mount) for mount in mounts)
     set_by_script = dict(re.findall(r'^export (\w+)="?(?:\$\{\w+:-)?([^\s}"]+)',
                                     (EXAMPLES / "gpu" / "environment.sh").read_text(), re.MULTILINE))
@@ -241,12 +241,18 @@ def test_ascends_container_has_no_cuda() -> None:
     assert "-c constraints.txt -e . torch==${TORCH}" in later[0]
 
 
-@pytest.mark.parametrize("page", PAGES := [ROOT / "README.md", *sorted(EXAMPLES.glob("*/README.md"))],
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(EXAMPLES.glob("*/README.md")),
+         *sorted((ROOT / "megatron_flashi2v").glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES,
                          ids=[str(page.relative_to(ROOT)) for page in PAGES])  # fmt: skip
 def test_commands_of_the_pages(page: Path) -> None:
-    """Command lines with a recipe have flags that exist; files that a page names in examples/ are there."""
+    """Command lines with a recipe have flags that exist; linked files, and those named in examples/, are there."""
     for name in set(re.findall(r"examples/[\w./-]+\w", page.read_text())):
         assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
     commands_of(page)
 
 

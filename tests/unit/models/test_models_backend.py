@@ -15,8 +15,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import BackendArguments
 from megatron_flashi2v.models import transformer as transformer_module
-from megatron_flashi2v.models.backend import Backend
+from megatron_flashi2v.models.backend import linear_provider
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
@@ -25,7 +26,7 @@ from megatron_flashi2v.runtime.device import resolve_device
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4,
                      text_dim=8, text_length=6)
-TRANSFORMER_ENGINE = Backend(transformer_impl="transformer_engine", fp8_format="hybrid", fp8_recipe="delayed")
+TRANSFORMER_ENGINE = BackendArguments(transformer_impl="transformer_engine", fp8_format="hybrid", fp8_recipe="delayed")
 
 
 class EngineColumn(ColumnParallelLinear):
@@ -77,7 +78,7 @@ def test_without_transformer_engine(groups: Groups, monkeypatch: pytest.MonkeyPa
 def test_transformer_engine_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: SimpleNamespace(version="2.9.0"))
     with pytest.raises(ConfigError, match=r"version 2.9.0 cannot be loaded \(ModuleNotFoundError.*transformer_engine"):
-        TRANSFORMER_ENGINE.provider()
+        linear_provider(TRANSFORMER_ENGINE)
 
 
 def test_linears_and_precision_of_transformer_engine(

@@ -45,15 +45,15 @@ def test_recomputed_blocks_of_a_stage_of_four(
 def test_stages_of_a_rank_in_the_order_of_the_activation(rank: int, layers: list[range]) -> None:
     parallel = ParallelArguments(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)
     launch = LaunchEnvironment(rank=rank, world_size=2, local_rank=rank, local_world_size=2)
-    with world(CpuDevice(), launch, parallel, start=init_without_peers) as groups:
+    device = CpuDevice()
+    device.torch_device = torch.device("meta")
+    with world(device, launch, parallel, start=init_without_peers) as groups:
         spec = make_spec(CONFIG, groups, torch.device("cpu"), virtual_stages=2)
+        spec = dataclasses.replace(spec, device=device.torch_device)
         stages = build_stages(spec, parallel, RecomputeArguments(recompute_granularity="full"))
-        assert [model.stage.layers for model in stages] == layers
-        assert [list(map(int, model.blocks)) for model in stages] == [list(stage) for stage in layers]
-        assert [model.recompute.layers for model in stages] == [len(stage) for stage in layers]
-        assert all(model.training for model in stages)
-        assert all(parameter.device == spec.device for model in stages for parameter in model.parameters())
-        (first, _) = build_stages(dataclasses.replace(spec, device=torch.device("meta")), parallel)
-        assert first.recompute == Recompute()
-        ours = [parameter for name, parameter in first.named_parameters() if "blocks" not in name]
-        assert all(parameter.is_meta for parameter in ours) and bool(ours) == (rank == 0)
+        assert [model.recompute for model in build_stages(spec, parallel)] == 2 * [Recompute()]
+    assert [model.stage.layers for model in stages] == layers
+    assert [list(map(int, model.blocks)) for model in stages] == [list(stage) for stage in layers]
+    assert [model.recompute.layers for model in stages] == [len(stage) for stage in layers]
+    assert all(model.training for model in stages)
+    assert all(parameter.is_meta for model in stages for parameter in model.parameters())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +266,19 @@ def test_a_wrong_part_is_named_before_the_work(
     wan = ["convert", "--from", "megatron", str(tmp_path / "run"), "--to", "wan", str(tmp_path / "out")]
     assert main([*wan, flags[0], str(parts / "vae")]) == 2
     assert "only `--to diffusers` makes a release" in capsys.readouterr().err
+
+
+def test_a_release_needs_no_megatron_core(released: Path, parts: Path) -> None:
+    code = """
+import sys
+sys.modules["megatron"] = None  # importing it fails
+import torch
+from PIL import Image
+from megatron_flashi2v import FlashI2VPipeline
+pipeline = FlashI2VPipeline.from_pretrained(sys.argv[1])
+image = Image.open(sys.argv[2])
+print(tuple(pipeline(image=image, prompt="a dog", num_inference_steps=1, output_type="latent").frames.shape))
+"""
+    command = [sys.executable, "-c", code, str(released), str(parts / "image.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "(1, 4, 3, 4, 6)", done.stderr

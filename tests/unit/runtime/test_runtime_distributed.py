@@ -129,6 +129,16 @@ def test_the_group_of_all_ranks_has_the_devices_options(
     assert given["pg_options"] == "options of default_pg"
 
 
+def test_the_store_that_rank_0_serves_outlives_the_group() -> None:
+    """Else a rank that starts again soon could meet the others at a server that is about to end."""
+    port = free_port()
+    launch = LaunchEnvironment(master_addr="127.0.0.1", master_port=port, launcher="slurm")
+    for _ in range(2):
+        with process_group(launch, CpuDevice()):
+            assert torch.distributed.get_world_size() == 1
+        socket.create_connection(("127.0.0.1", port)).close()
+
+
 def test_ranks_that_never_meet_say_so() -> None:
     launch = LaunchEnvironment(
         rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="127.0.0.1",

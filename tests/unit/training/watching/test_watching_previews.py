@@ -72,7 +72,8 @@ def test_the_latents_are_those_of_the_saved_model(
         watch=WatchArguments(valid_data_path=(str(valid),)),
     )
     training = Blend([PreparedDataset(valid)], [1.0], batch=4, seed=1)
-    (sample,), _ = open_validation_data(config, training, VALIDATION_SEED).read([1])
+    path, batch = config.watch.valid_data_path, config.batch.global_batch_size
+    (sample,), _ = open_validation_data(path, training, batch=batch, seed=VALIDATION_SEED).read([1])
     latents, empty = sample.latents_CTHW.unsqueeze(0), PreparedDataset(valid).empty_text_rows_LD
     texts = [pad_text_rows(rows, TEXT_LENGTH).unsqueeze(0) for rows in (sample.text_rows_LD, empty)]
     sigmas = shift_sigmas(torch.tensor([1.0, 2 / 3, 1 / 3, 0.0]), 7.0)

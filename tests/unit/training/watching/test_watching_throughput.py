@@ -68,7 +68,7 @@ def test_a_run_writes_its_rates_and_its_loss_by_sigma(
         return load(self, positions)
 
     monkeypatch.setattr(MicrobatchSource, "load", slow)
-    monkeypatch.setattr("megatron_flashi2v.training.assembly.MICROBATCHES_AHEAD", 0)
+    monkeypatch.setattr("megatron_flashi2v.training.reading.MICROBATCHES_AHEAD", 0)
     assert train("--save", tmp_path) == 0
     tokens = math.prod(LATENT_SHAPE[1:]) // 4
     for number, row in enumerate(metrics(tmp_path)):

@@ -1,0 +1,1 @@
+"""Networks whose features the distances compare, one file each."""
