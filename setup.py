@@ -35,7 +35,7 @@ setup(
         "transformers>=4.51",
         "sentencepiece",
         "protobuf",
-        "av>=14",
+        "av>=17",
         "ftfy",
         "beautifulsoup4",
         "pillow",

@@ -37,7 +37,7 @@ class Entry:
         fps: frames per second.
         num_frames: frames of the clip.
         cut: first frame, and the frame after the last one (None: open).
-        crop: (x_start, x_end, y_start, y_end) in pixels.
+        crop: (x_start, x_end, y_start, y_end) in pixels of the upright picture, before its pixels are made square.
         motion: motion score.
     """
 

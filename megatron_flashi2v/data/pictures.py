@@ -153,7 +153,7 @@ def _integer_levels(image: Image.Image, levels_HW: NDArray[np.integer]) -> NDArr
 
     32-bit files hold levels of any depth: the least of 8, 16 and all bits that holds the brightest is taken.
     """
-    bits = int(_tag(image, _BITS, 16))
+    bits = int(_tag(image, _BITS, 32 if image.mode == "I" else 16))
     if image.mode != "I":
         return (levels_HW >> max(0, min(bits, 16) - 8)).astype(np.uint8)
     unsigned = bits == 32 and _tag(image, _SAMPLE_FORMAT, 2) == _UNSIGNED

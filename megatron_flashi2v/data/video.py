@@ -110,10 +110,10 @@ class Video:
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """The mean rate, the header's, and the one where no frame is missing."""
+        """The header's rate, the mean one, and the one where no frame is missing."""
         if not self._by_time:
             return (self.facts.fps,)
-        return tuple(rate for rate in (self.facts.fps, self._claimed_rate(), typical_rate(self.times_s)) if rate)
+        return tuple(rate for rate in (self._claimed_rate(), self.facts.fps, typical_rate(self.times_s)) if rate)
 
     def crop_size(self, crop: tuple[int, int, int, int]) -> tuple[int, int]:
         """(height, width) of a crop as displayed.

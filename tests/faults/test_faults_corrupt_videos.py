@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
+from helpers.odd_videos import BT2020, ICTCP, LIMITED, PQ, write_video
+from helpers.tiny_models import frame_pattern, make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
+from PIL import Image
 
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.data.reasons import ERROR_REASONS
@@ -64,8 +68,42 @@ def half(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
+def odd(path: Path, **options: Any) -> None:
+    frames = [frame_pattern(number, HEIGHT, WIDTH) for number in range(FRAMES)]
+    write_video(path, frames, **{"rate": 16, "pix_fmt": "yuv420p"} | options)
+
+
+def transparent(path: Path) -> None:
+    frames = [np.dstack([frame_pattern(n, HEIGHT, WIDTH), np.full((HEIGHT, WIDTH), 9 * n)]) for n in range(FRAMES)]
+    write_video(path, [frame.astype(np.uint8) for frame in frames], codec="libvpx-vp9", pix_fmt="yuva420p", rate=16)
+
+
+def titled_in_gbk(path: Path) -> None:
+    odd(path, codec="libx264", metadata={"title": "TITLE123"})
+    path.write_bytes(path.read_bytes().replace(b"TITLE123", "你好世界".encode("gbk")))
+
+
+HDR = {"colorspace": BT2020, "color_trc": PQ, "color_primaries": BT2020, "color_range": LIMITED}
+MIRROR = (-(2**16), 0, 0, 0, 2**16, 0, 0, 0, 2**30)
+UNEVEN = [100 * n for n in range(8)] + [800 + 50 * n for n in range(16)]
+
 # File: how it is made, and what may become of it.
 CORPUS = {
+    "anamorphic.mp4": (lambda path: odd(path, codec="libx264", pixel_aspect=Fraction(5, 3)), {"sample"}),
+    "mirrored.mp4": (lambda path: odd(path, codec="libx264", matrix=MIRROR), {"sample"}),
+    "hdr.mkv": (lambda path: odd(path, pix_fmt="yuv420p10le", tags=HDR), {"sample"}),
+    "ictcp.mkv": (
+        lambda path: odd(path, pix_fmt="yuv420p10le", tags=HDR | {"colorspace": ICTCP}), {"unsupported_picture"}
+    ),
+    "transparent.webm": (transparent, {"sample"}),
+    "preview.mkv": (lambda path: odd(path, preview=(8, 12)), {"sample"}),
+    "gbk.mp4": (titled_in_gbk, {"sample"}),
+    "uneven.mkv": (lambda path: odd(path, stamps=UNEVEN, time_base=Fraction(1, 1000)), {"sample"}),
+    "thousand.mkv": (
+        lambda path: odd(path, rate=1000, stamps=range(0, 40 * FRAMES, 40), time_base=Fraction(1, 1000)), {"sample"}
+    ),
+    "grey.mkv": (lambda path: odd(path, pix_fmt="gray", tags={"color_range": LIMITED}), {"sample"}),
+    "picture.png": (lambda path: Image.fromarray(frame_pattern(0, HEIGHT, WIDTH)).save(path), {"too_short"}),
     "good.mp4": (lambda path: make_video(path, FRAMES, HEIGHT, WIDTH), {"sample"}),
     "odd.mkv": (lambda path: make_video(path, FRAMES, 41, 57, codec="ffv1"), {"sample"}),
     "variable.mkv": (lambda path: make_video(path, FRAMES, HEIGHT, WIDTH, gaps=(3, 7, 8)), {"sample"}),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -22,6 +24,7 @@ from helpers.odd_videos import (
     write_video,
 )
 
+from megatron_flashi2v.data.rendering import UnsupportedPictureError, colours_of, to_rgb
 from megatron_flashi2v.data.video import Video, VideoError
 
 COLOURS = ((128, 128, 128), (230, 220, 30), (200, 30, 30), (20, 60, 220), (60, 60, 60), (0, 0, 0))
@@ -237,6 +240,21 @@ def test_colours_that_cannot_be_shown_right_are_refused_by_name(tmp_path: Path) 
         assert error.reason == "unsupported_picture" and word in str(error)
 
 
+def test_dolby_vision_needs_a_base_layer() -> None:
+    """Without tags (profile 5) its colours are of its own kind; with those of HDR10 (profile 8) other players' too."""
+
+    def frame(trc: int) -> Any:  # FFmpeg has no encoder for such streams
+        real = av.VideoFrame(16, 16, "yuv420p10le")
+        return SimpleNamespace(
+            side_data={"DOVI_METADATA": b"a mapping"}, format=real.format, colorspace=BT2020, color_range=LIMITED,
+            color_primaries=2, color_trc=trc, height=16,
+        )  # fmt: skip
+
+    with pytest.raises(UnsupportedPictureError, match="Dolby Vision"):
+        colours_of(frame(2), "hevc")
+    assert colours_of(frame(PQ), "hevc").gamut == "bt2020"
+
+
 @pytest.mark.parametrize(
     ("height", "tag", "matrix"),
     [
@@ -267,6 +285,44 @@ def test_ranges_of_all_depths(tmp_path: Path, pix_fmt: str, depth: int, full: bo
     # FFmpeg's quick way, of even heights, is a level less exact than its general one.
     assert np.abs(shown - colours).max() <= 2
     assert (shown[-1] == 255).all() and (shown[-2] == 0).all() and np.abs(shown[0] - 128).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "pix_fmt",
+    [
+        "rgb24", "bgr0", "gbrp", "gbrp10le", "gbrp16le", "gbrpf32le", "rgb48le", "x2rgb10le", "nv12", "nv21", "nv16",
+        "nv24", "p010le", "p016le", "p210le", "yuyv422", "uyvy422", "y210le", "vuyx", "xv30le", "ayuv64le", "yuvj444p",
+        "yuv410p", "yuv440p", "yuv420p9le", "yuv420p14le", "yuv444p10be",
+    ],
+)  # fmt: skip
+def test_other_pixel_formats(pix_fmt: str) -> None:
+    """FFmpeg writes them; what comes back is the colour that went in."""
+    colours = np.array([*COLOURS, (255, 255, 255)], np.uint8)
+    picture = av.VideoFrame.from_ndarray(np.repeat(np.repeat(colours[None], 64, 0), 32, 1), format="rgb24")
+    found = to_rgb(picture.reformat(format=pix_fmt), "rawvideo")[32, 16::32].astype(int)
+    assert np.abs(found - colours).max() <= 3 and (found[-1] == 255).all()
+
+
+@pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
+@pytest.mark.parametrize("depth", ["8", "16le", "16be"])
+def test_mosaics_of_cameras(pattern: str, depth: str) -> None:
+    frame = av.VideoFrame(64, 48, f"bayer_{pattern}{depth}")
+    kind = np.dtype("u1") if depth == "8" else np.dtype(f"{'<' if depth == '16le' else '>'}u2")
+    levels = [{"r": 200, "g": 120, "b": 40}[letter] * (1 if depth == "8" else 257) for letter in pattern]
+    rows = np.zeros((48, frame.planes[0].line_size // kind.itemsize), kind)
+    rows[:, :64] = np.tile(np.array(levels, kind).reshape(2, 2), (24, 32))
+    frame.planes[0].update(rows.tobytes())
+    assert to_rgb(frame, "rawvideo")[24, 32].tolist() == [200, 120, 40]
+
+
+@pytest.mark.parametrize("pix_fmt", ["xyz12le", "rgb565be", "bgr555be", "rgb444le", "rgb8", "bgr8", "yaf32le"])
+def test_pixel_formats_that_come_out_wrong_are_refused_by_name(pix_fmt: str) -> None:
+    try:
+        frame = av.VideoFrame(16, 16, pix_fmt)
+    except ValueError:
+        pytest.skip(f"this FFmpeg has no {pix_fmt}")
+    with pytest.raises(UnsupportedPictureError, match=pix_fmt):
+        to_rgb(frame, "rawvideo")
 
 
 @pytest.mark.parametrize("pix_fmt", ["gray", "gray10le", "gray12le", "gray16le"])

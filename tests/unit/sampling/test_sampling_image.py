@@ -91,6 +91,31 @@ def test_fit_is_the_training_transform():
     assert torch.equal(fit_image(Image.fromarray(picture(30, 70)), 16, 24), fitted)
 
 
+@pytest.mark.parametrize("kind", ["F", "I", "I;16", "RGBA", "LAB"])
+def test_images_in_memory_are_read_as_files_are(kind, tmp_path):
+    """What FlashI2VPipeline is given passes the same function as what prepare and sample read."""
+    grey = np.linspace(0, 255, 30 * 70).reshape(30, 70)
+    image = {
+        "F": lambda: Image.fromarray((grey / 255).astype(np.float32)),
+        "I": lambda: Image.fromarray((grey * 257).astype(np.int32)),
+        "I;16": lambda: Image.fromarray((grey * 257).astype(np.uint16)),
+        "RGBA": lambda: Image.fromarray(picture(30, 70)).convert("RGBA"),
+        "LAB": lambda: Image.merge("LAB", [Image.fromarray(picture(30, 70)[..., band]) for band in range(3)]),
+    }[kind]()
+    image.save(tmp_path / "a.tif")
+    fitted = fit_image(image, 16, 24)
+    assert torch.equal(fitted, fit_image(tmp_path / "a.tif", 16, 24))
+    assert fitted.min() < 60 and fitted.max() > 195
+
+
+def test_images_without_a_white_are_the_users_error(tmp_path):
+    Image.fromarray(np.array([[0.0, 1e7]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif: the picture has floating levels of 0 to 1e\+07.*give another file"):
+        load_image(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="^the picture has floating levels"):
+        fit_image(Image.open(tmp_path / "a.tif"), 16, 24)
+
+
 def test_fit_keeps_an_image_of_the_right_size():
     frame = torch.from_numpy(picture(16, 24)).permute(2, 0, 1)
     assert torch.equal(fit_image(frame, 16, 24), frame)
