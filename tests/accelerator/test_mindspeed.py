@@ -83,7 +83,7 @@ def test_training_with_mindspeed(tmp_path: Path, no_transformer_engine: None) ->
                  "megatron.core.parallel_state.initialize_model_parallel",
                  "megatron.core.transformer.transformer_config.TransformerConfig.__post_init__"):  # fmt: skip
         assert name in words
-    assert "MindSpeed put empty modules in place of: apex, transformer_engine" in words, words[words.index("MindSpeed put") :][:300]
+    assert "MindSpeed put empty modules in place of: apex, transformer_engine" in words
     assert_same_metrics(tmp_path / "npu", tmp_path / "cpu")
 
 
