@@ -50,9 +50,10 @@ ls "$VIDEOS"/*.mp4
 
 step "2/6 prepare: overlapping windows of the clips -> VAE latents and text rows in shards"
 python examples/quickstart/annotate.py "$VIDEOS" "$RUN/annotations.json"
+# --picture stored reads pixels as FlashI2V's reference does, so that the loss curve stays that of every version.
 OMP_NUM_THREADS=2 flashi2v prepare --annotations "$RUN/annotations.txt" --output "$RUN/data" \
     --vae $MODELS/vae --text-encoder $MODELS/text_encoder --tokenizer $MODELS/tokenizer --text-length 32 \
-    --num-frames 9 --height 48 --width 80 --fps 12 --min-aspect 0.4 --device cpu
+    --num-frames 9 --height 48 --width 80 --fps 12 --min-aspect 0.4 --picture stored --device cpu
 
 step "3/6 train: tensor parallel 2 with sequence parallelism, up to iteration $((STEPS / 2))"
 train $((STEPS / 2)) --tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 8

@@ -55,7 +55,7 @@ class Clip:
 def read_clip(dataset: PreparedDataset, index: int, videos: Path) -> Clip:
     """The sample and the frames that it was made from."""
     record, info = dataset.record(index), dataset.info
-    with Video(videos / record["source"]) as video:
+    with Video(videos / record["source"], picture=dataset.settings.get("picture", "stored")) as video:
         frames_TCHW = resize_and_crop(video.read(record["frames"]), info.height, info.width)
     return Clip(record["caption_raw"], frames_TCHW.permute(0, 2, 3, 1).numpy(), dataset[index].latents_CTHW)
 

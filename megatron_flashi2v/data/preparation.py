@@ -30,7 +30,7 @@ from megatron_flashi2v.data.description import (
 )
 from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork
 from megatron_flashi2v.data.energon import has_energon_files, remove_energon_files, write_energon_files
-from megatron_flashi2v.data.fingerprint import data_settings, settings_hash
+from megatron_flashi2v.data.fingerprint import LATER_FIELDS, data_settings, settings_hash
 from megatron_flashi2v.data.reasons import ERROR_REASONS, DroppedEntry
 from megatron_flashi2v.data.report import REPORT_FILE, write_report
 from megatron_flashi2v.data.selection import select
@@ -183,6 +183,7 @@ def _remove_data_set(output: Path) -> None:
 def _differences(found: Any, wanted: dict[str, Any]) -> str:
     if not isinstance(found, dict):
         return f"{SETTINGS_FILE} is malformed"
+    found, wanted = {**LATER_FIELDS, **found}, {**LATER_FIELDS, **wanted}
     names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     shown = []
     for name in names[:4]:

@@ -207,6 +207,8 @@ def test_damaged_shards_are_made_again(world: Path, finished: Path, tmp_path: Pa
         ({"seed": 5}, "seed 1234 there, 5 now"),
         ({"height": 20}, "height 16 there, 20 now"),
         ({"text_cleaning": "light"}, "text_cleaning full there, light now"),
+        ({"frame_picking": "index"}, "frame_picking time there, index now"),
+        ({"picture": "stored"}, "picture shown there, stored now"),
     ],
 )
 def test_other_settings_are_refused(world: Path, finished: Path, change: dict[str, Any], said: str) -> None:
@@ -214,6 +216,38 @@ def test_other_settings_are_refused(world: Path, finished: Path, change: dict[st
     with pytest.raises(ConfigError, match=f"{said}.*--fresh"):
         prepare(config_of(world, finished, **change), place=Place(), device=CPU)
     assert bytes_of(finished) == before
+
+
+OLD_SETTINGS = {
+    "pipeline_version", "num_frames", "height", "width", "fps", "min_aspect", "max_aspect", "too_long_factor",
+    "min_motion", "max_motion", "filter_rules", "interpolation", "text_cleaning", "text_encoder_dtype", "text_length",
+    "seed", "samples_per_shard", "min_pixels", "vae", "text_encoder", "tokenizer", "entries", "annotations",
+}  # fmt: skip
+"""What the first version's settings.json names."""
+
+
+def test_a_folder_of_the_first_version_is_continued_as_it_was_begun(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the old version did has the old settings, and what it left is finished in the same way."""
+    output = tmp_path / "old"
+    prepare(config_of(world, output, frame_picking="index", picture="stored"), place=Place(), device=CPU)
+    assert json.loads((output / "settings.json").read_text()).keys() == OLD_SETTINGS
+    whole = bytes_of(output)
+    for name in ("dataset.json", "summary.json", "shards/shard-000001.tar", "shards/shard-000001.json"):
+        (output / name).unlink()
+    caplog.set_level("INFO")
+    prepare(config_of(world, output), place=Place(), device=CPU)
+    assert bytes_of(output) == whole
+    assert "old was begun with --frame-picking index --picture stored, and is continued so" in caplog.text
+    with pytest.raises(ConfigError, match="seed 1234 there, 5 now"):
+        prepare(config_of(world, output, seed=5), place=Place(), device=CPU)
+
+
+def test_new_settings_name_what_the_first_version_did_not_have(finished: Path) -> None:
+    settings = json.loads((finished / "settings.json").read_text())
+    assert settings.keys() - OLD_SETTINGS == {"frame_picking", "picture"}
+    assert (settings["frame_picking"], settings["picture"]) == ("time", "shown")
 
 
 def test_other_weights_are_other_settings(world: Path, finished: Path, tmp_path: Path) -> None:
