@@ -62,8 +62,8 @@ def test_flat_configurations(tmp_path: Path) -> None:
     (TrainConfig, {"lr": None}, "lr has no value"),
     (TrainConfig, {"data_path": [("a", "b")]}, "it must be a list of single values"),
     (PrepareConfig, {"anotations": "x"}, "unknown key 'anotations'; did you mean annotations?"),
-    (ConvertConfig, {"source": ("megatron", "a"), "target": ("wann", "b")}, "--to wann: no such format"),
-    (ConvertConfig, {"source": ("megatron", "a")}, "--to must be given"),
+    (ConvertConfig, {"source": ("megatron", "a"), "target": ("wann", "b")}, "--to is 'wann'; it must be one of"),
+    (ConvertConfig, {"source": ("megatron", "a")}, "to must be given"),
 ])
 def test_mistakes_are_named(cls: type, values: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
