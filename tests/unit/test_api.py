@@ -48,7 +48,9 @@ def test_a_recipe_and_values_are_the_command_lines(tmp_path: Path) -> None:
 
 def test_flat_configurations(tmp_path: Path) -> None:
     prepared = PrepareConfig.from_flags(annotations="meta.json", output=tmp_path, height=16)
-    assert prepared == PrepareConfig(annotations=Path("meta.json"), output=tmp_path, height=16)
+    clips = prepared.encoding.arguments
+    assert (clips.sources.annotations, clips.clips.wanted.height) == (Path("meta.json"), 16)
+    assert prepared.output == tmp_path
     converted = ConvertConfig.from_flags(source=("megatron", "runs/a"), target=["wan", tmp_path], verify=True)
     assert converted == ConvertConfig(source=("megatron", Path("runs/a")), target=("wan", tmp_path), verify=True)
     assert ConvertConfig.from_flags(**{"from": ("wan", "a"), "to": ("wan", "b")}).source == ("wan", Path("a"))
