@@ -52,7 +52,7 @@ def _place(environ: Mapping[str, str]) -> tuple[int, int]:
     """Rank and world size."""
     try:
         launch = detect_launch(environ)
-    except ConfigError:  # the launcher's variables are wrong, which is the very error to be told
+    except ConfigError:  # the launcher's variables are wrong, which is the error to report
         return 0, 1
     return launch.rank, launch.world_size
 

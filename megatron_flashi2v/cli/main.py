@@ -38,7 +38,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit code.
 
-    A :class:`~megatron_flashi2v.config.errors.UserError` is told in one line; anything else is a bug and keeps its
+    A :class:`~megatron_flashi2v.config.errors.UserError` is printed in one line; anything else is a bug and keeps its
     traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

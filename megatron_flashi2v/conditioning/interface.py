@@ -88,8 +88,8 @@ class ImageConditioning(nn.Module, ABC):
     Attributes:
         name: value of ``ModelConfig.conditioning`` and ``--conditioning``.
         uses_image: whether sampling needs a condition image.
-        token_modules: names of its modules that act on single tokens: under sequence parallelism their gradient on a
-            rank covers that rank's tokens alone.
+        token_modules: names of its modules, or parameters outside any, that act on single tokens: under sequence
+            parallelism their gradient on a rank covers that rank's tokens alone.
         latent_modules: names of its modules that act on whole latents, before they are divided over ranks. Each of its
             modules with weights is in one of both.
         config_fields: fields of :class:`ModelConfig` that this paradigm reads and others ignore.

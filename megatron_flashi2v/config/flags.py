@@ -111,7 +111,7 @@ def _unknown(flag: str, known: Sequence[str], prog: str) -> str:
     name = flag.removeprefix("--").replace("-", "_")
     instead = megatron_flag(name, prog)
     if instead is not None:
-        return f"unknown flag {flag}; it is Megatron-LM's: {instead}"
+        return f"unknown flag {flag} (Megatron-LM's); {instead}"
     close = nearest(name, known)
     return f"unknown flag {flag}" + (f"; did you mean {spelling(close)}?" if close else "")
 

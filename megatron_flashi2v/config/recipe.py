@@ -139,7 +139,7 @@ def typed_values(cls: type, values: Mapping[Any, Any]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in known:
             instead = megatron_flag(name, getattr(cls, "command", ""))
-            hint = suggestion(name, known) if instead is None else f"; it is Megatron-LM's: {instead}"
+            hint = suggestion(name, known) if instead is None else f" (Megatron-LM's); {instead}"
             raise ConfigError(f"unknown key {key!r}{hint}")
         flag = known[name]
         _check_kind(name, value, flag.kind)

@@ -36,7 +36,7 @@ class SampleSource(Protocol):
         """Samples in it."""
 
     def fetch(self, indices: Sequence[int]) -> list[PreparedSample | BadSample]:
-        """The samples, in order; a bad one is told, not raised."""
+        """Return the samples in order, and report bad ones in their place instead of raising."""
 
     def close(self) -> None:
         """Let go of files and processes."""

@@ -54,7 +54,7 @@ class OnlineDataset:
     """The annotations of ``--annotations`` as a data set.
 
     Which clips exist is decided by the annotations alone, as opening every file at the start would take hours for
-    large sets. A clip that turns out to be damaged or unwanted is told as a bad sample; another one fills its place.
+    large sets. A clip that turns out to be damaged or unwanted is reported as bad and replaced by another.
 
     Args:
         config: checked.

@@ -167,7 +167,7 @@ class PreparedDataset:
         self._reader.close()
 
     def fetch(self, indices: Sequence[int]) -> list[PreparedSample | BadSample]:
-        """Read samples; one that is missing, damaged or malformed is told, not raised."""
+        """Read samples; report a missing, damaged or malformed one in its place instead of raising."""
         return [self._fetch_one(index) for index in indices]
 
     def record(self, index: int) -> dict[str, Any]:

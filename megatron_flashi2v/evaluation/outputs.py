@@ -14,7 +14,7 @@ EVALUATION_FILE = "evaluation.json"
 REPORT_FILE = "report.html"
 KIND = "flashi2v evaluation"
 GENERATOR = f'<meta name="generator" content="{KIND}">'
-"""Stands in every report, so that one can be told from another program's."""
+"""Marks every report, so that a later run recognises it."""
 
 
 def require_own(folder: Path) -> None:

@@ -37,11 +37,13 @@ class Device(abc.ABC):
 
     Attributes:
         name: "cuda", "npu" or "cpu".
+        runs_torchscript: whether programs that others traced, for CUDA and the CPU, run on it.
         backend: torch.distributed's backend: the device's own ("nccl", "hccl" or "gloo"), or gloo by choice.
         torch_device: the device of tensors, with the index of an accelerator.
     """
 
     name: str
+    runs_torchscript: bool = True
     backend: str
 
     def __init__(self, torch_device: torch.device) -> None:
@@ -243,6 +245,7 @@ class NpuDevice(_Accelerator):
     """
 
     name = "npu"
+    runs_torchscript = False
     backend = "hccl"
 
     def __init__(self, index: int, hccl_buffer_sizes: Mapping[str, int] | None = None) -> None:

@@ -133,7 +133,8 @@ def find_replaced(before: set[str]) -> Replaced:
                               if _is_mindspeeds(code)}  # fmt: skip
     new = {name.partition(".")[0] for name in set(sys.modules) - before}
     dummies = {name for name in new if name in sys.modules and _is_dummy(sys.modules[name])}
-    dummies.discard("__mp_main__")  # multiprocessing's second name for the main module
+    # Others make modules without a file too: multiprocessing a second name of the main one, Cython its run time.
+    dummies = {name for name in dummies if name != "__mp_main__" and not name.startswith(("_cython_", "cython_"))}
     return Replaced(tuple(sorted(functions)), tuple(sorted(dummies)))
 
 

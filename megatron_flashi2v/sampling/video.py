@@ -19,12 +19,15 @@ from megatron_flashi2v.runtime.files import atomic_write_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 # H.264 plays everywhere; MPEG-4 part 2 is in every FFmpeg build.
 ENCODERS = ("libx264", "mpeg4")
 MARGIN = 4
 LABEL_HEIGHT = 18
 MIN_TILE_HEIGHT = 128
+STRIP_SOFTWARE = "megatron_flashi2v strip of frames"
+"""Value of a strip's PNG text ``Software``."""
 
 
 def write_mp4(path: Path, frames_THWC: NDArray[np.uint8], fps: float, *, crf: int = 18) -> None:
@@ -130,8 +133,28 @@ def write_comparison(path: Path, rows: Sequence[StripRow], *, columns: int = 8) 
         sheet.paste(picture, (0, top))
         top += picture.height
     buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
+    sheet.save(buffer, format="PNG", pnginfo=_mark())
     atomic_write_bytes(path, buffer.getvalue())
+
+
+def is_strip(path: Path) -> bool:
+    """Whether a file is a strip that :func:`write_comparison` wrote."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == STRIP_SOFTWARE
+    except (OSError, UnidentifiedImageError):
+        return False
+
+
+def _mark() -> PngInfo:
+    """The text by which :func:`is_strip` tells ours from a user's picture."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Software", STRIP_SOFTWARE)
+    return info
 
 
 def _draw_row(row: StripRow, columns: int) -> Image:

@@ -76,7 +76,7 @@ class Prefetcher(Generic[Item]):
                     self._made += 1
                     self._ready.append(item)
                     self._change.notify_all()
-        except BaseException as caught:  # told to the thread that takes the items
+        except BaseException as caught:  # raised again in the thread that takes the items
             error = caught
         with self._change:
             self._error, self._ended = error, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_state
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.recipe import flat_values
-from megatron_flashi2v.config.train import BatchArguments, ParallelArguments, TrainConfig
+from megatron_flashi2v.config.train import BatchArguments, CheckpointArguments, ParallelArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED
@@ -19,10 +20,9 @@ from megatron_flashi2v.runtime.provenance import source_commit
 from megatron_flashi2v.version import __version__
 
 SETTINGS_OF_A_START = frozenset({
-    "save", "load", "fresh", "override_opt_param_scheduler", "exit_interval", "exit_duration_minutes",
-    "exit_code_when_unfinished", "dry_run", "world_size", "log_interval", "load_weights", "load_weights_kind",
+    *(field.name for field in dataclasses.fields(CheckpointArguments)), "dry_run", "world_size", "log_interval",
 })
-"""Flags of one start of a run; a resumed run may have others without a word."""
+"""Flags of one start of a run, which a resumed run may change without a word; checkpoints do not record them."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Provenance:
         data_name: of the data, for messages.
         data: count, fingerprint and sizes of the samples.
         layout: see :func:`layout_of`.
-        config: the flags by their names.
+        config: the flags by their names, without :data:`SETTINGS_OF_A_START`.
         started_from: folder that ``--load`` named when the run began; None for one that began anew.
         overrides_schedule: whether the run may change the schedule that it resumes.
         commit: of the source, where it is known; rank 0's.
@@ -70,7 +70,7 @@ def provenance_of(
         data={"samples": len(data), "fingerprint": data.fingerprint, "frames": info.frames, "height": info.height,
               "width": info.width, "fps": info.fps},
         layout=layout_of(config.batch, config.parallel, launch.world_size),
-        config=flat_values(config),
+        config={name: value for name, value in flat_values(config).items() if name not in SETTINGS_OF_A_START},
         started_from=started_from,
         overrides_schedule=config.checkpoint.override_opt_param_scheduler,
         commit=source_commit() if launch.rank == 0 else None,
@@ -94,7 +94,7 @@ def settle_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None
     before = state.get("config", {})  # version 0.1 did not record it
     changed = {
         name: (before[name], value) for name, value in now.config.items()
-        if name not in SETTINGS_OF_A_START and name in before and before[name] != value
+        if name in before and before[name] != value
     }
     if changed:
         logger.warning("settings that differ from those of %s:\n%s", folder, _table(changed), extra=AGREED)

@@ -76,7 +76,7 @@ def slow_rank() -> Observer:
     """The last rank takes a while longer over every microbatch."""
 
     def wait(stage: Any, inputs: Any) -> None:
-        time.sleep(1.0)
+        time.sleep(2.0)  # an iteration takes less than that on a busy machine too
 
     return HookInIterations(lambda stages: stages[0].register_forward_pre_hook(wait), range(1, 1000))
 

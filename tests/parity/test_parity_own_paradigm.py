@@ -29,6 +29,7 @@ class GainedImage(ImageConditioning):
     """``x_in = x_t + gain z_0`` in every frame, with one learned gain for each channel."""
 
     name = "gained_image"
+    latent_modules = ("gain",)
 
     def __init__(self, config: ModelConfig, highpass: object = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config)

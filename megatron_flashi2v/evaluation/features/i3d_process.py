@@ -47,7 +47,7 @@ def serve(program: Callable[[torch.Tensor], Any], device: str, requests: BinaryI
             result = program(clips_BCTHW)
             if not isinstance(result, torch.Tensor) or result.ndim != 2:
                 raise ValueError(f"forward returns {_described(result)}")
-        except Exception as error:  # whatever a foreign program raises is told in one line
+        except Exception as error:  # print whatever a foreign program raises in one line
             answer(answers, {"error": _gist(error)})
             continue
         answer(answers, {"shape": list(result.shape)})

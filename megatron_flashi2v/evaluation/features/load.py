@@ -27,8 +27,7 @@ def load_features(kind: str, path: Path | None, device: Device) -> VideoFeatures
     if kind == "i3d":
         from megatron_flashi2v.evaluation.features.i3d import I3DFeatures
 
-        # TorchScript's programs are made for CUDA and the CPU.
-        return I3DFeatures(path, str(device.torch_device) if device.name == "cuda" else "cpu")
+        return I3DFeatures(path, str(device.torch_device) if device.runs_torchscript else "cpu")
     if kind == "videomae":
         from megatron_flashi2v.evaluation.features.videomae import VideoMAEFeatures
 

@@ -110,7 +110,7 @@ class Validation(Observer):
         if self._told:  # the next evaluation meets the same ones
             return
         for row in self._source.bad:
-            logger.warning("bad validation sample: %s; another one stands for it", row.reason)
+            logger.warning("bad validation sample: %s; replaced by another", row.reason)
 
 
 def validation_source(

@@ -12,13 +12,13 @@ from PIL import Image
 
 from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.cli.main import main
-from megatron_flashi2v.cli.sample import VideoShape, video_shape
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.run import VideoShape, video_shape
 
 CONFIG = ModelConfig(
     num_layers=1,
@@ -163,3 +163,24 @@ def test_vae_of_another_width_is_refused(models, tmp_path, capsys):
     make_tiny_vae(tmp_path / "vae", z_dim=6)
     assert main(flags(models, tmp_path / "a.mp4", vae=tmp_path / "vae")) == 2
     assert "6 channels, the model's latent_channels is 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"output": "cat.mp4"}, "name the strip with --strip"),  # the strip beside it would be the image
+    ({"output": "other.mp4", "strip": "cat.png"}, "--strip {folder}/cat.png is the file of --image too"),
+    ({"output": "photo.mp4"}, "would replace {folder}/photo.png, which flashi2v did not write"),
+])  # fmt: skip
+def test_no_output_replaces_what_the_command_does_not_own(models, tmp_path, capsys, changes, said):
+    for name in ("cat.png", "photo.png"):
+        Image.open(models / "image.png").save(tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    paths = {name: tmp_path / value for name, value in changes.items()}
+    assert main(flags(models, paths.pop("output"), image=tmp_path / "cat.png", **paths)) == 2
+    assert said.format(folder=tmp_path) in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_sample_wrote_it_writes_anew(models, tmp_path):
+    for _ in range(2):
+        assert main(flags(models, tmp_path / "cat.mp4", **{"num-steps": 1})) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.mp4", "cat.png"]

@@ -354,7 +354,7 @@ def test_command_line(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[s
     assert main(arguments) == 1
     assert f"{export} exists" in capsys.readouterr().err
     assert main(["convert", "--from", "pth", "x", "--to", "diffusers", "y"]) == 2
-    assert "--from pth: no such format; available are megatron, diffusers, wan" in capsys.readouterr().err
+    assert "--from is 'pth'; it must be one of megatron, diffusers, wan" in capsys.readouterr().err
     assert main(["convert", "--from", "megatron", str(tmp_path / "none"), "--to", "diffusers", "y"]) == 1
     assert "holds no checkpoint" in capsys.readouterr().err
 

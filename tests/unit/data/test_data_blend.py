@@ -40,9 +40,9 @@ def test_flag() -> None:
     for values, said in (
         ([], "--data-path is not set"),
         (["0.7", "a", "b"], "3 words"),
-        (["a", "b"], "'a' stands where a weight must"),
-        (["0", "a", "1", "b"], "'0' stands"),
-        (["nan", "a", "1", "b"], "'nan' stands"),
+        (["a", "b"], "'a' must be a weight"),
+        (["0", "a", "1", "b"], "'0' must be a weight"),
+        (["nan", "a", "1", "b"], "'nan' must be a weight"),
         (["1", "a", "2", "a"], "names a folder twice"),
     ):
         with pytest.raises(ConfigError, match=said):

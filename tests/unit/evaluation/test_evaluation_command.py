@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def config_of(folders: Path, output: Path, **changes: Any) -> EvaluateConfig:
     return EvaluateConfig(**{**settings, **changes})
 
 
+@pytest.fixture(scope="module")
+def evaluated(folders: Path) -> Path:
+    """The output of an evaluation."""
+    evaluate(config_of(folders, folders / "evaluated", name="first run"))
+    return folders / "evaluated"
+
+
 def strict(path: Path) -> dict[str, Any]:
     """The file as JSON proper, which knows no NaN and no infinity."""
 
@@ -65,9 +73,8 @@ def strict(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def test_figures_and_files(folders: Path, tmp_path: Path) -> None:
-    found = evaluate(config_of(folders, tmp_path / "out"))
-    assert strict(tmp_path / "out" / "evaluation.json") == json.loads(json.dumps(found))
+def test_figures_and_files(evaluated: Path) -> None:
+    found = strict(evaluated / "evaluation.json")
     assert [chunk["first_frame"] for chunk in found["chunks"]] == [1, 5]
     for chunk in found["chunks"]:
         assert chunk["frechet"] > 0 and chunk["mmd_low"] <= chunk["mmd"] <= chunk["mmd_high"]
@@ -83,10 +90,8 @@ def test_figures_and_files(folders: Path, tmp_path: Path) -> None:
     diversity = found["diversity"]
     assert diversity["images"] == IMAGES and diversity["pixels"]["mean"][-1] > diversity["pixels"]["mean"][0]
     assert len(found["pairs"]) == 2 * IMAGES and found["videos"]["pairing"] == "names"
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 4 + 2 * 2 and "http" not in page.replace("http-equiv", "")
-    # The same again gives the same, and replaces its own files.
-    assert evaluate(config_of(folders, tmp_path / "out")) == found
+    page = (evaluated / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4 + 2 * 2 and "http" not in page
 
 
 def test_identical_folders(folders: Path, tmp_path: Path) -> None:
@@ -144,13 +149,19 @@ def test_names_are_escaped(folders: Path, tmp_path: Path) -> None:
     assert "<script" not in page and page.count("&lt;script&gt;alert(1)&lt;!--") > 10
 
 
-def test_other_evaluations_of_the_same_settings_stand_beside(folders: Path, tmp_path: Path) -> None:
-    first = config_of(folders, tmp_path / "first", strips=0, name="first run")
-    evaluate(first)
-    second = config_of(folders, tmp_path / "second", strips=0, name="second run", beside=(tmp_path / "first",))
-    evaluate(second)
-    assert "first run" in (tmp_path / "second" / "report.html").read_text(encoding="utf-8")
-    other = replace(second, output=tmp_path / "third", chunk_frames=8)
+def test_again_and_beside(folders: Path, evaluated: Path, tmp_path: Path) -> None:
+    """The same settings give the same figures, replace their own files, and may stand side by side; others not."""
+    first = strict(evaluated / "evaluation.json")
+    config = config_of(folders, tmp_path / "second", strips=0, name="second run", beside=(evaluated,))
+    config.output.mkdir()
+    for name in ("evaluation.json", "report.html"):
+        shutil.copy(evaluated / name, config.output)
+    second = evaluate(config)
+    assert {**second, "name": "first run"} == first
+    assert second == strict(config.output / "evaluation.json")
+    page = (config.output / "report.html").read_text(encoding="utf-8")
+    assert "first run" in page and "second run" in page
+    other = replace(config, output=tmp_path / "third", chunk_frames=8)
     with pytest.raises(ConfigError, match="chunks.count is 1 here and 2 there; chunks.frames is 8 here and 4 there"):
         evaluate(other)
     assert not other.output.exists()

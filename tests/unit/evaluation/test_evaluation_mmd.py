@@ -67,6 +67,32 @@ def test_the_estimate_is_a_mean_over_pairs_of_pairs() -> None:
     assert cubic_kernel(first, second)[1, 2] == pytest.approx(kernel(first[1], second[2]))
 
 
+def test_the_interval_is_the_studentised_bootstrap_spelt_out() -> None:
+    """By lists of drawn pairs instead of weights: a pair does not meet itself, however often it is drawn."""
+    rng = np.random.default_rng(4)
+    first, second = rng.standard_normal((7, 3)), rng.standard_normal((7, 3)) + 1
+    terms = [[0.0 if i == j else _term(first, second, i, j) for j in range(7)] for i in range(7)]
+
+    def statistic(drawn: list[int]) -> tuple[float, float]:
+        met = [terms[i][j] for i in drawn for j in drawn if i != j]
+        rows = [sum(terms[i][j] for j in drawn) / 7 for i in drawn]
+        return sum(met) / len(met), 2 * float(np.std(rows)) / math.sqrt(7)
+
+    value, error = statistic(list(range(7)))
+    weights = np.random.default_rng(9).multinomial(7, np.full(7, 1 / 7), size=200)
+    drawn = [statistic([pair for pair in range(7) for _ in range(row[pair])]) for row in weights]
+    low, high = np.quantile([(one - value) / spread for one, spread in drawn if spread > 0], (0.025, 0.975))
+    found = discrepancy(first, second, 200, np.random.default_rng(9))
+    assert abs(low + high) > 0.1  # skewed, so that the two bounds cannot be exchanged
+    expected = (value, value - high * error, value - low * error)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, rel=1e-9)
+
+
+def _term(first: NDArray, second: NDArray, i: int, j: int) -> float:
+    pairs = ((first[i], first[j], 1), (second[i], second[j], 1), (first[i], second[j], -1), (first[j], second[i], -1))
+    return sum(sign * float((one @ other / 3 + 1) ** 3) for one, other, sign in pairs)
+
+
 def test_equal_samples_have_none() -> None:
     samples = np.random.default_rng(0).standard_normal((9, 4))
     found = discrepancy(samples, samples.copy(), 100, np.random.default_rng(0))

@@ -67,15 +67,15 @@ def test_a_run_leaves_when_its_time_is_over(train: Train, tmp_path: Path, monkey
 
 def test_one_rank_is_enough() -> None:
     interrupts = Interrupts(None)
-    assert interrupts.counts() == (0, 0, 0)
-    interrupts.settle((0, 0, 0))
+    assert interrupts.counts() == (0, 0, 0, 0)
+    interrupts.settle((0, 0, 0, 0))
     assert interrupts.agreed is None
-    interrupts.settle((0, 1, 0))
+    interrupts.settle((0, 1, 0, 0))
     assert interrupts.agreed == "SIGUSR1 was received"
     late = Interrupts(1e-9)
     time.sleep(0.001)
-    assert late.counts() == (0, 0, 1)
-    late.settle((0, 0, 3))
+    assert late.counts() == (0, 0, 0, 1)
+    late.settle((0, 0, 0, 3))
     assert "exit-duration-minutes" in (late.agreed or "")
 
 

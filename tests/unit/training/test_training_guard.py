@@ -205,7 +205,7 @@ def test_a_run_that_is_resumed_in_the_middle_of_a_row(train: Train, tmp_path: Pa
 
 @pytest.mark.parametrize(("flags", "words"), [
     (("--max-skipped-updates", -1), "--max-skipped-updates is -1; it must be at least 0"),
-    (("--skip-loss-spike-factor", 1.0), "--skip-loss-spike-factor is 1.0; it is compared with the median"),
+    (("--skip-loss-spike-factor", 1.0), "--skip-loss-spike-factor is 1.0; it must be above 1"),
     (("--skip-grad-norm-spike-factor", 0.5), "--skip-grad-norm-spike-factor is 0.5"),
     (("--spike-window", 0), "--spike-window is 0; it must be at least 1"),
 ])

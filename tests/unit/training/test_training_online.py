@@ -37,11 +37,11 @@ def test_damaged_files_are_recorded_and_too_many_stop_the_run(
 
 @pytest.mark.parametrize("flags, said", [
     (("--online-encoding",), "--annotations, --vae, --text-encoder, --tokenizer must be given"),
-    (("--annotations", "meta.json"), "--annotations meta.json is of no use without --online-encoding"),
-    (("--encoding-cache", "x"), "--encoding-cache x is of no use without --online-encoding"),
+    (("--annotations", "meta.json"), "--annotations meta.json requires --online-encoding"),
+    (("--encoding-cache", "x"), "--encoding-cache x requires --online-encoding"),
     (("--encoding-cache-mib", -1), "--encoding-cache-mib is -1"),
     (("--max-bad-samples", -1), "--max-bad-samples is -1"),
-    (("--data-path", "a", "b"), "'a' stands where a weight must"),
+    (("--data-path", "a", "b"), "'a' must be a weight"),
 ])
 def test_flags_that_cannot_work(
     run_command: Train, capsys: pytest.CaptureFixture[str], flags: tuple, said: str

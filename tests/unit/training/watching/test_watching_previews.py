@@ -136,7 +136,7 @@ def test_a_vae_of_other_latents_is_refused_at_the_start(
 @pytest.mark.parametrize("given, message", [
     (("--sample-interval", 2), "--sample-interval 2 needs --valid-data-path"),
     (("--sample-interval", 2, "--valid-data-path", "a"), "--sample-interval writes its videos under --save"),
-    (("--sample-vae", "a"), "--sample-vae a is of no use without --sample-interval"),
+    (("--sample-vae", "a"), "--sample-vae a requires --sample-interval"),
     (("--sample-num-steps", 0), "--sample-num-steps is 0; it must be at least 1"),
 ])
 def test_refusals(

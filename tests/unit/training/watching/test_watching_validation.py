@@ -184,7 +184,7 @@ def test_batches_are_joined_by_their_samples() -> None:
 
 @pytest.mark.parametrize("given, message", [
     (("--eval-interval", 2), "--eval-interval 2 needs --valid-data-path"),
-    (("--valid-data-path", "a"), "--valid-data-path a is of no use without --eval-interval or --sample-interval"),
+    (("--valid-data-path", "a"), "--valid-data-path a requires --eval-interval or --sample-interval"),
     (("--eval-interval", 0, "--valid-data-path", "a"), "--eval-interval is 0; it must be at least 1"),
     (("--eval-interval", 2, "--valid-data-path", "nowhere"), "nowhere"),
     (("--eval-interval", 2, "--valid-data-path", "0.5", "a", "b"), "--valid-data-path 0.5 a b: 3 words"),
