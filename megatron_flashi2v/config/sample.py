@@ -55,11 +55,12 @@ class SampleConfig(FlagNames):
     load: Path
     """Checkpoint: the folder given to `train --save` (its latest iteration) or one of its iter_* folders."""
     vae: Path
-    """Folder of the video VAE that prepared the training data (diffusers' layout)."""
+    """Folder of the video VAE that prepared the training data (diffusers' layout), or of a release with it, or
+    OWNER/NAME:SUBFOLDER of a Hub repository."""
     text_encoder: Path
-    """Folder of the text encoder that prepared the training data (transformers' layout)."""
+    """Folder of the text encoder that prepared the training data (transformers' layout), likewise."""
     tokenizer: Path
-    """Folder of the text encoder's tokenizer."""
+    """Folder of the text encoder's tokenizer, likewise."""
     image: Path | None = None
     """First frame: a png or jpg, or a video whose first frame is taken; only a text-to-video model needs none."""
     prompt: str

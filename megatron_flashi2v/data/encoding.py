@@ -17,13 +17,14 @@ from megatron_flashi2v.config.clips import given
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.data.annotations import Entry
+from megatron_flashi2v.data.captions import example_of
 from megatron_flashi2v.data.clips import Frames, choose_caption
 from megatron_flashi2v.data.decoder import Decoder
 from megatron_flashi2v.data.description import DataInfo
 from megatron_flashi2v.data.reasons import Drop, DroppedEntry
 from megatron_flashi2v.data.shards import ShardIndex, ShardWriter
 from megatron_flashi2v.encoders.text import TextEncoder
-from megatron_flashi2v.encoders.text_cleaning import clean_text
+from megatron_flashi2v.encoders.text_cleaning import clean_text, lost_most
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.runtime.progress import ProgressReport
 
@@ -148,6 +149,7 @@ class ShardWork:
         self._fingerprint = fingerprint
         self._report = report
         self._errors = 0
+        self._emptied: list[str] = []
 
     def run(self, number: int, entries: Sequence[Entry]) -> ShardIndex:
         """Write and publish one shard.
@@ -162,6 +164,7 @@ class ShardWork:
         """
         began = time.monotonic()
         dropped: list[DroppedEntry] = []
+        self._emptied = []
         writer = ShardWriter(self._folder, number)
         try:
             with contextlib.closing(self._decoder.decode(entries)) as clips:
@@ -174,6 +177,8 @@ class ShardWork:
                 fingerprint=self._fingerprint,
                 dropped=[row.to_json() for row in dropped],
                 seconds=time.monotonic() - began,
+                emptied=len(self._emptied),
+                emptied_example=next(iter(self._emptied), ""),
             )
         except BaseException:
             writer.discard()
@@ -189,6 +194,8 @@ class ShardWork:
         encoded = encode_clip(self._config, self._encoders, entry, found)
         if isinstance(encoded, Drop):
             return encoded
+        if lost_most(encoded.caption_raw, encoded.caption):
+            self._emptied.append(example_of(encoded.caption_raw, encoded.caption))
         tensors = {"latents": encoded.latents_CTHW, "text": encoded.text_rows_LD}
         writer.add(entry.key, tensors, self._record(entry, found, encoded))
         return None

@@ -15,6 +15,7 @@ from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.reasons import DroppedEntry
+from megatron_flashi2v.encoders.folders import model_folder
 
 PIPELINE_VERSION = 2
 """To be raised whenever the same inputs would give other samples."""
@@ -75,6 +76,7 @@ def folder_hash(folder: Path, what: str) -> str:
     Raises:
         ConfigError: the folder is missing.
     """
+    folder = model_folder(folder, what)
     if not folder.is_dir():
         raise ConfigError(f"{what} folder {folder} does not exist")
     digest = hashlib.sha256()

@@ -120,6 +120,9 @@ def _counts(summary: dict[str, Any]) -> list[tuple[object, ...]]:
     """Rows (what, count, meaning, first example)."""
     rows: list[tuple[object, ...]] = [("annotations", summary["entries"], "", "")]
     rows.append(("kept", summary["kept"], f"{summary['shards']} shards", ""))
+    emptied = summary.get("emptied_captions", {"count": 0})
+    if emptied["count"]:
+        rows.append(("captions nearly emptied", emptied["count"], emptied["meaning"], emptied["example"]))
     for reason, group in summary["dropped"].items():
         first = group["examples"][0]["detail"] if group["examples"] else ""
         rows.append((f"dropped: {reason}", group["count"], group["meaning"], first))

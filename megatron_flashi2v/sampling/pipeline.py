@@ -26,7 +26,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings, check_sampling_settings
 from megatron_flashi2v.data.prepared import pad_text_rows
 from megatron_flashi2v.data.transforms import to_model_range
-from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_text
+from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_prompt
 from megatron_flashi2v.flow.sigmas import inference_sigmas
 from megatron_flashi2v.sampling.denoise import Conditions, StepCallback, denoise
 from megatron_flashi2v.sampling.guidance import Guidance, VelocityFunction, is_guided, with_guidance
@@ -271,17 +271,20 @@ class ImageToVideoPipeline:
         negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         return partial(
             with_guidance,
-            negative_text_BLD=self.encode_text([negative]).expand(count, -1, -1),
+            negative_text_BLD=self.encode_text([negative], "negative prompt").expand(count, -1, -1),
             guidance_scale=guidance_scale,
             batched=self.batched_guidance,
         )
 
-    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
+    def encode_text(self, prompts: Sequence[str], what: str = "prompt") -> torch.Tensor:
         """Text rows ``[B, text length, D]``, cleaned as the captions in training were, with zeros after the last.
 
         The model has no text mask: it attends to the zero rows too, as in training.
+
+        Raises:
+            ConfigError: cleaning empties a prompt; ``what`` it is called.
         """
-        cleaned = [clean_text(prompt, self.text_cleaning) for prompt in prompts]
+        cleaned = [clean_prompt(prompt, self.text_cleaning, what) for prompt in prompts]
         rows_LD = self.text_encoder.encode(cleaned)
         return torch.stack([pad_text_rows(rows, self.model_config.text_length) for rows in rows_LD]).to(
             self.device

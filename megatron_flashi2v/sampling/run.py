@@ -22,6 +22,7 @@ from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.encoders.text import TextEncoder
+from megatron_flashi2v.encoders.text_cleaning import POLICIES, require_words
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.parallel.world import world
 from megatron_flashi2v.runtime.device import resolve_device
@@ -70,6 +71,7 @@ def _sample(config: SampleConfig, launch: LaunchEnvironment) -> SampledVideo:
     require_outputs(config)
     folder = resolve_checkpoint(config.load, config.weights)
     model_config = load_model_config(folder)
+    require_prompts(config, model_config)
     require_processes(config.parallel, model_config, launch)
     shape = video_shape(config, load_state(folder))
     images = condition_images(config, model_config)
@@ -106,6 +108,18 @@ def _sample(config: SampleConfig, launch: LaunchEnvironment) -> SampledVideo:
     if launch.rank == 0:
         write(video, config, shape.fps)
     return video
+
+
+def require_prompts(config: SampleConfig, model: ModelConfig) -> None:
+    """Refuse, before the weights are read, a prompt of which the model would see nothing.
+
+    Raises:
+        ConfigError: text cleaning empties it.
+    """
+    policy = next((policy for policy in POLICIES if policy == model.text_cleaning), None)
+    if policy is not None:
+        require_words(config.prompt, policy)
+        require_words(config.negative_prompt or "", policy, "negative prompt")
 
 
 def require_processes(parallel: ParallelArguments, model: ModelConfig, launch: LaunchEnvironment) -> None:
