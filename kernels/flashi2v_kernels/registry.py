@@ -23,6 +23,8 @@ OPERATORS = (
 ANY_DEVICE = ("cuda", "npu", "cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
+COMPILED_ON = ("cuda", "cpu")
+"""Device types for which ``torch.compile`` writes code: in Triton, and in C++."""
 ASCEND_A2_A3 = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910_93")
 """Names of the training NPUs whose fused operators are documented; "Ascend910B" alone is an older card."""
 
