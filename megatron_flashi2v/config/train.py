@@ -54,6 +54,8 @@ class DataArguments:
     """Folder that `flashi2v prepare` wrote, or several, each after its weight: 0.7 FOLDER 0.3 FOLDER."""
     max_bad_samples: Annotated[int, AtLeast(0)] = 100
     """Stop when more samples than this are unreadable or malformed; others replace them, and each is recorded."""
+    mock_data: bool = False
+    """Train on random samples of --num-frames, --height and --width instead of on --data-path, to measure a machine."""
     online_encoding: bool = False
     """Train from --annotations and video files, encoded when needed, instead of from --data-path."""
     encoding_cache: Path | None = None

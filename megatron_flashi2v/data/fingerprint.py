@@ -22,7 +22,7 @@ WHOLE_FILE_BYTES = 16 * 2**20
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 2**18
 
-LATER_FIELDS: dict[str, Any] = {"frame_picking": "index", "picture": "stored"}
+LATER_FIELDS: dict[str, Any] = {"frame_picking": "index", "picture": "stored", "vae_dtype": "float32"}
 """Fields that older versions did not have, each with the value that means what those did. A field at that value is left
 out of the settings, so that data prepared by an older version stay whole; a new field gets a line here."""
 

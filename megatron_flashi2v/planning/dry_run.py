@@ -91,9 +91,10 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
 
 
 def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> PlannedData:
-    """Of the prepared folders, or by the flags of online encoding; of the released models, before there are data."""
-    if arguments.online_encoding:
-        return _of_online_encoding(encoding)
+    """Of the prepared folders, or by the flags of online encoding and mock data; of the released models, before there
+    are data."""
+    if arguments.online_encoding or arguments.mock_data:
+        return _by_flags(encoding)
     infos = {}
     missing = []
     for part in parse_blend(arguments.data_path) if arguments.data_path else ():
@@ -151,7 +152,7 @@ def chosen_kernels(
             *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "") for operator, name, why_not in rows)]
 
 
-def _of_online_encoding(encoding: EncodingArguments) -> PlannedData:
+def _by_flags(encoding: EncodingArguments) -> PlannedData:
     clip, vae, whose = encoding.clips.wanted, encoding.sources.vae, "the VAE of --vae"
     if vae is not None and vae.exists():
         strides = read_strides(vae)
