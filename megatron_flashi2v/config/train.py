@@ -284,8 +284,8 @@ class RuntimeArguments:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """Device; auto takes the first that is there."""
     attention_backend: str = "auto"
-    """Implementation of attention: auto, torch_sdpa, flash_attn_3, flash_attn_2, transformer_engine,
-    npu_fusion_attention, reference ... (kernels/README.md)."""
+    """Implementation of attention: auto, torch_sdpa, torch_cudnn, flash_attn_4, flash_attn_3, flash_attn_2,
+    transformer_engine, npu_fusion_attention, reference ... (kernels/README.md)."""
     backend: BackendArguments = field(default_factory=BackendArguments)
     use_mindspeed: bool = False
     """On NPUs, let MindSpeed, of the branch that matches megatron-core, replace parts of megatron-core."""
