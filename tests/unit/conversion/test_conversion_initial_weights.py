@@ -19,6 +19,7 @@ from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.conversion.sources import SafetensorsTensor
+from megatron_flashi2v.models.weight_shards import whole_weights
 from megatron_flashi2v.parallel.placement import ShardGrid
 
 # As the model's layers divide: rows of column-parallel linears and heads' norms, columns of row-parallel linears.
@@ -74,7 +75,7 @@ def test_every_format_and_only_the_bytes_that_are_needed(
     wanted = parameters(SMALL, tp_size=5, blocks=(1,))
     initial = open_initial_weights((name, path), SMALL)
     assert not (initial.missing or initial.unexpected)
-    load_initial_weights(initial, wanted.items(), ShardGrid(tp_rank=3, tp_size=5))
+    load_initial_weights(initial, whole_weights(wanted.items(), ShardGrid(tp_rank=3, tp_size=5)))
     for key, parameter in wanted.items():
         whole = tensors[key]
         axis = sliced_axis(key)
@@ -98,7 +99,7 @@ def test_text_to_video_and_flashi2v_weights_suit_every_paradigm(tmp_path: Path, 
     assert ("are missing and start as initialised (conditioning.phi" in initial.summary) == bool(initial.missing)
     assert ("unexpected and left out (conditioning.phi" in initial.summary) == bool(initial.unexpected)
     wanted = parameters(model)
-    load_initial_weights(initial, wanted.items(), ShardGrid())
+    load_initial_weights(initial, whole_weights(wanted.items(), ShardGrid()))
     for name, parameter in wanted.items():
         if name in initial.missing:
             assert (parameter == -1).all()
