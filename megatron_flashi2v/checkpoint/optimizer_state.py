@@ -74,6 +74,11 @@ class OptimizerShard:
         """The inner optimizer's state of this parameter; empty before the first step."""
         return self.inner.state.get(self.parameter, {})
 
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """What the inner optimizer applies next, laid out like ``weights``, if there is one."""
+        return None if self.parameter.grad is None else self.values_of(self.parameter.grad)
+
     def values_of(self, state: torch.Tensor) -> torch.Tensor:
         """This rank's values of a tensor that is laid out like ``parameter``, laid out like ``weights``."""
         return state if self.parameter is self.weights else flat_local(state)

@@ -86,9 +86,7 @@ class FullyShardedStage(FullyShardedDataParallel):
     ) -> None:
         strategy = sharding_strategy(parallel)
         shards_weights = strategy == "optim_grads_params"
-        portion = parallel.suggested_communication_unit_size
-        if portion is None:
-            portion = BLOCKS_IN_FLIGHT * _largest(stage, unit) if shards_weights else BUCKET_SIZE
+        portion = communication_unit(parallel, _largest(stage, unit))
         self._device_type = device.type
         super().__init__(
             config=megatron,
@@ -135,6 +133,11 @@ class FullyShardedStage(FullyShardedDataParallel):
             )
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether no rank holds the weights whole, so that each pass gathers them, block by block."""
+        return bool(self.ddp_config.data_parallel_sharding_strategy == "optim_grads_params")
+
+    @property
     def is_first_instance(self) -> bool:
         """Whether this rank belongs to the first optimizer instance, which stands for the others."""
         outer = self.megatron_fsdp_dist_index.get_outer_fsdp_group()
@@ -173,6 +176,19 @@ class FullyShardedStage(FullyShardedDataParallel):
 
     def sync_rng_states_across_tp_group(self) -> None:
         """Nothing draws from the device's generators."""
+
+
+def communication_unit(parallel: ParallelArguments, block: int) -> int:
+    """Values that are reduced at once.
+
+    Args:
+        parallel: a layout that shards gradients.
+        block: values in the largest unit's parameters.
+    """
+    given = parallel.suggested_communication_unit_size
+    if given is not None:
+        return given
+    return BLOCKS_IN_FLIGHT * block if sharding_strategy(parallel) == "optim_grads_params" else BUCKET_SIZE
 
 
 def _largest(stage: nn.Module, unit: type[nn.Module]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
@@ -91,6 +92,11 @@ class TrainState:
         """The stages whose weights or gradients ranks divide among them: all or none."""
         return [model for model in self.models if isinstance(model, FullyShardedStage)]
 
+    @property
+    def gathers_blocks(self) -> bool:
+        """Whether every forward pass gathers weights from all replicas, which must then run it together."""
+        return any(stage.shards_weights for stage in self.fully_sharded)
+
     def gather_weights(self) -> None:
         """Let the bare stages compute with the present weights, as only the next forward pass would; collective."""
         for model in self.models:
@@ -103,6 +109,10 @@ class TrainState:
         """Bring the weights that :meth:`pieces` gives up to date; collective where they are gathered late."""
         if not self.fully_sharded:
             self.gather_weights()
+
+    def parameter_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of this tensor-parallel rank's parameters by global name, however replicas divide them."""
+        return {shard.name: (shard.box.shape, shard.data.dtype) for shard in all_weights(self.stages, self.models)}
 
     def written_weights(self) -> list[WeightShard]:
         """This rank's part of the weights in a checkpoint."""
