@@ -53,7 +53,8 @@ def state_memory(held: Holding, config: TrainConfig, world_size: int) -> StateMe
     moments = 2 if optimizer.optimizer == "adam" else int(optimizer.sgd_momentum > 0)
     in_flight = 0
     if fully:
-        unit = communication_unit(parallel, held.largest_block)
+        # One portion is being reduced while the next block's gradients come.
+        unit = communication_unit(parallel, held.largest_block) + held.largest_block
         in_flight = FP32 * min(unit, held.parameters)
     if strategy == "optim_grads_params":
         blocks = min(2, sum(len(stage.layers) for stage in held.stages))  # one computes, one is gathered ahead

@@ -28,6 +28,7 @@ CP2 = ("--context-parallel-size", "2")
 RING = (*CP2, "--context-parallel-algo", "ring")
 RECOMPUTE, LAYERS = "--recompute-granularity", "--recompute-num-layers"
 BF16, EMA = "--bf16", ("--ema-decay", "0.9")
+STANDING = ("--lr", "0", "--exit-interval", "1")  # an iteration that changes no weight
 
 LAYOUTS = [
     Layout("params", 2, PARAMS),
@@ -79,6 +80,11 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         Layout("single", 1), *LAYOUTS,
         Layout("bf16", 1, (BF16,)),
         Layout("bf16-params", 2, (BF16, *PARAMS)),
+        Layout("initial", 1, (BF16, *STANDING)),
+        Layout("initial-grads", 2, (BF16, *GRADS, *STANDING)),
+        Layout("initial-params", 4, (BF16, *PARAMS, *TP2_SP, *STANDING)),
+        Layout("loaded", 2, (BF16, *PARAMS, *STANDING, "--seed", "8", "--load-weights",
+                             f"megatron:{folder / 'initial'}")),
     ]
     saves = run_layouts(layouts, folder, common_flags(data, 3))
     saves |= run_layouts([Layout("bf16-half", 2, (BF16, *PARAMS, *half))], folder, common_flags(data, 3))
@@ -109,6 +115,14 @@ def assert_trains_like(run: Path, single: Path) -> None:
 @pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS])
 def test_sharded_replicas_train_like_one_process(runs: dict[str, Path], name: str) -> None:
     assert_trains_like(runs[name], runs["single"])
+
+
+@pytest.mark.parametrize("name", ["initial-grads", "initial-params", "loaded"])
+def test_initial_weights_are_bit_equal(runs: dict[str, Path], name: str) -> None:
+    found, expected = (tensors(find_checkpoint(runs[run]), "") for run in (name, "initial"))
+    keys = [key for key in expected if key.startswith(("model.", "ema.", "optimizer.master."))]
+    assert keys and found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in keys)
 
 
 def test_bf16_stays_near_one_process(runs: dict[str, Path]) -> None:

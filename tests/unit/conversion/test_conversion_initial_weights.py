@@ -19,7 +19,7 @@ from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.conversion.sources import SafetensorsTensor
-from megatron_flashi2v.models.weight_shards import whole_weights
+from megatron_flashi2v.models.weight_shards import WeightShard, whole_weights
 from megatron_flashi2v.parallel.placement import ShardGrid
 
 # As the model's layers divide: rows of column-parallel linears and heads' norms, columns of row-parallel linears.
@@ -108,6 +108,17 @@ def test_text_to_video_and_flashi2v_weights_suit_every_paradigm(tmp_path: Path, 
             assert torch.equal(parameter[:, :columns], tensors[name]) and (parameter[:, columns:] == -1).all()
         else:
             assert torch.equal(parameter.detach(), tensors[name]), name
+    in_stretches = parameters(model)
+    shards = whole_weights(in_stretches.items(), ShardGrid())
+    load_initial_weights(initial, [stretch for shard in shards for stretch in stretches(shard)])
+    assert all(torch.equal(in_stretches[name], parameter) for name, parameter in wanted.items())
+
+
+def stretches(shard: WeightShard) -> list[WeightShard]:
+    """A third of the weight, none of it, and the rest."""
+    count = shard.data.numel()
+    ranges = [(0, count // 3), (count // 3, count // 3), (count // 3, count)]
+    return [dataclasses.replace(shard, flat_range=part, data=shard.data.view(-1)[slice(*part)]) for part in ranges]
 
 
 def test_weights_that_do_not_suit_are_refused(tmp_path: Path) -> None:
