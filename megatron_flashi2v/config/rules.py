@@ -12,10 +12,10 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import spelling
 from megatron_flashi2v.config.hccl import parse_buffer_sizes
 from megatron_flashi2v.config.layout import (
+    FULLY_SHARDED,
+    asked_sharding,
     check_layout,
     data_parallel_size,
-    is_fully_sharded,
-    sharding_strategy,
     virtual_stages,
 )
 from megatron_flashi2v.config.model import ModelConfig
@@ -160,9 +160,9 @@ def _check_fp8(config: TrainConfig) -> None:
 
 def _check_fully_sharded(config: TrainConfig) -> None:
     """Refuse what nobody has run with Megatron-FSDP."""
-    if not is_fully_sharded(config.parallel):
+    strategy, runtime = asked_sharding(config.parallel), config.runtime
+    if strategy not in FULLY_SHARDED:
         return
-    strategy, runtime = sharding_strategy(config.parallel), config.runtime
     for name, given in (
         ("--use-mindspeed", runtime.use_mindspeed),
         ("--transformer-impl transformer_engine", runtime.backend.transformer_impl == "transformer_engine"),
@@ -188,7 +188,7 @@ def _check_optimizer(config: TrainConfig) -> None:
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"--min-lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
     _check_clipping(optimizer)
-    strategy = sharding_strategy(config.parallel)
+    strategy = asked_sharding(config.parallel)
     if optimizer.optimizer == "sgd" and strategy != "no_shard":
         raise ConfigError(
             f"--data-parallel-sharding-strategy {strategy} (--use-distributed-optimizer is optim) requires --optimizer "

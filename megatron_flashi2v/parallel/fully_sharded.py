@@ -25,7 +25,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from megatron_flashi2v.config.layout import sharding_strategy
+from megatron_flashi2v.config.layout import asked_sharding
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.parallel.groups import Groups
 
@@ -70,7 +70,7 @@ class FullyShardedStage(FullyShardedDataParallel):
         stage: hollow (:func:`hollow_parameters`), or with weights, which are kept.
         unit: class of the modules whose weights are gathered together.
         megatron: the stage's configuration.
-        groups: of the layout; without a pipeline.
+        groups: of the layout; without a pipeline, and with several ranks to divide.
         parallel: what is sharded, over how many instances, in what portions.
         device: where the stage computes.
     """
@@ -84,7 +84,7 @@ class FullyShardedStage(FullyShardedDataParallel):
         parallel: ParallelArguments,
         device: torch.device,
     ) -> None:
-        strategy = sharding_strategy(parallel)
+        strategy = asked_sharding(parallel)
         shards_weights = strategy == "optim_grads_params"
         portion = communication_unit(parallel, _largest(stage, unit))
         self._device_type = device.type
@@ -188,7 +188,7 @@ def communication_unit(parallel: ParallelArguments, block: int) -> int:
     given = parallel.suggested_communication_unit_size
     if given is not None:
         return given
-    return BLOCKS_IN_FLIGHT * block if sharding_strategy(parallel) == "optim_grads_params" else BUCKET_SIZE
+    return BLOCKS_IN_FLIGHT * block if asked_sharding(parallel) == "optim_grads_params" else BUCKET_SIZE
 
 
 def _largest(stage: nn.Module, unit: type[nn.Module]) -> int:

@@ -15,7 +15,7 @@ from megatron_flashi2v.conditioning.build import BASE, paradigm_of
 from megatron_flashi2v.config.blend import parse_blend
 from megatron_flashi2v.config.clips import EncodingArguments
 from megatron_flashi2v.config.errors import ConfigError, DataError
-from megatron_flashi2v.config.layout import data_parallel_size, optimizer_shards, ring_degree, sharding_strategy
+from megatron_flashi2v.config.layout import data_parallel_size, ring_degree, sharding_ranks, sharding_strategy
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches
@@ -114,8 +114,9 @@ def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> Plann
 def _sharding(parallel: ParallelArguments, world_size: int) -> str:
     """What replicas and context ranks divide, and among how many."""
     what = {"no_shard": "", "optim": "the optimizer's state", "optim_grads": "gradients and the optimizer's state",
-            "optim_grads_params": "weights, gradients and the optimizer's state"}[sharding_strategy(parallel)]
-    return f"  # {what} divided over {optimizer_shards(parallel, world_size)} ranks" if what else ""
+            "optim_grads_params": "weights, gradients and the optimizer's state"}
+    divided = what[sharding_strategy(parallel, world_size)]
+    return f"  # {divided} divided over {sharding_ranks(parallel, world_size)} ranks" if divided else ""
 
 
 def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, world_size: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_flashi2v.config.layout import optimizer_shards, sharding_strategy
+from megatron_flashi2v.config.layout import FULLY_SHARDED, sharding_ranks, sharding_strategy
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.parallel.fully_sharded import communication_unit
 from megatron_flashi2v.training.holdings import Holding
@@ -45,8 +45,8 @@ def state_memory(held: Holding, config: TrainConfig, world_size: int) -> StateMe
         world_size: processes of the run.
     """
     parallel, optimizer = config.parallel, config.optimizer
-    strategy, ranks = sharding_strategy(parallel), optimizer_shards(parallel, world_size)
-    fully = strategy in ("optim_grads", "optim_grads_params")
+    strategy, ranks = sharding_strategy(parallel, world_size), sharding_ranks(parallel, world_size)
+    fully = strategy in FULLY_SHARDED
     weights = _bytes(held.parameters, held.bf16_parameters)
     # Under bf16, Megatron-FSDP keeps fp32 copies of what is fp32 already; the other optimizers do not.
     copied = held.parameters if fully and config.batch.bf16 else held.bf16_parameters

@@ -6,7 +6,7 @@ import logging
 import math
 
 from flashi2v_kernels.registry import describe
-from megatron_flashi2v.config.layout import optimizer_shards
+from megatron_flashi2v.config.layout import sharding_ranks
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
 from megatron_flashi2v.runtime.device import Device
@@ -36,7 +36,7 @@ def announce(
     shapes = [shape[1:] for shape in data.latent_shapes]
     tokens = max(math.prod(stages[0].grid(shape)) for shape in shapes)
     held = holding_of(stages, state.parameter_shapes(), shapes)
-    sharing = optimizer_shards(config.parallel, launch.world_size) if state.gathers_blocks else 1
+    sharing = sharding_ranks(config.parallel, launch.world_size) if state.gathers_blocks else 1
     logger.info("%s, launched by %s; %d processes", device.describe(), launch.launcher, launch.world_size)
     padded = held.tokens * groups.token_parts
     logger.info("data: %d samples of %d visual tokens%s from %s", len(data), tokens,

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed
+
 from megatron_flashi2v.config.layout import is_fully_sharded, virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
@@ -76,7 +78,8 @@ def build_state(
         UserError: the checkpoint or the initial weights do not fit the model, or are damaged.
     """
     hang_watch.enter("building the model", SLOW)
-    stages = build_stages(spec, config.parallel, config.recompute, hollow=is_fully_sharded(config.parallel))
+    world_size = torch.distributed.get_world_size()
+    stages = build_stages(spec, config.parallel, config.recompute, hollow=is_fully_sharded(config.parallel, world_size))
     models = wrap_data_parallel(stages, config.parallel, before_reduction)
     if resumed is None:
         set_initial_weights(all_weights(stages, models), spec.config, config.checkpoint, config.batch.seed)

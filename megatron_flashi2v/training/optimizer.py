@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     USING_PYTORCH_OPTIMIZER,
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from megatron_flashi2v.checkpoint.optimizer_state import unchained
-from megatron_flashi2v.config.layout import is_fully_sharded, sharding_strategy
+from megatron_flashi2v.config.layout import asked_sharding, is_fully_sharded
 from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments
 from megatron_flashi2v.models.block import TransformerBlock
 from megatron_flashi2v.models.spec import ModelSpec
@@ -49,7 +50,7 @@ def wrap_data_parallel(
         finalize_model_grads(*arguments, **options)
 
     spec = stages[0].spec
-    wrap = _fully_sharded if is_fully_sharded(parallel) else _replicated
+    wrap = _fully_sharded if is_fully_sharded(parallel, torch.distributed.get_world_size()) else _replicated
     wrapped = [wrap(stage, parallel, index) for index, stage in enumerate(stages)]
     no_sync = [model.no_sync for model in wrapped]
     spec.megatron.finalize_model_grads_func = finalize
@@ -64,8 +65,8 @@ def _replicated(stage: DiffusionTransformer, parallel: ParallelArguments, index:
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            use_distributed_optimizer=sharding_strategy(parallel) == "optim",
+            overlap_param_gather=parallel.overlap_param_gather and parallel.overlap_grad_reduce,
+            use_distributed_optimizer=asked_sharding(parallel) != "no_shard",
             num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         ),
         module=stage,
@@ -115,7 +116,7 @@ def make_optimizer(
             clip_grad=0.0,  # TrainingStep.apply clips
             bf16=spec.megatron.bf16,
             params_dtype=spec.dtype,
-            use_distributed_optimizer=sharding_strategy(parallel) != "no_shard",
+            use_distributed_optimizer=asked_sharding(parallel) != "no_shard",
             overlap_param_gather=parallel.overlap_param_gather,
         ),
         models,

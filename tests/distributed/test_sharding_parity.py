@@ -35,10 +35,11 @@ LAYOUTS = [
     Layout("grads", 2, GRADS),
     Layout("optim-hsdp", 4, (*OPTIM, *HSDP)),
     Layout("params-tp2-sp", 4, (*PARAMS, *TP2_SP)),
+    Layout("params-alone", 1, PARAMS),  # nobody to divide with
 ]
 LONG_LAYOUTS = [
-    Layout("params-alone", 1, PARAMS),
     Layout("grads-alone", 1, GRADS),
+    Layout("params-copies", 2, (*PARAMS, *HSDP)),
     Layout("params-4", 4, PARAMS),
     Layout("grads-4", 4, GRADS),
     Layout("optim-4", 4, OPTIM),

@@ -26,7 +26,7 @@ from megatron_flashi2v.checkpoint.index import index_text, parse_index, write_in
 from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import merge_parts, write_rank_file
-from megatron_flashi2v.config.layout import is_fully_sharded, sharding_strategy
+from megatron_flashi2v.config.layout import FULLY_SHARDED, asked_sharding
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
@@ -53,8 +53,8 @@ class KeepGradients(Observer):
     def __init__(self, config: TrainConfig) -> None:
         self.folder, self.last = config.checkpoint.save / "gradients", config.batch.train_iters
         # Which leaves each replica its own part of them.
-        self.compares = sharding_strategy(config.parallel) == "no_shard"
-        self.keeps = not is_fully_sharded(config.parallel)
+        self.compares = asked_sharding(config.parallel) == "no_shard"
+        self.keeps = asked_sharding(config.parallel) not in FULLY_SHARDED
         self.disagreements: list[str] = []
 
     def gradients_ready(self, state, totals) -> None:
