@@ -10,6 +10,7 @@ import torch.distributed
 
 from megatron_flashi2v.config.layout import is_fully_sharded, virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.models.build import build_stages
@@ -27,6 +28,7 @@ from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import Provenance
 from megatron_flashi2v.training.state import TrainState, all_weights, named_parameters
+from megatron_flashi2v.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,20 @@ def build_state(
         hang_watch.enter("loading the checkpoint", SLOW)
         state.resume(resumed)
     return state
+
+
+def build_step(config: TrainConfig, state: TrainState, world_size: int) -> TrainingStep:
+    """The forward, backward and update of one iteration.
+
+    Args:
+        config: the batch.
+        state: what the step changes.
+        world_size: number of processes, which share the global batch.
+    """
+    return TrainingStep(
+        state.spec, state.stages, state.models, state.optimizer, state.clipper,
+        num_microbatches=num_microbatches(config, world_size), micro_batch_size=config.batch.micro_batch_size,
+    )
 
 
 def set_initial_weights(
