@@ -104,7 +104,17 @@ class ParallelArguments:
     sequence_parallel: bool = False
     """Shard tokens over the tensor-parallel ranks between the matrix products."""
     use_distributed_optimizer: bool = False
-    """Shard the optimizer's state over the data-parallel ranks."""
+    """The same as --data-parallel-sharding-strategy optim, where that is not given."""
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] | None = None
+    """What the data-parallel and context-parallel ranks divide among them: nothing; the optimizer's state; gradients
+    too; or weights too, which are gathered block by block (FSDP). By default optim with --use-distributed-optimizer,
+    else no_shard."""
+    num_distributed_optimizer_instances: Annotated[int, AtLeast(1)] = 1
+    """Groups of ranks that each hold everything that is sharded (HSDP), such as one for each node or rack; gradients
+    are summed over the groups."""
+    suggested_communication_unit_size: Annotated[int | None, AtLeast(1)] = None
+    """optim_grads_params: values that are reduced at once; half as many are gathered ahead. By default those of two
+    blocks, so that one block is gathered ahead. optim_grads: by default 40 million."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass is still running."""
     overlap_param_gather: bool = False

@@ -76,7 +76,7 @@ def open_trainer(
             *recording_observers(config, state, step, data.validation, device, begin_part),
         ])
         with contextlib.closing(watching):
-            announce(config, state.stages, data.training, launch, device, num_microbatches=step.num_microbatches)
+            announce(config, state, data.training, launch, device, num_microbatches=step.num_microbatches)
             saver = CheckpointSaver(config.checkpoint, data.model, peers, device)
             yield Trainer(
                 state=state, step=step, source=source, bad_samples=bad_sample_ledger(config, state, source),
