@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import yaml
@@ -22,8 +23,10 @@ from megatron_flashi2v.config.rules import check_tokens, num_microbatches
 from megatron_flashi2v.config.train import DataArguments, ParallelArguments, RuntimeArguments, TrainConfig
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.encoders.video_vae import WAN_STRIDES, read_strides
+from megatron_flashi2v.models.kernel_choice import default_kernels
 from megatron_flashi2v.models.spec import choose_kernels
 from megatron_flashi2v.planning.holdings import planned_holdings
+from megatron_flashi2v.planning.memory import StateBytes, state_bytes
 from megatron_flashi2v.runtime.device import resolve_device
 
 
@@ -43,7 +46,7 @@ class PlannedData:
 
 
 def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> str:
-    """The resolved configuration, exact parameter counts, the layout and what its ranks hold, as YAML with comments.
+    """The layout, what its ranks hold, kernels, exact parameter counts and the configuration, as YAML with comments.
 
     Args:
         config: flags and recipe, checked.
@@ -65,17 +68,6 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
     without = _parameters(dataclasses.replace(model, conditioning=BASE.name))
     replicas = data_parallel_size(parallel, world_size)
     lines = [
-        "# resolved configuration",
-        yaml.safe_dump(flat_values(config), sort_keys=False).rstrip(),
-        "",
-        "# model",
-        yaml.safe_dump(model.to_json(), sort_keys=False, default_flow_style=None).rstrip(),
-        "",
-        "# parameters",
-        f"total: {total:,}",
-        f"{BASE.name}_part: {without:,}",
-        f"{model.conditioning}_part: {total - without:,}",
-        "",
         "# layout" + (" of one replica: --world-size plans for more" if replicas == 1 else ""),
         f"processes: {world_size}",
         f"tensor: {parallel.tensor_model_parallel_size}"
@@ -84,10 +76,28 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         f"context: {parallel.context_parallel_size}",
         f"data: {replicas}" + (" with distributed optimizer" if parallel.use_distributed_optimizer else ""),
         f"microbatches: {num_microbatches(config, world_size)} of {config.batch.micro_batch_size}",
+        "",
+        *held_by_ranks(config, model, data, replicas),
+        "",
+        *chosen_kernels(config.runtime, parallel, model, bf16=config.batch.bf16),
+        "",
+        "# parameters",
+        f"total: {total:,}",
+        f"{BASE.name}_part: {without:,}",
+        f"{model.conditioning}_part: {total - without:,}",
+        "",
+        "# model",
+        yaml.safe_dump(model.to_json(), sort_keys=False, default_flow_style=None).rstrip(),
+        "",
+        "# resolved configuration; what has no value is left out",
+        yaml.safe_dump(given_values(config), sort_keys=False, default_flow_style=None).rstrip(),
     ]
-    lines += ["", *held_by_ranks(parallel, model, data, replicas)]
-    lines += ["", *chosen_kernels(config.runtime, parallel, model, bf16=config.batch.bf16)]
     return "\n".join(lines) + "\n"
+
+
+def given_values(config: TrainConfig) -> dict[str, Any]:
+    """The flags that have a value, and so a recipe of the same run."""
+    return {name: value for name, value in flat_values(config).items() if value not in (None, [])}
 
 
 def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> PlannedData:
@@ -110,14 +120,17 @@ def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> Plann
     return PlannedData(shapes, next(iter(infos.values())).temporal_stride, source)
 
 
-def held_by_ranks(parallel: ParallelArguments, model: ModelConfig, data: PlannedData, replicas: int) -> list[str]:
-    """What each rank holds, one entry for each place in the pipeline."""
+def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, replicas: int) -> list[str]:
+    """What each rank holds, and the memory of its state, one entry for each place in the pipeline."""
+    parallel = config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    shards = replicas * context if parallel.use_distributed_optimizer else 1
     lines = [
         "# held by each rank",
         f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
     ]
-    for place, held in enumerate(planned_holdings(parallel, model, data.latent_shapes)):
+    held_by_places = planned_holdings(parallel, model, data.latent_shapes, bf16=config.batch.bf16)
+    for place, held in enumerate(held_by_places):
         parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
         if held.stages[0].is_first:
             parts.insert(0, "embeddings")
@@ -125,6 +138,7 @@ def held_by_ranks(parallel: ParallelArguments, model: ModelConfig, data: Planned
             parts.append("head")
         lines += [
             f"pipeline_{place}:", f"  holds: {', '.join(parts)}", f"  parameters: {held.parameters:,}",
+            f"  state_gib: {_gib_of(state_bytes(held, config.optimizer, shards))}",
             f"  visual_tokens: {held.tokens:,}  # {data.source}",
         ]
     return lines
@@ -146,9 +160,12 @@ def chosen_kernels(
         )
     except ConfigError as error:
         return [f"# kernels: not those of the training, for on this machine: {error}"]
-    rows = describe(kernels.chosen)
+    default = default_kernels(kernels.chosen, device.name, runtime.attention_backend)
+    if default is not None:
+        return [f"# kernels: {default}"]
     return [f"# kernels on this machine's {device.name}",
-            *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "") for operator, name, why_not in rows)]
+            *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "")
+              for operator, name, why_not in describe(kernels.chosen))]
 
 
 def _of_online_encoding(encoding: EncodingArguments) -> PlannedData:
@@ -161,6 +178,12 @@ def _of_online_encoding(encoding: EncodingArguments) -> PlannedData:
     return PlannedData(
         (shape,), strides.temporal, f"{clip.num_frames} frames of {clip.height} x {clip.width} in {whose}"
     )
+
+
+def _gib_of(state: StateBytes) -> str:
+    parts = {name: size for name, size in dataclasses.asdict(state).items() if size}
+    told = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items())
+    return f"{state.total / 2**30:.3g}  # {told}; activations come on top"
 
 
 def _parameters(model: ModelConfig) -> int:

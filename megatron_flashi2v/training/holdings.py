@@ -20,11 +20,13 @@ class Holding:
     Attributes:
         stages: its parts of the model.
         parameters: values in its tensors.
+        weight_bytes: size of these tensors.
         tokens: visual tokens of one sample, of the largest there are, padding included.
     """
 
     stages: tuple[Stage, ...]
     parameters: int
+    weight_bytes: int
     tokens: int
 
 
@@ -36,9 +38,11 @@ def holding_of(stages: Sequence[DiffusionTransformer], latent_shapes: Sequence[t
         latent_shapes: latent frames, rows and columns of the samples, one for each size.
     """
     tokens = max(math.prod(stages[0].grid(shape)) for shape in latent_shapes)
+    parameters = [parameter for model in stages for parameter in model.parameters()]
     return Holding(
         stages=tuple(model.stage for model in stages),
-        parameters=sum(parameter.numel() for model in stages for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         tokens=rows_per_rank(tokens, stages[0].spec.groups),
     )
 
