@@ -42,10 +42,7 @@ def state_bytes(held: Holding, optimizer: OptimizerArguments, shards: int) -> St
         shards: ranks that divide the optimizer's tensors and the average among them; 1 if each holds all.
     """
     in_bf16 = (FP32 * held.parameters - held.weight_bytes) // 2
-    if optimizer.optimizer == "adam":
-        moments = 2
-    else:
-        moments = 1 if optimizer.sgd_momentum else 0
+    moments = 2 if optimizer.optimizer == "adam" else 1 if optimizer.sgd_momentum else 0
     return StateBytes(
         weights=held.weight_bytes,
         gradients=FP32 * held.parameters,
