@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "an image and a prompt to a video",
     "convert": "checkpoints to and from other formats",
     "evaluate": "sampled videos and references to measures and a report",
+    "torchrun": "one of these on several devices or nodes: torchrun's flags, COMMAND, its flags",
 }
 
 

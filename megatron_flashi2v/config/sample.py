@@ -96,6 +96,8 @@ class SampleConfig(FlagNames):
     )] = field(default_factory=ParallelArguments)  # fmt: skip
     strip: Annotated[Path | None, EndsWith(".png")] = None
     """PNG strip of frames to write; by default beside the output, with the suffix .png."""
+    enlarge: Annotated[int, AtLeast(1)] = 1
+    """Repeat each pixel of the mp4 so many times along both sides, so that a small sample can be watched."""
     latents: Annotated[Path | None, EndsWith(".safetensors")] = None
     """Also write the sampled latents, fp32 and normalised, to this file."""
 

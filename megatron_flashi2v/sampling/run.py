@@ -229,7 +229,7 @@ def write(video: SampledVideo, config: SampleConfig, fps: float) -> tuple[Path, 
     assert video.frames_BTHWC is not None, "rank 0 decodes"
     strip = strip_path(config)
     frames_THWC = video.frames_BTHWC[0]
-    write_mp4(config.output, frames_THWC, fps)
+    write_mp4(config.output, frames_THWC, fps, enlarge=config.enlarge)
     rows = [StripRow(frames_THWC=frames_THWC, label=f"sample: {config.prompt}")]
     if video.images_BHWC is not None:
         image_THWC = np.asarray(video.images_BHWC[:1])
