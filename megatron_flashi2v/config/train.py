@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from megatron_flashi2v.config.bounds import Above, AtLeast, Below, Within
 from megatron_flashi2v.config.clips import EncodingArguments
-from megatron_flashi2v.config.convert import FORMAT_NAMES
+from megatron_flashi2v.config.convert import SOURCE_NAMES
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
@@ -267,9 +267,9 @@ class CheckpointArguments:
         if self.load_weights is None:
             return None
         name, colon, path = self.load_weights.partition(":")
-        if not colon or not path or name not in FORMAT_NAMES:
+        if not colon or not path or name not in SOURCE_NAMES:
             raise ConfigError(
-                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMAT_NAMES)}, "
+                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(SOURCE_NAMES)}, "
                 f"such as megatron:{path or self.load_weights}"
             )
         return name, Path(path)
