@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from megatron_flashi2v import SampleConfig, UserError, sample, sample_requests
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.encoders.text import TextEncoder
+from megatron_flashi2v.encoders.video_vae import VideoVAE
+from megatron_flashi2v.parallel.replicas import Replica
+from megatron_flashi2v.sampling.noise import sample_noise
 
 SHAPE = (4, 3, 4, 6)
 
@@ -48,8 +51,14 @@ def test_each_prompt_is_encoded_once(models: Path, tmp_path: Path, monkeypatch: 
     assert sorted(seen) == ["a car", "a dog", "red", "the street"]
 
 
-def test_names_strips_and_an_id_with_a_dot(models: Path, tmp_path: Path) -> None:
-    sample_requests(config(models, tmp_path / "out", "--name", "{seed}/{id}", "--strip", id="b.c", seeds=[4]))
+def test_names_strips_tiles_and_an_id_with_a_dot(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiled: list[VideoVAE] = []
+    monkeypatch.setattr(VideoVAE, "enable_tiling", tiled.append)
+    flags = ("--name", "{seed}/{id}", "--strip", "--vae-tiling")
+    sample_requests(config(models, tmp_path / "out", *flags, id="b.c", seeds=[4]))
+    assert len(tiled) == 1
     files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*"))
     assert files == ["4", "4/b.c.mp4", "4/b.c.png", "sampling.json"]
     assert Image.open(tmp_path / "out" / "4" / "b.c.png").format == "PNG"
@@ -57,11 +66,17 @@ def test_names_strips_and_an_id_with_a_dot(models: Path, tmp_path: Path) -> None
 
 def test_given_noise_takes_the_place_of_the_keyed_one(models: Path, tmp_path: Path) -> None:
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    save_file({"a-0": noise, "a-1": noise.unsqueeze(0), "a-2": -noise}, tmp_path / "noise.safetensors")
+    save_file({"a-0": noise, "a-1": noise.unsqueeze(0).clone(), "a-2": -noise}, tmp_path / "noise.safetensors")
     flags = ("--latents", "--noise", tmp_path / "noise.safetensors")
     sample_requests(config(models, tmp_path / "out", *flags, seeds=[0, 1, 2]))
     made = [load_file(tmp_path / "out" / f"a-{seed}.safetensors")["latents_BCTHW"] for seed in range(3)]
     assert made[0].shape == (1, *SHAPE) and torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    keyed = sample_noise(3, ["a"], SHAPE)
+    save_file({"a-3": keyed}, tmp_path / "noise.safetensors")
+    for name, given in (("keyed", ()), ("given", flags[1:])):
+        sample_requests(config(models, tmp_path / name, "--latents", *given, seeds=[3]))
+    first, second = ((tmp_path / name / "a-3.safetensors").read_bytes() for name in ("keyed", "given"))
+    assert first == second
     save_file({"any": noise}, tmp_path / "one.safetensors")
     one = ["--image", models / "image0.png", "--prompt", "a dog", "--num-steps", 1, "--seed", 5]
     words = sample_words(models, tmp_path / "a.mp4", *one, "--noise", tmp_path / "one.safetensors")
@@ -140,6 +155,13 @@ def test_flags_of_the_two_forms_are_not_mixed(words: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         parse(SampleConfig, flags, prog="", description="")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 30])
+def test_replicas_share_a_list_evenly(count: int) -> None:
+    parts = [Replica(index=index, count=count, is_first=True).share(range(12)) for index in range(count)]
+    assert [item for part in parts for item in part] == list(range(12))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_processes_that_the_layout_does_not_take(
