@@ -118,6 +118,8 @@ class SampleConfig(FlagNames):
     strip: Annotated[tuple[Annotated[Path, EndsWith(".png")], ...] | None, Named("strip", "[FILE]")] = None
     """PNG strip of frames to write; by default beside the output, with the suffix .png. With --requests there is none
     unless --strip, without a file, asks for one beside each video."""
+    enlarge: Annotated[int, AtLeast(1)] = 1
+    """Repeat each pixel of the mp4 so many times along both sides, so that a small sample can be watched."""
     latents: Annotated[
         tuple[Annotated[Path, EndsWith(".safetensors")], ...] | None, Named("latents", "[FILE]")
     ] = None

@@ -186,4 +186,4 @@ def _make(
         noise_BCTHW=None if noise is None else noise.read(job.name), decode=replica.is_first,
     )
     if replica.is_first:
-        write_files(sampled, video.files, job.request.prompt, video.shape.fps)
+        write_files(sampled, video.files, job.request.prompt, video.shape.fps, enlarge=config.enlarge)

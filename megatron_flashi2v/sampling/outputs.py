@@ -97,7 +97,7 @@ def require_writable(path: Path, *, folder: bool = False) -> None:
         raise ConfigError(f"output {path} cannot be written: {parent} is no folder, or not a writable one")
 
 
-def write_files(video: SampledVideo, files: OutputFiles, prompt: str, fps: float) -> None:
+def write_files(video: SampledVideo, files: OutputFiles, prompt: str, fps: float, *, enlarge: int = 1) -> None:
     """Write the files of one video, each whole or not at all, and the video last.
 
     Args:
@@ -105,6 +105,7 @@ def write_files(video: SampledVideo, files: OutputFiles, prompt: str, fps: float
         files: which, and where.
         prompt: shown in the strip.
         fps: of the video.
+        enlarge: times that each pixel of the video is repeated along both sides.
 
     Raises:
         UserError: a file cannot be written.
@@ -119,4 +120,4 @@ def write_files(video: SampledVideo, files: OutputFiles, prompt: str, fps: float
             image_THWC = np.asarray(video.images_BHWC[:1])
             rows.insert(0, StripRow(frames_THWC=image_THWC, label="image", captions=["condition"]))
         write_comparison(files.strip, rows)
-    write_mp4(files.video, frames_THWC, fps)
+    write_mp4(files.video, frames_THWC, fps, enlarge=enlarge)

@@ -81,7 +81,7 @@ def _sample(config: SampleConfig, prompt: str, launch: LaunchEnvironment) -> Sam
             )
     if replica.is_first:
         files = files_of_one(config)
-        write_files(video, files, prompt, shape.fps)
+        write_files(video, files, prompt, shape.fps, enlarge=config.enlarge)
         logger.info("wrote %s and %s", files.video, files.strip)
     return video
 

@@ -94,6 +94,13 @@ def test_image_and_prompt_become_mp4_and_strip_of_the_trained_size(models, tmp_p
     assert Image.open(tmp_path / "out" / "a.png").format == "PNG"
 
 
+def test_names_and_prompts_that_are_not_utf8_stop_nothing(models, tmp_path):
+    """As the shell hands them over: ``os.fsdecode`` of bytes in another encoding."""
+    output = tmp_path / "caf\udce9.mp4"
+    assert main(flags(models, output, prompt="a dog \udce9", **{"negative-prompt": "\udcff blurry"})) == 0
+    assert output.stat().st_size and output.with_suffix(".png").stat().st_size
+
+
 def test_flags_win_over_the_recorded_size_and_a_video_gives_the_image(models, tmp_path):
     video = make_video(tmp_path / "source.mp4", frames=2, height=32, width=32)
     arguments = flags(
