@@ -1,4 +1,4 @@
-"""A folder that an earlier run of ``flashi2v prepare`` began, perhaps of an older version."""
+"""Continues a folder that an earlier run of ``flashi2v prepare``, perhaps an older version, began."""
 
 from __future__ import annotations
 

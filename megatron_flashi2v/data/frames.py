@@ -19,7 +19,7 @@ RATE_TOLERANCE = 0.02
 
 
 def same_rate(first: float, second: float, picking: FramePicking) -> bool:
-    """Whether two frame rates are one and the same, written down by two people."""
+    """Return whether two frame rates are equal within rounding of their notation."""
     if picking == "index":
         return abs(first - second) <= FPS_TOLERANCE
     return abs(first - second) <= RATE_TOLERANCE * max(first, second)

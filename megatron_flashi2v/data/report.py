@@ -61,7 +61,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class SheetFrame:
-    """One sample of the contact sheet; its picture is None where the file is gone since."""
+    """One sample of the contact sheet; its picture is None if its file no longer decodes."""
 
     picture: Picture | None
     caption: str
@@ -69,7 +69,7 @@ class SheetFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the histograms show, one value for each sample that was looked at.
+    """Values of the histograms, one for each sample that was read.
 
     Attributes:
         seconds: length of the annotated clip in its file.

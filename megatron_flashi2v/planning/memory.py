@@ -13,7 +13,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What a rank keeps from one iteration to the next, in bytes.
+    """Bytes that a rank keeps from one iteration to the next.
 
     Attributes:
         weights: the model's tensors, as the forward pass reads them.
