@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -64,6 +65,9 @@ def run_command(command: str, argv: Sequence[str]) -> int:
 
     msrun starts the script once more as its scheduler; that process leaves here, before its flags are read.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name that the terminal has no letters for stops no command
+            stream.reconfigure(errors="backslashreplace")
     # torch would import torch_npu by itself, and fail with a traceback where CANN is missing; runtime/device.py imports
     # it when an NPU is asked for, and says what is missing.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

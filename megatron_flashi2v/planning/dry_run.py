@@ -16,7 +16,7 @@ from megatron_flashi2v.conditioning.build import BASE, paradigm_of
 from megatron_flashi2v.config.blend import parse_blend
 from megatron_flashi2v.config.clips import EncodingArguments
 from megatron_flashi2v.config.errors import ConfigError, DataError
-from megatron_flashi2v.config.layout import data_parallel_size, ring_degree
+from megatron_flashi2v.config.layout import data_parallel_size, ring_degree, sharding_ranks, sharding_strategy
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches
@@ -26,7 +26,7 @@ from megatron_flashi2v.encoders.video_vae import WAN_STRIDES, read_strides
 from megatron_flashi2v.models.kernel_choice import default_kernels
 from megatron_flashi2v.models.spec import choose_kernels
 from megatron_flashi2v.planning.holdings import planned_holdings
-from megatron_flashi2v.planning.memory import StateBytes, state_bytes
+from megatron_flashi2v.planning.state_memory import state_memory
 from megatron_flashi2v.runtime.device import resolve_device
 
 
@@ -74,10 +74,10 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         + (" with sequence parallelism" if parallel.sequence_parallel else ""),
         f"pipeline: {parallel.pipeline_model_parallel_size}",
         f"context: {parallel.context_parallel_size}",
-        f"data: {replicas}" + (" with distributed optimizer" if parallel.use_distributed_optimizer else ""),
+        f"data: {replicas}{_sharding(parallel, world_size)}",
         f"microbatches: {num_microbatches(config, world_size)} of {config.batch.micro_batch_size}",
         "",
-        *held_by_ranks(config, model, data, replicas),
+        *held_by_ranks(config, model, data, world_size),
         "",
         *chosen_kernels(config.runtime, parallel, model, bf16=config.batch.bf16),
         "",
@@ -101,9 +101,10 @@ def given_values(config: TrainConfig) -> dict[str, Any]:
 
 
 def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> PlannedData:
-    """Of the prepared folders, or by the flags of online encoding; of the released models, before there are data."""
-    if arguments.online_encoding:
-        return _of_online_encoding(encoding)
+    """Of the prepared folders, or by the flags of online encoding and mock data; of the released models, before there
+    are data."""
+    if arguments.online_encoding or arguments.mock_data:
+        return _by_flags(encoding)
     infos = {}
     missing = []
     for part in parse_blend(arguments.data_path) if arguments.data_path else ():
@@ -120,17 +121,25 @@ def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> Plann
     return PlannedData(shapes, next(iter(infos.values())).temporal_stride, source)
 
 
-def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, replicas: int) -> list[str]:
-    """What each rank holds, and the memory of its state, one entry for each place in the pipeline."""
+def _sharding(parallel: ParallelArguments, world_size: int) -> str:
+    """What replicas and context ranks divide, and among how many."""
+    what = {"no_shard": "", "optim": "the optimizer's state", "optim_grads": "gradients and the optimizer's state",
+            "optim_grads_params": "weights, gradients and the optimizer's state"}
+    divided = what[sharding_strategy(parallel, world_size)]
+    return f"  # {divided} divided over {sharding_ranks(parallel, world_size)} ranks" if divided else ""
+
+
+def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, world_size: int) -> list[str]:
+    """What each rank holds, one entry for each place in the pipeline."""
     parallel = config.parallel
+    replicas = data_parallel_size(parallel, world_size)
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    shards = replicas * context if parallel.use_distributed_optimizer else 1
     lines = [
         "# held by each rank",
         f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
     ]
-    held_by_places = planned_holdings(parallel, model, data.latent_shapes, bf16=config.batch.bf16)
-    for place, held in enumerate(held_by_places):
+    for place, held in enumerate(planned_holdings(parallel, model, data.latent_shapes, bf16=config.batch.bf16)):
+        memory = state_memory(held, config, world_size)
         parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
         if held.stages[0].is_first:
             parts.insert(0, "embeddings")
@@ -138,8 +147,11 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, re
             parts.append("head")
         lines += [
             f"pipeline_{place}:", f"  holds: {', '.join(parts)}", f"  parameters: {held.parameters:,}",
-            f"  state_gib: {_gib_of(state_bytes(held, config.optimizer, shards))}",
             f"  visual_tokens: {held.tokens:,}  # {data.source}",
+            f"  state_gb: {memory.kept / 1e9:.3f}  # weights {memory.weights / 1e9:.3f}, gradients "
+            f"{memory.gradients / 1e9:.3f}, optimizer {memory.optimizer / 1e9:.3f}, average {memory.average / 1e9:.3f}",
+            *([f"  in_flight_gb: {memory.in_flight / 1e9:.3f}  # gathered weights, gradients being reduced, at most"]
+              if memory.in_flight else []),
         ]
     return lines
 
@@ -168,7 +180,7 @@ def chosen_kernels(
               for operator, name, why_not in describe(kernels.chosen))]
 
 
-def _of_online_encoding(encoding: EncodingArguments) -> PlannedData:
+def _by_flags(encoding: EncodingArguments) -> PlannedData:
     clip, vae, whose = encoding.clips.wanted, encoding.sources.vae, "the VAE of --vae"
     if vae is not None and vae.exists():
         strides = read_strides(vae)
@@ -178,12 +190,6 @@ def _of_online_encoding(encoding: EncodingArguments) -> PlannedData:
     return PlannedData(
         (shape,), strides.temporal, f"{clip.num_frames} frames of {clip.height} x {clip.width} in {whose}"
     )
-
-
-def _gib_of(state: StateBytes) -> str:
-    parts = {name: size for name, size in dataclasses.asdict(state).items() if size}
-    told = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in parts.items())
-    return f"{state.total / 2**30:.3g}  # {told}; activations come on top"
 
 
 def _parameters(model: ModelConfig) -> int:

@@ -16,7 +16,7 @@ from megatron_flashi2v.parallel.world import world
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.distributed import init_without_peers
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.training.holdings import Holding, holding_of
+from megatron_flashi2v.training.holdings import Holding, holding_of, parameter_shapes_of
 
 
 def planned_holdings(
@@ -29,9 +29,10 @@ def planned_holdings(
         parallel: the layout; checked.
         model: resolved dimensions.
         latent_shapes: latent frames, rows and columns of the samples, one for each size.
-        bf16: matrix products in bfloat16.
+        bf16: whether matrices are in bfloat16.
     """
     # Replicas hold the same: one stands for all.
+    parallel = dataclasses.replace(parallel, num_distributed_optimizer_instances=1)
     pipeline, ranks = parallel.pipeline_model_parallel_size, model_ranks(parallel)
     return [
         _planned(parallel, model, latent_shapes, place * (ranks // pipeline), ranks, bf16=bf16)
@@ -49,4 +50,5 @@ def _planned(
     with world(meta, launch, parallel, start=init_without_peers) as groups:
         # Kernels are chosen for a device that computes.
         spec = make_spec(model, groups, torch.device("cpu"), bf16=bf16, virtual_stages=virtual_stages(parallel))
-        return holding_of(build_stages(dataclasses.replace(spec, device=meta.torch_device), parallel), latent_shapes)
+        stages = build_stages(dataclasses.replace(spec, device=meta.torch_device), parallel)
+        return holding_of(stages, parameter_shapes_of(stages), latent_shapes)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from megatron_flashi2v.runtime.quiet import hide_unhelpful_warnings
+from megatron_flashi2v.runtime.text import ShownFormatter
 
 AGREED = {"agreed": True}
 """``extra`` of a warning that all ranks log alike; only rank 0's is shown."""
@@ -68,10 +69,10 @@ def _handler(rank: int, console: Console | None) -> logging.Handler:
     handler: logging.Handler
     if console is not None and console.is_terminal:
         handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+        handler.setFormatter(ShownFormatter(f"{prefix}%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
+        handler.setFormatter(ShownFormatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
     if rank:
         handler.addFilter(lambda record: not getattr(record, "agreed", False))
     handler.addFilter(_first_of_each())

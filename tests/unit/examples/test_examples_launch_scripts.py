@@ -109,7 +109,7 @@ def absolute(flags: list[str]) -> list[str]:
 def test_something_is_tested() -> None:
     names = {script.name for script in SCRIPTS}
     assert {"pretrain_1.3b.sh", "pretrain_14b.sh", "pretrain_14b_slurm.sh", "pretrain_14b_msrun.sh"} <= names
-    assert len(SCRIPTS) == 8 and len(JOBS) == 1 and len(RECIPES) >= 8
+    assert len(SCRIPTS) == 10 and len(JOBS) == 1 and len(RECIPES) >= 8
 
 
 @pytest.mark.parametrize("script", SHELL := sorted(EXAMPLES.rglob("*.sh")), ids=ids(SHELL))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +15,9 @@ from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.world import single_process
-from megatron_flashi2v.planning.memory import state_bytes
+from megatron_flashi2v.planning.state_memory import state_memory
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.training.holdings import holding_of
+from megatron_flashi2v.training.holdings import holding_of, parameter_shapes_of
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4,
@@ -48,8 +49,7 @@ def test_planned_bytes_are_those_that_an_optimizer_keeps(
     )
     spec = make_spec(CONFIG, groups, torch.device("cpu"), bf16=bf16)
     model = DiffusionTransformer(spec)
-    held = holding_of([model], [(2, 4, 4)])
-    assert held.weight_bytes < 4 * held.parameters if bf16 else held.weight_bytes == 4 * held.parameters
+    held = holding_of([model], parameter_shapes_of([model]), [(2, 4, 4)])
     (wrapped,) = wrap_data_parallel([model], config.parallel)
     optimizer = make_optimizer([wrapped], config.optimizer, config.parallel, spec)
     make_scheduler(optimizer, config.optimizer, 10, 0)
@@ -57,7 +57,8 @@ def test_planned_bytes_are_those_that_an_optimizer_keeps(
     optimizer.zero_grad()
     wrapped.finish_grad_sync()
     optimizer.step()
-    planned = state_bytes(held, config.optimizer, 1)
+    planned = state_memory(held, config, 1)
+    assert planned.weights < 4 * held.parameters if bf16 else planned.weights == 4 * held.parameters
     gradients = storages(buffer.grad_data for buffer in wrapped.buffers + wrapped.expert_parallel_buffers)
     weights = storages(model.parameters())
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -70,4 +71,7 @@ def test_planned_bytes_are_those_that_an_optimizer_keeps(
     assert planned.weights <= sum(weights.values()) <= planned.weights + padding
     assert planned.optimizer == sum(ours.values())
     assert planned.average == 0
-    assert state_bytes(held, OptimizerArguments(ema_decay=0.9), 4).average == held.parameters
+    averaging = dataclasses.replace(
+        config, optimizer=OptimizerArguments(ema_decay=0.9), parallel=ParallelArguments(use_distributed_optimizer=True)
+    )
+    assert state_memory(held, averaging, 4).average == held.parameters
