@@ -98,7 +98,7 @@ class Blend:
 
     @property
     def encodes_together(self) -> bool:
-        """Whether all ranks of a replica must read the same positions together."""
+        """Return whether all ranks of a replica must read the same positions together."""
         return any(dataset.is_collective for dataset in self.datasets)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def has_begun(output: Path) -> bool:
-    """Whether a folder holds shards.
+    """Return whether a folder holds shards.
 
     Before the first shard stands (the last run failed over a flag, say) settings may still change.
     """

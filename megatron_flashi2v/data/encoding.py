@@ -202,7 +202,7 @@ class ShardWork:
             if self._errors <= MAX_WARNINGS:
                 logger.warning("dropped (%s): %s", drop.reason, drop.detail)
             if self._errors == MAX_WARNINGS:
-                logger.warning("no more damaged files are warned of; the list at the end will name them")
+                logger.warning("further damaged files are not logged; the list at the end names them")
         return drop
 
     def _record(self, entry: Entry, frames: Frames, encoded: EncodedClip) -> dict[str, Any]:

@@ -22,7 +22,7 @@ REFERENCE_DEFAULT_FPS = 24.0
 
 
 def judge(entry: Entry, settings: FilterSettings) -> Drop | None:
-    """Whether a clip is wanted, from its annotation alone; no file is touched.
+    """Return whether a clip is wanted, from its annotation alone; no file is touched.
 
     Under the corrected rules a fact that the annotation does not give passes; judge again with
     :func:`with_measured` once the file was opened.

@@ -1,4 +1,4 @@
-"""Which frames of an opened file a sample shows, or why it shows none."""
+"""Picks the frames of an opened file that a sample shows, or gives the reason why it shows none."""
 
 from __future__ import annotations
 
