@@ -77,7 +77,6 @@ TRAIN = {
     "max_position_embeddings": _TOKENS,
     "merge_file": _TEXT,
     "min_loss_scale": _LOSS_SCALE,
-    "mock_data": "prepare a few clips with `flashi2v prepare`, as examples/quickstart.sh does, for --data-path",
     "moe_grouped_gemm": _EXPERTS,
     "moe_router_topk": _EXPERTS,
     "no_bias_gelu_fusion": _FUSED,

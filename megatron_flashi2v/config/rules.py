@@ -234,6 +234,8 @@ def _check_hang_timeout(config: TrainConfig, world_size: int) -> None:
 
 
 def _check_online_encoding(config: TrainConfig) -> None:
+    if config.data.mock_data and config.data.online_encoding:
+        raise ConfigError("--mock-data makes samples up, and --online-encoding encodes videos; give one of them")
     if not config.data.online_encoding:
         given = {"annotations": config.encoding.sources.annotations, "encoding_cache": config.data.encoding_cache}
         for name, value in given.items():

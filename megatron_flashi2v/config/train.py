@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from megatron_flashi2v.config.bounds import Above, AtLeast, Below, Within
 from megatron_flashi2v.config.clips import EncodingArguments
-from megatron_flashi2v.config.convert import FORMAT_NAMES
+from megatron_flashi2v.config.convert import SOURCE_NAMES
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
@@ -54,6 +54,8 @@ class DataArguments:
     """Folder that `flashi2v prepare` wrote, or several, each after its weight: 0.7 FOLDER 0.3 FOLDER."""
     max_bad_samples: Annotated[int, AtLeast(0)] = 100
     """Stop when more samples than this are unreadable or malformed; others replace them, and each is recorded."""
+    mock_data: bool = False
+    """Train on random samples of --num-frames, --height and --width instead of on --data-path, to measure a machine."""
     online_encoding: bool = False
     """Train from --annotations and video files, encoded when needed, instead of from --data-path."""
     encoding_cache: Path | None = None
@@ -265,9 +267,9 @@ class CheckpointArguments:
         if self.load_weights is None:
             return None
         name, colon, path = self.load_weights.partition(":")
-        if not colon or not path or name not in FORMAT_NAMES:
+        if not colon or not path or name not in SOURCE_NAMES:
             raise ConfigError(
-                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMAT_NAMES)}, "
+                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(SOURCE_NAMES)}, "
                 f"such as megatron:{path or self.load_weights}"
             )
         return name, Path(path)
@@ -292,8 +294,8 @@ class RuntimeArguments:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """Device; auto takes the first that is there."""
     attention_backend: str = "auto"
-    """Implementation of attention: auto, torch_sdpa, flash_attn_3, flash_attn_2, transformer_engine,
-    npu_fusion_attention, reference ... (kernels/README.md)."""
+    """Implementation of attention: auto, torch_sdpa, torch_cudnn, flash_attn_4, flash_attn_3, flash_attn_2,
+    transformer_engine, npu_fusion_attention, reference ... (kernels/README.md)."""
     backend: BackendArguments = field(default_factory=BackendArguments)
     use_mindspeed: bool = False
     """On NPUs, let MindSpeed, of the branch that matches megatron-core, replace parts of megatron-core."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import yaml
@@ -22,6 +23,7 @@ from megatron_flashi2v.config.rules import check_tokens, num_microbatches
 from megatron_flashi2v.config.train import DataArguments, ParallelArguments, RuntimeArguments, TrainConfig
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.encoders.video_vae import WAN_STRIDES, read_strides
+from megatron_flashi2v.models.kernel_choice import default_kernels
 from megatron_flashi2v.models.spec import choose_kernels
 from megatron_flashi2v.planning.holdings import planned_holdings
 from megatron_flashi2v.planning.state_memory import state_memory
@@ -44,7 +46,7 @@ class PlannedData:
 
 
 def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> str:
-    """The resolved configuration, exact parameter counts, the layout and what its ranks hold, as YAML with comments.
+    """The layout, what its ranks hold, kernels, exact parameter counts and the configuration, as YAML with comments.
 
     Args:
         config: flags and recipe, checked.
@@ -66,17 +68,6 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
     without = _parameters(dataclasses.replace(model, conditioning=BASE.name))
     replicas = data_parallel_size(parallel, world_size)
     lines = [
-        "# resolved configuration",
-        yaml.safe_dump(flat_values(config), sort_keys=False).rstrip(),
-        "",
-        "# model",
-        yaml.safe_dump(model.to_json(), sort_keys=False, default_flow_style=None).rstrip(),
-        "",
-        "# parameters",
-        f"total: {total:,}",
-        f"{BASE.name}_part: {without:,}",
-        f"{model.conditioning}_part: {total - without:,}",
-        "",
         "# layout" + (" of one replica: --world-size plans for more" if replicas == 1 else ""),
         f"processes: {world_size}",
         f"tensor: {parallel.tensor_model_parallel_size}"
@@ -85,16 +76,35 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
         f"context: {parallel.context_parallel_size}",
         f"data: {replicas}{_sharding(parallel, world_size)}",
         f"microbatches: {num_microbatches(config, world_size)} of {config.batch.micro_batch_size}",
+        "",
+        *held_by_ranks(config, model, data, world_size),
+        "",
+        *chosen_kernels(config.runtime, parallel, model, bf16=config.batch.bf16),
+        "",
+        "# parameters",
+        f"total: {total:,}",
+        f"{BASE.name}_part: {without:,}",
+        f"{model.conditioning}_part: {total - without:,}",
+        "",
+        "# model",
+        yaml.safe_dump(model.to_json(), sort_keys=False, default_flow_style=None).rstrip(),
+        "",
+        "# resolved configuration; what has no value is left out",
+        yaml.safe_dump(given_values(config), sort_keys=False, default_flow_style=None).rstrip(),
     ]
-    lines += ["", *held_by_ranks(config, model, data, world_size)]
-    lines += ["", *chosen_kernels(config.runtime, parallel, model, bf16=config.batch.bf16)]
     return "\n".join(lines) + "\n"
 
 
+def given_values(config: TrainConfig) -> dict[str, Any]:
+    """The flags that have a value, and so a recipe of the same run."""
+    return {name: value for name, value in flat_values(config).items() if value not in (None, [])}
+
+
 def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> PlannedData:
-    """Of the prepared folders, or by the flags of online encoding; of the released models, before there are data."""
-    if arguments.online_encoding:
-        return _of_online_encoding(encoding)
+    """Of the prepared folders, or by the flags of online encoding and mock data; of the released models, before there
+    are data."""
+    if arguments.online_encoding or arguments.mock_data:
+        return _by_flags(encoding)
     infos = {}
     missing = []
     for part in parse_blend(arguments.data_path) if arguments.data_path else ():
@@ -162,12 +172,15 @@ def chosen_kernels(
         )
     except ConfigError as error:
         return [f"# kernels: not those of the training, for on this machine: {error}"]
-    rows = describe(kernels.chosen)
+    default = default_kernels(kernels.chosen, device.name, runtime.attention_backend)
+    if default is not None:
+        return [f"# kernels: {default}"]
     return [f"# kernels on this machine's {device.name}",
-            *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "") for operator, name, why_not in rows)]
+            *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "")
+              for operator, name, why_not in describe(kernels.chosen))]
 
 
-def _of_online_encoding(encoding: EncodingArguments) -> PlannedData:
+def _by_flags(encoding: EncodingArguments) -> PlannedData:
     clip, vae, whose = encoding.clips.wanted, encoding.sources.vae, "the VAE of --vae"
     if vae is not None and vae.exists():
         strides = read_strides(vae)

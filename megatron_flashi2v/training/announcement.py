@@ -9,6 +9,7 @@ from flashi2v_kernels.registry import describe
 from megatron_flashi2v.config.layout import sharding_ranks
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.models.kernel_choice import default_kernels
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.holdings import held_by_all, holding_of
@@ -45,7 +46,10 @@ def announce(
         logger.info("%s", line)
     logger.info("%d microbatches of %d samples each iteration on each of %d replicas", num_microbatches,
                 config.batch.micro_batch_size, groups.dp.size())
-    for operator, implementation, why_not in describe(spec.kernels.chosen):
+    default = default_kernels(spec.kernels.chosen, device.name, config.runtime.attention_backend)
+    if default is not None:
+        logger.info("%s", default)
+    for operator, implementation, why_not in () if default else describe(spec.kernels.chosen):
         logger.info("kernel %s: %s%s", operator, implementation, f" ({why_not})" if why_not else "")
     save = config.checkpoint.save
     if save is None:

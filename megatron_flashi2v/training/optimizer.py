@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
@@ -15,6 +16,8 @@ from megatron.core.optimizer import (
     ParamPredicate,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -127,10 +130,65 @@ def make_optimizer(
 
 
 def ready_gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
-    """The gradients, in fp32, that the optimizer's next ``step_with_ready_grads`` applies on this rank."""
+    """The gradients, in fp32, that the next :func:`apply_gradients` applies on this rank."""
     parameters = (parameter for part in unchained(optimizer) for parameter in part.get_parameters())
     gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
-    return [flat_local(gradient) if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return [_local(gradient) for gradient in gradients]
+
+
+def _local(gradient: Tensor) -> Tensor:
+    """What this rank holds of a gradient, which is a DTensor where ranks divide it."""
+    return flat_local(gradient) if isinstance(gradient, DTensor) else gradient
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
+    """The global L2 norm of the prepared gradients, a scalar in fp32 that stays on the device; collective.
+
+    megatron-core's ``get_grad_norm`` counts the same gradients, but without apex brings each one's norm to the host.
+
+    Args:
+        optimizer: whose ``prepare_grads`` was called.
+        device: where models live.
+    """
+    gradients = [_local(grad) for part in unchained(optimizer) for grad in part.get_main_grads_for_grad_norm()]
+    square = torch.zeros((), device=device)
+    if gradients:  # a stage may have nothing to train
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square.sqrt()
+
+
+@torch.no_grad()
+def apply_gradients(optimizer: MegatronOptimizer) -> None:
+    """Update the weights by the prepared gradients, as ``step_with_ready_grads`` does.
+
+    megatron-core copies masters to weights one by one, in hundreds of kernels; here they are copied together.
+    """
+    for part in unchained(optimizer):
+        groups = list(_weights_and_masters(part))
+        if not groups:  # weights in fp32 are their own masters
+            part.step_with_ready_grads()
+            continue
+        part.optimizer.step()
+        for weights, masters in groups:
+            torch._foreach_copy_(weights, masters)
+        if isinstance(part, DistributedOptimizer) and not part.ddp_config.overlap_param_gather:
+            for model in part.model_chunks:
+                model.start_param_sync()
+
+
+def _weights_and_masters(optimizer: MegatronOptimizer) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield bf16 weights, of the distributed optimizer this rank's stretches of them, and their fp32 masters."""
+    if isinstance(optimizer, DistributedOptimizer) and optimizer.ddp_config.use_megatron_fsdp:
+        return  # its buffers copy themselves
+    if isinstance(optimizer, DistributedOptimizer):
+        pairs = zip(optimizer.shard_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True)
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        pairs = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+    else:
+        return
+    yield from ((weights, masters) for weights, masters in pairs if weights)
 
 
 def make_scheduler(
