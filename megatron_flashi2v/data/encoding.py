@@ -209,7 +209,7 @@ class ShardWork:
         return {
             "caption": encoded.caption,
             "caption_raw": encoded.caption_raw,
-            "source": entry.path,
+            "source": entry.shown_path,
             "text_rows": len(encoded.text_rows_LD),
             "entry": entry.index,
             "frames": list(frames.indices),

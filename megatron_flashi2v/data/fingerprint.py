@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def folder_hash(folder: Path, what: str) -> str:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(os.fsencode(f"{name.as_posix()}\0{path.stat().st_size}\0"))
             _update_with_file(digest, path)
     return digest.hexdigest()
 

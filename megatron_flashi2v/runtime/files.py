@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import UserError, WriteError
+from megatron_flashi2v.runtime.text import to_utf8
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MIB = 1024**2
@@ -101,8 +102,8 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """:func:`atomic_write_bytes` of UTF-8 text."""
-    atomic_write_bytes(path, text.encode("utf-8"))
+    """:func:`atomic_write_bytes` of UTF-8 text; U+FFFD stands for what has no bytes in it."""
+    atomic_write_bytes(path, to_utf8(text))
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
@@ -161,7 +162,7 @@ def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
         UserError: the disk is full or the path cannot be written; the file's earlier rows are unchanged then.
     """
     path = Path(path)
-    line = json.dumps(dict(row), ensure_ascii=False).encode("utf-8") + b"\n"
+    line = to_utf8(json.dumps(dict(row), ensure_ascii=False)) + b"\n"
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.distributed
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -26,7 +25,7 @@ from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.batch import Microbatch, MicrobatchSource
 from megatron_flashi2v.training.clipping import Clipper, scale_gradients
-from megatron_flashi2v.training.optimizer import apply_gradients, gradient_norm, ready_gradients
+from megatron_flashi2v.training.optimizer import DataParallelStage, apply_gradients, gradient_norm, ready_gradients
 from megatron_flashi2v.training.sigma_buckets import WIDTH, BatchLoss, loss_report, read_report
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ class TrainingStep:
     Args:
         spec: what the model was built with.
         stages: this rank's stages.
-        models: the same, each wrapped in megatron-core's DistributedDataParallel.
+        models: the same, each wrapped for data parallelism.
         optimizer: megatron-core's optimizer over them.
         clipper: what happens to the gradients before they are applied.
         num_microbatches: microbatches per replica and iteration.
@@ -117,7 +116,7 @@ class TrainingStep:
         self,
         spec: ModelSpec,
         stages: list[DiffusionTransformer],
-        models: list[DistributedDataParallel],
+        models: list[DataParallelStage],
         optimizer: MegatronOptimizer,
         clipper: Clipper,
         *,
