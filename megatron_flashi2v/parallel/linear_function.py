@@ -126,8 +126,7 @@ def _weight_gradient(
 
     Without one the hook that starts the reduction over replicas might run in another thread, or not at all.
     """
-    # Megatron-FSDP's weights have no buffer between iterations, and ``main_grad`` is then another one's or none.
-    if not hasattr(parameter, "grad_added_to_main_grad") or hasattr(parameter, "get_main_grad"):
+    if not hasattr(parameter, "grad_added_to_main_grad"):
         return grad_NO.t() @ rows_NI
     add_weight_gradient(_gradient_buffer(parameter), grad_NO, rows_NI)
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
