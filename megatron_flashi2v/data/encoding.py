@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_decoder(config: EncodingConfig) -> Decoder:
-    """What decodes this process's clips."""
+    """Return the decoder of this process's clips."""
     clips, decoding = config.arguments.clips, config.arguments.decoding
     return Decoder(clips, config.seed, workers=decoding.decode_workers, limit_s=decoding.decode_timeout_s)
 
@@ -50,14 +50,15 @@ class Encoders:
 
     def __init__(self, config: EncodingConfig, device: torch.device) -> None:
         self._text_length = config.text_length
-        self._sources, self._wanted = config.arguments.sources, config.arguments.clips.wanted
+        self._sources, self._clips = config.arguments.sources, config.arguments.clips
+        self._wanted = self._clips.wanted
         self._captions = config.arguments.captions
         self._device = device
 
     @functools.cached_property
     def vae(self) -> VideoVAE:
-        """The video VAE in fp32; the sample's sizes fit its strides."""
-        vae = VideoVAE.load(given(self._sources.vae, "--vae"), self._device)
+        """The video VAE; the sample's sizes fit its strides."""
+        vae = VideoVAE.load(given(self._sources.vae, "--vae"), self._device, getattr(torch, self._clips.vae_dtype))
         vae.latent_shape(self._wanted.num_frames, self._wanted.height, self._wanted.width)
         return vae
 
@@ -74,7 +75,7 @@ class Encoders:
 
     @functools.cached_property
     def info(self) -> DataInfo:
-        """What all samples have in common."""
+        """Properties common to all samples."""
         wanted = self._wanted
         return DataInfo(
             latent_shape=self.vae.latent_shape(wanted.num_frames, wanted.height, wanted.width),
@@ -208,7 +209,7 @@ class ShardWork:
             if self._errors <= MAX_WARNINGS:
                 logger.warning("dropped (%s): %s", drop.reason, drop.detail)
             if self._errors == MAX_WARNINGS:
-                logger.warning("no more damaged files are warned of; the list at the end will name them")
+                logger.warning("further damaged files are not logged; the list at the end names them")
         return drop
 
     def _record(self, entry: Entry, frames: Frames, encoded: EncodedClip) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What decides the bytes of a prepared data set, reduced to a hash, so that a later run knows what it may keep."""
+"""Hashes the settings that decide the bytes of a prepared data set; a later run keeps shards of the same hash."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WHOLE_FILE_BYTES = 16 * 2**20
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 2**18
 
-LATER_FIELDS: dict[str, Any] = {"frame_picking": "index", "picture": "stored"}
+LATER_FIELDS: dict[str, Any] = {"frame_picking": "index", "picture": "stored", "vae_dtype": "float32"}
 """Fields that older versions did not have, each with the value that means what those did. A field at that value is left
 out of the settings, so that data prepared by an older version stay whole; a new field gets a line here."""
 
@@ -32,7 +32,7 @@ out of the settings, so that data prepared by an older version stay whole; a new
 def data_settings(
     config: EncodingConfig, entries: Sequence[Entry], malformed: Sequence[DroppedEntry]
 ) -> dict[str, Any]:
-    """Everything that decides the samples, JSON-ready; where the files lie and what computes do not.
+    """Return all settings that decide the samples, JSON-ready; neither paths nor devices are among them.
 
     Args:
         config: checked.
@@ -47,7 +47,7 @@ def data_settings(
 
 
 def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
-    """What decides a sample besides its annotation, JSON-ready."""
+    """Return the settings that decide a sample besides its annotation, JSON-ready."""
     sources, clips = config.arguments.sources, config.arguments.clips
     values = {**flat_values(clips), **flat_values(config.arguments.captions)}
     return {

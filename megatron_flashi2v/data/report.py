@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ MAX_PICTURES = 24
 PICTURE_WIDTH = 240
 """Pixels."""
 SHOWN_SIZES = 8
+MIN_BINS, MAX_BINS = 10, 40
+MIN_BARS = 4
+DIGIT_WIDTH = 0.035
+"""Of a label at the end of a bar, as a share of the frame."""
 
 TEMPLATE = "report.html.jinja"
 
@@ -57,7 +62,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class SheetFrame:
-    """One sample of the contact sheet; its picture is None where the file is gone since."""
+    """One sample of the contact sheet; its picture is None if its file no longer decodes."""
 
     picture: Picture | None
     caption: str
@@ -65,7 +70,7 @@ class SheetFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the histograms show, one value for each sample that was looked at.
+    """Values of the histograms, one for each sample that was read.
 
     Attributes:
         seconds: length of the annotated clip in its file.
@@ -172,9 +177,10 @@ def _figure(facts: Facts, summary: dict[str, Any]) -> Figure:
         (facts.text_rows, "text rows"),
     ]
     for place, (values, label) in enumerate(shown):
-        axes[place].hist(values, bins=min(40, max(1, len(set(values)))))
+        axes[place].hist(values, bins=histogram_edges(values))
         axes[place].set_xlabel(label)
         axes[place].set_ylabel("samples")
+        axes[place].yaxis.get_major_locator().set_params(integer=True)
     _bars(axes[3], Counter(facts.sizes).most_common(SHOWN_SIZES), "picture size of the file")
     reasons = [("kept", summary["kept"])]
     reasons += [(reason, group["count"]) for reason, group in summary["dropped"].items()]
@@ -183,12 +189,36 @@ def _figure(facts: Facts, summary: dict[str, Any]) -> Figure:
     return figure
 
 
+def histogram_edges(values: Sequence[float]) -> list[float]:
+    """Edges of 10 to 40 bins of one width, which hold all values; whole numbers stand in the middle of theirs.
+
+    Args:
+        values: at least one.
+    """
+    low, high = min(values), max(values)
+    if all(isinstance(value, int) for value in values):
+        width = float(-(-(high - low + 1) // MAX_BINS))
+        low, high = low - 0.5, high + 0.5
+    else:
+        bins = min(MAX_BINS, max(MIN_BINS, len(set(values))))
+        # Values that are all alike get bins of a tenth of them.
+        width = (high - low) / bins or abs(high) / MIN_BINS or 1.0
+    needed = math.ceil((high - low) / width - 1e-9)
+    count = max(MIN_BINS, needed)
+    first = low - width * ((count - needed) // 2)
+    return [first + width * place for place in range(count)] + [max(first + width * count, high)]
+
+
 def _bars(axes: Axes, counts: Sequence[tuple[str, int]], title: str) -> None:
     names, values = [name for name, _ in counts], [value for _, value in counts]
     bars = axes.barh(range(len(names)), values)
     axes.set_yticks(range(len(names)), names)
-    axes.bar_label(bars, padding=2)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(names), MIN_BARS) - 0.5, -0.5)  # from above; few bars are not thick
+    labels = [f"{value:,}" for value in values]
+    axes.bar_label(bars, labels, padding=2)
+    axes.set_xticks([])
+    room = DIGIT_WIDTH * (1 + max(map(len, labels)))
+    axes.set_xlim(0, max(max(values), 1) / (1 - room))
     axes.set_title(title)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from megatron_flashi2v.runtime.quiet import hide_unhelpful_warnings
 from megatron_flashi2v.runtime.text import ShownFormatter
 
 AGREED = {"agreed": True}
 """``extra`` of a warning that all ranks log alike; only rank 0's is shown."""
+ONCE = {"once": True}
+"""``extra`` of a warning that many inputs cause; only the first is shown, after each :func:`setup_logging`."""
 
 _PACKAGE = "megatron_flashi2v"
 _NAME = "megatron_flashi2v console"
@@ -30,13 +32,10 @@ def setup_logging(rank: int = 0, verbose: bool = False, console: Console | None 
         console: a terminal that also shows a progress bar; log lines appear above the bar.
 
     Logs Python's warnings too, on rank 0 only unless ``verbose`` (the ranks' warnings are the same). Unless
-    ``verbose``, hides what a user cannot change: megatron-core's advice to install Apex, its use of deprecated
-    collectives, and the loading bars of transformers. Call this before importing any of these.
+    ``verbose``, hides those that :func:`~megatron_flashi2v.runtime.quiet.hide_unhelpful_warnings` names.
     """
     if not verbose:
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core(\.|$)")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger$")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        hide_unhelpful_warnings()
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if handler.get_name() == _NAME]:
         root.removeHandler(handler)
@@ -76,5 +75,20 @@ def _handler(rank: int, console: Console | None) -> logging.Handler:
         handler.setFormatter(ShownFormatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
     if rank:
         handler.addFilter(lambda record: not getattr(record, "agreed", False))
+    handler.addFilter(_first_of_each())
     handler.set_name(_NAME)
     return handler
+
+
+def _first_of_each() -> Callable[[logging.LogRecord], bool]:
+    """A filter that passes the first of the records of each message that are :data:`ONCE`."""
+    seen: set[str] = set()
+
+    def is_first(record: logging.LogRecord) -> bool:
+        if not getattr(record, "once", False):
+            return True
+        known = str(record.msg) in seen
+        seen.add(str(record.msg))
+        return not known
+
+    return is_first

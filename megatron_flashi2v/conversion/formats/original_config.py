@@ -19,10 +19,13 @@ from megatron_flashi2v.conditioning.build import (
 from megatron_flashi2v.conditioning.interface import ForeignModel
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.recognition import channels_named
 from megatron_flashi2v.conversion.sources import SourceTensor
 from megatron_flashi2v.conversion.weights import ReadOptions
 from megatron_flashi2v.runtime.files import read_json_object
 
+MODEL_CONFIG_NAME = "model_config.json"
+"""Our configuration, beside the weights."""
 HEAD_DIM = 128
 """Channels of a head in all releases of Wan and FlashI2V."""
 
@@ -63,7 +66,7 @@ def read_config(
         CheckpointError: that file is malformed, or a tensor that gives a dimension is missing or has a wrong shape.
     """
     folder = path if path.is_dir() else path.parent
-    exact = folder / "model_config.json"
+    exact = folder / MODEL_CONFIG_NAME
     if exact.is_file():
         config = read_model_config(read_json_object(exact, error=CheckpointError), source=str(exact))
         options.require_agreement(config, exact)
@@ -148,8 +151,8 @@ def _from_shapes(path: Path, tensors: Mapping[str, SourceTensor], column: str) -
         ForeignModel(latent_channels=latents, input_channels=channels, column=column, shape_of=shape_of)
     )
     if paradigm is None:
-        raise ConfigError(
-            f"{path}: the patch embedding takes {channels} channels, the latents have {latents}: "
+        known = channels_named(latents, channels) or (
             f"{recognition_rules()}; another paradigm needs the model_config.json of its export"
         )
+        raise ConfigError(f"{path}: the patch embedding takes {channels} channels, the latents have {latents}: {known}")
     return fields | paradigm

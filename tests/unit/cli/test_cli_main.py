@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,16 @@ def test_dry_run_shows_configuration_parameters_and_layout(
     report = capsys.readouterr().out
     assert f"model: {model}" in report and "# layout" in report
     assert total is None or f"total: {total}" in report
-    assert "# kernels on this machine's cpu" in report and "\nattention: torch_sdpa" in report
+    assert "\n# kernels: all 7 kernels are the default ones of a CPU (attention: torch_sdpa)\n" in report
+    order = [report.index(part) for part in ("# layout", "state_gb", "# kernels", "# model", "# resolved")]
+    assert order == sorted(order) and order[0] == 0
+    assert "null" not in report and "[]" not in report
+
+
+def test_a_dry_run_names_each_kernel_where_one_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model", "tiny", "--device", "cpu", "--attention-backend", "reference", "--dry-run"]) == 0
+    report = capsys.readouterr().out
+    assert "# kernels on this machine's cpu\nattention: reference" in report
     assert "\nada_layer_norm: torch  # triton: runs on cuda, not on cpu" in report
 
 
@@ -96,3 +106,20 @@ def test_dry_run_where_the_devices_are_not(capsys: pytest.CaptureFixture[str]) -
     report = capsys.readouterr().out
     assert "# layout" in report and "torch_npu" in report
     assert "# kernels: not those of the training, for on this machine: " in report
+
+
+def test_warnings_about_which_a_user_can_do_nothing_are_hidden(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Also those that megatron-core gives when a command imports it, before there is a log."""
+    from megatron_flashi2v.cli import convert
+
+    def warn(argv: list[str]) -> int:
+        for module in ("megatron.core.models.backends", "diffusers.utils"):
+            warnings.warn_explicit("no Apex", UserWarning, "file.py", 1, module=module)
+        return 0
+
+    monkeypatch.setattr(convert, "main", warn)
+    filters = list(warnings.filters)
+    assert main(["convert"]) == 0
+    assert len(recwarn) == 1 and warnings.filters == filters

@@ -18,7 +18,7 @@ from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.run import VideoShape, video_shape
+from megatron_flashi2v.sampling.session import VideoShape, video_shape
 
 CONFIG = ModelConfig(
     num_layers=1,

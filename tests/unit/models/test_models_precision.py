@@ -39,9 +39,8 @@ IN_BF16 = {
     ("conditioning.fourier_embedding.conv_out", "addmm"),
     ("", "add"),  # tokens and guidance
     ("text_embedding.linear_1", "mm"),
-    ("text_embedding.linear_2", "mm"),
-    ("text_embedding.linear_2", "add"),
-    *((f"blocks.{linear}", name) for name in ("mm", "add") for linear in (
+    ("text_embedding.linear_2", "addmm"),
+    *((f"blocks.{linear}", "addmm") for linear in (
         "self_attention.linear_qkv", "self_attention.linear_proj", "cross_attention.linear_q",
         "cross_attention.linear_kv", "cross_attention.linear_proj", "mlp.linear_fc2",
     )),
@@ -50,7 +49,7 @@ IN_BF16 = {
     ("blocks.cross_attention", "attention"),
 }
 """Everything that a bf16 model computes in bf16, besides its residual stream."""
-RESIDUAL_STREAM = {("blocks", "add"), ("blocks", "addcmul")}
+RESIDUAL_STREAM = {("blocks", "add"), ("blocks", "addcmul"), ("blocks.norm_cross", "addcmul")}
 """The cross-attention's update is added in bf16; the gated ones in fp32, because of the gate, and rounded once."""
 IN_FP32 = {
     ("text_embedding", "gelu"),
@@ -62,7 +61,7 @@ IN_FP32 = {
     ("time_embedding.linear_1", "addmm"),
     ("time_embedding", "silu"),
     ("time_embedding.linear_2", "addmm"),
-    ("time_embedding.projection", "mm"),
+    ("time_embedding.projection", "addmm"),
     ("blocks", "native_layer_norm"),
     ("blocks", "add"),  # the modulation table and the projected time
     ("blocks.self_attention.norm_q", "mul"),  # weight and rotary positions

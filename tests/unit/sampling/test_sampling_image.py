@@ -8,6 +8,7 @@ from PIL import Image
 
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.transforms import resize_and_crop
+from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.sampling.image import fit_image, load_image
 
 
@@ -125,3 +126,17 @@ def test_fit_keeps_an_image_of_the_right_size():
 def test_malformed_tensors_are_refused(tensor):
     with pytest.raises(ValueError, match="uint8"):
         fit_image(tensor, 16, 24)
+
+
+def test_a_crop_is_told_once_with_its_loss(capsys):
+    with logging_to_stderr():
+        for _ in range(2):
+            fit_image(torch.zeros((3, 60, 60), dtype=torch.uint8), 48, 80)
+        fit_image(torch.zeros((3, 48, 81), dtype=torch.uint8), 48, 80)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "a picture of 60 x 60 pixels is cropped at its centre to the shape of 80 x 48" in said
+    assert "cuts off 40% of it" in said
+    with logging_to_stderr():
+        fit_image(torch.zeros((3, 48, 81), dtype=torch.uint8), 48, 80)
+    assert capsys.readouterr().err == ""
