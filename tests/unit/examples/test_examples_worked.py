@@ -28,8 +28,9 @@ def test_the_worked_example_fits_together(monkeypatch: pytest.MonkeyPatch) -> No
     for words in filter(None, lines):
         if words[0] == "hf":
             continue
-        place = words.index("megatron_flashi2v" if words[0] == "torchrun" else "flashi2v")
-        command, *flags = words[place + 1 :]
+        place = next(place for place, word in enumerate(words) if word in CONFIGS)
+        assert words[:place] in (["flashi2v"], ["flashi2v", "torchrun", "--nproc-per-node", "8"])
+        command, *flags = words[place:]
         parsed[command] = parse(CONFIGS[command], flags, prog=command, description="")
     assert list(parsed) == list(CONFIGS)
     check_prepare(parsed["prepare"])

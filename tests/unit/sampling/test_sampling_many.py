@@ -95,6 +95,8 @@ def refused(models: Path, output: Path, *flags: object, **row: Any) -> str:
     ({"image": None}, "out.jsonl: line 1: id 'a' has no image, but "),
     ({"height": 18}, "out.jsonl: line 1: height is 18; "),
     ({"num_frames": 4}, "out.jsonl: line 1: num_frames is 4; "),
+    ({"prompt": "一只猫"}, "out.jsonl: line 1: the prompt '一只猫' is empty after text cleaning full"),
+    ({"negative_prompt": "模糊"}, "out.jsonl: line 1: the negative prompt '模糊' is empty after text cleaning full"),
 ])  # fmt: skip
 def test_what_does_not_fit_the_model(models: Path, tmp_path: Path, row: dict[str, Any], said: str) -> None:
     assert said in refused(models, tmp_path / "out", **row)
