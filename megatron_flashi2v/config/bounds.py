@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -125,7 +126,29 @@ class EndsWith:
         return str(value).lower().endswith(self.suffix)
 
 
-BOUNDS = (AtLeast, Above, Below, Within, OneOf, EndsWith)
+@dataclass(frozen=True)
+class Matches:
+    """A word of a certain form.
+
+    Attributes:
+        pattern: regular expression of the whole word.
+        form: for the error.
+    """
+
+    pattern: str
+    form: str
+
+    @property
+    def rule(self) -> str:
+        """As of :class:`Bound`."""
+        return self.form
+
+    def holds(self, value: Any) -> bool:
+        """As of :class:`Bound`."""
+        return re.fullmatch(self.pattern, str(value)) is not None
+
+
+BOUNDS = (AtLeast, Above, Below, Within, OneOf, EndsWith, Matches)
 
 
 def check_bounds(config: Any, *, as_flags: bool = True) -> None:

@@ -11,6 +11,7 @@ from megatron_flashi2v.config.fields import Only
 from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.train import ParallelArguments
 
+SolverName = Literal["euler", "unipc", "dpm++"]
 DEFAULT_SHIFT = 7.0
 """Shift of the sampler's noise levels, everywhere: FlashI2V's, see its main branch."""
 
@@ -38,7 +39,9 @@ class SamplerSettings:
     """Sampler."""
 
     num_steps: Annotated[int, AtLeast(1)] = 50
-    """Euler steps."""
+    """Steps of the solver, each one call of the model (two with guidance)."""
+    solver: SolverName = "euler"
+    """Solver: FlashI2V's Euler steps, or a multistep scheduler of diffusers, which needs fewer steps."""
     guidance_scale: Annotated[float, AtLeast(0)] = 5.0
     """Classifier-free guidance; 1 turns it off and halves the time."""
     shift: Annotated[float, Above(0)] = DEFAULT_SHIFT

@@ -14,6 +14,7 @@ from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.reasons import DroppedEntry
+from megatron_flashi2v.encoders.folders import component_folder
 
 PIPELINE_VERSION = 2
 """To be raised whenever the same inputs would give other samples."""
@@ -54,9 +55,11 @@ def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
         "text_length": config.text_length,
         "seed": config.seed,
         "min_pixels": clips.wanted.pixel_floor,
-        "vae": folder_hash(given(sources.vae, "--vae"), "VAE"),
-        "text_encoder": folder_hash(given(sources.text_encoder, "--text-encoder"), "text encoder"),
-        "tokenizer": folder_hash(given(sources.tokenizer, "--tokenizer"), "tokenizer"),
+        "vae": folder_hash(component_folder(given(sources.vae, "--vae"), "vae"), "VAE"),
+        "text_encoder": folder_hash(
+            component_folder(given(sources.text_encoder, "--text-encoder"), "text_encoder"), "text encoder"
+        ),
+        "tokenizer": folder_hash(component_folder(given(sources.tokenizer, "--tokenizer"), "tokenizer"), "tokenizer"),
     }
 
 

@@ -9,6 +9,12 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime.files import read_json_object
 
 
+def component_folder(folder: Path | str, name: str) -> Path:
+    """The folder of a model: the one given, or the subfolder ``name`` of the diffusers pipeline that was given."""
+    folder = Path(folder)
+    return folder / name if (folder / "model_index.json").is_file() else folder
+
+
 def require_files(folder: Path, what: str, *names: str) -> None:
     """Refuse a folder that does not hold a model.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.encoders.folders import read_model_config, require_all_weights, require_files
+from megatron_flashi2v.encoders.folders import component_folder, read_model_config, require_all_weights, require_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,8 +62,8 @@ class TextEncoder:
         """Read transformers folders (safetensors weights only); never reaches for the network.
 
         Args:
-            text_encoder_folder: usually ``text_encoder`` in a pipeline's folder.
-            tokenizer_folder: usually ``tokenizer`` in a pipeline's folder.
+            text_encoder_folder: ``text_encoder`` in a pipeline's folder, or the pipeline's own.
+            tokenizer_folder: ``tokenizer`` in a pipeline's folder, or the pipeline's own.
             text_length: longer prompts are cut to this many tokens.
             device: where it runs.
             dtype: of weights, computation and rows.
@@ -71,7 +71,8 @@ class TextEncoder:
         Raises:
             ConfigError: a file is missing or malformed, or the folders do not belong together.
         """
-        folder, tokenizer_folder = Path(text_encoder_folder), Path(tokenizer_folder)
+        folder = component_folder(text_encoder_folder, "text_encoder")
+        tokenizer_folder = component_folder(tokenizer_folder, "tokenizer")
         kind = read_model_config(folder, "text encoder").get("model_type")
         if kind != "umt5":
             raise ConfigError(f"text encoder folder {folder}: config.json's model_type is {kind!r}; it must be umt5")

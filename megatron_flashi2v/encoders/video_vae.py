@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.encoders.folders import read_model_config, require_all_weights, require_files
+from megatron_flashi2v.encoders.folders import component_folder, read_model_config, require_all_weights, require_files
 
 CHUNK_FRAMES = 4
 """diffusers encodes the first frame and then chunks of four; frames that do not fill a chunk are silently lost."""
@@ -72,7 +72,7 @@ def read_strides(folder: Path) -> Strides:
     Raises:
         ConfigError: ``config.json`` is missing or malformed, or of another model.
     """
-    config = read_model_config(folder, "VAE")
+    config = read_model_config(component_folder(folder, "vae"), "VAE")
     try:
         return Strides.of(config)
     except (KeyError, TypeError) as error:
@@ -109,14 +109,14 @@ class VideoVAE:
         """Read a diffusers folder (``config.json`` and safetensors weights); never reaches for the network.
 
         Args:
-            folder: the VAE's folder, usually ``vae`` in a pipeline's folder.
+            folder: the VAE's folder, ``vae`` in a pipeline's folder, or the pipeline's own.
             device: where it runs.
             dtype: of weights and computation; latents come out in fp32 all the same.
 
         Raises:
             ConfigError: a file is missing or malformed, or the folder holds another model.
         """
-        folder = Path(folder)
+        folder = component_folder(folder, "vae")
         name = read_model_config(folder, "VAE").get("_class_name")
         if name != "AutoencoderKLWan":
             raise ConfigError(f"VAE folder {folder}: config.json names the class {name!r}; it must be AutoencoderKLWan")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.encoders.folders import read_model_config, require_files
+from megatron_flashi2v.encoders.folders import component_folder, read_model_config, require_files
 from megatron_flashi2v.runtime.files import read_json_object
 
 REFERENCES = "_component_sources"
@@ -63,7 +63,7 @@ def find_component(name: str, place: str) -> Component:
 
     Args:
         name: ``vae``, ``text_encoder`` or ``tokenizer``.
-        place: a folder, or a Hub repository as ``OWNER/NAME:SUBFOLDER``.
+        place: a folder, that of a whole pipeline, or a Hub repository as ``OWNER/NAME:SUBFOLDER``.
 
     Raises:
         ConfigError: the place is neither, or the folder holds something else.
@@ -79,6 +79,7 @@ def find_component(name: str, place: str) -> Component:
             "tokenizer": ("transformers", "AutoTokenizer"),
         }[name]
         return Component(name=name, library=library, class_name=class_name, folder=None, reference=place)
+    folder = component_folder(folder, name)
     library, class_name = _LOOK[name](folder)
     return Component(
         name=name, library=library, class_name=class_name, folder=folder, reference=str(folder.resolve())

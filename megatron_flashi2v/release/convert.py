@@ -72,13 +72,17 @@ def _release(config: ConvertConfig) -> tuple[Finish | None, int]:
         return None, 0
     from megatron_flashi2v.release.components import find_component
     from megatron_flashi2v.release.folder import finish_release
+    from megatron_flashi2v.release.model_card import Origin
 
     components = [find_component(name, place) for name, place in config.parts.items()]
     copied = config.components == "copy"
     nbytes = sum(component.nbytes() for component in components if copied and component.folder is not None)
 
     def finish(folder: Path, weights: Weights) -> None:
-        finish_release(folder, weights, components, copied=copied, source_format=config.source[0])
+        finish_release(
+            folder, weights, components, copied=copied, source_format=config.source[0],
+            origin=Origin(license=config.license, base_model=config.base_model),
+        )
 
     return finish, nbytes
 

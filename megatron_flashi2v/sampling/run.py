@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from megatron_flashi2v.checkpoint.folders import load_model_config, load_state
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.layout import check_layout, model_ranks
@@ -30,7 +29,7 @@ from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.runtime.progress import progress
 from megatron_flashi2v.sampling.image import load_image
-from megatron_flashi2v.sampling.load import load_stages, resolve_checkpoint, velocity_of
+from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, SampledVideo, latent_shape_of
 from megatron_flashi2v.sampling.video import StripRow, is_strip, write_comparison, write_mp4
 
@@ -69,9 +68,9 @@ def _sample(config: SampleConfig, launch: LaunchEnvironment) -> SampledVideo:
     # Cheap checks first: nobody should wait for 14 billion weights to hear of a misspelt file.
     require_outputs(config)
     folder = resolve_checkpoint(config.load, config.weights)
-    model_config = load_model_config(folder)
+    model_config, state = describe(folder)
     require_processes(config.parallel, model_config, launch)
-    shape = video_shape(config, load_state(folder))
+    shape = video_shape(config, state)
     images = condition_images(config, model_config)
     device = resolve_device(config.device, launch.local_rank)
     vae = VideoVAE.load(config.vae, device.torch_device)
@@ -214,6 +213,7 @@ def _run(pipeline: Any, images: Any, config: SampleConfig, shape: VideoShape, ra
             width=shape.width,
             negative_prompt=config.negative_prompt,
             num_steps=config.sampler.num_steps,
+            solver=config.sampler.solver,
             guidance_scale=config.sampler.guidance_scale,
             shift=config.sampler.shift,
             cutoff_ratio=config.image_settings.cutoff_ratio,
