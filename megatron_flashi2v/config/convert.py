@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from megatron_flashi2v.config.bounds import AtLeast, Matches, OneOf
+from megatron_flashi2v.config.bounds import AtLeast, EndsWith, Matches, OneOf
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
@@ -45,7 +45,7 @@ class ConvertConfig(FlagNames):
     """Largest file written, such as 5GB or 500MB."""
     verify: bool = False
     """Before publishing, read both sides again, compare every tensor, and run a small forward pass."""
-    report: Path | None = None
+    report: Annotated[Path | None, EndsWith(".json")] = None
     """JSON file to write, with the fate of every tensor."""
     overwrite: bool = False
     """Replace an earlier conversion to the same folder."""

@@ -34,10 +34,12 @@ def convert(config: ConvertConfig) -> Converted:
     import torch
 
     from megatron_flashi2v.conversion.convert import convert as convert_weights
-    from megatron_flashi2v.runtime.files import atomic_write_json
+    from megatron_flashi2v.runtime.files import atomic_write_json, require_writable
     from megatron_flashi2v.runtime.logging import logging_to_stderr
 
     with logging_to_stderr():
+        if config.report is not None:
+            require_writable(config.report, "--report")
         finish, extra_bytes = _release(config)
         with contextlib.ExitStack() as stack:
             bars = _Bars(stack)

@@ -62,10 +62,10 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
     elif isinstance(image, Image):
         tensor = picture_to_tensor(image)
     elif isinstance(image, np.ndarray):
-        tensor = _levels(torch.from_numpy(np.ascontiguousarray(image)), "array [H, W, 3]", channels=-1)
+        tensor = _levels(torch.from_numpy(np.ascontiguousarray(image)), "an array [H, W, 3]", channels=-1)
         tensor = tensor.permute(2, 0, 1)
     elif isinstance(image, torch.Tensor):
-        tensor = _levels(image.cpu(), "tensor [3, H, W]", channels=0)
+        tensor = _levels(image.cpu(), "a tensor [3, H, W]", channels=0)
     else:
         raise ConfigError(
             f"the image is a {type(image).__name__}; give a PIL image, an array [H, W, 3], a tensor [3, H, W] or a file"
@@ -76,7 +76,7 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
 def _levels(image: torch.Tensor, expected: str, channels: int) -> torch.Tensor:
     """The image in 8 bits; ``channels`` is the axis of its colours."""
     if image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape:
-        raise ConfigError(f"the image's shape is {list(image.shape)}; it must be an {expected}")
+        raise ConfigError(f"the image's shape is {list(image.shape)}; it must be {expected}")
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():

@@ -35,8 +35,8 @@ from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
 def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
     """The folder that a path stands for: an ``iter_*`` folder, the newest good one under ``--save``, or a release.
 
-    A checkpoint's files that hold the weights, ``model`` or ``ema``, are verified. Every process does so by itself: this is
-    asked before there are groups, and the processes of a node share what is read.
+    A checkpoint's files that hold the weights, ``model`` or ``ema``, are verified. Every process does so by itself:
+    this is asked before there are groups, and the processes of a node share what is read.
 
     Raises:
         CheckpointError: there is none, the ``iter_*`` folder is damaged, or a release is asked for averaged weights.
