@@ -184,8 +184,10 @@ def check_value(flag: Flag, value: Any, name: str) -> None:
     for kind, notes, part in _parts(flag.kind, flag.notes, value):
         bounds = [note for note in notes if isinstance(note, BOUNDS)]
         rule = _broken_type(kind, part)
-        if rule is None and (kind is Path or any(isinstance(note, HoldsPath) for note in notes)):
+        if rule is None and kind is Path:
             rule = _broken_path(str(part))
+        elif rule is None and any(isinstance(note, HoldsPath) for note in notes):
+            rule = _broken_path(str(part).rpartition(":")[2])
         if rule is None and not all(bound.holds(part) for bound in bounds):
             rule = " and ".join(bound.rule for bound in bounds)
         if rule is not None:

@@ -56,7 +56,8 @@ class SampleConfig(FlagNames):
     everyday: ClassVar[tuple[str, ...]] = ("load", "vae", "text_encoder", "tokenizer", "image", "prompt", "output")
 
     load: Path
-    """Checkpoint: the folder given to `train --save` (its latest iteration) or one of its iter_* folders."""
+    """Checkpoint: the folder given to `train --save` (its latest iteration), one of its iter_* folders, or a
+    release; a release is an answer to the next three too."""
     vae: Path
     """Folder of the video VAE that prepared the training data (diffusers' layout)."""
     text_encoder: Path

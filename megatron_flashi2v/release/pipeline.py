@@ -295,10 +295,10 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         return prompt_embeds, negative_prompt_embeds
 
     @property
-    def _model_config(self) -> ModelConfig:
-        """The model's; the released models' where text alone is encoded, without the other components."""
+    def _model_config(self) -> Any:
+        """The model's; where text alone is encoded, without other components, the class with its defaults."""
         conditioning = self.image_conditioning
-        return ModelConfig() if conditioning is None else conditioning.model_config
+        return ModelConfig if conditioning is None else conditioning.model_config
 
     def _check_inputs(
         self,

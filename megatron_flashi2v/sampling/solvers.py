@@ -67,7 +67,8 @@ class SchedulerSolver:
     """
 
     def __init__(self, scheduler: Any, num_steps: int, device: torch.device) -> None:
-        if hasattr(scheduler, "shift") and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        # Of the class: an object also answers for settings that it keeps for other schedulers.
+        if hasattr(type(scheduler), "shift") and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             sigmas = torch.linspace(1, 0, num_steps + 1, dtype=torch.float32)[:-1].tolist()
             scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
@@ -114,13 +115,13 @@ def exact_euler(scheduler: Any) -> Any:
     First-order DPM-Solver++ is such a one; a release carries it for diffusers' own pipelines. Others pass. Settings for
     other schedulers are kept, so that ``UniPCMultistepScheduler.from_config(scheduler.config)`` is on the right grid.
     """
-    config = getattr(scheduler, "config", {})
-    if config.get("_class_name") != "DPMSolverMultistepScheduler" or not (
-        config.solver_order == 1 and config.use_flow_sigmas and config.algorithm_type == "dpmsolver++"
-    ):
-        return scheduler
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
+    if not isinstance(scheduler, DPMSolverMultistepScheduler):
+        return scheduler
+    config = scheduler.config
+    if config.solver_order != 1 or config.algorithm_type != "dpmsolver++" or not config.use_flow_sigmas:
+        return scheduler
     kept = {name: config[name] for name in ("prediction_type", "use_flow_sigmas", "flow_shift")}
-    origin = {"_class_name": config["_class_name"]}  # or they would be called unexpected
+    origin = {"_class_name": "DPMSolverMultistepScheduler"}  # or they would be called unexpected
     return FlowMatchEulerDiscreteScheduler.from_config({"shift": config.flow_shift, **kept, **origin})

@@ -53,7 +53,7 @@ class Outer:
     Outer(),
     Outer(inner=Inner(rate=0.0), count=1, share=1, scale=1e-9, video=Path("A.MP4")),
     Outer(inner=Inner(ranks=())),
-    Outer(video=Path(f"{'n' * 251}.mp4"), files=("f/" * 300,), word="abc"),
+    Outer(video=Path(f"{'n' * 251}.mp4"), files=("f/" * 300, f"wan:{'n' * 255}"), word="abc"),
 ])  # fmt: skip
 def test_kept(config: Outer) -> None:
     check_bounds(config)

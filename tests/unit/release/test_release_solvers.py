@@ -70,7 +70,7 @@ def test_diffusers_takes_eulers_steps_with_it(text_to_video: Path) -> None:
     noise = sample_noise(7, [0], (4, 3, 4, 8))
     theirs = WanPipeline.from_pretrained(text_to_video)(**CALL, latents=noise, max_sequence_length=8).frames
     ours = FlashI2VPipeline.from_pretrained(text_to_video)(**CALL, latents=noise).frames
-    assert (theirs - ours).abs().max() < 0.02 * ours.abs().max()
+    assert (theirs - ours).abs().max() < 0.05 * ours.abs().max()
 
 
 def test_the_release_itself_takes_exact_steps(released: Path) -> None:
