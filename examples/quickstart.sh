@@ -73,7 +73,8 @@ if [ ! -e "$RUN/sample.mp4" ]; then
     OMP_NUM_THREADS=2 flashi2v sample --load "$RUN/checkpoints" --image "$VIDEOS/bigbuckbunny.mp4" \
         --prompt "A big grey rabbit comes out of its burrow and stretches on a sunny meadow." \
         --vae $MODELS/vae --text-encoder $MODELS/text_encoder --tokenizer $MODELS/tokenizer \
-        --num-steps 20 --guidance-scale 1.5 --device cpu --output "$RUN/sample.mp4" --strip "$RUN/sample_strip.png"
+        --num-steps 20 --guidance-scale 1.5 --enlarge 4 --device cpu \
+        --output "$RUN/sample.mp4" --strip "$RUN/sample_strip.png"
 fi
 if [ ! -e "$RUN/summary.json" ]; then
     OMP_NUM_THREADS=2 python examples/quickstart/report.py --run "$RUN" --videos "$VIDEOS" --models $MODELS

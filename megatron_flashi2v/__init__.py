@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from megatron_flashi2v.config.convert import ConvertConfig
     from megatron_flashi2v.config.errors import UserError
     from megatron_flashi2v.config.prepare import PrepareConfig
+    from megatron_flashi2v.config.sample import SampleConfig
     from megatron_flashi2v.config.train import TrainConfig
     from megatron_flashi2v.data.run import prepare
     from megatron_flashi2v.release.convert import convert
     from megatron_flashi2v.release.pipeline import FlashI2VImageConditioning, FlashI2VPipeline
+    from megatron_flashi2v.sampling.many import sample_requests
     from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
+    from megatron_flashi2v.sampling.run import sample
     from megatron_flashi2v.training.run import TrainResult, train
     from megatron_flashi2v.training.watching.observer import Observer
 
@@ -32,12 +35,15 @@ __all__ = [
     "ImageToVideoPipeline",
     "Observer",
     "PrepareConfig",
+    "SampleConfig",
     "TrainConfig",
     "TrainResult",
     "UserError",
     "__version__",
     "convert",
     "prepare",
+    "sample",
+    "sample_requests",
     "train",
 ]
 
@@ -48,11 +54,14 @@ _MODULES = {
     "ImageToVideoPipeline": "sampling.pipeline",
     "Observer": "training.watching.observer",
     "PrepareConfig": "config.prepare",
+    "SampleConfig": "config.sample",
     "TrainConfig": "config.train",
     "TrainResult": "training.run",
     "UserError": "config.errors",
     "convert": "release.convert",
     "prepare": "data.run",
+    "sample": "sampling.run",
+    "sample_requests": "sampling.many",
     "train": "training.run",
 }
 

@@ -1,3 +1,3 @@
 """The release, on its own so that whatever records it need not import the package's face."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -12,7 +12,7 @@ NNODES="${NNODES:-1}"
 [ "$NNODES" = 1 ] && HEAD="${HEAD:-localhost}"
 # Each group takes twice HCCL's buffer, 2 x 200 MB by default: only the gradients' group needs that, and not, say, the
 # group of all ranks (`world`), which is one of the others here.
-exec torchrun --nnodes "$NNODES" --nproc-per-node "${NPUS:-8}" \
+exec flashi2v torchrun --nnodes "$NNODES" --nproc-per-node "${NPUS:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:?address of the first node}:${MASTER_PORT:-29500}" \
-    examples/pretrain_flashi2v.py --config examples/recipes/1.3b.yaml --device npu \
+    train --config examples/recipes/1.3b.yaml --device npu \
     --hccl-buffer-sizes dp_cp:200,default:50 "$@"

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/../.."
 
 NNODES="${NNODES:-1}"
 [ "$NNODES" = 1 ] && HEAD="${HEAD:-localhost}"
-exec torchrun --nnodes "$NNODES" --nproc-per-node "${GPUS:-8}" \
+exec flashi2v torchrun --nnodes "$NNODES" --nproc-per-node "${GPUS:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:?address of the first node}:${MASTER_PORT:-29500}" \
-    examples/pretrain_flashi2v.py --config examples/recipes/14b.yaml --device cuda \
+    train --config examples/recipes/14b.yaml --device cuda \
     --tensor-model-parallel-size 4 --context-parallel-size 2 --context-parallel-algo ulysses "$@"

@@ -34,6 +34,8 @@ from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, to_frames
 from megatron_flashi2v.sampling.video import StripRow, write_comparison, write_mp4
 
 SCENES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
+ENLARGE = 4
+"""As in quickstart.sh: a video of 80 x 48 pixels is too small to watch."""
 VAE_EVERY = 6
 """The VAE is measured on every sixth clip."""
 
@@ -148,8 +150,11 @@ def main() -> None:
         "first_frame_psnr_untrained_db": first_frame_psnr(frames["untrained"], clips),
         "first_frame_psnr_swapped_image_db": first_frame_psnr(frames["swapped"], clips),
     }
-    write_training_curves({"quickstart": run / "checkpoints" / "metrics.jsonl"}, run / "loss.png")
-    write_mp4(run / "source.mp4", clips[0].frames_THWC, dataset.info.fps)
+    write_training_curves(
+        {"quickstart": run / "checkpoints" / "metrics.jsonl"}, run / "loss.png",
+        title=f"{summary['parameters'] / 1e6:.1f} M parameters, {len(dataset)} clips, {len(rows)} iterations",
+    )
+    write_mp4(run / "source.mp4", clips[0].frames_THWC, dataset.info.fps, enlarge=ENLARGE)
     write_comparison(run / "sample.png", [
         row
         for scene, clip in enumerate(clips)

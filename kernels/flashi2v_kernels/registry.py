@@ -23,6 +23,8 @@ OPERATORS = (
 ANY_DEVICE = ("cuda", "npu", "cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
+COMPILED_ON = ("cuda", "cpu")
+"""Device types for which ``torch.compile`` writes code: in Triton, and in C++."""
 ASCEND_A2_A3 = ("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4", "Ascend910_93")
 """Names of the training NPUs whose fused operators are documented; "Ascend910B" alone is an older card."""
 
@@ -51,6 +53,8 @@ class KernelSpec:
         head_dim_multiple: the head size must be a multiple of this.
         features: optional abilities of the operator, with the device types that have them.
         differentiable: whether gradients flow through it.
+        deterministic: whether its gradients have the same bits each time, or it obeys torch's switch for that.
+        timed: whether its speed on a card is known, measured or published; ``auto`` never takes what was not timed.
     """
 
     operator: str
@@ -68,6 +72,8 @@ class KernelSpec:
     head_dim_multiple: int = 1
     features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     differentiable: bool = True
+    deterministic: bool = True
+    timed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +135,7 @@ def resolve(
         operator: one of :data:`OPERATORS`.
         device_type: "cuda", "npu" or "cpu".
         dtype: dtype of the tensors.
-        choice: an implementation's name, or "auto" for the first in order of preference that can run.
+        choice: an implementation's name, or "auto" for the first in order of preference that can run and was timed.
         head_dim: size of an attention head, where the operator has heads.
         features: optional abilities that the caller uses, e.g. ("log_sum_exp",).
         needs_gradient: whether gradients must flow through the operator.
@@ -154,12 +160,13 @@ def resolve(
     )
     obstacles = {spec.name: _obstacle(spec, need) for spec in specs}
     able = [name for name, obstacle in obstacles.items() if obstacle is None]
+    automatic = [spec.name for spec in specs if spec.timed and spec.name in able]
     can_run = f"available on {device_type} with {_short(dtype)}: {', '.join(able) or 'none'}"
     if choice == "auto":
-        if not able:
-            reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items())
+        if not automatic:
+            reasons = "; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle)
             raise KernelUnavailable(f"no implementation of {operator} can run here ({reasons})")
-        choice = able[0]
+        choice = automatic[0]
     elif choice not in obstacles:
         raise KernelUnavailable(f"{operator} has no implementation {choice!r}; {can_run}")
     elif obstacles[choice] is not None:
@@ -199,6 +206,8 @@ def _obstacle(spec: KernelSpec, need: _Need) -> str | None:
         return f"takes {', '.join(map(_short, spec.dtypes))}, not {_short(need.dtype)}"
     if need.gradient and not spec.differentiable:
         return "has no gradient"
+    if not spec.deterministic and torch.are_deterministic_algorithms_enabled():
+        return "its gradients differ from run to run, and only deterministic algorithms are allowed"
     for feature in sorted(need.features):
         if need.device_type not in spec.features.get(feature, ()):
             return f"has no {feature} on {need.device_type}"

@@ -26,6 +26,11 @@ STATE_NAME = "state.json"
 logger = logging.getLogger(__name__)
 
 _ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
+# The conversion recognises the format by itself, which this module cannot: it lies below.
+_CONVERT = (
+    "give a folder written by --save, or convert the model first: flashi2v convert --from auto PATH --to megatron PATH"
+)
+_WEIGHTS = ("*.safetensors", "*.pth")
 
 
 def iteration_folder(iteration: int) -> str:
@@ -112,15 +117,14 @@ def _candidates(root: Path, iteration: int | None) -> list[Path]:
     if not root.exists():
         return []
     if not root.is_dir():
-        raise CheckpointError(f"{root} is a file; give a folder written by --save")
+        raise CheckpointError(f"{root} is a file; {_CONVERT}")
     if iteration is None and ((root / MANIFEST_NAME).is_file() or _ITERATION_FOLDER.fullmatch(root.name)):
         return [root]
-    if (root / "model_index.json").exists() or (root / "config.json").exists():
-        raise CheckpointError(
-            f"{root} is an exported model, not a training checkpoint; convert it first: "
-            "flashi2v convert --from diffusers PATH --to megatron PATH"
-        )
+    if any((root / name).exists() for name in ("model_index.json", "config.json")):
+        raise CheckpointError(f"{root} is an exported model, not a training checkpoint; {_CONVERT}")
     published = published_iterations(root)
+    if not published and (any(any(root.glob(pattern)) for pattern in _WEIGHTS) or (root / "transformer").is_dir()):
+        raise CheckpointError(f"{root} holds a model's weights, not a training checkpoint; {_CONVERT}")
     wanted = _wanted_iterations(root, published) if iteration is None else [iteration]
     folders = [root / iteration_folder(number) for number in wanted]
     # A run killed while it replaced a checkpoint left the old one aside.

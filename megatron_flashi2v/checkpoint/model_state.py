@@ -10,7 +10,7 @@ import torch
 from megatron_flashi2v.checkpoint.index import Index, read_index
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.models.placement import parameter_box
+from megatron_flashi2v.models.weight_shards import WeightShard, whole_weights
 from megatron_flashi2v.parallel.placement import ShardGrid
 
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
@@ -27,18 +27,19 @@ def model_pieces(named_parameters: NamedParameters, grid: ShardGrid) -> list[Ten
         named_parameters: global names (global layer indices, no wrapper's prefix) and this rank's parameters.
         grid: this rank's place.
     """
-    return [_model_piece(MODEL_PREFIX + name, name, parameter, grid) for name, parameter in named_parameters]
+    return weight_pieces(whole_weights(named_parameters, grid))
 
 
-def _model_piece(key: str, name: str, parameter: torch.Tensor, grid: ShardGrid) -> TensorPiece:
-    box = parameter_box(name, parameter.shape, grid)
+def weight_pieces(shards: Iterable[WeightShard]) -> list[TensorPiece]:
+    """The pieces ``model.<name>`` of a rank's weights; their data share the weights' memory."""
+    return [_piece(MODEL_PREFIX + shard.name, shard) for shard in shards]
+
+
+def _piece(key: str, shard: WeightShard) -> TensorPiece:
+    box = shard.box
     return TensorPiece(
-        key=key,
-        global_shape=box.global_shape,
-        offset=box.offset,
-        shape=box.shape,
-        data=parameter.detach(),
-        owner=box.first_of_tp and grid.dp_rank == 0,
+        key=key, global_shape=box.global_shape, offset=box.offset, shape=box.shape, flat_range=shard.flat_range,
+        data=shard.data, owner=shard.owner,
     )
 
 
@@ -63,12 +64,7 @@ def require_ema(folder: Path, index: Index) -> None:
 def load_parameters(
     folder: Path, named_parameters: NamedParameters, grid: ShardGrid, *, weights: str = "model"
 ) -> None:
-    """Fill this rank's parameters in place from a checkpoint of any layout.
-
-    Converts values where the parameter and the stored tensor differ in precision. An fp32 parameter takes the stored
-    fp32 master copy of a bf16 tensor, if there is one. Afterwards update the fp32 copies of an existing mixed-precision
-    optimizer, by :func:`~megatron_flashi2v.checkpoint.optimizer_state.load_optimizer` or mcore's
-    ``reload_model_params``.
+    """Fill this rank's parameters in place, as :func:`load_weights` does.
 
     Args:
         folder: a checkpoint.
@@ -79,15 +75,34 @@ def load_parameters(
     Raises:
         CheckpointError: a tensor is missing or has another shape, or a file is damaged.
     """
+    load_weights(folder, whole_weights(named_parameters, grid), weights=weights)
+
+
+def load_weights(folder: Path, shards: Iterable[WeightShard], *, weights: str = "model") -> None:
+    """Fill this rank's weights in place from a checkpoint of any layout.
+
+    Converts values where the parameter and the stored tensor differ in precision. An fp32 parameter takes the stored
+    fp32 master copy of a bf16 tensor, if there is one. Afterwards update the fp32 copies of an existing mixed-precision
+    optimizer, by :func:`~megatron_flashi2v.checkpoint.optimizer_state.load_optimizer` or mcore's
+    ``reload_model_params``.
+
+    Args:
+        folder: a checkpoint.
+        shards: this rank's.
+        weights: ``model``, or ``ema`` for the averaged ones.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or a file is damaged.
+    """
     index = read_index(folder)
     averaged = weights == "ema"
     if averaged:
         require_ema(folder, index)
     pieces = [
-        _model_piece(
-            EMA_PREFIX + name if averaged else most_exact_key(index, name, parameter.dtype), name, parameter, grid
+        _piece(
+            EMA_PREFIX + shard.name if averaged else most_exact_key(index, shard.name, shard.data.dtype), shard
         )
-        for name, parameter in named_parameters
+        for shard in shards
     ]
     read_pieces(folder, pieces, allow_cast=True, index=index)
 

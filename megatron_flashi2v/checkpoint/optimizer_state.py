@@ -27,6 +27,7 @@ from megatron_flashi2v.checkpoint.model_state import MASTER_PREFIX, MODEL_PREFIX
 from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.models.placement import parameter_box
+from megatron_flashi2v.parallel.fully_sharded import flat_local
 from megatron_flashi2v.parallel.placement import ParameterBox, ShardGrid
 
 OPTIMIZER_PREFIX = "optimizer."
@@ -41,7 +42,8 @@ class OptimizerShard:
         box: where the parameter lies in the global tensor.
         flat_range: stretch of the flattened parameter that this rank updates; None is all of it.
         owner: whether this rank writes these values; replicas do not.
-        weights: the tensor that the inner optimizer updates.
+        weights: the values that the inner optimizer updates, 1-D under ``flat_range``.
+        parameter: the inner optimizer's own parameter, which holds them: the same tensor, or a DTensor.
         has_master: whether ``weights`` is an fp32 copy, apart from the model's own (bf16) parameter.
         inner: the torch-style optimizer.
     """
@@ -51,6 +53,7 @@ class OptimizerShard:
     flat_range: tuple[int, int] | None
     owner: bool
     weights: torch.Tensor
+    parameter: torch.Tensor
     has_master: bool
     inner: torch.optim.Optimizer
 
@@ -69,7 +72,16 @@ class OptimizerShard:
     @property
     def state(self) -> dict[str, Any]:
         """The inner optimizer's state of this parameter; empty before the first step."""
-        return self.inner.state.get(self.weights, {})
+        return self.inner.state.get(self.parameter, {})
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """What the inner optimizer applies next, laid out like ``weights``, if there is one."""
+        return None if self.parameter.grad is None else self.values_of(self.parameter.grad)
+
+    def values_of(self, state: torch.Tensor) -> torch.Tensor:
+        """This rank's values of a tensor that is laid out like ``parameter``, laid out like ``weights``."""
+        return state if self.parameter is self.weights else flat_local(state)
 
 
 def optimizer_shards(
@@ -87,6 +99,9 @@ def optimizer_shards(
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     for part in unchained(optimizer):
+        if isinstance(part, DistributedOptimizer) and part.ddp_config.use_megatron_fsdp:
+            yield from _fully_sharded(part, grid)
+            continue
         sharded = isinstance(part, DistributedOptimizer)
         for parameter, weights in _weights(part):
             name = names.get(id(parameter))
@@ -107,9 +122,24 @@ def optimizer_shards(
                 flat_range=(stretch.start, stretch.end) if sharded else None,
                 owner=box.first_of_tp and first_replica,
                 weights=weights,
+                parameter=weights,
                 has_master=weights.dtype != parameter.dtype,
                 inner=part.optimizer,
             )
+
+
+def _fully_sharded(part: DistributedOptimizer, grid: ShardGrid) -> Iterator[OptimizerShard]:
+    """The state that this rank holds of what it updates; there is none of an empty stretch."""
+    for stage in part.model_chunks:
+        for held in stage.parameters_of_rank():
+            if held.weights.numel():
+                box = parameter_box(held.name, held.shape, grid)
+                yield OptimizerShard(
+                    name=held.name, box=box, flat_range=held.stretch,
+                    owner=box.first_of_tp and stage.is_first_instance,
+                    weights=held.trained_weights, parameter=held.trained,
+                    has_master=held.trained_weights.dtype != held.weights.dtype, inner=part.optimizer,
+                )
 
 
 def unchained(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
@@ -170,11 +200,11 @@ def _tensors(shard: OptimizerShard) -> dict[str, torch.Tensor]:
     for what, value in shard.state.items():
         if what == "step" or value is None:
             continue
-        if not isinstance(value, torch.Tensor) or value.shape != shard.weights.shape:
+        if not isinstance(value, torch.Tensor) or value.shape != shard.parameter.shape:
             raise CheckpointError(
                 f"the optimizer's state {what!r} of {shard.name} is not shaped like the parameter"
             )
-        tensors[what] = value
+        tensors[what] = shard.values_of(value)
     return tensors
 
 
@@ -241,10 +271,10 @@ def load_optimizer(
                 f"wrote it"
             )
         for what in sorted(expected):
-            state = shard.inner.state[shard.weights]
+            state = shard.inner.state[shard.parameter]
             if state.get(what) is None:
-                state[what] = torch.zeros_like(shard.weights)
-            moments.append(shard.piece(f"{OPTIMIZER_PREFIX}{what}.{shard.name}", state[what]))
+                state[what] = torch.zeros_like(shard.parameter)
+            moments.append(shard.piece(f"{OPTIMIZER_PREFIX}{what}.{shard.name}", shard.values_of(state[what])))
     read_pieces(folder, moments, index=index)
     _set_step(shards, common_state)
 

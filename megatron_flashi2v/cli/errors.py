@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from megatron_flashi2v.config.errors import INTERRUPTED, ConfigError, PeerError, UserError
 from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.runtime.text import shown
 
 PATIENCE_S = 10.0
 """How long other ranks than 0 leave the word to rank 0, whose error is most often the same as theirs."""
@@ -37,7 +38,7 @@ def tell_error(command: str, error: UserError, environ: Mapping[str, str] = os.e
     if world_size > 1 and (rank or isinstance(error, PeerError)):
         _wait_to_be_stopped(PEER_PATIENCE_S if isinstance(error, PeerError) else PATIENCE_S, error.exit_code)
     who = f"[rank {rank}] " if rank else ""
-    sys.stderr.write(f"flashi2v {command}: error: {who}{' '.join(str(error).splitlines())}\n")
+    sys.stderr.write(f"flashi2v {command}: error: {who}{shown(' '.join(str(error).splitlines()))}\n")
     return error.exit_code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ COMMANDS = {
     "sample": "an image and a prompt to a video",
     "convert": "checkpoints to and from other formats",
     "evaluate": "sampled videos and references to measures and a report",
+    "torchrun": "one of these on several devices or nodes: torchrun's flags, COMMAND, its flags",
 }
 
 
@@ -61,6 +63,9 @@ def run_command(command: str, argv: Sequence[str]) -> int:
 
     msrun starts the script once more as its scheduler; that process leaves here, before its flags are read.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name that the terminal has no letters for stops no command
+            stream.reconfigure(errors="backslashreplace")
     # torch would import torch_npu by itself, and fail with a traceback where CANN is missing; runtime/device.py imports
     # it when an NPU is asked for, and says what is missing.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")

@@ -1,4 +1,4 @@
-"""``flashi2v sample``: an image and a prompt to an mp4."""
+"""``flashi2v sample``: an image and a prompt to an mp4, or a file of them to many."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ def main(argv: Sequence[str]) -> int:
         SampleConfig,
         argv,
         prog=SampleConfig.command,
-        description="Sample a video that starts from an image and follows a prompt.",
+        description="Sample a video that starts from an image and follows a prompt; or many, with --requests.",
     )
-    from megatron_flashi2v.sampling.run import sample
+    if config.requests is None:
+        from megatron_flashi2v.sampling.run import sample
 
-    sample(config)
+        sample(config)
+    else:
+        from megatron_flashi2v.sampling.many import sample_requests
+
+        sample_requests(config)
     return 0

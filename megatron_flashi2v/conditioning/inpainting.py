@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, ForeignModel, ImageConditioning
 from megatron_flashi2v.config.model import ModelConfig
 
+WAN_TEMPORAL_STRIDE = 4
+"""Video frames for each latent frame of Wan's VAEs."""
+
 
 class Inpainting(ImageConditioning):
     """Mask channels and the image at latent frame 0, beside the latents' channels, in Wan's order."""
@@ -31,7 +34,7 @@ class Inpainting(ImageConditioning):
     name = "inpainting"
     config_fields = ("mask_channels",)
     wan_model_type = "i2v"
-    told_by = "more than twice as many"
+    told_by = f"twice as many and {WAN_TEMPORAL_STRIDE}"
 
     def __init__(self, config: ModelConfig, *unused: object) -> None:
         super().__init__(config)
@@ -57,9 +60,9 @@ class Inpainting(ImageConditioning):
 
     @classmethod
     def recognise(cls, foreign: ForeignModel) -> dict[str, Any] | None:
-        """By the channels that are neither the latents' nor the image's: the mask's."""
+        """By the mask's channels, as many as Wan's VAEs have frames for each latent frame."""
         mask_channels = foreign.input_channels - 2 * foreign.latent_channels
-        return {"mask_channels": mask_channels} if mask_channels > 0 else None
+        return {"mask_channels": mask_channels} if mask_channels == WAN_TEMPORAL_STRIDE else None
 
     @classmethod
     def card_rows(cls, config: ModelConfig) -> dict[str, str]:

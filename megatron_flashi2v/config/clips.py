@@ -86,6 +86,8 @@ class ClipSettings:
     picture: PictureReading = "shown"
     """Read the picture that players show (square pixels, mirrors, HDR and transparency resolved, BT.709 from 720 lines
     on), or pixels as they are stored, as FlashI2V's reference does."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the VAE; bfloat16 is faster and rounds the latents, which are stored in float32 either way."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-FormatAndPath = tuple[Annotated[str, OneOf(*FORMAT_NAMES)], Path]
+SOURCE_NAMES = (*FORMAT_NAMES, "auto")
+"""Formats of weights to read; ``auto`` is whichever is recognised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,11 @@ class ConvertConfig(FlagNames):
     command: ClassVar[str] = "flashi2v convert"
     everyday: ClassVar[tuple[str, ...]] = ("from", "to", "dtype", "weights", "verify", "overwrite", "report")
 
-    source: Annotated[FormatAndPath, Named("from", "FORMAT PATH")]
-    """Weights to read: `megatron` (a folder of `train --save`, or one iter_* in it), `diffusers` (a folder), or `wan`,
-    `flashi2v-npu`, `flashi2v-gpu` (a .safetensors, .pt or .pth file, or a folder with one, with shards and their index,
-    or of torch's distributed checkpoint)."""
-    target: Annotated[FormatAndPath, Named("to", "FORMAT PATH")]
+    source: Annotated[tuple[Annotated[str, OneOf(*SOURCE_NAMES)], Path], Named("from", "FORMAT PATH")]
+    """Weights to read: `auto` (whichever of the following is recognised), `megatron` (a folder of `train --save`, or
+    one iter_* in it), `diffusers` (a folder), or `wan`, `flashi2v-npu`, `flashi2v-gpu` (a .safetensors, .pt, .pth or
+    .bin file; a folder with one, with shards, of another trainer, or of torch's distributed checkpoint)."""
+    target: Annotated[tuple[Annotated[str, OneOf(*FORMAT_NAMES)], Path], Named("to", "FORMAT PATH")]
     """Weights to write: a format, and a folder that does not exist yet."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of all tensors written; float32 takes a bf16 run's fp32 master weights."""
@@ -41,6 +42,8 @@ class ConvertConfig(FlagNames):
     phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] | None = None
     """Order of FlashI2V's latent shift, if no file beside the weights names it; by default that of the format's own
     code."""
+    keep_non_finite: bool = False
+    """Convert values that are NaN or infinite as they are; without it, the first tensor that holds one is refused."""
     max_shard_size: str = "5GB"
     """Largest file written, such as 5GB or 500MB."""
     verify: bool = False

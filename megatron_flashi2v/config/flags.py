@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from megatron_flashi2v.config.bounds import nearest
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import Flag, Named, spelling
+from megatron_flashi2v.config.help import metavar
 from megatron_flashi2v.config.megatron_flags import megatron_flag
 
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?=$|[ =])")
@@ -85,12 +86,18 @@ def word_count(kind: Any) -> int | None:
 
 
 def _given(flags: Sequence[Flag], words: Sequence[str], prog: str) -> set[str]:
-    """Names of the flags that the words give; a word too many is blamed on the flag that it follows."""
-    known = {flag.name for flag in flags}
+    """Names of the flags that the words give; a word too many, or missing, is blamed on the flag before it."""
+    known = {flag.name: flag for flag in flags}
     kinds: dict[str, Any] = {flag.name: flag.kind for flag in flags}
     kinds |= {f"no_{flag.name}": bool for flag in flags if flag.kind is bool}
     given: set[str] = set()
-    after, room = "", 0.0
+    after, room, name = "", 0.0, ""
+
+    def require_full() -> None:
+        if 1 <= room < float("inf"):
+            wanted = f"{spelling(name)} {metavar(known[name])}"
+            raise ConfigError(f"{after}: a value is missing; give {wanted} (see {prog} --help)")
+
     for word in words:
         found = _FLAG.match(word)
         if found is None and room < 1:
@@ -98,12 +105,14 @@ def _given(flags: Sequence[Flag], words: Sequence[str], prog: str) -> set[str]:
         if found is None:
             after, room = f"{after} {word}", room - 1
             continue
+        require_full()
         name = found[1].replace("-", "_")
         if name not in kinds:
             raise ConfigError(_unknown(found[0], [*kinds, "config", "help"], prog))
         count = word_count(kinds[name])
         after, room = word, float("inf") if count is None else count - ("=" in word)
         given.add(name if name in known else name.removeprefix("no_"))
+    require_full()
     return given
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from megatron_flashi2v.config.bounds import check_bounds
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
+
+ShardingStrategy = Literal["no_shard", "optim", "optim_grads", "optim_grads_params"]
+FULLY_SHARDED = ("optim_grads", "optim_grads_params")
 
 
 def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: int) -> None:
@@ -28,11 +32,7 @@ def check_layout(parallel: ParallelArguments, model: ModelConfig, world_size: in
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} parallel takes "
             f"{ranks} for each replica; start a multiple of {ranks}"
         )
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
-        raise ConfigError(
-            "--overlap-param-gather requires --use-distributed-optimizer and --overlap-grad-reduce; add them, or leave "
-            "it out"
-        )
+    _check_sharding(parallel, world_size)
 
 
 def data_parallel_size(parallel: ParallelArguments, world_size: int) -> int:
@@ -47,6 +47,38 @@ def model_ranks(parallel: ParallelArguments) -> int:
         * parallel.pipeline_model_parallel_size
         * parallel.context_parallel_size
     )
+
+
+def asked_sharding(parallel: ParallelArguments) -> ShardingStrategy:
+    """What replicas and context shards are to divide among them, if there are any."""
+    given = parallel.data_parallel_sharding_strategy
+    return given or ("optim" if parallel.use_distributed_optimizer else "no_shard")
+
+
+def sharding_strategy(parallel: ParallelArguments, world_size: int) -> ShardingStrategy:
+    """What the replicas and context shards of a run divide among them.
+
+    Where one rank would have all of it, ``optim`` instead of more: Megatron-FSDP adds up gradients wrongly then.
+    """
+    asked = asked_sharding(parallel)
+    return "optim" if asked in FULLY_SHARDED and sharding_ranks(parallel, world_size) == 1 else asked
+
+
+def is_fully_sharded(parallel: ParallelArguments, world_size: int) -> bool:
+    """Whether gradients are sharded, which Megatron-FSDP does: megatron-core's DistributedDataParallel does not."""
+    return sharding_strategy(parallel, world_size) in FULLY_SHARDED
+
+
+def sharding_ranks(parallel: ParallelArguments, world_size: int) -> int:
+    """Ranks that one copy of what is sharded is divided over."""
+    if asked_sharding(parallel) == "no_shard":
+        return 1
+    return _reduced_ranks(parallel, world_size) // parallel.num_distributed_optimizer_instances
+
+
+def _reduced_ranks(parallel: ParallelArguments, world_size: int) -> int:
+    """Ranks whose gradients are reduced together: replicas times context shards."""
+    return data_parallel_size(parallel, world_size) * parallel.context_parallel_size
 
 
 def ulysses_degree(parallel: ParallelArguments) -> int:
@@ -179,6 +211,40 @@ def _check_context(parallel: ParallelArguments, model: ModelConfig) -> None:
         raise ConfigError(
             f"--ulysses-degree {degree} must divide --context-parallel-size {whole} and {held}; choose "
             f"{_nearest(degrees, degree)}"
+        )
+
+
+def _check_sharding(parallel: ParallelArguments, world_size: int) -> None:
+    strategy, instances = asked_sharding(parallel), parallel.num_distributed_optimizer_instances
+    pipeline = parallel.pipeline_model_parallel_size
+    flag = f"--data-parallel-sharding-strategy {strategy}"
+    if strategy in FULLY_SHARDED and pipeline > 1:
+        raise ConfigError(
+            f"{flag} cannot be combined with --pipeline-model-parallel-size {pipeline}: megatron-core shards over a "
+            "mesh of all ranks, which stages are not; choose --pipeline-model-parallel-size 1, or "
+            "--data-parallel-sharding-strategy optim"
+        )
+    if instances > 1 and strategy == "no_shard":
+        raise ConfigError(
+            f"--num-distributed-optimizer-instances {instances} divides ranks that shard the optimizer's state, and "
+            "none do; add --data-parallel-sharding-strategy optim, or leave it out"
+        )
+    if (ranks := _reduced_ranks(parallel, world_size)) % instances:
+        raise ConfigError(
+            f"--num-distributed-optimizer-instances {instances} must divide the {ranks} ranks of replicas and context "
+            f"shards; choose {_nearest(_divisors(ranks), instances)}"
+        )
+    if parallel.suggested_communication_unit_size is not None and strategy not in FULLY_SHARDED:
+        raise ConfigError(
+            f"--suggested-communication-unit-size {parallel.suggested_communication_unit_size} belongs to "
+            f"--data-parallel-sharding-strategy optim_grads or optim_grads_params, not to {strategy}; leave it out"
+        )
+    # Megatron-FSDP always reduces beside the backward pass.
+    reduces_early = parallel.overlap_grad_reduce or strategy in FULLY_SHARDED
+    if parallel.overlap_param_gather and (strategy == "no_shard" or not reduces_early):
+        raise ConfigError(
+            "--overlap-param-gather requires --use-distributed-optimizer and --overlap-grad-reduce; add them, or leave "
+            "it out"
         )
 
 

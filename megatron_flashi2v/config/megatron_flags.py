@@ -11,7 +11,7 @@ _WHOLE = "leave it out: a checkpoint always holds the whole run"
 _WARMUP = "--lr-warmup-iters counts iterations"
 _DECAY = "--lr-decay-iters counts iterations"
 _FUSED = "leave it out: the fastest kernels that run on the device are chosen, and listed at the start"
-_FSDP = "--use-distributed-optimizer shards the optimizer's state"
+_FSDP = "--data-parallel-sharding-strategy optim_grads_params"
 _LOSS_SCALE = "leave it out: --bf16 needs no loss scale, and there is no fp16"
 _EXPERTS = "leave it out: the model has no experts"
 _PRINTED = "leave it out: metrics.jsonl under --save and --tensorboard-dir hold it in every iteration"
@@ -36,7 +36,6 @@ TRAIN = {
     "cp_comm_type": "--context-parallel-algo ulysses, ring or usp",
     "cross_entropy_loss_fusion": "leave it out: the loss is a mean squared error",
     "data_cache_path": "leave it out: prepared data need no cache; --encoding-cache is that of --online-encoding",
-    "data_parallel_sharding_strategy": _FSDP,
     "dataloader_type": "leave it out: every sample is used once in an epoch, in an order that --seed keys",
     "decoder_first_pipeline_num_layers": _SPLIT,
     "decoder_last_pipeline_num_layers": _SPLIT,
@@ -78,7 +77,6 @@ TRAIN = {
     "max_position_embeddings": _TOKENS,
     "merge_file": _TEXT,
     "min_loss_scale": _LOSS_SCALE,
-    "mock_data": "prepare a few clips with `flashi2v prepare`, as examples/quickstart.sh does, for --data-path",
     "moe_grouped_gemm": _EXPERTS,
     "moe_router_topk": _EXPERTS,
     "no_bias_gelu_fusion": _FUSED,

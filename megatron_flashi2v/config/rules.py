@@ -11,7 +11,13 @@ from megatron_flashi2v.config.bounds import check_bounds
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import spelling
 from megatron_flashi2v.config.hccl import parse_buffer_sizes
-from megatron_flashi2v.config.layout import check_layout, data_parallel_size, virtual_stages
+from megatron_flashi2v.config.layout import (
+    FULLY_SHARDED,
+    asked_sharding,
+    check_layout,
+    data_parallel_size,
+    virtual_stages,
+)
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import check_clips, require_given
 from megatron_flashi2v.config.train import (
@@ -48,6 +54,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_batch(config, world_size)
     _check_recompute(config.recompute)
     _check_fp8(config)
+    _check_fully_sharded(config)
     _check_optimizer(config)
     _check_hang_timeout(config, world_size)
     _check_online_encoding(config)
@@ -151,6 +158,22 @@ def _check_fp8(config: TrainConfig) -> None:
         )
 
 
+def _check_fully_sharded(config: TrainConfig) -> None:
+    """Refuse what nobody has run with Megatron-FSDP."""
+    strategy, runtime = asked_sharding(config.parallel), config.runtime
+    if strategy not in FULLY_SHARDED:
+        return
+    for name, given in (
+        ("--use-mindspeed", runtime.use_mindspeed),
+        ("--transformer-impl transformer_engine", runtime.backend.transformer_impl == "transformer_engine"),
+    ):
+        if given:
+            raise ConfigError(
+                f"--data-parallel-sharding-strategy {strategy} has not been tried with {name}; leave that out, or "
+                "choose --data-parallel-sharding-strategy optim"
+            )
+
+
 def _check_optimizer(config: TrainConfig) -> None:
     data, optimizer = config.data, config.optimizer
     if data.cutoff_ratio_min > data.cutoff_ratio_max:
@@ -165,8 +188,12 @@ def _check_optimizer(config: TrainConfig) -> None:
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"--min-lr {optimizer.min_lr} must be at most --lr {optimizer.lr}")
     _check_clipping(optimizer)
-    if optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
-        raise ConfigError("--use-distributed-optimizer requires --optimizer adam (megatron-core's rule)")
+    strategy = asked_sharding(config.parallel)
+    if optimizer.optimizer == "sgd" and strategy != "no_shard":
+        raise ConfigError(
+            f"--data-parallel-sharding-strategy {strategy} (--use-distributed-optimizer is optim) requires --optimizer "
+            "adam (megatron-core's rule)"
+        )
 
 
 def _check_clipping(optimizer: OptimizerArguments) -> None:
@@ -207,6 +234,8 @@ def _check_hang_timeout(config: TrainConfig, world_size: int) -> None:
 
 
 def _check_online_encoding(config: TrainConfig) -> None:
+    if config.data.mock_data and config.data.online_encoding:
+        raise ConfigError("--mock-data makes samples up, and --online-encoding encodes videos; give one of them")
     if not config.data.online_encoding:
         given = {"annotations": config.encoding.sources.annotations, "encoding_cache": config.data.encoding_cache}
         for name, value in given.items():

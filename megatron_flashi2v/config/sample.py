@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from megatron_flashi2v.config.bounds import Above, AtLeast, EndsWith, Within, check_bounds
-from megatron_flashi2v.config.fields import Only
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.fields import Named, Only
 from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.train import ParallelArguments
 
 SolverName = Literal["euler", "unipc", "dpm++"]
 DEFAULT_SHIFT = 7.0
 """Shift of the sampler's noise levels, everywhere: FlashI2V's, see its main branch."""
+DEFAULT_NAME = "{id}-{seed}"
+"""Name of a video of many; `flashi2v evaluate` pairs such names with ID.mp4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,13 @@ class SamplerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(FlagNames):
-    """Inputs, outputs and device of one video."""
+    """Inputs, outputs and device.
+
+    One video is made of ``image`` and ``prompt``, or many of ``requests``.
+
+    Raises:
+        ConfigError: a value is out of range, or flags of the two forms are mixed.
+    """
 
     command: ClassVar[str] = "flashi2v sample"
     everyday: ClassVar[tuple[str, ...]] = ("load", "vae", "text_encoder", "tokenizer", "image", "prompt", "output")
@@ -66,10 +75,15 @@ class SampleConfig(FlagNames):
     """Folder of the text encoder's tokenizer."""
     image: Path | None = None
     """First frame: a png or jpg, or a video whose first frame is taken; only a text-to-video model needs none."""
-    prompt: str
+    prompt: str | None = None
     """Description of the video."""
-    output: Annotated[Path, EndsWith(".mp4")]
-    """Video to write."""
+    output: Path
+    """Video to write, a file that ends in .mp4; with --requests, the folder of the videos."""
+    requests: Path | None = None
+    """Make many videos, divided over the processes: a file of JSON lines or a .csv with id, image, prompt and, where
+    wanted, seeds, negative_prompt, num_frames, height and width. Started again, it makes those that are missing."""
+    name: str = DEFAULT_NAME
+    """With --requests: name of each video in the folder, without .mp4; {id} and {seed} are filled in."""
     negative_prompt: str | None = None
     """Prompt to steer away from; "" is the empty prompt of training. By default a list of common flaws."""
     num_frames: Annotated[int | None, AtLeast(1)] = None
@@ -84,8 +98,15 @@ class SampleConfig(FlagNames):
     image_settings: ImageSettings = field(default_factory=ImageSettings)
     batched_guidance: bool = False
     """Compute both guidance passes at once: faster on a large accelerator, twice the activations."""
+    guidance_parallel_size: Annotated[int, Within(1, 2)] = 1
+    """2: one group of ranks computes the pass with the prompt, another the one with the negative prompt."""
     seed: int = 0
-    """Key of all noise."""
+    """Key of all noise; with --requests, of the requests that name no seeds."""
+    noise: Path | None = None
+    """Noise to start from instead: a .safetensors file with one tensor of the latents' size; with --requests, one for
+    each video under its name."""
+    vae_tiling: bool = False
+    """Encode and decode in tiles that overlap (diffusers'): less memory, slightly other pixels."""
     weights: Literal["model", "ema"] = "model"
     """Weights of the checkpoint: the trained ones, or the moving average that `train --ema-decay` keeps."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
@@ -98,10 +119,62 @@ class SampleConfig(FlagNames):
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_layer_split", "context_parallel_size",
         "context_parallel_algo", "ulysses_degree", "sequence_parallel",
     )] = field(default_factory=ParallelArguments)  # fmt: skip
-    strip: Annotated[Path | None, EndsWith(".png")] = None
-    """PNG strip of frames to write; by default beside the output, with the suffix .png."""
-    latents: Annotated[Path | None, EndsWith(".safetensors")] = None
-    """Also write the sampled latents, fp32 and normalised, to this file."""
+    strip: Annotated[tuple[Annotated[Path, EndsWith(".png")], ...] | None, Named("strip", "[FILE]")] = None
+    """PNG strip of frames to write; by default beside the output, with the suffix .png. With --requests there is none
+    unless --strip, without a file, asks for one beside each video."""
+    enlarge: Annotated[int, AtLeast(1)] = 1
+    """Repeat each pixel of the mp4 so many times along both sides, so that a small sample can be watched."""
+    latents: Annotated[
+        tuple[Annotated[Path, EndsWith(".safetensors")], ...] | None, Named("latents", "[FILE]")
+    ] = None
+    """Also write the sampled latents, fp32 and normalised, to this file; without a file, beside each video."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.requests is None:
+            self._check_one_video()
+        else:
+            self._check_many_videos()
+        self._check_guidance()
+
+    def _check_one_video(self) -> None:
+        if self.prompt is None:
+            raise ConfigError("--prompt must be given, or --requests FILE for many videos (see flashi2v sample --help)")
+        if self.name != DEFAULT_NAME:
+            raise ConfigError(f"--name {self.name} names the videos of --requests, which is not given; leave it out")
+        rule = EndsWith(".mp4")
+        if not rule.holds(self.output):
+            raise ConfigError(f"--output is {self.output}; it must be {rule.rule} (a folder needs --requests)")
+        for flag, paths in (("--strip", self.strip), ("--latents", self.latents)):
+            if paths is not None and len(paths) > 1:
+                raise ConfigError(f"{flag} names {len(paths)} files, but there is one video; give one")
+
+    def _check_many_videos(self) -> None:
+        for flag, value in (("--image", self.image), ("--prompt", self.prompt)):
+            if value is not None:
+                raise ConfigError(f"{flag} {value} belongs to one video; with --requests, write it into the requests")
+        if self.output.suffix.lower() == ".mp4":
+            raise ConfigError(f"--output is {self.output}; with --requests it must be a folder")
+        for flag, paths in (("--strip", self.strip), ("--latents", self.latents)):
+            if paths:
+                raise ConfigError(
+                    f"{flag} {paths[0]} names one file, but --requests makes many videos; give {flag} without a file: "
+                    "there will be one beside each video"
+                )
+
+    def _check_guidance(self) -> None:
+        if self.guidance_parallel_size == 1:
+            return
+        if self.sampler.guidance_scale <= 1:
+            raise ConfigError(
+                f"--guidance-parallel-size {self.guidance_parallel_size} divides guidance's two passes, but "
+                f"--guidance-scale {self.sampler.guidance_scale:g} makes one; leave it out"
+            )
+        if self.batched_guidance:
+            raise ConfigError(
+                f"--guidance-parallel-size {self.guidance_parallel_size} computes guidance's passes on different "
+                "ranks, --batched-guidance on the same; give one of them"
+            )
 
 
 def check_sampling_settings(*, num_steps: int, guidance_scale: float, shift: float) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from megatron_flashi2v.config.bounds import Above, AtLeast, Below, Within
 from megatron_flashi2v.config.clips import EncodingArguments
-from megatron_flashi2v.config.convert import FORMAT_NAMES
+from megatron_flashi2v.config.convert import SOURCE_NAMES
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
@@ -54,6 +54,8 @@ class DataArguments:
     """Folder that `flashi2v prepare` wrote, or several, each after its weight: 0.7 FOLDER 0.3 FOLDER."""
     max_bad_samples: Annotated[int, AtLeast(0)] = 100
     """Stop when more samples than this are unreadable or malformed; others replace them, and each is recorded."""
+    mock_data: bool = False
+    """Train on random samples of --num-frames, --height and --width instead of on --data-path, to measure a machine."""
     online_encoding: bool = False
     """Train from --annotations and video files, encoded when needed, instead of from --data-path."""
     encoding_cache: Path | None = None
@@ -102,7 +104,17 @@ class ParallelArguments:
     sequence_parallel: bool = False
     """Shard tokens over the tensor-parallel ranks between the matrix products."""
     use_distributed_optimizer: bool = False
-    """Shard the optimizer's state over the data-parallel ranks."""
+    """The same as --data-parallel-sharding-strategy optim, where that is not given."""
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] | None = None
+    """What the data-parallel and context-parallel ranks divide among them: nothing; the optimizer's state; gradients
+    too; or weights too, which are gathered block by block (FSDP). By default optim with --use-distributed-optimizer,
+    else no_shard."""
+    num_distributed_optimizer_instances: Annotated[int, AtLeast(1)] = 1
+    """Groups of ranks that each hold everything that is sharded (HSDP), such as one for each node or rack; gradients
+    are summed over the groups."""
+    suggested_communication_unit_size: Annotated[int | None, AtLeast(1)] = None
+    """optim_grads_params: values that are reduced at once; half as many are gathered ahead. By default those of two
+    blocks, so that one block is gathered ahead. optim_grads: by default 40 million."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass is still running."""
     overlap_param_gather: bool = False
@@ -255,9 +267,9 @@ class CheckpointArguments:
         if self.load_weights is None:
             return None
         name, colon, path = self.load_weights.partition(":")
-        if not colon or not path or name not in FORMAT_NAMES:
+        if not colon or not path or name not in SOURCE_NAMES:
             raise ConfigError(
-                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(FORMAT_NAMES)}, "
+                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(SOURCE_NAMES)}, "
                 f"such as megatron:{path or self.load_weights}"
             )
         return name, Path(path)
@@ -282,8 +294,8 @@ class RuntimeArguments:
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """Device; auto takes the first that is there."""
     attention_backend: str = "auto"
-    """Implementation of attention: auto, torch_sdpa, flash_attn_3, flash_attn_2, transformer_engine,
-    npu_fusion_attention, reference ... (kernels/README.md)."""
+    """Implementation of attention: auto, torch_sdpa, torch_cudnn, flash_attn_4, flash_attn_3, flash_attn_2,
+    transformer_engine, npu_fusion_attention, reference ... (kernels/README.md)."""
     backend: BackendArguments = field(default_factory=BackendArguments)
     use_mindspeed: bool = False
     """On NPUs, let MindSpeed, of the branch that matches megatron-core, replace parts of megatron-core."""

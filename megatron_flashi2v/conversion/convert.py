@@ -14,10 +14,14 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.comparison import require_equal_weights
 from megatron_flashi2v.conversion.formats import diffusers, megatron
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
+from megatron_flashi2v.conversion.recognition import recognise_format, require_format
 from megatron_flashi2v.conversion.report import ConversionReport, make_report
 from megatron_flashi2v.conversion.weights import OnBytes, ReadOptions, Weights
 from megatron_flashi2v.runtime.files import require_space
 from megatron_flashi2v.runtime.publishing import staged_folder
+
+AUTO = "auto"
+"""In place of a source's format: whichever is recognised."""
 
 # More than headers, indices and configurations take.
 _OVERHEAD_BYTES = 16_000_000
@@ -36,6 +40,7 @@ class Format:
         write: fills an empty folder with weights, in files of at most so many bytes.
         is_ours: whether a folder holds what ``write`` wrote and nothing else, so that it may be replaced.
         names: gives the format's names of each of our tensors.
+        column: the key table's column of its names; "" for our own names. Formats that share it read each other.
         caveats: lists what other software gets wrong about such a model in this format.
     """
 
@@ -43,20 +48,23 @@ class Format:
     write: Callable[[Path, Weights, int, OnBytes | None], None]
     is_ours: Callable[[Path], bool]
     names: Callable[[ModelConfig], Mapping[str, tuple[str, ...]]]
+    column: str
     caveats: Callable[[ModelConfig], tuple[str, ...]] = _no_caveats
 
 
 FORMATS: Mapping[str, Format] = {
     "megatron": Format(
-        open=megatron.open_weights, write=megatron.write_weights, is_ours=megatron.is_ours, names=megatron.names
+        open=megatron.open_weights, write=megatron.write_weights, is_ours=megatron.is_ours, names=megatron.names,
+        column="",
     ),
     "diffusers": Format(
-        open=diffusers.open_weights, write=diffusers.write_weights, is_ours=diffusers.is_ours, names=diffusers.names
+        open=diffusers.open_weights, write=diffusers.write_weights, is_ours=diffusers.is_ours, names=diffusers.names,
+        column="diffusers",
     ),
     **{
         original.name: Format(
             open=original.open, write=original.write, is_ours=original.is_ours, names=original.names,
-            caveats=original.caveats,
+            column=original.column, caveats=original.caveats,
         )
         for original in (WAN, FLASHI2V_NPU, FLASHI2V_GPU)
     },
@@ -76,6 +84,9 @@ class Converted:
 Finish = Callable[[Path, Weights], None]
 """Adds files to a written folder before it is published; takes the folder and the weights in it."""
 
+OnOpen = Callable[[Weights], None]
+"""Checks the opened source before anything is written; raises."""
+
 Check = Callable[[Weights, Weights, Path], str]
 """Compares the source, the written weights, opened anew, and their folder; returns a line for the report, or raises."""
 
@@ -88,10 +99,12 @@ def convert(
     weights: str = "model",
     num_attention_heads: int | None = None,
     phi_order: str | None = None,
+    keep_non_finite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     verify: bool = False,
     extra_bytes: int = 0,
+    on_open: OnOpen | None = None,
     finish: Finish | None = None,
     check: Check | None = None,
     on_start: Callable[[str, int], None] | None = None,
@@ -106,10 +119,12 @@ def convert(
         weights: ``model`` or ``ema``.
         num_attention_heads: for sources that do not state it.
         phi_order: likewise.
+        keep_non_finite: convert values that are NaN or infinite like others, in place of refusing them.
         max_shard_bytes: largest file, in bytes of tensors.
         overwrite: replace an earlier output of the target's format.
         verify: before publishing, read both sides again and compare every tensor.
         extra_bytes: bytes that ``finish`` will add.
+        on_open: called with the opened source before anything is written.
         finish: called with the written folder before it is published.
         check: called after the comparison, if ``verify``.
         on_start: called with the name of a phase and its number of bytes, when it begins.
@@ -119,12 +134,17 @@ def convert(
         UserError: the source is missing or damaged, the target exists, the disk is full or too small, or verifying
             found a difference. Then nothing stands under the target's name, and an earlier output there is unchanged.
     """
-    read, write = format_named(source[0]), format_named(target[0])
+    write = format_named(target[0])
     _check_target(source[1], target[1], write, overwrite)
-    opened = read.open(
-        source[1],
-        ReadOptions(dtype=dtype, weights=weights, num_attention_heads=num_attention_heads, phi_order=phi_order),
+    opened = open_weights(
+        *source,
+        ReadOptions(
+            dtype=dtype, weights=weights, num_attention_heads=num_attention_heads, phi_order=phi_order,
+            keep_non_finite=keep_non_finite,
+        ),
     )
+    if on_open is not None:
+        on_open(opened)
     total = opened.total_bytes()
     require_space(target[1], total + extra_bytes + _OVERHEAD_BYTES, "the conversion")
     if on_start is not None:
@@ -139,7 +159,7 @@ def convert(
             if on_start is not None:
                 on_start("verify", total)
             # Both sides are read anew, from the files alone.
-            written = write.open(folder, ReadOptions())
+            written = write.open(folder, ReadOptions(keep_non_finite=keep_non_finite))
             digests = require_equal_weights(opened, written, on_bytes)
             forward = check(opened, written, folder) if check is not None else ""
     report = make_report(
@@ -153,10 +173,26 @@ def convert(
 def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
     """Open the weights at a path, in any format.
 
+    Args:
+        format_name: a format's, or ``auto`` for the one that is recognised.
+        path: file or folder.
+        options: what to read, and what the files may leave open.
+
     Raises:
-        UserError: as the format's own ``open``.
+        UserError: as the format's own ``open``; or names the right format, where the path is in another one.
     """
-    return format_named(format_name).open(path, options)
+    if format_name == AUTO:
+        format_name = require_format(path)
+    opened = format_named(format_name)
+    try:
+        return opened.open(path, options)
+    except UserError as error:
+        found = recognise_format(path)
+        if found is None or FORMATS[found].column == opened.column:
+            raise
+        raise CheckpointError(
+            f"{path} is in the format {found}, not {format_name}; give {found} in its place, or {AUTO}"
+        ) from error
 
 
 def format_named(name: str) -> Format:

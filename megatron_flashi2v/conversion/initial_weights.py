@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from megatron_flashi2v.checkpoint.folders import require_same_model
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import NamedParameters
 from megatron_flashi2v.conditioning.build import BASE, paradigm_fields, paradigm_of
 from megatron_flashi2v.config.model import FREE_OF_WEIGHTS, ModelConfig
 from megatron_flashi2v.conversion.convert import open_weights
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
-from megatron_flashi2v.models.placement import parameter_box
-from megatron_flashi2v.parallel.placement import ShardGrid
+from megatron_flashi2v.models.weight_shards import WeightShard
 
 PATCH_WEIGHT = "patch_embedding.weight"
 
@@ -84,26 +85,31 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
     )
 
 
-def load_initial_weights(initial: InitialWeights, named_parameters: NamedParameters, grid: ShardGrid) -> None:
-    """Fill this rank's parameters in place from the weights that cover them.
+def load_initial_weights(initial: InitialWeights, shards: Iterable[WeightShard]) -> None:
+    """Fill this rank's weights in place from those that cover them; it holds one more tensor at a time.
 
     Leaves the patch embedding's columns for channels that the run's paradigm adds.
 
     Args:
         initial: from :func:`open_initial_weights`.
-        named_parameters: global names and this rank's parameters.
-        grid: this rank's place.
+        shards: this rank's.
 
     Raises:
         CheckpointError: a file is damaged.
     """
     shapes = parameter_shapes(initial.weights.config)
-    for name, parameter in named_parameters:
-        if name not in shapes:
+    for shard in shards:
+        name, box = shard.name, shard.box
+        if name not in shapes or shard.data.numel() == 0:
             continue
-        part = parameter_box(name, parameter.shape, grid)
-        slices, target = part.slices, parameter.detach()
-        if name == PATCH_WEIGHT and part.global_shape != shapes[name]:
+        if name == PATCH_WEIGHT and box.global_shape != shapes[name]:
             columns = shapes[name][1]
-            slices, target = (slices[0], slice(0, columns)), target[:, :columns]
-        target.copy_(initial.weights.read(name, slices, parameter.dtype))
+            covered = torch.zeros(box.shape, dtype=torch.bool)
+            covered[:, :columns] = True
+            values = torch.zeros(box.shape, dtype=shard.data.dtype)
+            values[:, :columns] = initial.weights.read(name, (box.slices[0], slice(0, columns)), shard.data.dtype)
+            device = shard.data.device
+            chosen, given = shard.part_of(covered).to(device), shard.part_of(values).to(device)
+            shard.data.copy_(torch.where(chosen, given, shard.data))
+        else:
+            shard.data.copy_(shard.part_of(initial.weights.read(name, box.slices, shard.data.dtype)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from megatron_flashi2v.checkpoint.tensor_file import DTYPES, open_tensor_file, r
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.runtime.files import read_json_object
 
-INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX_NAME = re.compile(r".+\.(safetensors|bin)\.index(\.\w+)?\.json")
+# Eight-bit floats, which others store and we only read.
+_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +29,18 @@ class SourceTensor(ABC):
         path: the file, for errors.
         name: its name in the file.
         shape: of the whole tensor.
-        dtype: as stored.
+        dtype: of the values that :meth:`read` returns.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype in the file."""
+        return self.dtype
 
     @abstractmethod
     def read(self, box: Box | None = None) -> torch.Tensor:
@@ -66,11 +75,10 @@ def open_safetensors(path: Path) -> dict[str, SourceTensor]:
             for name in list(handle.keys()):
                 part = handle.get_slice(name)
                 kind = part.get_dtype()
-                if kind not in DTYPES:
+                dtype = DTYPES.get(kind, _FLOAT8.get(kind))
+                if dtype is None:
                     raise CheckpointError(f"{path}: tensor {name} has dtype {kind}, which is not supported")
-                tensors[name] = SafetensorsTensor(
-                    path=path, name=name, shape=tuple(part.get_shape()), dtype=DTYPES[kind]
-                )
+                tensors[name] = SafetensorsTensor(path=path, name=name, shape=tuple(part.get_shape()), dtype=dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_first_cut_tensor(path)}") from error
     return tensors
@@ -95,8 +103,19 @@ def _first_cut_tensor(path: Path) -> str:
     return f"; tensor {first} ends at byte {ends[first]:,}, the file at {size:,}: use another copy"
 
 
-def open_sharded(index: Path) -> dict[str, SourceTensor]:
+def is_index(path: Path) -> bool:
+    """Whether a file's name is that of an index of shards, as Hugging Face libraries write it."""
+    return _INDEX_NAME.fullmatch(path.name) is not None
+
+
+def open_sharded(
+    index: Path, open_shard: Callable[[Path], Mapping[str, SourceTensor]] = open_safetensors
+) -> dict[str, SourceTensor]:
     """Open all tensors of the shards that a Hugging Face index names.
+
+    Args:
+        index: the file.
+        open_shard: opens one shard.
 
     Raises:
         CheckpointError: the index is malformed, leads out of its folder, names a missing shard, or contradicts one.
@@ -104,7 +123,7 @@ def open_sharded(index: Path) -> dict[str, SourceTensor]:
     weight_map = read_json_object(index, error=CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
-    shards: dict[str, dict[str, SourceTensor]] = {}
+    shards: dict[str, Mapping[str, SourceTensor]] = {}
     for tensor, name in weight_map.items():
         if name in shards:
             continue
@@ -113,21 +132,11 @@ def open_sharded(index: Path) -> dict[str, SourceTensor]:
             raise CheckpointError(f"{index} says that tensor {tensor} is in {name!r}, which is not a plain file name")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} says that tensor {tensor} is in {name}, but there is no such file")
-        shards[name] = open_safetensors(index.parent / name)
+        shards[name] = open_shard(index.parent / name)
     for tensor, name in weight_map.items():
         if tensor not in shards[name]:
             raise CheckpointError(f"{index} says that tensor {tensor} is in {name}, which does not hold it")
     return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
-
-
-def open_safetensors_folder(folder: Path, stem: str) -> dict[str, SourceTensor]:
-    """Open all tensors of a component: of its single file, or of the shards that its index names.
-
-    Raises:
-        CheckpointError: as for :func:`open_safetensors` and :func:`open_sharded`.
-    """
-    index = folder / f"{stem}{INDEX_SUFFIX}"
-    return open_sharded(index) if index.exists() else open_safetensors(folder / f"{stem}.safetensors")
 
 
 def whole_box(shape: tuple[int, ...]) -> Box:

@@ -36,6 +36,7 @@ class ReadOptions:
         num_attention_heads: for sources that do not state it; must agree with those that do.
         phi_order: likewise.
         assume: model to take a value from that neither the source nor these options state.
+        keep_non_finite: read values that are NaN or infinite like others, in place of refusing them.
     """
 
     dtype: torch.dtype | None = None
@@ -43,6 +44,7 @@ class ReadOptions:
     num_attention_heads: int | None = None
     phi_order: str | None = None
     assume: ModelConfig | None = None
+    keep_non_finite: bool = False
 
     def require_agreement(self, config: ModelConfig, source: Path) -> None:
         """Refuse a flag that contradicts the source.
@@ -66,10 +68,12 @@ class Weights(ABC):
         left_out: other entries of the source.
         notes: assumptions made while opening them.
         facts: what the source states about the training, JSON-ready.
+        options: as given to the format's ``open``.
     """
 
     config: ModelConfig
     source: Path
+    options: ReadOptions
     names: Mapping[str, tuple[str, ...]]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -80,8 +84,12 @@ class Weights(ABC):
         """Dtypes of the source's tensors that hold our tensor ``name``."""
 
     @abstractmethod
+    def own_dtype(self, name: str) -> torch.dtype:
+        """Dtype in which the source gives a tensor."""
+
     def dtype(self, name: str) -> torch.dtype:
         """Dtype in which :meth:`read` returns a tensor."""
+        return self.options.dtype or self.own_dtype(name)
 
     @abstractmethod
     def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -93,7 +101,7 @@ class Weights(ABC):
             dtype: another one than :meth:`dtype`; converted from the source's most exact values.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: it cannot be read, or holds values that are NaN or infinite.
         """
 
     def total_bytes(self) -> int:
@@ -112,7 +120,7 @@ class ExternalWeights(Weights):
         config: the model.
         entries: the table's, for the format.
         tensors: the files' tensors by external name, exactly those that ``entries`` names.
-        dtype: as in :class:`ReadOptions`.
+        options: the caller's.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, of another shape, or of dtypes that cannot be fused.
@@ -124,34 +132,35 @@ class ExternalWeights(Weights):
         config: ModelConfig,
         entries: Sequence[Mapped],
         tensors: Mapping[str, SourceTensor],
-        dtype: torch.dtype | None,
+        options: ReadOptions,
     ) -> None:
-        self.source, self.config = source, config
+        self.source, self.config, self.options = source, config, options
         self.names = {entry.ours: entry.external for entry in entries}
         self._entries = {entry.ours: entry for entry in entries}
-        self._tensors, self._wanted = tensors, dtype
+        self._tensors = tensors
         require_tensors(
             source, {name: entry.external_shape for entry in entries for name in entry.external}, tensors
         )
         for entry in entries:
             dtypes = sorted({str(tensors[name].dtype) for name in entry.external})
-            if len(dtypes) > 1 and dtype is None:
+            if len(dtypes) > 1 and options.dtype is None:
                 raise CheckpointError(
                     f"{source}: the tensors {', '.join(entry.external)} are fused and must have one dtype, "
                     f"not {', '.join(dtypes)}; give --dtype"
                 )
 
     def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
-        return tuple(self._tensors[external].dtype for external in self.names[name])
+        return tuple(self._tensors[external].stored_dtype for external in self.names[name])
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._wanted or self.stored_dtypes(name)[0]
+    def own_dtype(self, name: str) -> torch.dtype:
+        return self._tensors[self.names[name][0]].dtype
 
     def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         entry, dtype = self._entries[name], dtype or self.dtype(name)
 
         def read(external: str, part: Box) -> torch.Tensor:
-            return cast(external, self._tensors[external].read(part), dtype)
+            tensor = self._tensors[external]
+            return cast(f"{tensor.path}: tensor {external}", tensor.read(part), dtype, self.options)
 
         return entry.read(read, whole_box(entry.shape) if box is None else box)
 
@@ -187,15 +196,22 @@ def _split(weights: Weights, entry: Mapped) -> tuple[torch.Tensor, ...]:
     return entry.to_external(weights.read(entry.ours))
 
 
-def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast(label: str, tensor: torch.Tensor, dtype: torch.dtype, options: ReadOptions) -> torch.Tensor:
     """Convert a tensor to another dtype.
 
     Raises:
-        CheckpointError: a finite value is too large for it.
+        CheckpointError: a value is NaN or infinite, or a finite one is too large for the dtype.
     """
+    finite = tensor.isfinite()
+    if not options.keep_non_finite and not bool(finite.all()):
+        count = int(tensor.numel() - finite.sum())
+        raise CheckpointError(
+            f"{label} holds {count} of {tensor.numel()} values that are NaN or infinite; use another copy, or a "
+            "checkpoint from before (--keep-non-finite converts them as they are)"
+        )
     converted = tensor.to(dtype)
-    if dtype == torch.float16 and bool((converted.isinf() & tensor.isfinite()).any()):
-        raise CheckpointError(f"tensor {name} holds values too large for float16; choose bfloat16 or float32")
+    if dtype == torch.float16 and bool((converted.isinf() & finite).any()):
+        raise CheckpointError(f"{label} holds values too large for float16; choose bfloat16 or float32")
     return converted
 
 

@@ -1,7 +1,7 @@
-"""Annotation files in the schema of FlashI2V's ``flashi2v/data/utils/wan_utils.py`` (branch main), checked by field.
+"""Annotations in the schema of FlashI2V's ``flashi2v/data/utils/wan_utils.py`` (branch main), checked by field.
 
-An annotation file is a JSON list of objects (``path`` and ``cap``; optionally ``resolution``, ``fps``, ``num_frames``,
-``cut``, ``crop`` and ``motion``), or a text file whose lines are ``root_dir,meta.json``.
+An annotation is an object with ``path`` and ``cap``, and optionally ``resolution``, ``fps``, ``num_frames``, ``cut``,
+``crop`` and ``motion``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.annotation_files import MAX_FIELD, SCHEMA, raw_entries
 from megatron_flashi2v.data.reasons import Drop, DroppedEntry
+from megatron_flashi2v.runtime.text import encodable, shown
+
+MAX_PATH = 4096
+"""Characters of a path; Linux takes no more bytes."""
+MAX_NUMBER = 2.0**53
+"""Greatest number in any field; float64 holds whole numbers exactly up to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +67,11 @@ class Entry:
         return Path(self.root, self.path)
 
     @property
+    def shown_path(self) -> str:
+        """The path as it may be written down."""
+        return shown(self.path)
+
+    @property
     def start_frame(self) -> int:
         """First frame of the clip in the file."""
         return self.cut[0] if self.cut else 0
@@ -77,39 +88,34 @@ class _MalformedFieldError(Exception):
 
 
 def read_annotations(path: Path) -> tuple[list[Entry], list[DroppedEntry]]:
-    """Read an annotation file, or all files that a list names.
-
-    Args:
-        path: a ``.json`` file (its videos' paths are relative to the file's folder), or a text file whose lines are
-            ``root_dir,meta.json`` (relative paths are looked up beside the list, then in the working directory).
+    """Read annotations (:func:`~megatron_flashi2v.data.annotation_files.raw_entries` says of what kinds of file).
 
     Returns:
         The well-formed annotations in order, and those with a missing or malformed field.
 
     Raises:
-        DataError: the file, or one that it names, is missing, no JSON list, or holds no annotations.
+        DataError: a file is missing or holds something else, or there are no annotations.
     """
-    sources = [(path.parent, path)] if path.suffix.lower() == ".json" else _read_list(path)
     entries: list[Entry] = []
     dropped: list[DroppedEntry] = []
     keys: Counter[str] = Counter()
-    for root, file in sources:
-        for number, raw in enumerate(_read_json_list(file)):
-            index = len(entries) + len(dropped)
-            source = f"{file} entry {number}"
-            result = parse_entry(raw, root=root, index=index, source=source)
-            if isinstance(result, Drop):
-                named = raw.get("path") if isinstance(raw, dict) else None
-                shown = named if isinstance(named, str) else ""
-                dropped.append(
-                    DroppedEntry(
-                        entry=index, source=source, path=shown, reason=result.reason, detail=result.detail
-                    )
-                )
-            else:
-                entries.append(_with_unique_key(result, keys))
+    for index, raw in enumerate(raw_entries(path)):
+        if raw.problem is not None:
+            result: Entry | Drop = Drop("malformed_entry", f"{raw.source}: {raw.problem}")
+        else:
+            result = parse_entry(raw.value, root=raw.root, index=index, source=raw.source)
+        if isinstance(result, Entry):
+            entries.append(_with_unique_key(result, keys))
+            continue
+        named = raw.value.get("path") if isinstance(raw.value, dict) else None
+        dropped.append(
+            DroppedEntry(
+                entry=index, source=raw.source, path=named if isinstance(named, str) else "", reason=result.reason,
+                detail=result.detail,
+            )
+        )  # fmt: skip
     if not entries and not dropped:
-        raise DataError(f"--annotations {path}: holds no annotations; it must list at least one video")
+        raise DataError(f"--annotations {path}: holds no annotations; it must be {SCHEMA}")
     return entries, dropped
 
 
@@ -131,6 +137,8 @@ def parse_entry(raw: Any, *, root: Path | str, index: int, source: str) -> Entry
         path = raw.get("path")
         if not isinstance(path, str) or not path.strip() or "\0" in path:
             raise _MalformedFieldError(f"path is {_shown(path)}; it must be the path of a video file")
+        if len(path) > MAX_PATH:
+            raise _MalformedFieldError(f"path has {len(path):,} characters; it must have at most {MAX_PATH:,}")
         height, width = _resolution(raw.get("resolution"))
         cut, crop = _cut(raw.get("cut")), _crop(raw.get("crop"))
         return Entry(
@@ -150,45 +158,6 @@ def parse_entry(raw: Any, *, root: Path | str, index: int, source: str) -> Entry
         )
     except _MalformedFieldError as error:
         return Drop("malformed_entry", f"{source}: {error}")
-
-
-def _read_list(path: Path) -> list[tuple[Path, Path]]:
-    sources = []
-    for number, line in enumerate(_read_text(path, "--annotations").splitlines(), start=1):
-        if not line.strip():
-            continue
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) != 2 or not all(parts):
-            raise DataError(f"--annotations {path}: line {number} is {line.strip()!r}; it must be root_dir,meta.json")
-        root, file = (_resolve(part, path.parent) for part in parts)
-        sources.append((root, file))
-    if not sources:
-        raise DataError(f"--annotations {path}: is empty; each line must be root_dir,meta.json")
-    return sources
-
-
-def _resolve(part: str, folder: Path) -> Path:
-    beside = folder / part
-    return beside if beside.exists() else Path(part)
-
-
-def _read_json_list(path: Path) -> list[Any]:
-    try:
-        values = json.loads(_read_text(path, "annotation file"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"annotation file {path}: not valid JSON ({error}); it must be a list of objects") from error
-    if not isinstance(values, list):
-        raise DataError(f"annotation file {path}: is {_shown(values)}; it must be a JSON list of objects")
-    return values
-
-
-def _read_text(path: Path, what: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{what} {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{what} {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _sample_key(path: str, cut: tuple[int, int | None] | None, crop: tuple[int, int, int, int] | None) -> str:
@@ -212,7 +181,10 @@ def _captions(value: Any) -> tuple[str, ...] | None:
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise _MalformedFieldError(f"cap is {_shown(value)}; it must be a string or a list of strings")
-    return tuple(captions)
+    longest = max(map(len, captions), default=0)
+    if longest > MAX_FIELD:
+        raise _MalformedFieldError(f"cap has {longest:,} characters; it must have at most {MAX_FIELD:,}")
+    return tuple(map(encodable, captions))
 
 
 def _resolution(value: Any) -> tuple[int | None, int | None]:
@@ -266,7 +238,7 @@ def _integer(name: str, value: Any, *, least: int | None = None) -> int | None:
 def _number(name: str, value: Any, *, above: float | None = None) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_NUMBER:
         raise _MalformedFieldError(f"{name} is {_shown(value)}; it must be a number")
     if above is not None and value <= above:
         raise _MalformedFieldError(f"{name} is {_shown(value)}; it must be above {above:g}")

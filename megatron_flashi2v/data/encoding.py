@@ -49,14 +49,15 @@ class Encoders:
 
     def __init__(self, config: EncodingConfig, device: torch.device) -> None:
         self._text_length = config.text_length
-        self._sources, self._wanted = config.arguments.sources, config.arguments.clips.wanted
+        self._sources, self._clips = config.arguments.sources, config.arguments.clips
+        self._wanted = self._clips.wanted
         self._captions = config.arguments.captions
         self._device = device
 
     @functools.cached_property
     def vae(self) -> VideoVAE:
-        """The video VAE in fp32; the sample's sizes fit its strides."""
-        vae = VideoVAE.load(given(self._sources.vae, "--vae"), self._device)
+        """The video VAE; the sample's sizes fit its strides."""
+        vae = VideoVAE.load(given(self._sources.vae, "--vae"), self._device, getattr(torch, self._clips.vae_dtype))
         vae.latent_shape(self._wanted.num_frames, self._wanted.height, self._wanted.width)
         return vae
 
@@ -208,7 +209,7 @@ class ShardWork:
         return {
             "caption": encoded.caption,
             "caption_raw": encoded.caption_raw,
-            "source": entry.path,
+            "source": entry.shown_path,
             "text_rows": len(encoded.text_rows_LD),
             "entry": entry.index,
             "frames": list(frames.indices),

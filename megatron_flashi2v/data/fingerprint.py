@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ WHOLE_FILE_BYTES = 16 * 2**20
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 2**18
 
-LATER_FIELDS: dict[str, Any] = {"frame_picking": "index", "picture": "stored"}
+LATER_FIELDS: dict[str, Any] = {"frame_picking": "index", "picture": "stored", "vae_dtype": "float32"}
 """Fields that older versions did not have, each with the value that means what those did. A field at that value is left
 out of the settings, so that data prepared by an older version stay whole; a new field gets a line here."""
 
@@ -83,7 +84,7 @@ def folder_hash(folder: Path, what: str) -> str:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name.as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(os.fsencode(f"{name.as_posix()}\0{path.stat().st_size}\0"))
             _update_with_file(digest, path)
     return digest.hexdigest()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.runtime.text import shown
 
 FILTER_REASONS = {
     "no_cap": "no caption",
@@ -65,7 +66,7 @@ class Drop:
 
     Attributes:
         reason: one of :data:`REASONS`.
-        detail: names the field or file, its value and the rule.
+        detail: names the field or file, its value and the rule; kept as it may be shown.
     """
 
     reason: str
@@ -74,6 +75,7 @@ class Drop:
     def __post_init__(self) -> None:
         if self.reason not in REASONS:
             raise ValueError(f"unknown drop reason {self.reason!r}")
+        object.__setattr__(self, "detail", shown(self.detail))
 
     @property
     def is_error(self) -> bool:
@@ -98,6 +100,10 @@ class DroppedEntry:
     path: str
     reason: str
     detail: str
+
+    def __post_init__(self) -> None:
+        for name in ("source", "path", "detail"):
+            object.__setattr__(self, name, shown(getattr(self, name)))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""

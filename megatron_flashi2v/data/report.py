@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ MAX_PICTURES = 24
 PICTURE_WIDTH = 240
 """Pixels."""
 SHOWN_SIZES = 8
+MIN_BINS, MAX_BINS = 10, 40
+LABEL_ROOM = 0.2
+"""Room for the number at the end of the longest bar, as a share of its length."""
 
 TEMPLATE = "report.html.jinja"
 
@@ -169,9 +173,10 @@ def _figure(facts: Facts, summary: dict[str, Any]) -> Figure:
         (facts.text_rows, "text rows"),
     ]
     for place, (values, label) in enumerate(shown):
-        axes[place].hist(values, bins=min(40, max(1, len(set(values)))))
+        axes[place].hist(values, bins=histogram_edges(values))
         axes[place].set_xlabel(label)
         axes[place].set_ylabel("samples")
+        axes[place].yaxis.get_major_locator().set_params(integer=True)
     _bars(axes[3], Counter(facts.sizes).most_common(SHOWN_SIZES), "picture size of the file")
     reasons = [("kept", summary["kept"])]
     reasons += [(reason, group["count"]) for reason, group in summary["dropped"].items()]
@@ -180,11 +185,31 @@ def _figure(facts: Facts, summary: dict[str, Any]) -> Figure:
     return figure
 
 
+def histogram_edges(values: Sequence[float]) -> list[float]:
+    """Edges of 10 to 40 bins of one width, which hold all values; whole numbers stand in the middle of theirs.
+
+    Args:
+        values: at least one.
+    """
+    low, high = min(values), max(values)
+    if all(isinstance(value, int) for value in values):
+        width = float(-(-(high - low + 1) // MAX_BINS))
+        low, high = low - 0.5, high + 0.5
+    else:
+        bins = min(MAX_BINS, max(MIN_BINS, len(set(values))))
+        # Values that are all alike get bins of a tenth of them.
+        width = (high - low) / bins or abs(high) / MIN_BINS or 1.0
+    count = max(MIN_BINS, math.ceil((high - low) / width - 1e-9))
+    first = low - width * ((count - math.ceil((high - low) / width - 1e-9)) // 2)
+    return [first + width * place for place in range(count)] + [max(first + width * count, high)]
+
+
 def _bars(axes: Axes, counts: Sequence[tuple[str, int]], title: str) -> None:
     names, values = [name for name, _ in counts], [value for _, value in counts]
     bars = axes.barh(range(len(names)), values)
     axes.set_yticks(range(len(names)), names)
     axes.bar_label(bars, padding=2)
+    axes.margins(x=LABEL_ROOM)
     axes.invert_yaxis()
     axes.set_title(title)
 

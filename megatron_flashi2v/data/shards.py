@@ -28,6 +28,7 @@ import torch
 
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object, write_errors
+from megatron_flashi2v.runtime.text import to_utf8
 
 SHARD_FORMAT = "megatron_flashi2v-shard"
 SHARD_VERSION = 1
@@ -155,7 +156,7 @@ class ShardWriter:
             sample = IndexedSample(
                 key=key,
                 tensors=self._append(f"{key}.safetensors", safetensors.torch.save(tensors)),
-                record=self._append(f"{key}.json", json.dumps(record, ensure_ascii=False).encode()),
+                record=self._append(f"{key}.json", to_utf8(json.dumps(record, ensure_ascii=False))),
             )
         self._samples.append(sample)
 

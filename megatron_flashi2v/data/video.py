@@ -90,7 +90,7 @@ class Video:
     ) -> None:
         self.path = path
         self._by_time, self._as_shown = frame_picking == "time", picture == "shown"
-        if not path.is_file():
+        if not _is_file(path):
             raise VideoError(path, "missing_file", "there is no such file; correct the path in the annotation")
         self._container, self._stream = self._open()
         try:
@@ -364,6 +364,13 @@ def _size(stream: av.VideoStream) -> tuple[int, bool]:
     """Pixels, and whether it is the one to be shown; no decoder, no picture."""
     codec = stream.codec_context
     return (0 if codec is None else codec.width * codec.height, bool(stream.disposition & Disposition.default))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file system has bytes for
+        return False
 
 
 def _plain(error: BaseException) -> str:

@@ -5,6 +5,7 @@ Shapes: L tokens, D text_dim.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,12 @@ import torch
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.encoders.folders import component_folder, read_model_config, require_all_weights, require_files
+from megatron_flashi2v.runtime.logging import AGREED, ONCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 class TextEncoder:
@@ -128,6 +132,11 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self._model.device)
+        if any(encoding.overflowing for encoding in tokens.encodings or ()):
+            logger.warning(
+                "a text is longer than the model's %d text rows: what follows is left out (told once; it begins %r)",
+                self.text_length, prompt[:60], extra={**AGREED, **ONCE},
+            )
         output = self._model(tokens.input_ids, attention_mask=tokens.attention_mask)
         rows_LD: torch.Tensor = output.last_hidden_state[0]
         return rows_LD

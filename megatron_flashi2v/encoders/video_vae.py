@@ -132,6 +132,10 @@ class VideoVAE:
         require_all_weights(folder, "VAE", report["missing_keys"])
         return cls(model.to(device), source=str(folder))
 
+    def enable_tiling(self) -> None:
+        """Encode and decode in tiles that overlap, as diffusers does: less memory, slightly other results."""
+        self._model.enable_tiling()
+
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the latents, JSON-ready: the configuration, the strides, and how the posterior is used."""

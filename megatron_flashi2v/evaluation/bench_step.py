@@ -174,12 +174,11 @@ class OurStep:
 
     def update(self) -> None:
         """Clip and apply the gradients."""
-        _, grad_norm = self.step.agree_on_norm(0.0)
-        self.step.apply(grad_norm)
+        self.step.apply(self.step.agree(self.report).grad_norm)
 
     def losses_and_gradients(self) -> None:
         """Forward and backward."""
-        self.step.losses_and_gradients([itertools.repeat(self.batch)], self.options.latent_shape)
+        self.report = self.step.losses_and_gradients([itertools.repeat(self.batch)], self.options.latent_shape)
 
     @torch.no_grad()
     def forward(self) -> None:

@@ -13,16 +13,29 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.train import BackendArguments
+from megatron_flashi2v.parallel.linear import FusedColumnParallelLinear, FusedRowParallelLinear
+
+
+class FusedSpecProvider(LocalSpecProvider):
+    """megatron-core's own linears with our product."""
+
+    def column_parallel_linear(self) -> type:
+        """Class of linears with sharded outputs."""
+        return FusedColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Class of linears with sharded inputs."""
+        return FusedRowParallelLinear
 
 
 def linear_provider(backend: BackendArguments) -> BackendSpecProvider:
-    """megatron-core's provider of linear classes.
+    """The provider of linear classes.
 
     Raises:
         ConfigError: Transformer Engine is not installed, or cannot be loaded.
     """
     if backend.transformer_impl == "local":
-        return LocalSpecProvider()
+        return FusedSpecProvider()
     try:  # MindSpeed puts an empty module in its place, and makes importlib.metadata.version answer for it
         version = importlib.metadata.distribution("transformer_engine").version
     except importlib.metadata.PackageNotFoundError:

@@ -9,12 +9,13 @@ from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.models.stages import stages_of_rank
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.parallel.fully_sharded import hollow_parameters, parameters_on_meta
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
 
 
 def build_stages(
-    spec: ModelSpec, parallel: ParallelArguments, recompute: RecomputeArguments | None = None
+    spec: ModelSpec, parallel: ParallelArguments, recompute: RecomputeArguments | None = None, *, hollow: bool = False
 ) -> list[DiffusionTransformer]:
     """This rank's stages in the order in which the activation passes them, in training mode, with weights to be set.
 
@@ -22,14 +23,18 @@ def build_stages(
         spec: settings of all stages; the parameters lie on its device.
         parallel: the layout that the spec's groups were made for.
         recompute: activations to compute again in backward; none by default.
+        hollow: make the parameters without memory, for
+            :class:`~megatron_flashi2v.parallel.fully_sharded.FullyShardedStage`.
     """
     recompute = recompute or RecomputeArguments()
     pipeline = spec.groups.pp
     stages = stages_of_rank(stage_layer_counts(parallel, spec.config.num_layers), pipeline.size(), pipeline.rank())
-    with spec.device:
-        return [
-            DiffusionTransformer(spec, stage, recompute_of(recompute, len(stage.layers))) for stage in stages
-        ]
+    with parameters_on_meta(spec.megatron) if hollow else spec.device:
+        built = [DiffusionTransformer(spec, stage, recompute_of(recompute, len(stage.layers))) for stage in stages]
+    if hollow:
+        for model in built:
+            hollow_parameters(model, spec.device)
+    return built
 
 
 def build_model(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.parallel.linear import column_parallel, replicated_fp32, row_parallel
+from megatron_flashi2v.parallel.linear import FusedColumnParallelLinear, column_parallel, replicated_fp32, row_parallel
 
 CONDITIONING_ROWS = 7
 """Rows that travel beside the tokens: the time embedding and its six projections."""
@@ -42,7 +41,7 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, width, dtype=torch.float32)
         # Transformer Engine's linears do not gather their outputs.
         self.projection = column_parallel(
-            ColumnParallelLinear, width, 6 * width, replicated_fp32(spec.megatron), spec.groups, gather_output=True
+            FusedColumnParallelLinear, width, 6 * width, replicated_fp32(spec.megatron), spec.groups, gather_output=True
         )
 
     def forward(self, sinusoid_BF: Tensor) -> Tensor:

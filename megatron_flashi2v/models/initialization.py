@@ -1,22 +1,26 @@
 """Initial weights, drawn per global parameter name so that every layout starts from the same model.
 
 Each full tensor is drawn on the host from a generator keyed by the seed and the parameter's name; a tensor-parallel
-rank keeps its slice. The distributions are Wan's (Xavier-uniform matrices, normal text and time embeddings, scaled
-normal modulation, zero head) and FlashI2V's for what it adds. Columns of the patch embedding for channels that a
-paradigm appends to the latents start at zero: whatever the paradigm, the first step is the text-to-video model's.
+rank keeps its slice, and of that a rank of sharded weights its stretch. The distributions are Wan's (Xavier-uniform
+matrices, normal text and time embeddings, scaled normal modulation, zero head) and FlashI2V's for what it adds. Columns
+of the patch embedding for channels that a paradigm appends to the latents start at zero: whatever the paradigm, the
+first step is the text-to-video model's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.conditioning.interface import MODULE
-from megatron_flashi2v.models.placement import fused_parts, parameter_box
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.models.placement import fused_parts
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.models.weight_shards import WeightShard, whole_weights
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.runtime.random import keyed_generator
 
@@ -27,18 +31,32 @@ SMALL_NORMAL = ("text_embedding.linear_", "time_embedding.linear_")
 @torch.no_grad()
 def initialize_weights(model: DiffusionTransformer, seed: int) -> None:
     """Draw this rank's share of every parameter, in place."""
-    group, config = model.spec.groups.tp, model.spec.config
+    group = model.spec.groups.tp
     grid = ShardGrid(tp_rank=group.rank(), tp_size=group.size())
+    initialize_shards(whole_weights(model.named_parameters(), grid), model.spec.config, seed)
+
+
+@torch.no_grad()
+def initialize_shards(shards: Iterable[WeightShard], config: ModelConfig, seed: int) -> None:
+    """Draw weights in place; beside them the host holds one whole tensor at a time.
+
+    Args:
+        shards: this rank's.
+        config: of the model.
+        seed: key of the draws.
+    """
     own_tensors = paradigm_of(config).own_tensors(config)
     zero = {ZERO, *(f"{MODULE}.{name}" for name, tensor in own_tensors.items() if tensor.starts_at_zero)}
-    for name, parameter in model.named_parameters():
-        box = parameter_box(name, parameter.shape, grid)
+    for shard in shards:
+        if shard.data.numel() == 0:
+            continue
+        name, box = shard.name, shard.box
         full = torch.zeros(box.global_shape)
         if name == "patch_embedding.weight":
             full[:, : config.patch_dim] = _draw(name, (len(full), config.patch_dim), seed)
         elif name not in zero:
             full = _draw(name, box.global_shape, seed)
-        parameter.copy_(full[box.slices])
+        shard.data.copy_(shard.part_of(full[box.slices]))
 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -83,19 +83,18 @@ def share_json(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     return json.loads(data)
 
 
-def share_numbers(numbers: Sequence[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """The first rank's numbers on every rank, rounded to fp32.
+def share_numbers(numbers: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[float]:
+    """The first rank's numbers on every rank; the host reads them once.
 
     Replicas that compute the same number may round it differently: this keeps their decisions the same.
 
     Args:
-        numbers: as many on every rank.
+        numbers: as many on every rank, where the group's backend takes them; overwritten.
         group: the ranks that take part; all by default.
     """
-    held = torch.tensor(numbers, dtype=torch.float32, device=_device(group))
     if _size(group) > 1:
-        dist.broadcast(held, group=group, group_src=0)
-    return held.tolist()
+        dist.broadcast(numbers, group=group, group_src=0)
+    return numbers.tolist()
 
 
 def sum_counts(counts: Sequence[int], group: dist.ProcessGroup | None = None) -> list[int]:

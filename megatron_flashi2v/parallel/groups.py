@@ -78,6 +78,7 @@ def make_groups(parallel: ParallelArguments) -> Groups:
         context_parallel_size=parallel.context_parallel_size,
         # The first level's ranks are neighbours, so that Ulysses' exchanges, the larger ones, stay inside a node.
         hierarchical_context_parallel_sizes=degrees if min(degrees) > 1 else None,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         distributed_timeout_minutes=math.ceil(parallel.distributed_timeout_minutes),
         create_gloo_process_groups=False,  # only megatron-core's own checkpoint formats use them
     )

@@ -1,14 +1,60 @@
-"""megatron-core's tensor-parallel linears as this project builds them."""
+"""Tensor-parallel linears: megatron-core's, with the product of ``linear_function``, and how they are built."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.linear_function import AddWeightGradient, Exchange, add_weight_gradient, linear
+
+
+class FusedColumnParallelLinear(ColumnParallelLinear):
+    """megatron-core's linear with sharded outputs, and our product.
+
+    Attributes:
+        add_weight_gradient: adds a weight gradient to its fp32 buffer.
+    """
+
+    add_weight_gradient: AddWeightGradient = staticmethod(add_weight_gradient)
+
+    def _forward_impl(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        tp_group: torch.distributed.ProcessGroup,
+        **_: Any,
+    ) -> Tensor:
+        exchange = Exchange(tp_group if allreduce_dgrad or sequence_parallel else None, sequence_parallel)
+        return linear(input, weight, bias, exchange, self.add_weight_gradient)
+
+
+class FusedRowParallelLinear(RowParallelLinear):
+    """megatron-core's linear with sharded inputs, and our product.
+
+    Attributes:
+        add_weight_gradient: adds a weight gradient to its fp32 buffer.
+    """
+
+    add_weight_gradient: AddWeightGradient = staticmethod(add_weight_gradient)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Outputs, and the bias where it is left to the caller; added after the sum over ranks, if there is one."""
+        if self.tp_group.size() > 1 or self.skip_bias_add:
+            return super().forward(input_)
+        return self._forward_impl(input_, self.weight, self.bias), None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
+        return linear(input, weight, bias, Exchange(), self.add_weight_gradient)
 
 
 def _no_init(_: torch.Tensor) -> None:

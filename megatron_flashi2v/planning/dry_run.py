@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import yaml
@@ -15,15 +16,17 @@ from megatron_flashi2v.conditioning.build import BASE, paradigm_of
 from megatron_flashi2v.config.blend import parse_blend
 from megatron_flashi2v.config.clips import EncodingArguments
 from megatron_flashi2v.config.errors import ConfigError, DataError
-from megatron_flashi2v.config.layout import data_parallel_size, ring_degree
+from megatron_flashi2v.config.layout import data_parallel_size, ring_degree, sharding_ranks, sharding_strategy
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.rules import check_tokens, num_microbatches
 from megatron_flashi2v.config.train import DataArguments, ParallelArguments, RuntimeArguments, TrainConfig
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.encoders.video_vae import WAN_STRIDES, read_strides
+from megatron_flashi2v.models.kernel_choice import default_kernels
 from megatron_flashi2v.models.spec import choose_kernels
 from megatron_flashi2v.planning.holdings import planned_holdings
+from megatron_flashi2v.planning.state_memory import state_memory
 from megatron_flashi2v.runtime.device import resolve_device
 
 
@@ -43,7 +46,7 @@ class PlannedData:
 
 
 def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> str:
-    """The resolved configuration, exact parameter counts, the layout and what its ranks hold, as YAML with comments.
+    """The layout, what its ranks hold, kernels, exact parameter counts and the configuration, as YAML with comments.
 
     Args:
         config: flags and recipe, checked.
@@ -65,35 +68,43 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
     without = _parameters(dataclasses.replace(model, conditioning=BASE.name))
     replicas = data_parallel_size(parallel, world_size)
     lines = [
-        "# resolved configuration",
-        yaml.safe_dump(flat_values(config), sort_keys=False).rstrip(),
-        "",
-        "# model",
-        yaml.safe_dump(model.to_json(), sort_keys=False, default_flow_style=None).rstrip(),
-        "",
-        "# parameters",
-        f"total: {total:,}",
-        f"{BASE.name}_part: {without:,}",
-        f"{model.conditioning}_part: {total - without:,}",
-        "",
         "# layout" + (" of one replica: --world-size plans for more" if replicas == 1 else ""),
         f"processes: {world_size}",
         f"tensor: {parallel.tensor_model_parallel_size}"
         + (" with sequence parallelism" if parallel.sequence_parallel else ""),
         f"pipeline: {parallel.pipeline_model_parallel_size}",
         f"context: {parallel.context_parallel_size}",
-        f"data: {replicas}" + (" with distributed optimizer" if parallel.use_distributed_optimizer else ""),
+        f"data: {replicas}{_sharding(parallel, world_size)}",
         f"microbatches: {num_microbatches(config, world_size)} of {config.batch.micro_batch_size}",
+        "",
+        *held_by_ranks(config, model, data, world_size),
+        "",
+        *chosen_kernels(config.runtime, parallel, model, bf16=config.batch.bf16),
+        "",
+        "# parameters",
+        f"total: {total:,}",
+        f"{BASE.name}_part: {without:,}",
+        f"{model.conditioning}_part: {total - without:,}",
+        "",
+        "# model",
+        yaml.safe_dump(model.to_json(), sort_keys=False, default_flow_style=None).rstrip(),
+        "",
+        "# resolved configuration; what has no value is left out",
+        yaml.safe_dump(given_values(config), sort_keys=False, default_flow_style=None).rstrip(),
     ]
-    lines += ["", *held_by_ranks(parallel, model, data, replicas)]
-    lines += ["", *chosen_kernels(config.runtime, parallel, model, bf16=config.batch.bf16)]
     return "\n".join(lines) + "\n"
 
 
+def given_values(config: TrainConfig) -> dict[str, Any]:
+    """The flags that have a value, and so a recipe of the same run."""
+    return {name: value for name, value in flat_values(config).items() if value not in (None, [])}
+
+
 def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> PlannedData:
-    """Of the prepared folders, or by the flags of online encoding; of the released models, before there are data."""
-    if arguments.online_encoding:
-        return _of_online_encoding(encoding)
+    """Of the prepared folders, or by the flags of online encoding and mock data; of the released models, before there
+    are data."""
+    if arguments.online_encoding or arguments.mock_data:
+        return _by_flags(encoding)
     infos = {}
     missing = []
     for part in parse_blend(arguments.data_path) if arguments.data_path else ():
@@ -110,14 +121,25 @@ def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> Plann
     return PlannedData(shapes, next(iter(infos.values())).temporal_stride, source)
 
 
-def held_by_ranks(parallel: ParallelArguments, model: ModelConfig, data: PlannedData, replicas: int) -> list[str]:
+def _sharding(parallel: ParallelArguments, world_size: int) -> str:
+    """What replicas and context ranks divide, and among how many."""
+    what = {"no_shard": "", "optim": "the optimizer's state", "optim_grads": "gradients and the optimizer's state",
+            "optim_grads_params": "weights, gradients and the optimizer's state"}
+    divided = what[sharding_strategy(parallel, world_size)]
+    return f"  # {divided} divided over {sharding_ranks(parallel, world_size)} ranks" if divided else ""
+
+
+def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, world_size: int) -> list[str]:
     """What each rank holds, one entry for each place in the pipeline."""
+    parallel = config.parallel
+    replicas = data_parallel_size(parallel, world_size)
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     lines = [
         "# held by each rank",
         f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
     ]
-    for place, held in enumerate(planned_holdings(parallel, model, data.latent_shapes)):
+    for place, held in enumerate(planned_holdings(parallel, model, data.latent_shapes, bf16=config.batch.bf16)):
+        memory = state_memory(held, config, world_size)
         parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
         if held.stages[0].is_first:
             parts.insert(0, "embeddings")
@@ -126,6 +148,10 @@ def held_by_ranks(parallel: ParallelArguments, model: ModelConfig, data: Planned
         lines += [
             f"pipeline_{place}:", f"  holds: {', '.join(parts)}", f"  parameters: {held.parameters:,}",
             f"  visual_tokens: {held.tokens:,}  # {data.source}",
+            f"  state_gb: {memory.kept / 1e9:.3f}  # weights {memory.weights / 1e9:.3f}, gradients "
+            f"{memory.gradients / 1e9:.3f}, optimizer {memory.optimizer / 1e9:.3f}, average {memory.average / 1e9:.3f}",
+            *([f"  in_flight_gb: {memory.in_flight / 1e9:.3f}  # gathered weights, gradients being reduced, at most"]
+              if memory.in_flight else []),
         ]
     return lines
 
@@ -146,12 +172,15 @@ def chosen_kernels(
         )
     except ConfigError as error:
         return [f"# kernels: not those of the training, for on this machine: {error}"]
-    rows = describe(kernels.chosen)
+    default = default_kernels(kernels.chosen, device.name, runtime.attention_backend)
+    if default is not None:
+        return [f"# kernels: {default}"]
     return [f"# kernels on this machine's {device.name}",
-            *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "") for operator, name, why_not in rows)]
+            *(f"{operator}: {name}" + (f"  # {why_not}" if why_not else "")
+              for operator, name, why_not in describe(kernels.chosen))]
 
 
-def _of_online_encoding(encoding: EncodingArguments) -> PlannedData:
+def _by_flags(encoding: EncodingArguments) -> PlannedData:
     clip, vae, whose = encoding.clips.wanted, encoding.sources.vae, "the VAE of --vae"
     if vae is not None and vae.exists():
         strides = read_strides(vae)

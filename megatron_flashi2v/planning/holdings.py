@@ -16,11 +16,12 @@ from megatron_flashi2v.parallel.world import world
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.distributed import init_without_peers
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.training.holdings import Holding, holding_of
+from megatron_flashi2v.training.holdings import Holding, holding_of, parameter_shapes_of
 
 
 def planned_holdings(
-    parallel: ParallelArguments, model: ModelConfig, latent_shapes: Sequence[tuple[int, int, int]]
+    parallel: ParallelArguments, model: ModelConfig, latent_shapes: Sequence[tuple[int, int, int]], *,
+    bf16: bool = False,
 ) -> list[Holding]:
     """One entry for each pipeline rank, by building its stages on the meta device.
 
@@ -28,20 +29,26 @@ def planned_holdings(
         parallel: the layout; checked.
         model: resolved dimensions.
         latent_shapes: latent frames, rows and columns of the samples, one for each size.
+        bf16: whether matrices are in bfloat16.
     """
     # Replicas hold the same: one stands for all.
+    parallel = dataclasses.replace(parallel, num_distributed_optimizer_instances=1)
     pipeline, ranks = parallel.pipeline_model_parallel_size, model_ranks(parallel)
-    return [_planned(parallel, model, latent_shapes, place * (ranks // pipeline), ranks) for place in range(pipeline)]
+    return [
+        _planned(parallel, model, latent_shapes, place * (ranks // pipeline), ranks, bf16=bf16)
+        for place in range(pipeline)
+    ]
 
 
 def _planned(
     parallel: ParallelArguments, model: ModelConfig, latent_shapes: Sequence[tuple[int, int, int]], rank: int,
-    world_size: int,
+    world_size: int, *, bf16: bool,
 ) -> Holding:
     meta = CpuDevice()
     meta.torch_device = torch.device("meta")
     launch = LaunchEnvironment(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
     with world(meta, launch, parallel, start=init_without_peers) as groups:
         # Kernels are chosen for a device that computes.
-        spec = make_spec(model, groups, torch.device("cpu"), virtual_stages=virtual_stages(parallel))
-        return holding_of(build_stages(dataclasses.replace(spec, device=meta.torch_device), parallel), latent_shapes)
+        spec = make_spec(model, groups, torch.device("cpu"), bf16=bf16, virtual_stages=virtual_stages(parallel))
+        stages = build_stages(dataclasses.replace(spec, device=meta.torch_device), parallel)
+        return holding_of(stages, parameter_shapes_of(stages), latent_shapes)

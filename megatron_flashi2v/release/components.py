@@ -6,12 +6,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.encoders.folders import component_folder, read_model_config, require_files
 from megatron_flashi2v.runtime.files import read_json_object
 
@@ -84,6 +86,52 @@ def find_component(name: str, place: str) -> Component:
     return Component(
         name=name, library=library, class_name=class_name, folder=folder, reference=str(folder.resolve())
     )
+
+
+def require_fit(components: Sequence[Component], model: ModelConfig) -> None:
+    """Compare the parts that lie in folders with the model, and with each other.
+
+    Hub repositories are not looked into.
+
+    Raises:
+        ConfigError: a part is of another width; names it, both values, and what they belong to.
+    """
+    found = {component.name: component.folder for component in components if component.folder is not None}
+    if (vae := found.get("vae")) is not None:
+        settings = read_model_config(vae, "VAE")
+        strides = settings.get("temperal_downsample", _VAE_DEFAULTS["temperal_downsample"])
+        _require_equal(vae, "z_dim", settings.get("z_dim", _VAE_DEFAULTS["z_dim"]), "latent_channels",
+                       model.latent_channels)  # fmt: skip
+        if "mask_channels" in paradigm_of(model).config_fields:
+            _require_equal(vae, "temporal stride", 2 ** sum(map(bool, strides)), "mask_channels", model.mask_channels)
+    if (encoder := found.get("text_encoder")) is not None:
+        settings = read_model_config(encoder, "text encoder")
+        _require_equal(encoder, "d_model", settings.get("d_model"), "text_dim", model.text_dim)
+        if (tokenizer := found.get("tokenizer")) is not None:
+            highest, rows = _highest_token(tokenizer), settings.get("vocab_size")
+            if isinstance(rows, int) and highest >= rows:
+                raise ConfigError(
+                    f"{tokenizer} gives tokens up to {highest}, but {encoder} knows {rows}; give the tokenizer of this "
+                    "text encoder"
+                )
+
+
+# diffusers' own, for keys that a configuration leaves out.
+_VAE_DEFAULTS: Mapping[str, Any] = {"z_dim": 16, "temperal_downsample": (False, True, True)}
+
+
+def _require_equal(folder: Path, name: str, found: object, field: str, wanted: int) -> None:
+    if found != wanted:
+        raise ConfigError(
+            f"{folder} does not fit the model: its {name} is {found}, the model's {field} {wanted}; give the part that "
+            "the model was trained with"
+        )
+
+
+def _highest_token(folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    return max(AutoTokenizer.from_pretrained(str(folder), local_files_only=True).get_vocab().values(), default=-1)
 
 
 def _look_at_vae(folder: Path) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_flashi2v.config.convert import ConvertConfig
 
 if TYPE_CHECKING:
-    from megatron_flashi2v.conversion.convert import Check, Converted, Finish
+    from megatron_flashi2v.conversion.convert import Check, Converted, Finish, OnOpen
     from megatron_flashi2v.conversion.weights import Weights
 
 _MB = 1_000_000
@@ -40,7 +40,7 @@ def convert(config: ConvertConfig) -> Converted:
     with logging_to_stderr():
         if config.report is not None:
             require_writable(config.report, "--report")
-        finish, extra_bytes = _release(config)
+        on_open, finish, extra_bytes = _release(config)
         with contextlib.ExitStack() as stack:
             bars = _Bars(stack)
             done = convert_weights(
@@ -50,10 +50,12 @@ def convert(config: ConvertConfig) -> Converted:
                 weights=config.weights,
                 num_attention_heads=config.num_attention_heads,
                 phi_order=config.phi_order,
+                keep_non_finite=config.keep_non_finite,
                 max_shard_bytes=config.max_shard_bytes,
                 overwrite=config.overwrite,
                 verify=config.verify,
                 extra_bytes=extra_bytes,
+                on_open=on_open,
                 finish=finish,
                 check=_check(config) if config.verify else None,
                 on_start=bars.start,
@@ -68,11 +70,11 @@ def convert(config: ConvertConfig) -> Converted:
     return done
 
 
-def _release(config: ConvertConfig) -> tuple[Finish | None, int]:
-    """What makes a folder of the format diffusers a release, and the bytes that it copies."""
+def _release(config: ConvertConfig) -> tuple[OnOpen | None, Finish | None, int]:
+    """What checks a release's parts and makes a folder of the format diffusers one, and the bytes that it copies."""
     if config.target[0] != "diffusers":
-        return None, 0
-    from megatron_flashi2v.release.components import find_component
+        return None, None, 0
+    from megatron_flashi2v.release.components import find_component, require_fit
     from megatron_flashi2v.release.folder import finish_release
     from megatron_flashi2v.release.model_card import Origin
 
@@ -86,7 +88,10 @@ def _release(config: ConvertConfig) -> tuple[Finish | None, int]:
             origin=Origin(license=config.license, base_model=config.base_model),
         )
 
-    return finish, nbytes
+    def on_open(weights: Weights) -> None:
+        require_fit(components, weights.config)
+
+    return on_open, finish, nbytes
 
 
 def _check(config: ConvertConfig) -> Check:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import ConfigError, UserError, WriteError
+from megatron_flashi2v.runtime.text import to_utf8
 
 NAME_BYTES = 255
 """Of a file's name, on all usual file systems."""
@@ -64,19 +65,21 @@ def require_space(path: Path | str, needed: int, what: str) -> None:
         )
 
 
-def require_writable(path: Path, name: str) -> None:
-    """Refuse, before the work, a file that could not be written after it.
+def require_writable(path: Path, name: str, *, folder: bool = False) -> None:
+    """Refuse, before the work, an output that could not be written after it.
 
     Args:
-        path: the file; folders that lead to it may be missing.
+        path: of a file; folders that lead to it may be missing.
         name: what the error calls it, such as ``--report``.
+        folder: it is the path of a folder instead.
 
     Raises:
-        ConfigError: the path is a folder, or lies in something that is no folder or may not be written.
+        ConfigError: the path is a folder (or none), or lies in something that is no folder or may not be written.
     """
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
+    if path.is_dir() and not folder:
         raise ConfigError(f"{name} {path} is a folder; give a file's name in it")
+    parents = path.absolute().parents
+    existing = next(place for place in ((path, *parents) if folder else parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{name} {path} cannot be written: {existing} is no folder, or not a writable one")
 
@@ -135,8 +138,8 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:
-    """:func:`atomic_write_bytes` of UTF-8 text."""
-    atomic_write_bytes(path, text.encode("utf-8"))
+    """:func:`atomic_write_bytes` of UTF-8 text; U+FFFD stands for what has no bytes in it."""
+    atomic_write_bytes(path, to_utf8(text))
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
@@ -195,7 +198,7 @@ def append_jsonl(path: Path | str, row: Mapping[str, Any]) -> None:
         UserError: the disk is full or the path cannot be written; the file's earlier rows are unchanged then.
     """
     path = Path(path)
-    line = json.dumps(dict(row), ensure_ascii=False).encode("utf-8") + b"\n"
+    line = to_utf8(json.dumps(dict(row), ensure_ascii=False)) + b"\n"
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:

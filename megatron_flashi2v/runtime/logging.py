@@ -7,13 +7,17 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.logging import RichHandler
 
+from megatron_flashi2v.runtime.text import ShownFormatter
+
 AGREED = {"agreed": True}
 """``extra`` of a warning that all ranks log alike; only rank 0's is shown."""
+ONCE = {"once": True}
+"""``extra`` of a warning that many inputs cause; only the first is shown, after each :func:`setup_logging`."""
 
 _PACKAGE = "megatron_flashi2v"
 _NAME = "megatron_flashi2v console"
@@ -68,11 +72,26 @@ def _handler(rank: int, console: Console | None) -> logging.Handler:
     handler: logging.Handler
     if console is not None and console.is_terminal:
         handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+        handler.setFormatter(ShownFormatter(f"{prefix}%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
+        handler.setFormatter(ShownFormatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
     if rank:
         handler.addFilter(lambda record: not getattr(record, "agreed", False))
+    handler.addFilter(_first_of_each())
     handler.set_name(_NAME)
     return handler
+
+
+def _first_of_each() -> Callable[[logging.LogRecord], bool]:
+    """A filter that passes the first of the records of each message that are :data:`ONCE`."""
+    seen: set[str] = set()
+
+    def is_first(record: logging.LogRecord) -> bool:
+        if not getattr(record, "once", False):
+            return True
+        known = str(record.msg) in seen
+        seen.add(str(record.msg))
+        return not known
+
+    return is_first

@@ -20,6 +20,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.layout import asked_sharding
 from megatron_flashi2v.config.train import TrainConfig
 
 _PACKAGE = "mindspeed"
@@ -106,7 +107,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
-        "use_distributed_optimizer": parallel.use_distributed_optimizer,
+        "use_distributed_optimizer": asked_sharding(parallel) == "optim",
         "context_parallel_size": 1,
         "transformer_impl": "local",
         "use_flash_attn": False,

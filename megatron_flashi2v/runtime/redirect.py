@@ -35,8 +35,8 @@ def megatron_on(device: Device) -> Iterator[None]:
     """Make megatron-core run on ``device``: changes nothing on CUDA, redirects on NPU and CPU.
 
     Enter it before the first call into megatron-core and leave it after the last; leaving restores everything. Inside,
-    ``torch.cuda.is_available()`` returns False, and ``torch.cuda.current_device()`` a ``torch.device`` (megatron-core
-    only passes it on as ``device=``).
+    ``torch.cuda.is_available()`` returns False, and ``torch.cuda.current_device()`` an index, as on CUDA: Megatron-FSDP
+    makes a device name of it. A number as ``device=`` means the device, too.
     """
     if device.name == "cuda":
         yield
@@ -88,7 +88,7 @@ def _cuda_functions(device: Device) -> dict[str, Any]:
         "is_available": lambda: False,
         # megatron-core defers its RNG calls until CUDA is initialised (torch.cuda._lazy_call).
         "is_initialized": lambda: True,
-        "current_device": lambda: device.torch_device,
+        "current_device": lambda: device.torch_device.index or 0,
         "set_device": lambda *_, **__: None,  # resolve_device has chosen it
         "synchronize": lambda *_, **__: device.synchronize(),
         "empty_cache": lambda: device.empty_cache(),
@@ -182,7 +182,9 @@ def _is_cuda(device: Any) -> bool:
     """Whether a ``device`` argument names CUDA."""
     if isinstance(device, torch.device):
         return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda")
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
 
 
 def _redirect_factory(factory: Callable[..., Any], target: torch.device) -> Callable[..., Any]:

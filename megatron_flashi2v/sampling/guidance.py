@@ -7,8 +7,10 @@ D text width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.distributed
 
 from megatron_flashi2v.conditioning.interface import Extras
 
@@ -41,6 +43,7 @@ def with_guidance(
     guidance_scale: float,
     *,
     batched: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> VelocityFunction:
     """A velocity of the same signature that steers away from the negative text.
 
@@ -52,38 +55,59 @@ def with_guidance(
         guidance_scale: g; at 1 or below, return the plain velocity.
         batched: compute both passes in one call at twice the batch: faster where the accelerator is not full, at twice
             the activations.
+        group: two ranks that each compute one pass, the first the conditional one, and exchange them.
     """
     if not is_guided(guidance_scale):
         return velocity
+    passes = partial(_divided, group) if group is not None else _batched if batched else _sequential
 
-    def guided_sequential(
+    def guided(
         latents_BCTHW: torch.Tensor,
         timestep_B: torch.Tensor,
         text_BLD: torch.Tensor,
         image_latents_BC1HW: torch.Tensor,
         extras: Extras,
     ) -> torch.Tensor:
-        conditional = velocity(latents_BCTHW, timestep_B, text_BLD, image_latents_BC1HW, extras)
-        unconditional = velocity(
-            latents_BCTHW, timestep_B, negative_text_BLD, image_latents_BC1HW, extras
-        )
-        return combine_guided(conditional, unconditional, guidance_scale)
+        same = (latents_BCTHW, timestep_B, image_latents_BC1HW, extras)
+        return combine_guided(*passes(velocity, text_BLD, negative_text_BLD, *same), guidance_scale)
 
-    def guided_batched(
-        latents_BCTHW: torch.Tensor,
-        timestep_B: torch.Tensor,
-        text_BLD: torch.Tensor,
-        image_latents_BC1HW: torch.Tensor,
-        extras: Extras,
-    ) -> torch.Tensor:
-        both = velocity(
-            torch.cat([latents_BCTHW, latents_BCTHW]),
-            torch.cat([timestep_B, timestep_B]),
-            torch.cat([text_BLD, negative_text_BLD]),
-            torch.cat([image_latents_BC1HW, image_latents_BC1HW]),
-            {name: torch.cat([value, value]) for name, value in extras.items()},
-        )
-        conditional, unconditional = both.chunk(2)
-        return combine_guided(conditional, unconditional, guidance_scale)
+    return guided
 
-    return guided_batched if batched else guided_sequential
+
+def _sequential(
+    velocity: VelocityFunction, text: torch.Tensor, negative_text: torch.Tensor, latents: torch.Tensor,
+    timestep: torch.Tensor, image_latents: torch.Tensor, extras: Extras,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The conditional and the unconditional velocity, one after the other."""
+    return (
+        velocity(latents, timestep, text, image_latents, extras),
+        velocity(latents, timestep, negative_text, image_latents, extras),
+    )
+
+
+def _batched(
+    velocity: VelocityFunction, text: torch.Tensor, negative_text: torch.Tensor, latents: torch.Tensor,
+    timestep: torch.Tensor, image_latents: torch.Tensor, extras: Extras,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Both velocities in one call."""
+    both = velocity(
+        torch.cat([latents, latents]),
+        torch.cat([timestep, timestep]),
+        torch.cat([text, negative_text]),
+        torch.cat([image_latents, image_latents]),
+        {name: torch.cat([value, value]) for name, value in extras.items()},
+    )
+    conditional, unconditional = both.chunk(2)
+    return conditional, unconditional
+
+
+def _divided(
+    group: torch.distributed.ProcessGroup,
+    velocity: VelocityFunction, text: torch.Tensor, negative_text: torch.Tensor, latents: torch.Tensor,
+    timestep: torch.Tensor, image_latents: torch.Tensor, extras: Extras,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Both velocities, one computed here, the other by the group's other rank."""
+    own = velocity(latents, timestep, negative_text if group.rank() else text, image_latents, extras).contiguous()
+    conditional, unconditional = torch.empty_like(own), torch.empty_like(own)
+    torch.distributed.all_gather([conditional, unconditional], own, group=group)
+    return conditional, unconditional

@@ -5,6 +5,7 @@ Shape suffixes: B images, C = 3 colours, H and W rows and columns.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from PIL.Image import Image
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.data.pictures import PictureError, picture_to_tensor, read_picture
-from megatron_flashi2v.data.transforms import resize_and_crop
+from megatron_flashi2v.data.transforms import cover_size, resize_and_crop
 from megatron_flashi2v.data.video import Video
+from megatron_flashi2v.runtime.logging import AGREED, ONCE
 
 ImageLike = Image | NDArray[Any] | torch.Tensor | str | Path
 """A PIL image, an array ``[H, W, 3]`` or tensor ``[3, H, W]``, or a picture's or video's file.
@@ -27,6 +29,10 @@ Arrays and tensors are uint8, or floating with black 0 and white 1, as diffusers
 
 _SLACK = 0.01
 """How far beyond 0 and 1 floating levels may lie, as resizing makes them, and be clipped."""
+LOSS_WORTH_TELLING = 0.05
+"""Share of a picture."""
+
+logger = logging.getLogger(__name__)
 
 
 def load_image(path: Path) -> torch.Tensor:
@@ -70,6 +76,7 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
         raise ConfigError(
             f"the image is a {type(image).__name__}; give a PIL image, an array [H, W, 3], a tensor [3, H, W] or a file"
         )
+    _tell_loss(tensor.shape[1], tensor.shape[2], height, width)
     return resize_and_crop(tensor.unsqueeze(0), height, width)[0]
 
 
@@ -88,6 +95,18 @@ def _levels(image: torch.Tensor, expected: str, channels: int) -> torch.Tensor:
             "scale them, or give uint8"
         )
     return (image.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
+
+
+def _tell_loss(height: int, width: int, target_height: int, target_width: int) -> None:
+    """Warn where the crop cuts off more than :data:`LOSS_WORTH_TELLING` of a picture."""
+    covering_height, covering_width = cover_size(height, width, target_height, target_width)
+    lost = 1.0 - target_height * target_width / (covering_height * covering_width)
+    if lost > LOSS_WORTH_TELLING:
+        logger.warning(
+            "a picture of %d x %d pixels is cropped at its centre to the shape of %d x %d, which cuts off %d%% of it; "
+            "give --height and --width of its shape, or crop it yourself (told once)",
+            width, height, target_width, target_height, round(100 * lost), extra={**AGREED, **ONCE},
+        )
 
 
 def _first_frame(path: Path) -> torch.Tensor:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from megatron_flashi2v.sampling.noise import sample_extras, sample_noise
 from megatron_flashi2v.sampling.solvers import make_solver
 
 if TYPE_CHECKING:
-    from megatron_flashi2v.encoders.text import TextEncoder
     from megatron_flashi2v.encoders.video_vae import VideoVAE
 
 DEFAULT_NEGATIVE_PROMPT = (
@@ -72,6 +71,15 @@ class SampledVideo:
         write_mp4(Path(path), self.frames_BTHWC[index], fps)
 
 
+class RowsOfText(Protocol):
+    """A text encoder, such as :class:`~megatron_flashi2v.encoders.text.TextEncoder`."""
+
+    text_dim: int
+
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """One ``[L, D]`` tensor for each cleaned prompt."""
+
+
 class ImageToVideoPipeline:
     """Samples videos that start from an image and follow a prompt.
 
@@ -82,6 +90,7 @@ class ImageToVideoPipeline:
         model_config: the model's dimensions, its text length and how its captions were cleaned.
         device: of the velocity's tensors.
         batched_guidance: compute both guidance passes in one call at twice the batch.
+        guidance_group: two ranks that compute one guidance pass each, see :func:`with_guidance`.
 
     Raises:
         ConfigError: the VAE or the text encoder is of another width than the model was trained with, or the model's
@@ -93,10 +102,11 @@ class ImageToVideoPipeline:
         *,
         velocity: VelocityFunction,
         vae: VideoVAE,
-        text_encoder: TextEncoder | None,
+        text_encoder: RowsOfText | None,
         model_config: ModelConfig,
         device: torch.device,
         batched_guidance: bool = False,
+        guidance_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         if vae.latent_channels != model_config.latent_channels:
             raise ConfigError(
@@ -119,7 +129,7 @@ class ImageToVideoPipeline:
         self.paradigm = paradigm_of(model_config)
         self.text_cleaning = cast("CleaningPolicy", model_config.text_cleaning)
         self.device = device
-        self.batched_guidance = batched_guidance
+        self.batched_guidance, self.guidance_group = batched_guidance, guidance_group
 
     @classmethod
     def from_checkpoint(
@@ -171,6 +181,8 @@ class ImageToVideoPipeline:
         image_noise: float = 0.02,
         seed: int = 0,
         first_index: int = 0,
+        keys: Sequence[int | str] | None = None,
+        noise_BCTHW: torch.Tensor | None = None,
         decode: bool = True,
         callback: StepCallback | None = None,
     ) -> SampledVideo:
@@ -194,6 +206,8 @@ class ImageToVideoPipeline:
             image_noise: level of the noise on the image's latents, where the paradigm adds noise.
             seed: sample ``i`` of this call starts from noise keyed by (seed, first_index + i).
             first_index: place of the first sample in the user's whole list.
+            keys: of the samples, in place of first_index and those after it, such as ids.
+            noise_BCTHW: noise to start from, in place of the keyed one.
             decode: make frames of the latents; of the ranks that share a model, one is enough.
             callback: called after every step, see :data:`StepCallback`.
 
@@ -206,15 +220,17 @@ class ImageToVideoPipeline:
         latent_shape = latent_shape_of(self.vae, self.model_config, num_frames, height, width)
         prompts, fitted_BCHW = self.prepare(images, prompts, height, width)
         count = len(prompts)
-        indices = range(first_index, first_index + count)
+        keys = range(first_index, first_index + count) if keys is None else keys
+        if noise_BCTHW is None:
+            noise_BCTHW = sample_noise(seed, keys, latent_shape)
         conditions = Conditions(
             image_latents_BC1HW=self.encode_images(fitted_BCHW, count, latent_shape),
             text_BLD=self.encode_text(prompts),
-            extras=self.extras(settings, seed, indices, latent_shape),
+            extras=self.extras(settings, seed, keys, latent_shape),
         )
         latents_BCTHW = denoise(
             self.velocity,
-            sample_noise(seed, indices, latent_shape).to(self.device),
+            noise_BCTHW.to(self.device),
             conditions,
             solving,
             guidance=self.guidance(negative_prompt, guidance_scale, count),
@@ -260,10 +276,10 @@ class ImageToVideoPipeline:
         return self.vae.encode(pixels_BC1HW).to(self.device, torch.float32)
 
     def extras(
-        self, settings: ImageSettings, seed: int, indices: Sequence[int], latent_shape: tuple[int, int, int, int]
+        self, settings: ImageSettings, seed: int, keys: Sequence[int | str], latent_shape: tuple[int, int, int, int]
     ) -> dict[str, torch.Tensor]:
         """:func:`~megatron_flashi2v.sampling.noise.sample_extras` of the model's paradigm, on the device."""
-        extras = sample_extras(self.paradigm, settings, seed, indices, latent_shape)
+        extras = sample_extras(self.paradigm, settings, seed, keys, latent_shape)
         return {name: value.to(self.device) for name, value in extras.items()}
 
     def guidance(self, negative_prompt: str | None, guidance_scale: float, count: int) -> Guidance | None:
@@ -276,6 +292,7 @@ class ImageToVideoPipeline:
             negative_text_BLD=self.encode_text([negative]).expand(count, -1, -1),
             guidance_scale=guidance_scale,
             batched=self.batched_guidance,
+            group=self.guidance_group,
         )
 
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
@@ -289,7 +306,7 @@ class ImageToVideoPipeline:
 
 
 def encode_prompts(
-    text_encoder: TextEncoder, prompts: Sequence[str], cleaning: CleaningPolicy, length: int
+    text_encoder: RowsOfText, prompts: Sequence[str], cleaning: CleaningPolicy, length: int
 ) -> torch.Tensor:
     """Text rows ``[B, L, D]`` of cleaned prompts, with zeros after each one's last up to ``length``."""
     rows_LD = text_encoder.encode([clean_text(prompt, cleaning) for prompt in prompts])

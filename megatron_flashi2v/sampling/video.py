@@ -30,7 +30,9 @@ STRIP_SOFTWARE = "megatron_flashi2v strip of frames"
 """Value of a strip's PNG text ``Software``."""
 
 
-def write_mp4(path: Path, frames_THWC: NDArray[np.uint8], fps: float, *, crf: int = 18) -> None:
+def write_mp4(
+    path: Path, frames_THWC: NDArray[np.uint8], fps: float, *, crf: int = 18, enlarge: int = 1
+) -> None:
     """Encode frames as an mp4 that ordinary players show; the file appears whole or not at all.
 
     The pixels are stored as yuv420p in BT.709, which halves the colour resolution and needs an even width and
@@ -41,6 +43,7 @@ def write_mp4(path: Path, frames_THWC: NDArray[np.uint8], fps: float, *, crf: in
         frames_THWC: uint8, at least one frame.
         fps: frames per second.
         crf: H.264's quality, 0 (lossless) to 51; 18 is visually transparent.
+        enlarge: times that each pixel is repeated along both sides, so that a small sample can be watched.
 
     Raises:
         ValueError: wrong shape or dtype, or fps not above 0.
@@ -48,6 +51,7 @@ def write_mp4(path: Path, frames_THWC: NDArray[np.uint8], fps: float, *, crf: in
     frames_THWC = _checked(frames_THWC)
     if not fps > 0:
         raise ValueError(f"fps is {fps}; it must be above 0")
+    frames_THWC = frames_THWC.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     height, width = frames_THWC.shape[1:3]
     frames_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     buffer = io.BytesIO()

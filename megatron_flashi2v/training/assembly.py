@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.groups import Groups
@@ -15,7 +14,7 @@ from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.hang_watch import SLOW, HangWatch
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.announcement import announce
-from megatron_flashi2v.training.build import build_state, spec_of
+from megatron_flashi2v.training.build import build_state, build_step, spec_of
 from megatron_flashi2v.training.checkpoints import RunCheckpoints
 from megatron_flashi2v.training.datasets import opened_data
 from megatron_flashi2v.training.interrupts import Interrupts, LongWork
@@ -23,12 +22,10 @@ from megatron_flashi2v.training.reading import bad_sample_ledger, training_sourc
 from megatron_flashi2v.training.run_folder import choose_start
 from megatron_flashi2v.training.run_state import provenance_of
 from megatron_flashi2v.training.saver import CheckpointSaver
-from megatron_flashi2v.training.step import TrainingStep
 from megatron_flashi2v.training.trainer import Trainer
 from megatron_flashi2v.training.watching.observer import Observer, Observers
 from megatron_flashi2v.training.watching.standard import figure_observers, recording_observers
 from megatron_flashi2v.training.watching.stragglers import ReplicaClock
-from megatron_flashi2v.training.watching.writers import require_packages
 
 
 @contextlib.contextmanager
@@ -59,8 +56,6 @@ def open_trainer(
     """
     hang_watch = hang_watch or HangWatch(0.0, None, launch, gather_json)
     interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
-    if launch.rank == 0:
-        require_packages(config.watch)
     with opened_data(config, model, groups, device.torch_device) as data:
         peers = Peers(launch.rank, launch.world_size)
         hang_watch.enter("verifying the checkpoint", SLOW)
@@ -72,11 +67,7 @@ def open_trainer(
             config, spec_of(config, data.model, groups, device), start.checkpoint, provenance, hang_watch, clock.meet
         )
         data.training.require_whole_batches(state.consumed_samples)
-        step = TrainingStep(
-            state.spec, state.stages, state.models, state.optimizer, state.clipper,
-            num_microbatches=num_microbatches(config, launch.world_size),
-            micro_batch_size=config.batch.micro_batch_size,
-        )
+        step = build_step(config, state, launch.world_size)
         source = training_source(config, data.training, state, step)
         begin_part = LongWork(interrupts, hang_watch).begin_part
         watching = Observers([
@@ -85,7 +76,7 @@ def open_trainer(
             *recording_observers(config, state, step, data.validation, device, begin_part),
         ])
         with contextlib.closing(watching):
-            announce(config, state.stages, data.training, launch, device, num_microbatches=step.num_microbatches)
+            announce(config, state, data.training, launch, device, num_microbatches=step.num_microbatches)
             saver = CheckpointSaver(config.checkpoint, data.model, peers, device)
             yield Trainer(
                 state=state, step=step, source=source, bad_samples=bad_sample_ledger(config, state, source),

@@ -6,14 +6,18 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_flashi2v.config.layout import virtual_stages
+import torch.distributed
+
+from megatron_flashi2v.config.layout import is_fully_sharded, virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.models.build import build_stages
-from megatron_flashi2v.models.initialization import initialize_weights
+from megatron_flashi2v.models.initialization import initialize_shards
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
-from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.models.weight_shards import WeightShard
+from megatron_flashi2v.parallel.fully_sharded import FullyShardedStage
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.placement import shard_grid
 from megatron_flashi2v.runtime.device import Device
@@ -23,7 +27,8 @@ from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from megatron_flashi2v.training.run_state import Provenance
-from megatron_flashi2v.training.state import TrainState, named_parameters
+from megatron_flashi2v.training.state import TrainState, all_weights, named_parameters
+from megatron_flashi2v.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +64,9 @@ def build_state(
 ) -> TrainState:
     """Build this rank's part of a run: as the checkpoint has it, or with initial weights.
 
-    The order bears load. Initial weights come before the optimizer, which copies what it finds into its fp32 masters,
-    and the average, which begins as these; a checkpoint comes after both, as it fills all three.
+    The order bears load. Initial weights come after data parallelism, which makes the memory of sharded ones, and
+    before the optimizer, which copies what it finds into its fp32 masters, and the average, which begins as these; a
+    checkpoint comes after both, as it fills all three.
 
     Args:
         config: flags and recipe, checked.
@@ -74,11 +80,15 @@ def build_state(
         UserError: the checkpoint or the initial weights do not fit the model, or are damaged.
     """
     hang_watch.enter("building the model", SLOW)
-    stages = build_stages(spec, config.parallel, config.recompute)
-    if resumed is None:
-        set_initial_weights(stages, config.checkpoint, config.batch.seed)
-    hang_watch.enter("building the optimizer", SLOW)
+    world_size = torch.distributed.get_world_size()
+    stages = build_stages(spec, config.parallel, config.recompute, hollow=is_fully_sharded(config.parallel, world_size))
     models = wrap_data_parallel(stages, config.parallel, before_reduction)
+    if resumed is None:
+        set_initial_weights(all_weights(stages, models), spec.config, config.checkpoint, config.batch.seed)
+        for model in models:
+            if isinstance(model, FullyShardedStage):
+                model.take_weights()
+    hang_watch.enter("building the optimizer", SLOW)
     optimizer = make_optimizer(models, config.optimizer, config.parallel, spec)
     decay = config.optimizer.ema_decay
     state = TrainState(
@@ -96,16 +106,31 @@ def build_state(
     return state
 
 
-def set_initial_weights(stages: list[DiffusionTransformer], arguments: CheckpointArguments, seed: int) -> None:
+def build_step(config: TrainConfig, state: TrainState, world_size: int) -> TrainingStep:
+    """The forward, backward and update of one iteration.
+
+    Args:
+        config: the batch.
+        state: what the step changes.
+        world_size: number of processes, which share the global batch.
+    """
+    return TrainingStep(
+        state.spec, state.stages, state.models, state.optimizer, state.clipper,
+        num_microbatches=num_microbatches(config, world_size), micro_batch_size=config.batch.micro_batch_size,
+    )
+
+
+def set_initial_weights(
+    shards: list[WeightShard], model: ModelConfig, arguments: CheckpointArguments, seed: int
+) -> None:
     """Draw the weights of a new run, and take from --load-weights those that it has.
 
     Raises:
         UserError: --load-weights is malformed, damaged, or of a model that does not fit.
     """
-    for stage in stages:
-        initialize_weights(stage, seed)
-    source, spec = arguments.load_weights_source, stages[0].spec
+    initialize_shards(shards, model, seed)
+    source = arguments.load_weights_source
     if source is not None:
-        initial = open_initial_weights(source, spec.config, arguments.load_weights_kind)
+        initial = open_initial_weights(source, model, arguments.load_weights_kind)
         logger.info("%s", initial.summary)
-        load_initial_weights(initial, named_parameters(stages), shard_grid(spec.groups))
+        load_initial_weights(initial, shards)

@@ -52,7 +52,7 @@ class RunCheckpoints:
         """
         state, streak = self._state, self._state.guard.streak
         self._hang_watch.enter(f"saving iteration {state.iteration}", SLOW)
-        state.gather_weights()
+        state.settle_weights()
         if streak:
             logger.warning("the last %d updates were skipped: the weights are still those of iteration %d",
                            streak, state.iteration - streak, extra=AGREED)

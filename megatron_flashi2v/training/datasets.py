@@ -19,6 +19,7 @@ from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.train import BatchArguments, DataArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend, SampleSource, require_same_kind
+from megatron_flashi2v.data.mock import MockDataset
 from megatron_flashi2v.data.online import OnlineDataset, Replica
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.parallel.agreement import gather_bytes, gather_json
@@ -61,7 +62,7 @@ def opened_data(config: TrainConfig, model: ModelConfig, groups: Groups, device:
         encoding = EncodingConfig(
             arguments=config.encoding, text_length=model.text_length, seed=config.batch.seed
         )
-        training, validation = open_data(config.data, config.batch, encoding, device), None
+        training, validation = open_data(config.data, config.batch, encoding, model, device), None
         opened.callback(training.close)
         model = fit_model_to_data(model, training)
         if config.watch.valid_data_path:
@@ -74,13 +75,16 @@ def opened_data(config: TrainConfig, model: ModelConfig, groups: Groups, device:
         yield RunData(training=training, validation=validation, model=model)
 
 
-def open_data(data: DataArguments, batch: BatchArguments, encoding: EncodingConfig, device: torch.device) -> Blend:
-    """Open the prepared data sets of ``--data-path``, or the annotations of ``--online-encoding``.
+def open_data(
+    data: DataArguments, batch: BatchArguments, encoding: EncodingConfig, model: ModelConfig, device: torch.device
+) -> Blend:
+    """Open the prepared data sets of ``--data-path``, the annotations of ``--online-encoding``, or ``--mock-data``.
 
     Args:
         data: names the data; checked.
         batch: global batch and seed.
-        encoding: of ``--online-encoding``, ignored without it.
+        encoding: of ``--online-encoding`` and ``--mock-data``, ignored without them.
+        model: dimensions, which ``--mock-data`` follows.
         device: where the encoders of online encoding run.
 
     Raises:
@@ -88,7 +92,9 @@ def open_data(data: DataArguments, batch: BatchArguments, encoding: EncodingConf
         DataError: one is missing, damaged or empty.
     """
     datasets: list[SampleSource]
-    if data.online_encoding:
+    if data.mock_data:
+        datasets, weights = [MockDataset(encoding, model)], [1.0]
+    elif data.online_encoding:
         memory_bytes = data.encoding_cache_mib * 2**20
         datasets = [OnlineDataset(encoding, device, memory_bytes=memory_bytes, cache=data.encoding_cache)]
         weights = [1.0]

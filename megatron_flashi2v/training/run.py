@@ -60,8 +60,11 @@ def train(config: TrainConfig, observers: Sequence[Observer] = ()) -> TrainResul
     check_train(config, model, launch.world_size)
     # It imports torch, which a command's --help must not.
     from megatron_flashi2v.conditioning.build import paradigm_of
+    from megatron_flashi2v.training.watching.writers import require_packages
 
     paradigm_of(model)  # refuses an unknown --conditioning
+    if launch.rank == 0:
+        require_packages(config.watch)
     with logging_to_stderr(launch.rank), entered_run(config, model, launch, observers) as trainer:
         row = trainer.train()
         return TrainResult(

@@ -7,22 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_flashi2v.checkpoint.folders import load_model_config, require_same_model
-from megatron_flashi2v.checkpoint.model_state import load_parameters, model_pieces
+from megatron_flashi2v.checkpoint.model_state import load_weights, weight_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.models.weight_shards import WeightShard, held_weights, updated_weights, whole_weights
+from megatron_flashi2v.parallel.fully_sharded import FullyShardedStage
 from megatron_flashi2v.parallel.placement import ShardGrid, shard_grid
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.clipping import Clipper
 from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
+from megatron_flashi2v.training.optimizer import DataParallelStage
 from megatron_flashi2v.training.run_state import Provenance, load_training_state, settle_changes
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -37,7 +40,7 @@ class TrainState:
     Attributes:
         provenance: what checkpoints say of the run.
         stages: this rank's stages of the model.
-        models: the same, each wrapped in megatron-core's DistributedDataParallel.
+        models: the same, each wrapped for data parallelism.
         optimizer: megatron-core's optimizer over them.
         scheduler: its learning rate's schedule, which stands after ``iteration`` iterations.
         clipper: what happens to the gradients before they are applied.
@@ -50,7 +53,7 @@ class TrainState:
 
     provenance: Provenance
     stages: list[DiffusionTransformer]
-    models: list[DistributedDataParallel]
+    models: list[DataParallelStage]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     clipper: Clipper
@@ -84,16 +87,43 @@ class TrainState:
         self.iteration += 1
         self.consumed_samples += samples
 
+    @property
+    def fully_sharded(self) -> list[FullyShardedStage]:
+        """The stages whose weights or gradients ranks divide among them: all or none."""
+        return [model for model in self.models if isinstance(model, FullyShardedStage)]
+
+    @property
+    def gathers_blocks(self) -> bool:
+        """Whether every forward pass gathers weights from all replicas, which must then run it together."""
+        return any(stage.shards_weights for stage in self.fully_sharded)
+
     def gather_weights(self) -> None:
-        """Make this rank's weights whole and up to date where only the next forward pass would; collective then."""
-        if self.gathers_late:
-            for model in self.models:
+        """Let the bare stages compute with the present weights, as only the next forward pass would; collective."""
+        for model in self.models:
+            if isinstance(model, FullyShardedStage):
+                model.gather_weights()
+            elif self.gathers_late:
                 model.start_param_sync(force_sync=True)
+
+    def settle_weights(self) -> None:
+        """Bring the weights that :meth:`pieces` gives up to date; collective where they are gathered late."""
+        if not self.fully_sharded:
+            self.gather_weights()
+
+    def parameter_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of this tensor-parallel rank's parameters by global name, however replicas divide them."""
+        return {shard.name: (shard.box.shape, shard.data.dtype) for shard in all_weights(self.stages, self.models)}
+
+    def written_weights(self) -> list[WeightShard]:
+        """This rank's part of the weights in a checkpoint."""
+        if self.fully_sharded:
+            return updated_weights(self.fully_sharded, self.grid)
+        return whole_weights(self.named_parameters(), self.grid)
 
     def pieces(self) -> list[TensorPiece]:
         """This rank's parts of a checkpoint's tensors; their data share the memory of what is trained."""
         parameters, grid = self.named_parameters(), self.grid
-        return [*model_pieces(parameters, grid), *optimizer_pieces(self.optimizer, parameters, grid),
+        return [*weight_pieces(self.written_weights()), *optimizer_pieces(self.optimizer, parameters, grid),
                 *(self.average.pieces() if self.average else ())]
 
     def to_json(self) -> dict[str, Any]:
@@ -118,7 +148,9 @@ class TrainState:
         state = load_training_state(folder)
         settle_changes(folder, state, self.provenance)
         parameters = self.named_parameters()
-        load_parameters(folder, parameters, self.grid)
+        load_weights(folder, all_weights(self.stages, self.models))
+        for stage in self.fully_sharded:
+            stage.take_weights()
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
         self.iteration, self.consumed_samples = state["iteration"], state["consumed_samples"]
         self._resume_clipper(state.get("clipper"), folder)
@@ -146,3 +178,10 @@ class TrainState:
 def named_parameters(stages: list[DiffusionTransformer]) -> NamedParameters:
     """Global names and parameters of all of these stages."""
     return [named for stage in stages for named in stage.named_parameters()]
+
+
+def all_weights(stages: list[DiffusionTransformer], models: list[DataParallelStage]) -> list[WeightShard]:
+    """All that this rank holds of the weights, to be filled."""
+    grid = shard_grid(stages[0].spec.groups)
+    sharded = [model for model in models if isinstance(model, FullyShardedStage)]
+    return held_weights(sharded, grid) if sharded else whole_weights(named_parameters(stages), grid)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -25,7 +25,7 @@ from megatron_flashi2v.parallel.regions import own_tokens
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.training.batch import Microbatch, MicrobatchSource
 from megatron_flashi2v.training.clipping import Clipper, scale_gradients
-from megatron_flashi2v.training.optimizer import ready_gradients
+from megatron_flashi2v.training.optimizer import DataParallelStage, apply_gradients, gradient_norm, ready_gradients
 from megatron_flashi2v.training.sigma_buckets import WIDTH, BatchLoss, loss_report, read_report
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,51 @@ def flow_matching_loss(spec: ModelSpec, batch: Microbatch, velocity_SBP: Tensor)
     return part_B.sum(), loss_report(part_B.detach(), batch.sigma_B, counts=own.start == 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchReport:
+    """What all ranks together report of a global batch, still on the device: reading it waits for all that was started.
+
+    Attributes:
+        numbers: the sums of :func:`~megatron_flashi2v.training.sigma_buckets.loss_report`'s, and all counts; fp32.
+        counted: how many counts there are of each name.
+        samples: in the batch.
+    """
+
+    numbers: Tensor
+    counted: Mapping[str, int]
+    samples: int
+
+    def read(self, numbers: Sequence[float] | None = None) -> tuple[BatchLoss, dict[str, list[int]]]:
+        """The loss and the sums of counts, from ``numbers`` where these have been brought to the host already."""
+        numbers = self.numbers.tolist() if numbers is None else numbers
+        sums = map(int, numbers[WIDTH:])
+        return read_report(numbers[:WIDTH], self.samples), {
+            name: list(itertools.islice(sums, length)) for name, length in self.counted.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What is known of an iteration before its update, bit for bit the same on every rank.
+
+    Attributes:
+        loss: of the global batch.
+        grad_norm: the gradients' global L2 norm before clipping.
+        totals: the sums of all ranks' counts.
+    """
+
+    loss: BatchLoss
+    grad_norm: float
+    totals: dict[str, list[int]]
+
+
 class TrainingStep:
     """Forward and backward over an iteration's microbatches, and the optimizer's step.
 
     Args:
         spec: what the model was built with.
         stages: this rank's stages.
-        models: the same, each wrapped in megatron-core's DistributedDataParallel.
+        models: the same, each wrapped for data parallelism.
         optimizer: megatron-core's optimizer over them.
         clipper: what happens to the gradients before they are applied.
         num_microbatches: microbatches per replica and iteration.
@@ -78,7 +116,7 @@ class TrainingStep:
         self,
         spec: ModelSpec,
         stages: list[DiffusionTransformer],
-        models: list[DistributedDataParallel],
+        models: list[DataParallelStage],
         optimizer: MegatronOptimizer,
         clipper: Clipper,
         *,
@@ -121,16 +159,13 @@ class TrainingStep:
         batches: list[Iterator[Microbatch]],
         latent_shape: tuple[int, int, int],
         counts: Callable[[], Mapping[str, Sequence[int]]] = dict,
-    ) -> tuple[BatchLoss, dict[str, list[int]]]:
-        """Accumulate the gradients of one iteration.
+    ) -> BatchReport:
+        """Accumulate the gradients of one iteration, and sum what all ranks report of it.
 
         Args:
             batches: for each of this rank's stages, as many microbatches as the step was made for.
             latent_shape: latent frames, rows and columns.
             counts: this rank's counts of things, by name; asked for when all microbatches have been taken.
-
-        Returns:
-            The global batch's loss, and the sums of all ranks' counts: the same on every rank.
         """
         for model in self.models:
             model.zero_grad_buffer()
@@ -143,7 +178,7 @@ class TrainingStep:
         for model in self.models:
             model.eval()
         try:
-            loss, _ = self._run(batches, latent_shape, dict, forward_only=True)
+            loss, _ = self._run(batches, latent_shape, dict, forward_only=True).read()
         finally:
             for model in self.models:
                 model.train()
@@ -156,7 +191,7 @@ class TrainingStep:
         counts: Callable[[], Mapping[str, Sequence[int]]],
         *,
         forward_only: bool = False,
-    ) -> tuple[BatchLoss, dict[str, list[int]]]:
+    ) -> BatchReport:
         packed = self.stages[0].packed_shape(self.stages[0].grid(latent_shape))
         groups = self.spec.groups
         parts = self._schedule(
@@ -171,25 +206,27 @@ class TrainingStep:
             p2p_communicator=self._communicator,
             pg_collection=groups.collection,
         )
-        return global_batch_loss(parts, self.spec, self.num_microbatches, self.samples, counts())
+        return global_batch_report(parts, self.spec, self.num_microbatches, self.samples, counts())
 
-    def agree_on_norm(self, loss: float) -> tuple[float, float]:
-        """The loss and the gradients' global L2 norm before clipping, bit for bit the same on every rank.
+    def agree(self, report: BatchReport) -> Agreement:
+        """Find the gradients' norm, and bring all that decides on the update to the host, in one read.
 
         Weights and the optimizer's moments are untouched until :meth:`apply`.
 
         Args:
-            loss: of :meth:`losses_and_gradients`.
+            report: of :meth:`losses_and_gradients`.
         """
         self.optimizer.prepare_grads()
-        loss, grad_norm = share_numbers([loss, self.optimizer.get_grad_norm()])
-        return loss, grad_norm
+        norm = gradient_norm(self.optimizer, self.spec.device)
+        grad_norm, *numbers = share_numbers(torch.cat([norm.view(1), report.numbers]))
+        loss, totals = report.read(numbers)
+        return Agreement(loss=loss, grad_norm=grad_norm, totals=totals)
 
     def apply(self, grad_norm: float) -> None:
         """Clip the gradients, whose global norm is given, and update the weights by them."""
         clip = self.clipper.clip(grad_norm)
         scale_gradients(ready_gradients(self.optimizer), clip)
-        self.optimizer.step_with_ready_grads()
+        apply_gradients(self.optimizer)
         if clip.factor == 0.0:
             logger.warning("a gradient of norm %g, where %g is usual, was dropped", grad_norm, clip.threshold,
                            extra=AGREED)
@@ -206,14 +243,14 @@ def microbatch_group(num_microbatches: int, pipeline_size: int) -> int:
     )
 
 
-def global_batch_loss(
+def global_batch_report(
     reports: list[Tensor],
     spec: ModelSpec,
     num_microbatches: int,
     samples: int,
     counts: Mapping[str, Sequence[int]] | None = None,
-) -> tuple[BatchLoss, dict[str, list[int]]]:
-    """The loss of a global batch from what the last stages' ranks report, and the sums of all ranks' counts.
+) -> BatchReport:
+    """Sum what the last stages' ranks report of a global batch's loss, and all ranks' counts.
 
     Under sequence and context parallelism the parts of one replica add up; plain tensor-parallel ranks all hold the
     whole, and replicas average. The counts travel with the loss, so that they cost no exchange of their own; every
@@ -226,8 +263,6 @@ def global_batch_loss(
     for report in reports:
         total[:WIDTH] += report / (num_microbatches * groups.dp.size() * copies)
     torch.distributed.all_reduce(total)
-    numbers = total.tolist()
-    sums = map(int, numbers[WIDTH:])
-    return read_report(numbers[:WIDTH], samples), {
-        name: list(itertools.islice(sums, len(part))) for name, part in counts.items()
-    }
+    return BatchReport(
+        numbers=total, counted={name: len(part) for name, part in counts.items()}, samples=samples
+    )

@@ -112,14 +112,15 @@ class Trainer:
 
         batches = self.step.batches(self.source, state.consumed_samples)
         latent_shape = self.source.data.latent_shape(state.consumed_samples)[1:]
-        loss, totals = self.step.losses_and_gradients(batches, latent_shape, self.counts)
+        report = self.step.losses_and_gradients(batches, latent_shape, self.counts)
+        agreed = self.step.agree(report)
+        loss, grad_norm, totals = agreed.loss, agreed.grad_norm, agreed.totals
 
         self.hang_watch.enter(f"the update of iteration {number}")
         try:
             self.bad_samples.settle(self.source.bad, *totals["bad_samples"])
-            mean_loss, grad_norm = self.step.agree_on_norm(loss.mean)
             self.observers.gradients_ready(state, totals)
-            skipped = state.guard.judge(number, mean_loss, grad_norm)
+            skipped = state.guard.judge(number, loss.mean, grad_norm)
         except (DataError, DivergenceError):  # on all ranks alike: they can still publish what they were saving
             self.hang_watch.enter("the last checkpoint", SLOW)
             self.saver.finish()
@@ -137,7 +138,7 @@ class Trainer:
             self.hang_watch.enter(f"saving beside iteration {number}", SLOW)
         self.saver.advance(*totals["saving"])
         return IterationMetrics(
-            iteration=number, consumed_samples=state.consumed_samples, loss=mean_loss, grad_norm=grad_norm, lr=lr,
+            iteration=number, consumed_samples=state.consumed_samples, loss=loss.mean, grad_norm=grad_norm, lr=lr,
             step_time_s=seconds, loss_by_sigma=loss.by_sigma, samples_by_sigma=loss.samples_by_sigma, skipped=skipped,
         ).to_row()
 

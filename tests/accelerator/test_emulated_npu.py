@@ -27,12 +27,27 @@ FLAGS = {
     "train-iters": 10, "global-batch-size": 2, "lr": 1e-2,
 }
 COMMAND = ["-m", "megatron_flashi2v", "train", *(f"--{name}={value}" for name, value in FLAGS.items())]
-# Counts the operators' calls in the process that trains, and writes them down at its end.
+# Counts the operators' calls and the host's reads, these by iteration, from the start of one to the start of the next;
+# writes them down at the end.
 COUNTING = """
 import atexit, json, os, sys, torch_npu
+from torch_npu import device
 from torch_npu.operators import calls
-atexit.register(lambda: open(os.environ["CALLS"], "w").write(json.dumps(calls)))
 from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.training.trainer import Trainer
+
+starts, run_iteration = [], Trainer.run_iteration
+
+def counted(trainer):
+    starts.append(len(device.reads))
+    return run_iteration(trainer)
+
+def write():
+    reads = [device.reads[start:end] for start, end in zip(starts, starts[1:])]
+    open(os.environ["CALLS"], "w").write(json.dumps({"calls": calls, "reads": reads}))
+
+Trainer.run_iteration = counted
+atexit.register(write)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -68,7 +83,11 @@ def test_ten_steps_equal_the_cpus_on_npu_kernels(data: Path, on_cpu: Path, tmp_p
         assert line in report
     assert_same_metrics(save, on_cpu)
     assert find_checkpoint(save, 5) == save / "iter_0000005"
-    calls = json.loads(calls_file.read_text())
+    counted = json.loads(calls_file.read_text())
+    calls, reads = counted["calls"], counted["reads"]
+    # gloo's collectives go through the host
+    waits = [[place for place in iteration if "host_collectives" not in place] for iteration in reads[1:4]]
+    assert all(len(places) == 1 and "parallel/agreement.py" in places[0] for places in waits), waits
     # 10 iterations of 2 microbatches through 2 blocks, each with self- and cross-attention
     attentions = 10 * 2 * 2 * 2
     assert calls["npu_fusion_attention"] == calls["npu_fusion_attention_grad"] == attentions

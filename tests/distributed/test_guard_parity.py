@@ -18,6 +18,7 @@ LAYOUTS = {
     "dp2": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     "tp2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "pp2": ("--pipeline-model-parallel-size", "2"),
+    "fsdp2": ("--data-parallel-sharding-strategy", "optim_grads_params"),
 }
 FAULTS = ("nan_output", "infinite_gradient")
 

@@ -25,8 +25,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     prepared = [*shared, "--seed", SEED, "--output", str(folder / "data"), "--samples-per-shard", "4"]
     prepare(parse(PrepareConfig, prepared, prog="prepare", description=""))
     online = ("--online-encoding", *shared)
+    prepared_data = ("--data-path", str(folder / "data"), "--text-length", "32")
+    adam = ("--optimizer", "adam", "--lr", "1e-4", "--adam-eps", "1e-5")
     layouts = [
-        Layout("prepared", 1, ("--data-path", str(folder / "data"), "--text-length", "32")),
+        Layout("prepared", 1, prepared_data),
+        Layout("prepared-adam", 1, (*prepared_data, *adam)),
+        Layout("sharded", 2, (*online, *adam, "--data-parallel-sharding-strategy", "optim_grads_params")),
         Layout("single", 1, online),
         Layout("dp2", 2, online),
         Layout("tp2", 2, (*online, TP, "2", "--sequence-parallel")),
@@ -50,6 +54,10 @@ def encodings(save: Path) -> list[int]:
 @pytest.mark.parametrize("name", REPLICAS)
 def test_every_layout_trains_as_on_prepared_data(runs: dict[str, Path], name: str) -> None:
     assert_same_metrics(runs[name], runs["prepared"])
+
+
+def test_sharded_weights_train_as_on_prepared_data(runs: dict[str, Path]) -> None:
+    assert_same_metrics(runs["sharded"], runs["prepared-adam"])
 
 
 def test_one_process_is_bit_equal_to_prepared_data(runs: dict[str, Path]) -> None:

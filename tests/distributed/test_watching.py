@@ -21,6 +21,7 @@ LAYOUTS = [
                                "--profile-ranks", "0", "1")),
     Layout("cp2", 2, (CP, "2")),
     Layout("dp2-overlap", 2, ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")),
+    Layout("fsdp2", 2, ("--data-parallel-sharding-strategy", "optim_grads_params")),
 ]
 BATCH = 8
 TRACED = "pp2-virtual2"

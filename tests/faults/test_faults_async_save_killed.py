@@ -1,4 +1,7 @@
-"""A rank that is killed while its thread writes a checkpoint costs what was trained since the checkpoint before."""
+"""A rank that is killed while its thread writes a checkpoint costs what was trained since the checkpoint before.
+
+Weights, gradients and the optimizer's state are sharded: each rank's file is the only one with its part.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +38,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def launch(module: list[str], data: Path, save: Path) -> subprocess.CompletedProcess:
-    flags = {**FLAGS, "data-path": data, "save": save, "load": save, "save-interval": 2, "train-iters": 8}
+def launch(module: list[str], data: Path, save: Path, iterations: int = 8) -> subprocess.CompletedProcess:
+    flags = {**FLAGS, "data-path": data, "save": save, "load": save, "save-interval": 2, "train-iters": iterations}
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *module, "train",
         *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
-        "--use-distributed-optimizer", "--async-save",
+        "--data-parallel-sharding-strategy", "optim_grads_params", "--async-save",
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
 
@@ -57,10 +60,25 @@ def test_killed_while_the_thread_writes(tmp_path: Path) -> None:
     for save in (killed, straight):
         done = launch(plain, data, save)
         assert done.returncode == 0, done.stderr[-4000:]
-    rows = [[(row["loss"], row["grad_norm"]) for row in metrics(save)] for save in (killed, straight)]
-    assert rows[0] == rows[1] and len(rows[0]) == 8
+    assert_same_run(killed, straight, checkpoints=4)
+    # A flipped byte in the newest file of the other rank costs the iterations of that checkpoint.
+    spoiled = max(killed.glob("iter_*")) / "tensors-00000-of-00002.safetensors"
+    content = bytearray(spoiled.read_bytes())
+    content[-1] ^= 1
+    spoiled.write_bytes(content)
+    for save in (killed, straight):
+        done = launch(plain, data, save, iterations=10)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert ("is damaged" in done.stderr) == (save == killed)
+    assert_same_run(killed, straight, checkpoints=5)
+
+
+def assert_same_run(run: Path, straight: Path, *, checkpoints: int) -> None:
+    """The same losses and, bit for bit, the same checkpoints of every second iteration."""
+    rows = [[(row["loss"], row["grad_norm"]) for row in metrics(save)] for save in (run, straight)]
+    assert rows[0] == rows[1] and len(rows[0]) == 2 * checkpoints
     files = [
         {str(path.relative_to(save)): path.read_bytes() for path in save.glob("*iter_*/*")}
-        for save in (killed, straight)
+        for save in (run, straight)
     ]
-    assert files[0] == files[1] and len(files[0]) == 4 * 6
+    assert files[0] == files[1] and len(files[0]) == 6 * checkpoints

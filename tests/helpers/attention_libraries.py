@@ -1,11 +1,15 @@
-"""flash-attn 3 and 2 and Transformer Engine as far as our kernels call them: signatures of theirs, computed plainly.
+"""flash-attn 4, 3 and 2, Transformer Engine and torch's cuDNN operators as far as our kernels call them.
 
-The signatures are those of flash-attn 2.8 (``flash_attn/flash_attn_interface.py``), of its hopper folder in August 2026
-and of Transformer Engine 2.0 to 2.20; a keyword that they do not know is refused by Python itself.
+The signatures are those of flash-attn 2.8 (``flash_attn/flash_attn_interface.py``), of its hopper folder in August
+2026, of the wheel flash-attn-4 4.0.0b36 and of Transformer Engine 2.0 to 2.20; a keyword that they do not know is
+refused by Python itself. torch has schemas and autograd of the cuDNN operators everywhere, so that a CPU implementation
+is enough; what lies where in their results is what a card gave. All compute in fp64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -105,6 +109,71 @@ def _flash_attn_3() -> dict[str, ModuleType]:
     return {"flash_attn_interface": module}
 
 
+def _flash_attn_4() -> dict[str, ModuleType]:
+    def flash_attn_func(
+        q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
+        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None,
+        score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
+        block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+    ):
+        _check(q, k, v)
+        assert qv is None and not causal and window_size == (None, None) and num_splits == 1
+        output, lse = _Forward.apply(q, k, v, softmax_scale)
+        return output, lse if return_lse or q.requires_grad else None
+
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        window_size_right=None, *, deterministic=False, dq=None, dk=None, dv=None,
+    ):
+        _check(q, k, v, out, dout)
+        assert not causal and (window_size_left, window_size_right) == (None, None)
+        grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
+        _backward(dout, q, k, v, out, lse, *grads, softmax_scale)
+        return tuple(grads)
+
+    interface = ModuleType("flash_attn.cute.interface")
+    interface.flash_attn_func, interface._flash_attn_bwd = flash_attn_func, _flash_attn_bwd
+    return {"flash_attn": ModuleType("flash_attn"), "flash_attn.cute": ModuleType("flash_attn.cute"),
+            "flash_attn.cute.interface": interface}
+
+
+@contextmanager
+def cudnn_on_cpus() -> Iterator[None]:
+    """torch's cuDNN operators on CPUs: outputs in the query's layout, the log-sum-exp [B, h, Q, 1], no random state."""
+
+    def forward(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
+                scale=None):
+        _check(q, k, v)
+        assert bias is None and dropout_p == 0.0 and not is_causal and not return_debug_mask
+        q_, k_, v_ = (tensor.transpose(1, 2).double() for tensor in (q, k, v))
+        out, lse = attention(q_, k_, v_, softmax_scale=scale, return_log_sum_exp=True)
+        output = torch.empty_like(q).copy_(out.transpose(1, 2))
+        lse = lse.float().unsqueeze(-1) if compute_log_sumexp else q.new_empty(0, dtype=torch.float32)
+        state = torch.empty((), dtype=torch.int64)
+        return output, lse, None, None, q.shape[2], k.shape[2], state, state.clone(), None
+
+    def backward(dout, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, *,
+                 scale=None):
+        _check(dout, q, k, v, out)
+        assert (bias, cum_q, cum_k) == (None, None, None) and dropout_p == 0.0 and not is_causal
+        assert (max_q, max_k) == (q.shape[2], k.shape[2])
+        assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
+        for state in (seed, offset):
+            assert state.dtype == torch.int64 and state.numel() == 1
+        grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
+        _backward(*(t.transpose(1, 2) for t in (dout, q, k, v, out)), lse.squeeze(-1),
+                  *(gradient.transpose(1, 2) for gradient in grads), scale)
+        return tuple(grads)
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("_scaled_dot_product_cudnn_attention", forward, "CPU")
+        library.impl("_scaled_dot_product_cudnn_attention_backward", backward, "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
 class _DotProductAttention(nn.Module):
     def __init__(
         self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format="sbhd",
@@ -132,6 +201,7 @@ def _transformer_engine() -> dict[str, ModuleType]:
 def modules_of(name: str) -> dict[str, ModuleType]:
     """The modules that an implementation's library consists of, for ``sys.modules``."""
     makers = {
-        "flash_attn_2": _flash_attn_2, "flash_attn_3": _flash_attn_3, "transformer_engine": _transformer_engine
+        "flash_attn_2": _flash_attn_2, "flash_attn_3": _flash_attn_3, "flash_attn_4": _flash_attn_4,
+        "transformer_engine": _transformer_engine, "torch_cudnn": dict,
     }
     return makers[name]()

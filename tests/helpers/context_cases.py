@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashi2v_kernels.attention import reference
-from flashi2v_kernels.registry import resolve
+from flashi2v_kernels.registry import load_backward, load_entry_point, resolve, specs_of
+from helpers.attention_libraries import cudnn_on_cpus
 from helpers.ranks import run_ranks
 from megatron_flashi2v.parallel.context import ContextAttention
 from megatron_flashi2v.runtime.distributed import shutdown
@@ -46,6 +47,7 @@ CASES = {
     "ring-4-empty-block": Case(1, 4, 2, 5),
     "ring-3-fp32": Case(1, 3, 5, 13, dtype="float32"),
     "ring-3-bf16": Case(1, 3, 5, 13, dtype="bfloat16"),
+    "ring-3-cudnn": Case(1, 3, 5, 13, dtype="bfloat16", kernel="torch_cudnn"),
     "usp-2x2": Case(2, 2, 3, 12),
     "usp-2x2-uneven": Case(2, 2, 3, 10),
     "usp-2x2-empty-ring-block": Case(2, 2, 3, 5),
@@ -76,7 +78,8 @@ def draw(tokens: int) -> list[Tensor]:
 
 def all_errors() -> dict[str, dict[str, float]]:
     """This rank's largest error of the output and of each gradient, relative to the largest value, by case."""
-    return {name: errors(case) for name, case in CASES.items()}
+    with cudnn_on_cpus():
+        return {name: errors(case) for name, case in CASES.items()}
 
 
 def attention_of(case: Case, **wrapped: Callable[..., Any]) -> ContextAttention | None:
@@ -89,9 +92,9 @@ def attention_of(case: Case, **wrapped: Callable[..., Any]) -> ContextAttention 
     ring = {ranks: dist.new_group(list(ranks)) for ranks in rings} if case.ring > 1 else {}
     if rank >= degree * case.ring:
         return None
-    kernel = resolve("attention", "cpu", getattr(torch, case.dtype), case.kernel)
+    spec = next(spec for spec in specs_of("attention") if spec.name == case.kernel)
     return ContextAttention(
-        wrapped.get("forward", kernel.function), wrapped.get("backward", kernel.backward),
+        wrapped.get("forward", load_entry_point(spec)), wrapped.get("backward", load_backward(spec)),
         ulysses=next((group for ranks, group in ulysses.items() if rank in ranks), None),
         ring=next((group for ranks, group in ring.items() if rank in ranks), None),
     )

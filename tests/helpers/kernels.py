@@ -27,7 +27,9 @@ def implementations(operator: str) -> dict[str, Callable[..., Any]]:
     specs = specs_of(operator)
     if TRITON_INTERPRETED:
         return {spec.name: load_entry_point(spec) for spec in specs if spec.package == "triton"}
-    return {spec.name: load_entry_point(spec) for spec in specs if DEVICE in spec.devices}
+    return {  # compiling takes seconds for each shape and dtype: test_kernels_inductor.py has a few
+        spec.name: load_entry_point(spec) for spec in specs if DEVICE in spec.devices and spec.name != "inductor"
+    }
 
 
 def draw(shape: Sequence[int], dtype: torch.dtype = torch.float64, seed: int = 0, *, mean: float = 0.0) -> Tensor:

@@ -62,14 +62,14 @@ def infinite_gradient() -> Observer:
 
 
 def nan_output() -> Observer:
-    """A NaN in what the last rank's model computes: its loss and gradients are NaN."""
+    """A NaN in what the last rank's head computes: its loss and gradients are NaN."""
 
-    def spoil(stage: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def spoil(head: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         spot = torch.zeros_like(output)
         spot.view(-1)[0] = math.nan
         return output + spot
 
-    return HookInIterations(lambda stages: stages[-1].register_forward_hook(spoil), [ITERATION])
+    return HookInIterations(lambda stages: stages[-1].head.register_forward_hook(spoil), [ITERATION])
 
 
 def slow_rank() -> Observer:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,16 +16,20 @@ MARK = "FLASHI2V_TEST_LAUNCH"
 
 
 class Launch:
-    """A running ``flashi2v train``.
+    """A running ``flashi2v train``, or one node's part of it.
 
     Args:
         world: processes.
         flags: of train.
         folder: for what the processes print.
         prelude: Python that every process runs first, and that defines ``OBSERVERS`` of the run.
+        launcher: words that start it, before ``train``; torchrun on one node by default.
     """
 
-    def __init__(self, world: int, flags: list[str], folder: Path, prelude: str | None = None) -> None:
+    def __init__(
+        self, world: int, flags: list[str], folder: Path, prelude: str | None = None,
+        launcher: Sequence[str] | None = None,
+    ) -> None:
         self.mark, self.log = secrets.token_hex(8), folder / "launch.log"
         script = ["-m", "megatron_flashi2v"]
         if prelude is not None:
@@ -37,8 +41,9 @@ class Launch:
                 "    train(parse(TrainConfig, sys.argv[2:], prog='train', description=''), OBSERVERS)\n"
             )
             script = [str(path)]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
-                   *script, "train", *flags]
+        if launcher is None:
+            launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *script]
+        command = [sys.executable, "-m", *launcher, "train", *flags]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, MARK: self.mark})
 
@@ -85,9 +90,11 @@ class Launch:
 
 
 @contextmanager
-def launched(world: int, flags: list[str], folder: Path, prelude: str | None = None) -> Iterator[Launch]:
+def launched(
+    world: int, flags: list[str], folder: Path, prelude: str | None = None, launcher: Sequence[str] | None = None
+) -> Iterator[Launch]:
     """A launch that is ended, whatever happens."""
-    launch = Launch(world, flags, folder, prelude)
+    launch = Launch(world, flags, folder, prelude, launcher)
     try:
         yield launch
     finally:

@@ -26,6 +26,7 @@ from megatron_flashi2v.checkpoint.index import index_text, parse_index, write_in
 from megatron_flashi2v.checkpoint.model_state import model_pieces
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import merge_parts, write_rank_file
+from megatron_flashi2v.config.layout import FULLY_SHARDED, asked_sharding
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
@@ -52,11 +53,12 @@ class KeepGradients(Observer):
     def __init__(self, config: TrainConfig) -> None:
         self.folder, self.last = config.checkpoint.save / "gradients", config.batch.train_iters
         # Which leaves each replica its own part of them.
-        self.compares = not config.parallel.use_distributed_optimizer
+        self.compares = asked_sharding(config.parallel) == "no_shard"
+        self.keeps = asked_sharding(config.parallel) not in FULLY_SHARDED
         self.disagreements: list[str] = []
 
     def gradients_ready(self, state, totals) -> None:
-        if state.iteration == self.last - 1:
+        if self.keeps and state.iteration == self.last - 1:
             self.folder.mkdir(parents=True, exist_ok=True)
             torch.distributed.barrier()
             write_gradients(state, self.folder)
@@ -81,6 +83,8 @@ def write_gradients(state: TrainState, folder: Path) -> None:
 
 def digests(state: TrainState, tensor_of) -> dict[str, str]:
     """Hashes of this rank's tensors, by a name that ranks have in common where they hold the same tensor."""
+    if state.fully_sharded:
+        return {}  # no two ranks hold the same
     found = {}
     for name, parameter in state.named_parameters():
         shard = state.spec.groups.tp.rank() if getattr(parameter, "tensor_model_parallel", False) else "all"
@@ -106,6 +110,7 @@ def write_velocity(trainer: Trainer, config: TrainConfig) -> None:
     source = MicrobatchSource(trainer.source.data, spec.config, config.data, config.batch, dp_rank=0, dp_size=1,
                               device=spec.device)
     batch = source.load(range(2)).batch
+    trainer.state.gather_weights()
     with torch.no_grad():
         stages = [stage.eval() for stage in trainer.state.stages]
         velocity = predict_velocity(stages, batch.noise_BCTHW, 1000 * batch.sigma_B, batch.text_BLX,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashi2v_kernels.registry import FLOATS, KernelSpec
+from flashi2v_kernels.registry import COMPILED_ON, FLOATS, KernelSpec
 
 SPECS = (
     KernelSpec(
@@ -21,6 +21,14 @@ SPECS = (
         name="torch",
         entry_point="flashi2v_kernels.ada_layer_norm.torch:ada_layer_norm",
         dtypes=(*FLOATS, torch.float64),
+    ),
+    KernelSpec(
+        operator="ada_layer_norm",
+        name="inductor",
+        entry_point="flashi2v_kernels.ada_layer_norm.inductor:ada_layer_norm",
+        devices=COMPILED_ON,
+        dtypes=(*FLOATS, torch.float64),
+        timed=False,
     ),
     KernelSpec(
         operator="ada_layer_norm",

@@ -15,7 +15,7 @@ LOG_SUM_EXP = "log_sum_exp"
 BLOCK_BACKWARD = "block_backward"
 
 # In the order of their published speeds on an H100 at 16 to 32 thousand tokens; on other cards torch's own is the safe
-# choice.
+# choice. torch_sdpa runs the same kernels as torch_cudnn and torch_flash, but cannot serve a ring on CUDA.
 SPECS = (
     KernelSpec(
         operator="attention",
@@ -50,6 +50,20 @@ SPECS = (
         backward_entry_point="flashi2v_kernels.attention.torch_sdpa:attention_backward",
         dtypes=(*FLOATS, torch.float64),
         features={KEY_PADDING: ANY_DEVICE, LOG_SUM_EXP: ("cpu",), BLOCK_BACKWARD: ("cpu",)},
+    ),
+    KernelSpec(
+        operator="attention",
+        name="torch_cudnn",
+        entry_point="flashi2v_kernels.attention.torch_cudnn:attention",
+        backward_entry_point="flashi2v_kernels.attention.torch_cudnn:attention_backward",
+        devices=("cuda",),
+        dtypes=HALVES,
+        min_compute_capability=(9, 0),
+        max_compute_capability=(10, 9),
+        max_head_dim=128,
+        head_dim_multiple=8,
+        features={LOG_SUM_EXP: ("cuda",), BLOCK_BACKWARD: ("cuda",)},
+        deterministic=False,
     ),
     KernelSpec(
         operator="attention",
@@ -88,6 +102,22 @@ SPECS = (
         max_head_dim=256,
         head_dim_multiple=8,
         features={LOG_SUM_EXP: ("cuda",), BLOCK_BACKWARD: ("cuda",)},
+    ),
+    KernelSpec(
+        operator="attention",
+        name="flash_attn_4",
+        entry_point="flashi2v_kernels.attention.flash_attn_4:attention",
+        backward_entry_point="flashi2v_kernels.attention.flash_attn_4:attention_backward",
+        devices=("cuda",),
+        dtypes=HALVES,
+        min_compute_capability=(9, 0),
+        max_compute_capability=(10, 9),
+        package="flash-attn-4",
+        min_version="4.0.0",
+        max_head_dim=128,
+        head_dim_multiple=8,
+        features={LOG_SUM_EXP: ("cuda",), BLOCK_BACKWARD: ("cuda",)},
+        timed=False,
     ),
     KernelSpec(
         operator="attention",

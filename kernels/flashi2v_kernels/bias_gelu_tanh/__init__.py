@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashi2v_kernels.registry import FLOATS, KernelSpec
+from flashi2v_kernels.registry import COMPILED_ON, FLOATS, KernelSpec
 
 SPECS = (
     KernelSpec(
@@ -21,6 +21,14 @@ SPECS = (
         name="torch",
         entry_point="flashi2v_kernels.bias_gelu_tanh.torch:bias_gelu_tanh",
         dtypes=(*FLOATS, torch.float64),
+    ),
+    KernelSpec(
+        operator="bias_gelu_tanh",
+        name="inductor",
+        entry_point="flashi2v_kernels.bias_gelu_tanh.inductor:bias_gelu_tanh",
+        devices=COMPILED_ON,
+        dtypes=(*FLOATS, torch.float64),
+        timed=False,
     ),
     KernelSpec(
         operator="bias_gelu_tanh",

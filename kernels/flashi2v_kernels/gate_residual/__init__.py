@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashi2v_kernels.registry import FLOATS, KernelSpec
+from flashi2v_kernels.registry import COMPILED_ON, FLOATS, KernelSpec
 
 SPECS = (
     KernelSpec(
@@ -21,6 +21,14 @@ SPECS = (
         name="torch",
         entry_point="flashi2v_kernels.gate_residual.torch:gate_residual",
         dtypes=(*FLOATS, torch.float64),
+    ),
+    KernelSpec(
+        operator="gate_residual",
+        name="inductor",
+        entry_point="flashi2v_kernels.gate_residual.inductor:gate_residual",
+        devices=COMPILED_ON,
+        dtypes=(*FLOATS, torch.float64),
+        timed=False,
     ),
     KernelSpec(
         operator="gate_residual",

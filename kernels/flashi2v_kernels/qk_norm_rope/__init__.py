@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashi2v_kernels.registry import ANY_DEVICE, ASCEND_A2_A3, FLOATS, KernelSpec
+from flashi2v_kernels.registry import ANY_DEVICE, ASCEND_A2_A3, COMPILED_ON, FLOATS, KernelSpec
 from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 
 SPECS = (
@@ -37,6 +37,16 @@ SPECS = (
         dtypes=(*FLOATS, torch.float64),
         features={PARTIAL_SUMS: ANY_DEVICE},
         head_dim_multiple=2,
+    ),
+    KernelSpec(
+        operator="qk_norm_rope",
+        name="inductor",
+        entry_point="flashi2v_kernels.qk_norm_rope.inductor:qk_norm_rope",
+        devices=COMPILED_ON,
+        dtypes=(*FLOATS, torch.float64),
+        features={PARTIAL_SUMS: COMPILED_ON},
+        head_dim_multiple=2,
+        timed=False,
     ),
     KernelSpec(
         operator="qk_norm_rope",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashi2v_kernels.registry import ANY_DEVICE, ASCEND_A2_A3, FLOATS, KernelSpec
+from flashi2v_kernels.registry import ANY_DEVICE, ASCEND_A2_A3, COMPILED_ON, FLOATS, KernelSpec
 
 PARTIAL_SUMS = "partial_sums"
 """The norm from sums of squares that were added over the ranks which share the width."""
@@ -34,6 +34,15 @@ SPECS = (
         entry_point="flashi2v_kernels.rms_norm.torch:rms_norm",
         dtypes=(*FLOATS, torch.float64),
         features={PARTIAL_SUMS: ANY_DEVICE},
+    ),
+    KernelSpec(
+        operator="rms_norm",
+        name="inductor",
+        entry_point="flashi2v_kernels.rms_norm.inductor:rms_norm",
+        devices=COMPILED_ON,
+        dtypes=(*FLOATS, torch.float64),
+        features={PARTIAL_SUMS: COMPILED_ON},
+        timed=False,
     ),
     KernelSpec(
         operator="rms_norm",

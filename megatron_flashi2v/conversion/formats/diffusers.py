@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_flashi2v.checkpoint.key_table import Mapped, external_name, mappings
+from megatron_flashi2v.checkpoint.key_table import Mapped, mappings
 from megatron_flashi2v.conditioning.build import (
     input_channels,
     read_model_config,
@@ -22,7 +22,9 @@ from megatron_flashi2v.conditioning.interface import ForeignModel
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import DEFAULT_SHIFT
-from megatron_flashi2v.conversion.sources import open_safetensors_folder
+from megatron_flashi2v.conversion.containers import open_container
+from megatron_flashi2v.conversion.quantised import dequantised
+from megatron_flashi2v.conversion.recognition import TRANSFORMER, WAN_I2V, channels_named, require_model
 from megatron_flashi2v.conversion.weights import (
     ExternalWeights,
     OnBytes,
@@ -33,7 +35,7 @@ from megatron_flashi2v.conversion.weights import (
 )
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 
-TRANSFORMER, CONDITIONING, SCHEDULER = "transformer", "image_conditioning", "scheduler"
+SECOND_TRANSFORMER, CONDITIONING, SCHEDULER = "transformer_2", "image_conditioning", "scheduler"
 PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
@@ -64,6 +66,8 @@ _FIXED: Mapping[str, Any] = {
     "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
+# Those of Wan2.1's image-to-video models alone.
+_CLIP_BRANCH = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 
 
 def transformer_config(config: ModelConfig) -> dict[str, Any]:
@@ -150,6 +154,8 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
     for key, value in _FIXED.items():
         # An absent key has the class's default, which describes our model.
         if key != "rope_max_seq_len" and stored.get(key, value) != value:
+            if key in _CLIP_BRANCH:
+                raise CheckpointError(f"{path} ({key} is {stored[key]!r}) is {WAN_I2V}")
             raise CheckpointError(f"{path}: {key} is {stored[key]!r}, this model family has {value!r}")
     try:
         beside = conditioning / "config.json"
@@ -174,10 +180,10 @@ def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
     latents = stored["out_channels"] or channels  # diffusers reads None as equal to in_channels
     paradigm = recognise(ForeignModel(latent_channels=latents, input_channels=channels))
     if paradigm is None:
-        raise ConfigError(
-            f"in_channels is {channels} and out_channels {latents}: {recognition_rules()}; another paradigm needs the "
-            f"{CONDITIONING}/ folder of its export"
+        known = channels_named(latents, channels) or (
+            f"{recognition_rules()}; another paradigm needs the {CONDITIONING}/ folder of its export"
         )
+        raise ConfigError(f"in_channels is {channels} and out_channels {latents}: {known}")
     return ModelConfig(
         num_layers=stored["num_layers"],
         hidden_size=stored["num_attention_heads"] * stored["attention_head_dim"],
@@ -201,16 +207,51 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     if options.weights == "ema":
         raise CheckpointError(f"{path}: the format diffusers holds one set of weights; leave out --weights ema")
     transformer = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
+    notes = _expert_notes(path, transformer)
     conditioning = path / CONDITIONING if transformer != path else path.parent / CONDITIONING
     config = read_config(transformer, conditioning)
     options.require_agreement(config, transformer / "config.json")
     inside, beside = table(config)
-    tensors = open_safetensors_folder(transformer, WEIGHTS_STEM)
-    if external_name("head.linear.weight", "wan") in tensors:
-        raise CheckpointError(f"{transformer} holds tensors under the original Wan names; give the format wan")
+    opened = open_container(transformer)
+    require_model(transformer, opened.tensors)
+    tensors, scales = dequantised(transformer, opened.tensors)
+    notes += opened.notes
     if beside:
-        tensors |= open_safetensors_folder(conditioning, WEIGHTS_STEM)
-    return ExternalWeights(path, config, inside + beside, tensors, options.dtype)
+        extra = open_container(conditioning)
+        tensors |= extra.tensors
+        notes += extra.notes
+    weights = ExternalWeights(path, config, inside + beside, tensors, options)
+    weights.notes, weights.left_out = notes, (*opened.others, *scales)
+    return weights
+
+
+def _expert_notes(path: Path, transformer: Path) -> tuple[str, ...]:
+    """What a pipeline's folder says of its transformers: a note on one of two, given by itself.
+
+    Raises:
+        CheckpointError: ``path`` holds two and names neither.
+    """
+    if (path / SECOND_TRANSFORMER).is_dir():
+        raise CheckpointError(
+            f"{path} holds two models: {TRANSFORMER} for high noise and {SECOND_TRANSFORMER} for low; give one of "
+            f"them: {path / TRANSFORMER} or {path / SECOND_TRANSFORMER}"
+        )
+    pipeline = transformer.parent / PIPELINE_NAME
+    stated = read_json_object(pipeline, error=CheckpointError) if pipeline.is_file() else {}
+    notes = []
+    if (transformer.parent / SECOND_TRANSFORMER).is_dir() or transformer.name == SECOND_TRANSFORMER:
+        other = TRANSFORMER if transformer.name == SECOND_TRANSFORMER else SECOND_TRANSFORMER
+        side = "below" if transformer.name == SECOND_TRANSFORMER else "of at least"
+        notes.append(
+            f"one of two experts, for timesteps {side} boundary_ratio x 1000 "
+            f"(boundary_ratio is {stated.get('boundary_ratio')}); {other} is another model"
+        )
+    if stated.get("expand_timesteps"):
+        notes.append(
+            "Wan2.2's TI2V gets its image as a clean first latent frame with a timestep of its own, which no paradigm "
+            "here does; read as text_to_video"
+        )
+    return tuple(notes)
 
 
 def is_ours(folder: Path) -> bool:

@@ -52,7 +52,7 @@ class MegatronWeights(Weights):
         options.require_agreement(self.config, folder / MODEL_CONFIG_NAME)
         self.facts = load_state(folder)
         self._index = read_index(folder)
-        self._wanted = options.dtype
+        self.options = options
         self._prefix = EMA_PREFIX if options.weights == "ema" else MODEL_PREFIX
         found = {
             key.removeprefix(self._prefix): tensor.shape
@@ -68,8 +68,8 @@ class MegatronWeights(Weights):
     def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
         return (self._index.tensors[self._prefix + name].dtype,)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._wanted or self.stored_dtypes(name)[0]
+    def own_dtype(self, name: str) -> torch.dtype:
+        return self.stored_dtypes(name)[0]
 
     def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         dtype = dtype or self.dtype(name)
@@ -82,7 +82,7 @@ class MegatronWeights(Weights):
             data=values,
         )
         read_pieces(self.source, [piece], index=self._index)
-        return cast(name, values, dtype)
+        return cast(f"{self.source}: tensor {key}", values, dtype, self.options)
 
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:

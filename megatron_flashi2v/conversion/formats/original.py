@@ -1,8 +1,7 @@
 """The formats under original names: ``wan``, ``flashi2v-npu`` and ``flashi2v-gpu``.
 
-They differ in the key table's column and in phi's order. Reads safetensors (one file, or shards with their index),
-``.pt`` and ``.pth`` files, and folders of torch's distributed checkpoint. Writes safetensors, which Wan's and both
-FlashI2V code bases read.
+They differ in the key table's column and in phi's order. Reads what :mod:`containers` opens; writes safetensors, which
+Wan's and both FlashI2V code bases read.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from megatron_flashi2v.checkpoint.key_table import mappings
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.containers import open_container
 from megatron_flashi2v.conversion.formats.original_config import read_config, wan_config
-from megatron_flashi2v.conversion.sources import INDEX_SUFFIX, SourceTensor, open_safetensors, open_sharded
-from megatron_flashi2v.conversion.torch_archive import is_torch_archive, open_torch_archive
-from megatron_flashi2v.conversion.torch_distributed_checkpoint import METADATA_NAME, open_distributed
+from megatron_flashi2v.conversion.quantised import dequantised
+from megatron_flashi2v.conversion.recognition import require_model
+from megatron_flashi2v.conversion.sources import SourceTensor
+from megatron_flashi2v.conversion.training_folders import EMA
 from megatron_flashi2v.conversion.weights import (
     ExternalWeights,
     OnBytes,
@@ -32,14 +33,11 @@ from megatron_flashi2v.runtime.files import atomic_write_json
 
 STEM = "diffusion_pytorch_model"
 CONFIG_NAME, MODEL_CONFIG_NAME = "config.json", "model_config.json"
-EMA = "ema"
 
 # Every model has this tensor under the same name in every column; what precedes the name is the state's prefix.
 _MARK = "patch_embedding.weight"
 # Prefixes that training code gives the state of a model; the reference tries them in this order, after the EMA weights.
 _MODEL_PREFIXES = ("", "model.", "state_dict.", "module.", "model.module.")
-# FlashI2V's main branch writes a file for each set.
-_MODEL_FILE, _EMA_FILE = "model_state_dict.pt", "ema_model_state_dict.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +61,16 @@ class OriginalFormat:
             CheckpointError: there are no weights, a file is damaged, or it needs more than the restricted loader gives.
             ConfigError: the files do not determine the model; the error names the flag that is needed.
         """
-        held, others = _open_container(path, options.weights)
-        tensors, left_out, ema_only = _select(path, held, options.weights)
+        held = open_container(path, options.weights)
+        require_model(path, held.tensors)
+        chosen, left_out, ema_only = _select(path, held.tensors, options.weights)
+        tensors, scales = dequantised(path, chosen)
         notes = ["the source holds EMA weights only; took these"] if ema_only else []
         config, assumed = read_config(path, tensors, self.column, self.phi_order, options)
         entries = list(mappings(config, self.column))
-        weights = ExternalWeights(path, config, entries, tensors, options.dtype)
-        weights.left_out = (*left_out, *others)
-        weights.notes = (*notes, *assumed)
+        weights = ExternalWeights(path, config, entries, tensors, options)
+        weights.left_out = (*left_out, *held.others, *scales)
+        weights.notes = (*held.notes, *notes, *assumed)
         return weights
 
     def write(self, folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
@@ -104,38 +104,6 @@ class OriginalFormat:
 WAN = OriginalFormat(name="wan", column="wan", phi_order=None)
 FLASHI2V_NPU = OriginalFormat(name="flashi2v-npu", column="flashi2v_npu", phi_order="repeat_then_conv")
 FLASHI2V_GPU = OriginalFormat(name="flashi2v-gpu", column="wan", phi_order="conv_then_broadcast")
-
-
-def _open_container(path: Path, weights: str) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
-    """Open all tensors at a path, whatever the container; also returns the names of its other entries."""
-    if path.is_file():
-        return _open_file(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; give a file or a folder of weights")
-    if (path / METADATA_NAME).is_file():
-        return open_distributed(path)
-    pair = path / (_EMA_FILE if weights == EMA else _MODEL_FILE)
-    if pair.is_file():
-        return _open_file(pair)
-    for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors", "*.pt", "*.pth"):
-        found = sorted(path.glob(pattern))
-        if len(found) == 1:
-            return _open_file(found[0])
-        if found:
-            raise CheckpointError(f"{path} holds {', '.join(file.name for file in found[:5])}; name the file to read")
-    raise CheckpointError(f"{path} holds no .safetensors, .pt or .pth file and no {METADATA_NAME}")
-
-
-def _open_file(path: Path) -> tuple[dict[str, SourceTensor], tuple[str, ...]]:
-    if path.name.endswith(INDEX_SUFFIX):
-        return open_sharded(path), ()
-    if path.suffix == ".safetensors":
-        return open_safetensors(path), ()
-    if path.name == METADATA_NAME:
-        return open_distributed(path.parent)
-    if is_torch_archive(path):
-        return open_torch_archive(path)
-    raise CheckpointError(f"{path} is no file of weights; give a .safetensors, {INDEX_SUFFIX}, .pt or .pth file")
 
 
 def _select(

@@ -19,6 +19,7 @@ from megatron_flashi2v.conditioning.build import (
 from megatron_flashi2v.conditioning.interface import ForeignModel
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.recognition import channels_named
 from megatron_flashi2v.conversion.sources import SourceTensor
 from megatron_flashi2v.conversion.weights import ReadOptions
 from megatron_flashi2v.runtime.files import read_json_object
@@ -148,8 +149,8 @@ def _from_shapes(path: Path, tensors: Mapping[str, SourceTensor], column: str) -
         ForeignModel(latent_channels=latents, input_channels=channels, column=column, shape_of=shape_of)
     )
     if paradigm is None:
-        raise ConfigError(
-            f"{path}: the patch embedding takes {channels} channels, the latents have {latents}: "
+        known = channels_named(latents, channels) or (
             f"{recognition_rules()}; another paradigm needs the model_config.json of its export"
         )
+        raise ConfigError(f"{path}: the patch embedding takes {channels} channels, the latents have {latents}: {known}")
     return fields | paradigm

@@ -93,7 +93,7 @@ class NormsByPart(Observer):
         shards = [shard for shard in optimizer_shards(optimizer, parameters, grid) if shard.owner]
         parts = [self.parts.index(part_of(shard.name, self._layers)) for shard in shards]
         squares_2P = torch.stack([
-            self._squares([shard.weights.grad for shard in shards], parts),
+            self._squares([shard.gradient for shard in shards], parts),
             self._squares([shard.weights for shard in shards], parts),
         ])
         torch.distributed.all_reduce(squares_2P)

@@ -98,6 +98,8 @@ class Previews(Observer):
                 index = first + self._replica
                 if index < self._arguments.sample_count:
                     made[index] = self._sample(state, index)
+                elif state.gathers_blocks:  # from all replicas, so that all compute
+                    self._sample(state, self._arguments.sample_count - 1)
         finally:
             for model in state.models:
                 model.train()

@@ -87,7 +87,16 @@ def test_dry_run_shows_configuration_parameters_and_layout(
     report = capsys.readouterr().out
     assert f"model: {model}" in report and "# layout" in report
     assert total is None or f"total: {total}" in report
-    assert "# kernels on this machine's cpu" in report and "\nattention: torch_sdpa" in report
+    assert "\n# kernels: all 7 kernels are the default ones of a CPU (attention: torch_sdpa)\n" in report
+    order = [report.index(part) for part in ("# layout", "state_gb", "# kernels", "# model", "# resolved")]
+    assert order == sorted(order) and order[0] == 0
+    assert "null" not in report and "[]" not in report
+
+
+def test_a_dry_run_names_each_kernel_where_one_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model", "tiny", "--device", "cpu", "--attention-backend", "reference", "--dry-run"]) == 0
+    report = capsys.readouterr().out
+    assert "# kernels on this machine's cpu\nattention: reference" in report
     assert "\nada_layer_norm: torch  # triton: runs on cuda, not on cpu" in report
 
 

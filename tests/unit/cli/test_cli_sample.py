@@ -18,7 +18,7 @@ from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.run import VideoShape, video_shape
+from megatron_flashi2v.sampling.session import VideoShape, video_shape
 
 CONFIG = ModelConfig(
     num_layers=1,
@@ -92,6 +92,13 @@ def test_image_and_prompt_become_mp4_and_strip_of_the_trained_size(models, tmp_p
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert np.stack(frames).shape == (5, 16, 24, 3)
     assert Image.open(tmp_path / "out" / "a.png").format == "PNG"
+
+
+def test_names_and_prompts_that_are_not_utf8_stop_nothing(models, tmp_path):
+    """As the shell hands them over: ``os.fsdecode`` of bytes in another encoding."""
+    output = tmp_path / "caf\udce9.mp4"
+    assert main(flags(models, output, prompt="a dog \udce9", **{"negative-prompt": "\udcff blurry"})) == 0
+    assert output.stat().st_size and output.with_suffix(".png").stat().st_size
 
 
 def test_flags_win_over_the_recorded_size_and_a_video_gives_the_image(models, tmp_path):

@@ -14,6 +14,8 @@ from megatron_flashi2v.models.presets import resolve_model
 VIRTUAL = ["--num-virtual-stages-per-pipeline-rank", "2"]
 CP, ALGO, DEGREE = "--context-parallel-size", "--context-parallel-algo", "--ulysses-degree"
 USP = (ALGO, "usp")
+STRATEGY, INSTANCES = "--data-parallel-sharding-strategy", "--num-distributed-optimizer-instances"
+UNIT = "--suggested-communication-unit-size"
 
 
 def check(*argv: str, world: int = 1) -> TrainConfig:
@@ -64,6 +66,15 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
     (["--image-noise-log-std", "-1"], 1, ["--image-noise-log-std is -1.0"]),
     (["--min-lr", "1.0"], 1, ["--min-lr 1.0"]),
     (["--optimizer", "sgd", "--use-distributed-optimizer"], 1, ["requires --optimizer adam"]),
+    (["--optimizer", "sgd", STRATEGY, "optim_grads"], 1, [f"{STRATEGY} optim_grads", "requires --optimizer adam"]),
+    ([STRATEGY, "optim_grads_params", "--pipeline-model-parallel-size", "2"], 2,
+     [f"{STRATEGY} optim_grads_params cannot", "--pipeline-model-parallel-size 2", "all ranks", f"{STRATEGY} optim"]),
+    ([STRATEGY, "optim_grads", "--transformer-impl", "transformer_engine"], 2, ["optim_grads has not been tried"]),
+    ([STRATEGY, "optim_grads", "--use-mindspeed", "--device", "npu"], 2, ["not been tried with --use-mindspeed"]),
+    ([INSTANCES, "2"], 2, [f"{INSTANCES} 2", f"add {STRATEGY} optim"]),
+    ([INSTANCES, "4", STRATEGY, "optim", "--global-batch-size", "6"], 6, [f"{INSTANCES} 4", "6 ranks", "choose 3"]),
+    ([UNIT, "9", STRATEGY, "optim"], 1, [f"{UNIT} 9 belongs to {STRATEGY} optim_grads", "not to optim"]),
+    ([UNIT, "0"], 1, [f"{UNIT} is 0; it must be at least 1"]),
     (["--sigma-shift", "0"], 1, ["--sigma-shift is 0"]),
     (["--adam-beta1", "2"], 1, ["--adam-beta1 is 2"]),
     (["--clip-grad", "-1"], 1, ["--clip-grad is -1"]),

@@ -19,6 +19,7 @@ from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.conversion.sources import SafetensorsTensor
+from megatron_flashi2v.models.weight_shards import WeightShard, whole_weights
 from megatron_flashi2v.parallel.placement import ShardGrid
 
 # As the model's layers divide: rows of column-parallel linears and heads' norms, columns of row-parallel linears.
@@ -74,7 +75,7 @@ def test_every_format_and_only_the_bytes_that_are_needed(
     wanted = parameters(SMALL, tp_size=5, blocks=(1,))
     initial = open_initial_weights((name, path), SMALL)
     assert not (initial.missing or initial.unexpected)
-    load_initial_weights(initial, wanted.items(), ShardGrid(tp_rank=3, tp_size=5))
+    load_initial_weights(initial, whole_weights(wanted.items(), ShardGrid(tp_rank=3, tp_size=5)))
     for key, parameter in wanted.items():
         whole = tensors[key]
         axis = sliced_axis(key)
@@ -98,7 +99,7 @@ def test_text_to_video_and_flashi2v_weights_suit_every_paradigm(tmp_path: Path, 
     assert ("are missing and start as initialised (conditioning.phi" in initial.summary) == bool(initial.missing)
     assert ("unexpected and left out (conditioning.phi" in initial.summary) == bool(initial.unexpected)
     wanted = parameters(model)
-    load_initial_weights(initial, wanted.items(), ShardGrid())
+    load_initial_weights(initial, whole_weights(wanted.items(), ShardGrid()))
     for name, parameter in wanted.items():
         if name in initial.missing:
             assert (parameter == -1).all()
@@ -107,6 +108,17 @@ def test_text_to_video_and_flashi2v_weights_suit_every_paradigm(tmp_path: Path, 
             assert torch.equal(parameter[:, :columns], tensors[name]) and (parameter[:, columns:] == -1).all()
         else:
             assert torch.equal(parameter.detach(), tensors[name]), name
+    in_stretches = parameters(model)
+    shards = whole_weights(in_stretches.items(), ShardGrid())
+    load_initial_weights(initial, [stretch for shard in shards for stretch in stretches(shard)])
+    assert all(torch.equal(in_stretches[name], parameter) for name, parameter in wanted.items())
+
+
+def stretches(shard: WeightShard) -> list[WeightShard]:
+    """A third of the weight, none of it, and the rest."""
+    count = shard.data.numel()
+    ranges = [(0, count // 3), (count // 3, count // 3), (count // 3, count)]
+    return [dataclasses.replace(shard, flat_range=part, data=shard.data.view(-1)[slice(*part)]) for part in ranges]
 
 
 def test_weights_that_do_not_suit_are_refused(tmp_path: Path) -> None:

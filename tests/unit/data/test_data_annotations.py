@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.data.annotation_files import MAX_FIELD, MAX_LINE
 from megatron_flashi2v.data.annotations import Entry, parse_entry, read_annotations
 from megatron_flashi2v.data.reasons import Drop
 
@@ -132,21 +134,148 @@ def test_list_of_roots(tmp_path: Path) -> None:
     ("name", "text", "said"),
     [
         ("meta.json", "{not json", "not valid JSON"),
-        ("meta.json", '{"path": "x"}', "must be a JSON list"),
+        ("meta.json", '{"videos": [], "info": 1}', "is an object with videos, info; it must be a JSON list"),
+        ("meta.json", '[{"path": "x"},', "not valid JSON"),
+        ("meta.json", "5", "is int; it must be a JSON list"),
         ("meta.json", "[]", "no annotations"),
         ("data.txt", "", "is empty"),
         ("data.txt", "only_a_root\n", "line 1"),
         ("data.txt", "root,absent.json\n", "absent.json"),
+        ("data.txt", "root,nested.txt\n", "nested.txt: holds no annotations"),
+        ("data.txt", "a,b,meta.json\n", r'line 1 is .*"\.\.\." around a name with a comma'),
+        ("data.txt", "a video of a cat\n", r'Annotations are a JSON list, .* \{"path": "videos/cat\.mp4", "cap": "A'),
+        ("meta.csv", "video,caption\na.mp4,a\n", "its columns are video, caption; it must have path and cap"),
+        ("meta.csv", "", "is empty; its first line must name the columns path and cap"),
+        ("meta.csv", '"path,cap\n', "its first line must name the columns"),
+        ("meta.txt", "\x1f\x8b", "not UTF-8|is gzip"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path: Path, name: str, text: str, said: str) -> None:
     path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode("latin-1"))
+    (tmp_path / "nested.txt").write_text("a, b")
     with pytest.raises(DataError, match=said) as caught:
         read_annotations(path)
-    assert "absent.json" in str(caught.value) or str(path) in str(caught.value)
+    assert str(tmp_path if "nested" in said else path) in str(caught.value) or "absent.json" in str(caught.value)
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="absent"):
         read_annotations(tmp_path / "absent.json")
+
+
+CLIPS = [
+    {"path": "a/clip.mp4", "cap": "a dog, running"},
+    {
+        "path": "b,c.mp4", "cap": ["a cat", 'a "cat"'], "fps": 29.97, "num_frames": 120, "cut": [10, 130],
+        "resolution": {"height": 720, "width": 1280}, "crop": [0, 640, 8, 368], "motion": 0.5,
+    },
+    {"path": "nur ein Stück.mp4", "cap": "two\nlines"},
+]  # fmt: skip
+
+
+def as_csv(path: Path, delimiter: str = ",", mark: str = "") -> Path:
+    """The clips as spreadsheets write them: numbers as text, lists as JSON, sizes in columns of their own."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(mark)
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["cap", "path", "fps", "num_frames", "height", "width", "cut", "crop", "motion", "licence"])
+        for clip in CLIPS:
+            size = clip.get("resolution", {"height": "", "width": ""})
+            caption = clip["cap"] if isinstance(clip["cap"], str) else json.dumps(clip["cap"])
+            lists = [json.dumps(clip[name]) if name in clip else "" for name in ("cut", "crop")]
+            writer.writerow([
+                caption, clip["path"], clip.get("fps", ""), clip.get("num_frames", ""), size["height"], size["width"],
+                *lists, clip.get("motion", "nan"), "CC0",
+            ])  # fmt: skip
+    return path
+
+
+def facts(path: Path) -> list[dict[str, Any]]:
+    """Everything but where it stood."""
+    entries, dropped = read_annotations(path)
+    assert dropped == []
+    return [{name: getattr(entry, name) for name in Entry.__slots__ if name != "source"} for entry in entries]
+
+
+def test_every_kind_of_file_gives_the_same_entries(tmp_path: Path) -> None:
+    expected = facts(write_json(tmp_path / "meta.json", CLIPS))
+    lines = "".join(json.dumps(clip, ensure_ascii=False) + "\n\n" for clip in CLIPS)
+    for name in ("meta.jsonl", "lines.json", "lines.txt"):
+        (tmp_path / name).write_text("\ufeff" + lines, encoding="utf-8")
+        assert facts(tmp_path / name) == expected, name
+    assert facts(as_csv(tmp_path / "meta.csv")) == expected
+    assert facts(as_csv(tmp_path / "marked.csv", mark="\ufeff")) == expected
+    assert facts(as_csv(tmp_path / "meta.tsv", delimiter="\t")) == expected
+    assert facts(as_csv(tmp_path / "table.txt")) == expected
+    (tmp_path / "list.txt").write_text(".,meta.jsonl\n.,meta.csv\n", encoding="utf-8")
+    twice = facts(tmp_path / "list.txt")
+    assert [fact["path"] for fact in twice] == 2 * [fact["path"] for fact in expected]
+
+
+def test_a_folder_of_videos_with_a_text_each(tmp_path: Path) -> None:
+    for name in ("b/two.MP4", "one.mkv", "one.jpg", "still.png", ".hidden.mp4", "notes.md", "odd.mp4", "bare.webm",
+                 "long.mp4", ".cache/x.mp4"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    texts = {"b/two": "\ufeffa dog\n", "one": "a cat", "still": "a still", "lone": "x"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "odd.txt").write_bytes("Stück".encode("latin-1"))
+    (tmp_path / "long.txt").write_text("w" * (MAX_FIELD + 1))
+    entries, dropped = read_annotations(tmp_path)
+    assert {entry.path: entry.captions for entry in entries} == {
+        "bare.webm": None, "one.mkv": ("a cat",), "still.png": ("a still",), "b/two.MP4": ("a dog",),
+    }  # fmt: skip
+    assert all(entry.file.exists() for entry in entries)
+    assert [(row.path, row.detail.split(": ", 1)[1]) for row in dropped] == [
+        ("long.mp4", f"long.txt has more than {MAX_FIELD:,} characters"),
+        ("odd.mp4", "odd.txt is not UTF-8 text; save it as UTF-8"),
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: is a folder without videos; it must be a JSON list"):
+        read_annotations(tmp_path / "empty")
+    (tmp_path / "list.txt").write_text(f'ignored,"{tmp_path / "b"}"\n')
+    assert [entry.file for entry in read_annotations(tmp_path / "list.txt")[0]] == [tmp_path / "b" / "two.MP4"]
+
+
+def test_one_bad_line_stops_no_other(tmp_path: Path) -> None:
+    good = json.dumps(GOOD).encode()
+    long = b'{"path": "x", "cap": "' + b"w" * MAX_LINE + b'"}'
+    lines = [good, long, '{"path": "Stück"}'.encode("latin-1"), b'{"path": "torn', b"[1]", b"null", good]
+    (tmp_path / "meta.jsonl").write_bytes(b"\n".join(lines))
+    entries, dropped = read_annotations(tmp_path / "meta.jsonl")
+    assert [entry.index for entry in entries] == [0, 6]
+    said = [row.detail.partition("meta.jsonl ")[2] for row in dropped]
+    assert said[0] == f"line 2: has more than {MAX_LINE:,} bytes"
+    assert said[1] == "line 3: is not UTF-8 text; save the file as UTF-8"
+    assert said[2].startswith("line 4: is '") and said[2].endswith("torn'; it must be a JSON object")
+    assert said[3] == "line 5: is [1]; it must be an object with path and cap"
+    assert said[4].startswith("line 6: is 'null'")
+
+
+def test_one_bad_row_stops_no_other(tmp_path: Path) -> None:
+    rows = [b"path,cap,fps", b"a.mp4,a dog,24", b"b.mp4,a, b,24", b"c.mp4,St\xfcck,24", b"d.mp4,a,fast",
+            b"e.mp4," + b"w" * (MAX_FIELD + 1) + b",24", b"f.mp4,a " + b"w" * MAX_LINE, b'g.mp4,"a" b,24',
+            b'h.mp4,"two', b'lines",24', b"i.mp4,a,"]  # fmt: skip
+    (tmp_path / "meta.csv").write_bytes(b"\r\n".join(rows))
+    entries, dropped = read_annotations(tmp_path / "meta.csv")
+    assert [(entry.path, entry.source.rpartition(" ")[2]) for entry in entries] == [
+        ("a.mp4", "2"), ("h.mp4", "9"), ("i.mp4", "11"),
+    ]  # fmt: skip
+    said = [row.detail.partition("meta.csv ")[2] for row in dropped]
+    assert "line 3: has 4 fields, the first line 3" in said[0]
+    assert said[1] == "line 4: is not UTF-8 text; save the file as UTF-8"
+    assert said[2] == 'line 5: fps is "fast"; it must be a number'
+    assert said[3].startswith("line 6: field larger than field limit")
+    assert said[4] == f"line 7: has more than {MAX_LINE:,} bytes"
+    assert said[5].startswith("line 8: ")
+
+
+def test_a_folder_with_a_comma_can_be_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "cats, dogs"
+    folder.mkdir()
+    write_json(folder / "meta.json", [GOOD])
+    (tmp_path / "list.txt").write_text('"cats, dogs", "cats, dogs/meta.json"\n', encoding="utf-8")
+    entries, _ = read_annotations(tmp_path / "list.txt")
+    assert [entry.file for entry in entries] == [folder / "a/clip.mp4"]

@@ -57,6 +57,7 @@ def test_a_later_field_counts_once_it_changes_samples(tmp_path: Path, monkeypatc
     assert "interpolation" not in data_settings(config_of(tmp_path), [], [])
     assert data_settings(config_of(tmp_path, interpolation="bilinear"), [], [])["interpolation"] == "bilinear"
     assert data_settings(config_of(tmp_path, frame_picking="time"), [], [])["frame_picking"] == "time"
+    assert data_settings(config_of(tmp_path, vae_dtype="bfloat16"), [], [])["vae_dtype"] == "bfloat16"
 
 
 def test_a_path_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -110,6 +110,17 @@ def test_samples(world: Path, finished: Path) -> None:
     assert torch.equal(data.empty_text_rows_LD, text.encode([""])[0].bfloat16())
 
 
+def test_a_vae_in_bf16(world: Path, finished: Path, tmp_path: Path) -> None:
+    """Its latents are stored in fp32, near those of the whole precision, and the data set is another one."""
+    prepare(config_of(world, tmp_path / "bf16", vae_dtype="bfloat16"), place=Place(), device=CPU)
+    rounded, exact = PreparedDataset(tmp_path / "bf16"), PreparedDataset(finished)
+    assert rounded.info.vae["dtype"] == "bfloat16" and rounded.fingerprint != exact.fingerprint
+    for index in range(len(exact)):
+        ours, expected = rounded[index].latents_CTHW, exact[index].latents_CTHW
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - expected).norm() < 0.03 * expected.norm()
+
+
 def test_summary(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["entries"], summary["kept"], summary["shards"]) == (11, 7, 3)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.encoders.text import TextEncoder
+from megatron_flashi2v.runtime.logging import logging_to_stderr
 
 PROMPTS = ["", "a dog runs", "a red car drives through the street in the blue street the the the the", "zebra"]
 LENGTH = 12
@@ -43,6 +44,18 @@ def test_rows_are_those_of_diffusers_pipeline(folders: tuple[Path, Path]) -> Non
     for rows_LD, wanted_LD in zip(rows, wanted_BLD, strict=True):
         padded_LD = torch.nn.functional.pad(rows_LD, (0, 0, 0, LENGTH - len(rows_LD)))
         torch.testing.assert_close(padded_LD, wanted_LD, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_longer_than_the_rows_is_told_once(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = TextEncoder.load(*folders, LENGTH, "cpu")
+    with logging_to_stderr():
+        encoder.encode(PROMPTS[:2] + PROMPTS[3:])
+        assert capsys.readouterr().err == ""
+        encoder.encode([PROMPTS[2], PROMPTS[2] + " the"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"longer than the model's {LENGTH} text rows" in said and "'a red car" in said
 
 
 def test_rows_do_not_depend_on_company(folders: tuple[Path, Path]) -> None:

@@ -56,6 +56,7 @@ def test_figure_has_raw_and_smoothed_lines_of_every_run(tmp_path):
     }
     figure = draw_training_curves(runs, title="two runs", window=5, marks={30: "resumed"})
     loss, grad_norm, lr = figure.axes
+    assert figure.get_suptitle() == "two runs"
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "loss (global batch mean)",
         "gradient norm",

@@ -47,9 +47,12 @@ def ids(paths: list[Path]) -> list[str]:
 def understood(command: list[str]) -> tuple[int, int, list[str]]:
     """Nodes, processes and our flags of a launcher's command line; msrun does not count nodes, so 0."""
     launcher, *rest = command
-    if launcher == "torchrun":
+    if launcher == "flashi2v":
+        assert rest.pop(0) == "torchrun"
         seen = get_args_parser().parse_args(rest)  # leaves with an error at a flag that torchrun does not know
         script, flags = seen.training_script, seen.training_script_args
+        assert script == "train"
+        script = "examples/pretrain_flashi2v.py"  # the same
         nodes = int(seen.nnodes)
         world = nodes * int(seen.nproc_per_node)
         assert nodes == 1 or not seen.rdzv_endpoint.startswith("localhost")
@@ -70,7 +73,7 @@ def understood(command: list[str]) -> tuple[int, int, list[str]]:
 
 def start(script: Path, tmp_path: Path, **environment: str) -> Started:
     """Run a script whose launchers are caught."""
-    for name in ("torchrun", "msrun", "srun"):
+    for name in ("flashi2v", "msrun", "srun"):
         (tmp_path / name).write_text(CATCHER)
         (tmp_path / name).chmod(0o755)
     caught = tmp_path / "caught"
@@ -106,7 +109,7 @@ def absolute(flags: list[str]) -> list[str]:
 def test_something_is_tested() -> None:
     names = {script.name for script in SCRIPTS}
     assert {"pretrain_1.3b.sh", "pretrain_14b.sh", "pretrain_14b_slurm.sh", "pretrain_14b_msrun.sh"} <= names
-    assert len(SCRIPTS) == 8 and len(JOBS) == 1 and len(RECIPES) >= 8
+    assert len(SCRIPTS) == 10 and len(JOBS) == 1 and len(RECIPES) >= 8
 
 
 @pytest.mark.parametrize("script", SHELL := sorted(EXAMPLES.rglob("*.sh")), ids=ids(SHELL))

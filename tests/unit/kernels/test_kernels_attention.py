@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP, reference, torch_flash
+from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP, reference, torch_cudnn, torch_flash
 from flashi2v_kernels.registry import KernelUnavailable, load_backward, load_entry_point, resolve, specs_of
 
 SPECS = [spec for spec in specs_of("attention") if "cpu" in spec.devices]
@@ -149,17 +149,18 @@ def test_who_has_what_a_ring_needs():
     kernel = resolve("attention", "cpu", torch.bfloat16, **needs)
     assert kernel.spec.name == "torch_sdpa" and kernel.backward is BACKWARDS["torch_sdpa"]
     on_gpu = {**needs, "compute_capability": (9, 0)}
-    assert resolve("attention", "cuda", torch.bfloat16, **on_gpu).spec.name == "torch_flash"
+    assert resolve("attention", "cuda", torch.bfloat16, **on_gpu).spec.name == "torch_cudnn"
     assert resolve("attention", "cuda", torch.float32, **on_gpu).spec.name == "reference"
-    with pytest.raises(KernelUnavailable, match="has no block_backward on cuda; .* torch_flash, reference"):
+    with pytest.raises(KernelUnavailable, match="has no block_backward on cuda; .* torch_cudnn, torch_flash, ref"):
         resolve("attention", "cuda", torch.bfloat16, "torch_sdpa", **on_gpu)
 
 
-def test_shapes_of_the_flash_kernel_on_cuda():
+@pytest.mark.parametrize("module", [torch_flash, torch_cudnn])
+def test_shapes_of_torchs_kernels_on_cuda(module):
     """torch's shape functions, as there is no GPU: arguments are in the schemas' order, layouts as the reference's."""
     query, key, value = (tensor.to("meta") for tensor in draw(2, 7, 11, 3, 24, dtype=torch.bfloat16))
-    output, lse = torch_flash.attention(query, key, value, return_log_sum_exp=True)
+    output, lse = module.attention(query, key, value, return_log_sum_exp=True)
     assert output.shape == query.shape and output.dtype == torch.bfloat16
     assert lse.shape == (2, 3, 7) and lse.dtype == torch.float32
-    gradients = torch_flash.attention_backward(output, query, key, value, output, lse, softmax_scale=0.3)
+    gradients = module.attention_backward(output, query, key, value, output, lse, softmax_scale=0.3)
     assert [gradient.shape for gradient in gradients] == [query.shape, key.shape, value.shape]

@@ -1,4 +1,4 @@
-"""Attention of libraries that need a GPU, through fakes of their signatures; and which one is chosen on which card."""
+"""Attention of libraries that need a GPU, through stand-ins of theirs; and which one is chosen on which card."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.attention_libraries import modules_of
+from helpers.attention_libraries import cudnn_on_cpus, modules_of
 
 from flashi2v_kernels.attention import BLOCK_BACKWARD, KEY_PADDING, LOG_SUM_EXP, reference
 from flashi2v_kernels.registry import KernelUnavailable, load_backward, resolve, specs_of
 
-LIBRARIES = ["flash_attn_3", "flash_attn_2", "transformer_engine"]
-WITH_LOG_SUM_EXP = ["flash_attn_3", "flash_attn_2"]
+LIBRARIES = ["flash_attn_4", "flash_attn_3", "flash_attn_2", "transformer_engine", "torch_cudnn"]
+WITH_LOG_SUM_EXP = [name for name in LIBRARIES if name != "transformer_engine"]
 SPECS = {spec.name: spec for spec in specs_of("attention")}
 SHAPES = [(1, 1, 1, 1, 8), (3, 7, 5, 2, 24), (2, 17, 17, 3, 16), (1, 1, 9, 2, 128)]
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """An implementation's module, on a fake of its library."""
+    """An implementation's module, on a stand-in of its library."""
 
     def load(name):
         for module, fake in modules_of(name).items():
@@ -31,7 +31,8 @@ def load(monkeypatch):
         monkeypatch.delitem(sys.modules, module, raising=False)
         return importlib.import_module(module)
 
-    return load
+    with cudnn_on_cpus():
+        yield load
 
 
 def draw(batch, queries, keys, heads, size):
@@ -100,7 +101,8 @@ def test_what_a_library_lacks_is_refused(load, name):
 @pytest.fixture
 def installed(monkeypatch):
     """Pretend that these distributions, and no others that kernels ask for, are installed."""
-    versions = {"flash_attn_3": "3.0.0b1", "flash_attn": "2.8.3", "transformer_engine": "2.9.0+cu12"}
+    versions = {"flash_attn_3": "3.0.0b1", "flash_attn": "2.8.3", "transformer_engine": "2.9.0+cu12",
+                "flash-attn-4": "4.0.0b36"}
 
     def distribution(name):
         if name not in versions:
@@ -114,16 +116,21 @@ def installed(monkeypatch):
     return versions
 
 
+RING = (LOG_SUM_EXP, BLOCK_BACKWARD)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "features", "expected"),
     [
         ((9, 0), torch.bfloat16, (), "flash_attn_3"),
-        ((9, 0), torch.bfloat16, (LOG_SUM_EXP,), "flash_attn_3"),
+        ((9, 0), torch.bfloat16, RING, "flash_attn_3"),
         ((9, 0), torch.bfloat16, (KEY_PADDING,), "torch_sdpa"),
-        ((8, 0), torch.bfloat16, (LOG_SUM_EXP, BLOCK_BACKWARD), "torch_flash"),
+        ((8, 0), torch.bfloat16, RING, "torch_flash"),
         ((9, 0), torch.float32, (), "torch_sdpa"),
         ((8, 0), torch.bfloat16, (), "torch_sdpa"),
         ((10, 0), torch.bfloat16, (), "torch_sdpa"),
+        ((10, 3), torch.bfloat16, RING, "torch_cudnn"),
+        ((12, 0), torch.bfloat16, RING, "torch_flash"),
         ((7, 5), torch.float16, (), "torch_sdpa"),
     ],
 )
@@ -132,8 +139,22 @@ def test_automatic_choice_on_cards(installed, capability, dtype, features, expec
     assert kernel.spec.name == expected
 
 
+def test_a_ring_without_libraries_takes_cudnn_on_hopper_unless_bits_must_repeat(installed):
+    installed.clear()
+    needs = {"features": RING, "head_dim": 128, "needs_gradient": True, "compute_capability": (9, 0)}
+    assert resolve("attention", "cuda", torch.bfloat16, **needs).spec.name == "torch_cudnn"
+    assert resolve("attention", "cuda", torch.bfloat16, **{**needs, "head_dim": 136}).spec.name == "torch_flash"
+    torch.use_deterministic_algorithms(True)
+    try:
+        kernel = resolve("attention", "cuda", torch.bfloat16, **needs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernel.spec.name == "torch_flash"
+    assert any(line.startswith("torch_cudnn: its gradients differ from run to run") for line in kernel.why_not)
+
+
 def test_named_choices_on_cards(installed):
-    for name in LIBRARIES:
+    for name in LIBRARIES:  # flash_attn_4 only so
         kernel = resolve("attention", "cuda", torch.bfloat16, name, head_dim=128, compute_capability=(9, 0))
         assert kernel.spec.name == name
     with pytest.raises(KernelUnavailable, match="compute capability 9.0 at most"):
@@ -145,16 +166,21 @@ def test_named_choices_on_cards(installed):
         resolve("attention", "cuda", torch.bfloat16, "flash_attn_2", compute_capability=(8, 0))
 
 
-def test_torch_prefers_cudnn(monkeypatch):
-    """What torch is asked for on CUDA; which kernel then runs is torch's affair."""
+@pytest.mark.parametrize(("capability", "first"), [
+    ((8, 0), "FLASH_ATTENTION"), ((8, 9), "FLASH_ATTENTION"), ((9, 0), "CUDNN_ATTENTION"),
+    ((10, 3), "CUDNN_ATTENTION"), ((12, 0), "FLASH_ATTENTION"),
+])
+def test_the_order_in_which_torch_is_asked_on_cuda(capability, first):
+    """Which kernel then runs is torch's affair."""
     from torch.nn.attention import SDPBackend
 
     from flashi2v_kernels.attention import torch_sdpa
 
-    assert torch_sdpa._CUDA_ORDER[0] == SDPBackend.CUDNN_ATTENTION
-    assert set(torch_sdpa._CUDA_ORDER) == {
+    order = torch_sdpa.backends_of(capability)
+    assert order[0] == getattr(SDPBackend, first)
+    assert set(order) == {
         SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     }
-    with torch_sdpa.sdpa_kernel(torch_sdpa._CUDA_ORDER, set_priority=True):
-        order = torch._C._get_sdp_priority_order()
-    assert order[0] == int(SDPBackend.CUDNN_ATTENTION) and len(order) >= 4
+    with torch_sdpa.sdpa_kernel(order, set_priority=True):
+        asked = torch._C._get_sdp_priority_order()
+    assert asked[0] == int(getattr(SDPBackend, first)) and len(asked) >= 4

@@ -73,6 +73,16 @@ def test_auto_takes_the_first_that_can_run_and_says_why_not_the_others(offer):
     assert resolve("attention", "cuda", torch.float32).why_not == ()
 
 
+def test_auto_passes_over_what_no_card_has_timed(offer, monkeypatch):
+    offer(spec("best", timed=False), spec("good"))
+    kernel = resolve("attention", "cpu", torch.float32)
+    assert kernel.spec.name == "good" and kernel.why_not == ()
+    assert resolve("attention", "cpu", torch.float32, "best").spec.name == "best"
+    monkeypatch.setattr(registry, "specs_of", lambda operator: (spec("best", timed=False),))
+    with pytest.raises(KernelUnavailable, match="no implementation of attention can run here"):
+        resolve("attention", "cpu", torch.float32)
+
+
 def test_a_named_choice_runs_or_is_an_error_that_lists_what_can(offer):
     offer(spec("best", devices=("cuda",)), spec("good"))
     assert resolve("attention", "cpu", torch.float32, "reference").spec.name == "reference"

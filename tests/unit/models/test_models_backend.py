@@ -21,6 +21,7 @@ from megatron_flashi2v.models.backend import linear_provider
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.linear import FusedColumnParallelLinear, FusedRowParallelLinear
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 
@@ -92,7 +93,7 @@ def test_linears_and_precision_of_transformer_engine(
     linears = {name: type(module) for name, module in model.named_modules()
                if isinstance(module, (ColumnParallelLinear, RowParallelLinear))}
     # in fp32, and gathered
-    assert linears.pop("time_embedding.projection") is ColumnParallelLinear
+    assert linears.pop("time_embedding.projection") is FusedColumnParallelLinear
     assert set(linears.values()) == {EngineColumn, EngineRow} and len(linears) == 2 + 2 * 7
     inside: list[bool] = []
 
@@ -116,5 +117,5 @@ def test_linears_and_precision_of_transformer_engine(
 
 def test_local_linears_by_default(groups: Groups) -> None:
     spec = make_spec(CONFIG, groups, torch.device("cpu"))
-    assert (spec.column_linear, spec.row_linear) == (ColumnParallelLinear, RowParallelLinear)
+    assert (spec.column_linear, spec.row_linear) == (FusedColumnParallelLinear, FusedRowParallelLinear)
     assert spec.megatron.fp8 is None

@@ -12,7 +12,7 @@ from megatron_flashi2v.config.train import ParallelArguments, RecomputeArguments
 from megatron_flashi2v.models.build import build_stages, recompute_of
 from megatron_flashi2v.models.recompute import Recompute
 from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.parallel.world import world
+from megatron_flashi2v.parallel.world import single_process, world
 from megatron_flashi2v.runtime.device import CpuDevice
 from megatron_flashi2v.runtime.distributed import init_without_peers
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
@@ -57,3 +57,18 @@ def test_stages_of_a_rank_in_the_order_of_the_activation(rank: int, layers: list
     assert [model.recompute.layers for model in stages] == [len(stage) for stage in layers]
     assert all(model.training for model in stages)
     assert all(parameter.is_meta for model in stages for parameter in model.parameters())
+
+
+def test_a_hollow_stage_is_built_without_memory() -> None:
+    with single_process(CpuDevice()) as groups:
+        spec = make_spec(CONFIG, groups, torch.device("cpu"), bf16=True)
+        (plain,), (hollow,) = (build_stages(spec, ParallelArguments(), hollow=way) for way in (False, True))
+        assert not spec.megatron.use_cpu_initialization
+    expected = dict(plain.named_parameters())
+    found = dict(hollow.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        want = expected[name]
+        assert (parameter.shape, parameter.dtype, parameter.device) == (want.shape, want.dtype, want.device), name
+        assert vars(parameter) == vars(want), name
+        assert parameter.untyped_storage().nbytes() == parameter.itemsize < want.untyped_storage().nbytes(), name

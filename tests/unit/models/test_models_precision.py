@@ -39,9 +39,8 @@ IN_BF16 = {
     ("conditioning.fourier_embedding.conv_out", "addmm"),
     ("", "add"),  # tokens and guidance
     ("text_embedding.linear_1", "mm"),
-    ("text_embedding.linear_2", "mm"),
-    ("text_embedding.linear_2", "add"),
-    *((f"blocks.{linear}", name) for name in ("mm", "add") for linear in (
+    ("text_embedding.linear_2", "addmm"),
+    *((f"blocks.{linear}", "addmm") for linear in (
         "self_attention.linear_qkv", "self_attention.linear_proj", "cross_attention.linear_q",
         "cross_attention.linear_kv", "cross_attention.linear_proj", "mlp.linear_fc2",
     )),
@@ -62,7 +61,7 @@ IN_FP32 = {
     ("time_embedding.linear_1", "addmm"),
     ("time_embedding", "silu"),
     ("time_embedding.linear_2", "addmm"),
-    ("time_embedding.projection", "mm"),
+    ("time_embedding.projection", "addmm"),
     ("blocks", "native_layer_norm"),
     ("blocks", "add"),  # the modulation table and the projected time
     ("blocks.self_attention.norm_q", "mul"),  # weight and rotary positions

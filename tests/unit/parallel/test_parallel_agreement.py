@@ -49,9 +49,8 @@ def exchange(rank: int) -> None:
         assert gather_json(values[ranks.index(rank)], group) == values
         assert share_json(values[ranks.index(rank)], group) == values[0]
         assert share_json([] if first else "longer than the first rank's", group) == []
-        assert share_numbers([ranks[0] + 1 / 3 if first else -1.0, float("nan")], group)[0] == pytest.approx(
-            ranks[0] + 1 / 3, rel=1e-7
-        )
+        numbers = torch.tensor([ranks[0] + 1 / 3 if first else -1.0, float("nan")])
+        assert share_numbers(numbers, group)[0] == pytest.approx(ranks[0] + 1 / 3, rel=1e-7)
         assert sum_counts([rank, 0, 2**20], group) == [sum(ranks), 0, len(ranks) * 2**20]
     full = OSError(errno.ENOSPC, "No space left on device", "a/b")
     assert first_failure(None) is None
@@ -72,7 +71,7 @@ def test_a_process_of_its_own_needs_no_group() -> None:
     assert not dist.is_initialized()
     assert gather_bytes(b"a") == collect_bytes(b"a") == [b"a"]
     assert gather_json((1, "b")) == [[1, "b"]] and share_json((1, "b")) == [1, "b"]
-    assert share_numbers([0.5]) == [0.5] and sum_counts([3]) == [3]
+    assert share_numbers(torch.tensor([0.5])) == [0.5] and sum_counts([3]) == [3]
     assert first_failure(ValueError("bad")) == Failure(message="ValueError: bad", of_storage=False)
     with pytest.raises(TypeError, match="not JSON serializable"):
         share_json(object())

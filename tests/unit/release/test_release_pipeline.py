@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from helpers.paradigms import PARADIGMS
 from helpers.releases import CONFIG, PARTS, release, sampled, train
+from helpers.tiny_models import make_tiny_text_encoder
 from PIL import Image
 
 from megatron_flashi2v import FlashI2VPipeline
@@ -213,6 +215,30 @@ def test_what_belongs_to_a_release_alone(parts: Path, tmp_path: Path, capsys: py
     for flags in (("--vae", str(parts / "vae")), ("--license", "mit"), ("--base-model", "a/b")):
         assert main([*wan, *flags]) == 2
         assert f"{flags[0]} {flags[1]}: only `--to diffusers` makes a release" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latent_channels": 8}, "vae does not fit the model: its z_dim is 4, the model's latent_channels 8"),
+        ({"text_dim": 24}, "text_encoder does not fit the model: its d_model is 16, the model's text_dim 24"),
+        ({"conditioning": "inpainting", "mask_channels": 4}, "its temporal stride is 2, the model's mask_channels 4"),
+        ({}, "tokenizer gives tokens up to 15, but .* knows 9"),
+    ],
+)
+@pytest.mark.parametrize("components", ["copy", "reference"])
+def test_parts_that_do_not_fit_the_model_are_named_before_the_work(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], words: str,
+    components: str,
+) -> None:  # fmt: skip
+    train(tmp_path / "run", dataclasses.replace(CONFIG, **changes))
+    places = {name: parts / name for name in PARTS}
+    if not changes:
+        places["text_encoder"] = make_tiny_text_encoder(tmp_path / "few_words", vocab_size=9)
+    command = ["convert", "--from", "megatron", str(tmp_path / "run"), "--to", "diffusers", str(tmp_path / "out")]
+    flags = [word for name, place in places.items() for word in (f"--{name.replace('_', '-')}", str(place))]
+    assert main([*command, *flags, "--components", components, "--verify"]) == 2
+    assert re.search(words, capsys.readouterr().err) and not list(tmp_path.glob("*out*"))
 
 
 def test_a_release_needs_no_megatron_core(released: Path, parts: Path) -> None:

@@ -25,7 +25,7 @@ def redirected() -> Iterator[None]:
 
 
 def test_factories_and_moves(redirected: None) -> None:
-    for device in ("cuda", "cuda:0", torch.device("cuda", 1)):
+    for device in ("cuda", "cuda:0", torch.device("cuda", 1), 0, f"cuda:{torch.cuda.current_device()}"):
         assert torch.zeros(2, device=device).device == CPU
         assert torch.tensor([1.0], dtype=torch.float, device=device).device == CPU
         assert torch.empty_like(torch.ones(1), device=device).device == CPU
@@ -70,7 +70,7 @@ def test_type_names(redirected: None) -> None:
 
 
 def test_device_functions(redirected: None) -> None:
-    assert torch.cuda.current_device() == CPU
+    assert torch.zeros(1, device=torch.cuda.current_device()).device == CPU
     assert not torch.cuda.is_available()
     assert not torch.cuda.is_current_stream_capturing()
     assert torch.cuda.get_device_capability() < (5, 0)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.data.transforms import resize_and_crop
+from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.sampling.image import fit_image, load_image
 
 
@@ -121,7 +122,23 @@ def test_fit_keeps_an_image_of_the_right_size():
     assert torch.equal(fit_image(frame, 16, 24), frame)
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)])
-def test_malformed_tensors_are_refused(tensor):
-    with pytest.raises(ConfigError, match="uint8"):
+@pytest.mark.parametrize(("tensor", "words"), [
+    (torch.zeros(3, 4, 4, dtype=torch.int16), "uint8"), (torch.zeros(4, 4, dtype=torch.uint8), "shape"),
+])  # fmt: skip
+def test_malformed_tensors_are_refused(tensor, words):
+    with pytest.raises(ConfigError, match=words):
         fit_image(tensor, 16, 24)
+
+
+def test_a_crop_is_told_once_with_its_loss(capsys):
+    with logging_to_stderr():
+        for _ in range(2):
+            fit_image(torch.zeros((3, 60, 60), dtype=torch.uint8), 48, 80)
+        fit_image(torch.zeros((3, 48, 81), dtype=torch.uint8), 48, 80)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "a picture of 60 x 60 pixels is cropped at its centre to the shape of 80 x 48" in said
+    assert "cuts off 40% of it" in said
+    with logging_to_stderr():
+        fit_image(torch.zeros((3, 48, 81), dtype=torch.uint8), 48, 80)
+    assert capsys.readouterr().err == ""

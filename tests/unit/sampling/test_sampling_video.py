@@ -66,6 +66,14 @@ def test_odd_sides_are_lengthened_by_one(tmp_path):
     assert psnr(decoded[:, :63, :95], frames) > 35
 
 
+def test_a_small_sample_is_enlarged_pixel_by_pixel(tmp_path):
+    frames = smooth_frames(height=48, width=80)
+    write_mp4(tmp_path / "a.mp4", frames, 12, enlarge=4)
+    decoded, _ = decode(tmp_path / "a.mp4")
+    assert decoded.shape == (9, 192, 320, 3)
+    assert psnr(decoded[:, 1::4, 2::4], frames) > 35
+
+
 def test_nothing_is_left_when_encoding_fails(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("no space left on device")

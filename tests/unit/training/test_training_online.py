@@ -23,14 +23,17 @@ def test_damaged_files_are_recorded_and_too_many_stop_the_run(
     flags = [*make_corpus(tmp_path, 3, z_dim=4, text_dim=16), "--decode-workers", "1"]
     entries = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "text.mkv").write_text("no video")
-    (tmp_path / "meta.json").write_text(json.dumps([*entries, {"path": "text.mkv", "cap": "x"}]))
+    (tmp_path / "meta.json").write_text(json.dumps([*entries, {"path": "text.mkv", "cap": "x"},
+                                                     {"path": "no\udce9\ud83d.mkv", "cap": "a \ud83d b"}]))
     assert run_command(*MODEL, "--online-encoding", *flags, "--save", tmp_path / "run") == 0
     assert len(metrics(tmp_path / "run")) == 3
     rows = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
-    assert rows and all("text.mkv" in row["reason"] and row["damaged"] for row in rows)
+    assert {row["reason"].split(":")[0].split("/")[-1] for row in rows} == {"text.mkv", "no\ufffd\ufffd.mkv"}
+    assert all(row["damaged"] for row in rows)
     capsys.readouterr()
     assert run_command(*MODEL, "--online-encoding", *flags, "--max-bad-samples", 0) == 1
-    assert "text.mkv: is not a readable video file" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "bad samples were met" in told and ("text.mkv: is not" in told or "no\ufffd\ufffd.mkv: there is" in told)
     recipe = tmp_path / "run" / "config.yaml"
     assert run_command("--config", recipe, "--dry-run") == 0
 

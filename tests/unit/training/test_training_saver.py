@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
@@ -117,7 +118,10 @@ def test_what_is_under_way_is_published_before_the_run_ends(
         code, expected = 0, [2, 3]
     else:
         norms = iter([1.0, 1.0, float("nan")])
-        monkeypatch.setattr(TrainingStep, "agree_on_norm", lambda step, loss: (loss, next(norms)))
+        agree = TrainingStep.agree
+        monkeypatch.setattr(
+            TrainingStep, "agree", lambda *given: dataclasses.replace(agree(*given), grad_norm=next(norms))
+        )
         code, expected = 1, [2]
     flags = ("--save-interval", 2, "--async-save", "--max-skipped-updates", 0)
     assert train("--save", tmp_path, *flags) == code

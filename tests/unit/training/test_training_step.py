@@ -117,7 +117,7 @@ def test_microbatches_average_to_the_global_batch(spec: ModelSpec) -> None:
         extras={},
     )
     whole, _ = step.flow_matching_loss(spec, joined, torch.cat(velocities, dim=1))
-    loss, counts = step.global_batch_loss(parts, spec, 3, 6, {"some": (5, 0), "none": (), "more": (2,)})
+    loss, counts = step.global_batch_report(parts, spec, 3, 6, {"some": (5, 0), "none": (), "more": (2,)}).read()
     assert loss.mean == pytest.approx(whole.item(), rel=1e-6) and counts == {"some": [5, 0], "none": [], "more": [2]}
     assert_by_sigma(loss, joined, torch.cat(velocities, dim=1))
 
@@ -139,7 +139,7 @@ def test_mean_over_replicas_and_copies(
         loss_report(torch.tensor(part_B) * parts_of_one_rank, sigma_B, counts=True)
         for part_B in ([1.0, 2.0], [4.0, 1.0])
     ]
-    loss, counts = step.global_batch_loss(reports, fake, 2, 8)
+    loss, counts = step.global_batch_report(reports, fake, 2, 8).read()
     assert loss.mean == pytest.approx(4.0) and counts == {}
     if not sequence_parallel:
         assert loss.samples_by_sigma == (4, 0, 0, 0, 0, 0, 0, 4)

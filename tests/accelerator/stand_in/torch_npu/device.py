@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,6 +26,9 @@ _MEMORY = 64 * 1024**3
 
 pinned_by: list[int] = []
 """Device of the thread that pinned memory, for each time."""
+reads: list[str] = []
+"""For each time that the host took values from the device, for which it waits: the innermost caller outside torch, as
+path:line."""
 
 _current = threading.local()
 _address_of = ctypes.pythonapi.PyCapsule_GetPointer
@@ -98,6 +102,12 @@ def _is_npu(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "npu"
 
 
+def _note_read() -> None:
+    callers = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+    inner = [frame for frame in callers if "/torch/" not in frame.filename] or callers
+    reads.append(f"{inner[-1].filename}:{inner[-1].lineno}")
+
+
 def _run_on_host(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operator on the twins of its tensors, and give its results back as tensors of the NPU."""
     originals: dict[int, Tensor] = {}
@@ -135,12 +145,17 @@ def _run_on_host(operator: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(value, (int, float)) and isinstance(argument.type, torch.TensorType):
             # torch hands a tensor that stands for a number over as the number
             host_args[place] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    if operator is torch.ops.aten._local_scalar_dense.default:
+        _note_read()
     if operator is torch.ops.aten._copy_from.default:  # copy_ between devices
         source, target = host_args[:2]
+        if args[1].device.type == "cpu":
+            _note_read()
         target.copy_(source)
         return args[1]
     # a conversion to the CPU stays there
     if isinstance(kwargs.get("device"), torch.device) and kwargs["device"].type == "cpu":
+        _note_read()
         return operator(*host_args, **{**host_kwargs, "copy": True} if "copy" in kwargs else host_kwargs)
     if getattr(_current, "operator", None) is not None:
         raise RuntimeError(f"{operator} ran on the emulated NPU inside {_current.operator}")

@@ -1,0 +1,192 @@
+"""What sampling loads, for one video or many: a checkpoint's facts, the encoders, and the pipeline on a layout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.layout import check_layout, model_ranks
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.rules import check_tokens
+from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.encoders.text import TextEncoder
+from megatron_flashi2v.encoders.video_vae import VideoVAE
+from megatron_flashi2v.parallel.groups import Groups
+from megatron_flashi2v.parallel.replicas import Replica
+from megatron_flashi2v.runtime.device import Device, resolve_device
+from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
+from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
+
+DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoShape:
+    """Video frames, pixels and frames per second of the sample."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The checkpoint that is sampled from.
+
+    Attributes:
+        folder: an ``iter_*``, whose weights are verified.
+        model: resolved dimensions.
+        state: what training recorded.
+    """
+
+    folder: Path
+    model: ModelConfig
+    state: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, config: SampleConfig) -> Source:
+        """The checkpoint that the flags name.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        folder = resolve_checkpoint(config.load, config.weights)
+        model, state = describe(folder)
+        return cls(folder=folder, model=model, state=state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """The frozen models on this process's device."""
+
+    device: Device
+    vae: VideoVAE
+    text: TextEncoder
+
+    @classmethod
+    def load(cls, config: SampleConfig, model: ModelConfig, launch: LaunchEnvironment) -> Encoders:
+        """Those that the flags name.
+
+        Raises:
+            ConfigError: a folder is missing or damaged, or there is no such device.
+        """
+        device = resolve_device(config.device, launch.local_rank)
+        where, dtype = device.torch_device, torch.bfloat16 if config.bf16 else torch.float32
+        vae = VideoVAE.load(config.vae, where)
+        if config.vae_tiling:
+            vae.enable_tiling()
+        text = TextEncoder.load(config.text_encoder, config.tokenizer, model.text_length, where, dtype)
+        return cls(device=device, vae=vae, text=text)
+
+    def latent_shape(self, model: ModelConfig, shape: VideoShape) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of a video's latents.
+
+        Raises:
+            ConfigError: the size does not fit the VAE and the model.
+        """
+        latent_shape = latent_shape_of(self.vae, model, shape.num_frames, shape.height, shape.width)
+        check_tokens(model, latent_shape[1:])
+        return latent_shape
+
+
+class RecentRows:
+    """A text encoder that remembers its last two prompts: those of guidance, which come again at the next video.
+
+    Args:
+        encoder: does the work.
+    """
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.text_dim = encoder.text_dim
+        self._rows = functools.lru_cache(maxsize=2)(lambda prompt: encoder.encode([prompt])[0])
+
+    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """As :meth:`TextEncoder.encode`."""
+        return [self._rows(prompt) for prompt in prompts]
+
+
+def require_processes(config: SampleConfig, model: ModelConfig, launch: LaunchEnvironment) -> None:
+    """One video is made by one replica, which takes all processes; many are divided over any number of replicas.
+
+    Raises:
+        ConfigError: the layout does not fit the model, or another number of processes was started.
+    """
+    check_layout(config.parallel, model, launch.world_size)
+    guidance = config.guidance_parallel_size
+    ranks = model_ranks(config.parallel) * guidance
+    if config.requests is None and launch.world_size != ranks:
+        raise ConfigError(
+            f"{launch.world_size} processes were started, but the layout takes {ranks}, and there is one video to "
+            "make; start that many, or raise --tensor-model-parallel-size, --context-parallel-size, "
+            "--pipeline-model-parallel-size or --guidance-parallel-size"
+        )
+    if launch.world_size % ranks:
+        raise ConfigError(
+            f"{launch.world_size} processes were started, but --guidance-parallel-size {guidance} of models on "
+            f"{model_ranks(config.parallel)} takes {ranks} for each video; start a multiple of {ranks}"
+        )
+
+
+def video_shape(config: SampleConfig, state: Mapping[str, Any], wanted: object = None) -> VideoShape:
+    """What is wanted of this video, else the flags, else the training data's, else the released models' 49 x 480 x 832.
+
+    Args:
+        config: flags.
+        state: what training recorded.
+        wanted: has ``num_frames``, ``height`` and ``width``, each maybe None.
+    """
+    recorded = state.get("data")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+
+    def choose(name: str, recorded_name: str, default: float) -> float:
+        given = (getattr(wanted, name, None), getattr(config, name), recorded.get(recorded_name), default)
+        return next(value for value in given if value is not None)
+
+    return VideoShape(
+        num_frames=int(choose("num_frames", "frames", DEFAULT_FRAMES)),
+        height=int(choose("height", "height", DEFAULT_HEIGHT)),
+        width=int(choose("width", "width", DEFAULT_WIDTH)),
+        fps=float(choose("fps", "fps", DEFAULT_FPS)),
+    )
+
+
+def load_pipeline(
+    config: SampleConfig, source: Source, encoders: Encoders, groups: Groups, replica: Replica
+) -> ImageToVideoPipeline:
+    """The pipeline on this rank's part of the model.
+
+    Raises:
+        UserError: the weights are damaged, or the parts do not fit together.
+    """
+    stages = load_stages(
+        source.folder, groups, encoders.device, config.parallel, bf16=config.bf16,
+        attention_backend=config.attention_backend, weights=config.weights,
+    )
+    return ImageToVideoPipeline(
+        velocity=velocity_of(stages), vae=encoders.vae, text_encoder=RecentRows(encoders.text),
+        model_config=source.model, device=encoders.device.torch_device, batched_guidance=config.batched_guidance,
+        guidance_group=replica.models,
+    )
+
+
+def call_options(config: SampleConfig, shape: VideoShape) -> dict[str, Any]:
+    """What the flags say about a call of the pipeline."""
+    return {
+        "num_frames": shape.num_frames,
+        "height": shape.height,
+        "width": shape.width,
+        "num_steps": config.sampler.num_steps,
+        "solver": config.sampler.solver,
+        "guidance_scale": config.sampler.guidance_scale,
+        "shift": config.sampler.shift,
+        "cutoff_ratio": config.image_settings.cutoff_ratio,
+        "image_noise": config.image_settings.image_noise,
+    }
