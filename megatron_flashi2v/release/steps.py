@@ -5,7 +5,6 @@ Shape suffixes: B samples, C latent channels, T latent frames, H and W rows and 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -100,9 +99,10 @@ class Steps:
 
         def one_pass(name: str, rows: str) -> Tensor:
             with self._cache_context(name, float(timestep_B[0]) / 1000):
-                return self._pipeline.velocity(
+                velocity_BCTHW: Tensor = self._pipeline.velocity(
                     latents_BCTHW, timestep_B, self._text[rows], image_latents_BC1HW, extras
                 )
+            return velocity_BCTHW
 
         conditional = one_pass("cond", ROWS)
         if NEGATIVE_ROWS not in self._text or not self._pipeline.do_classifier_free_guidance:
@@ -113,7 +113,7 @@ class Steps:
     def after(self, done: int, steps: int, state_BCTHW: Tensor) -> Tensor | None:
         """The loop's own callback."""
         self._advance()
-        replaced_BCTHW = None
+        replaced_BCTHW: Tensor | None = None
         if self._callback is not None:
             tensors = {"latents": state_BCTHW, NEGATIVE_ROWS: None, **self._text}
             inputs = {name: tensors[name] for name in self._tensor_inputs}
@@ -128,7 +128,7 @@ class Steps:
         self._step = step
         self._pipeline._current_timestep = self._solver.timesteps[step]
 
-    def _cache_context(self, name: str, sigma: float) -> contextlib.AbstractContextManager[None]:
+    def _cache_context(self, name: str, sigma: float) -> Any:
         """Tell diffusers' caches of blocks which pass runs, and where in the loop; early versions know passes alone."""
         enter = self._pipeline.transformer.cache_context
         kinds = {parameter.kind for parameter in inspect.signature(enter).parameters.values()}
