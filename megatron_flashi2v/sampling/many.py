@@ -89,7 +89,7 @@ def _sample_requests(config: SampleConfig, requests: Path, launch: LaunchEnviron
             ) as report:
                 left = _by_prompt([videos[place] for place in missing])
                 with own_pace():
-                    for video in _share(left, replica):
+                    for video in replica.share(left):
                         _make(pipeline, video, config, noise, replica)
                         if launch.rank == 0:
                             before, left = left, [one for one in left if not one.files.video.exists()]
@@ -174,12 +174,6 @@ def _by_prompt(videos: Sequence[PlannedVideo]) -> list[PlannedVideo]:
     for video in videos:
         order.setdefault((video.negative_prompt, video.job.request.prompt), len(order))
     return sorted(videos, key=lambda video: order[video.negative_prompt, video.job.request.prompt])
-
-
-def _share(videos: Sequence[PlannedVideo], replica: Replica) -> Sequence[PlannedVideo]:
-    """This replica's neighbours in the list, as many as the others have, or one more."""
-    first, last = (len(videos) * part // replica.count for part in (replica.index, replica.index + 1))
-    return videos[first:last]
 
 
 def _make(

@@ -22,7 +22,7 @@ SETTINGS = ClipSettings(
     wanted=FilterSettings(num_frames=5, height=16, width=24, fps=16.0, min_pixels=0, too_long_factor=50.0),
 )
 SEED = 3
-LIMIT_S = 3.0
+LIMIT_S = 6.0
 EARLIER: set[int] = set()
 
 # Loaded by each new Python process: files of these names are what they are called.
@@ -107,20 +107,20 @@ def test_crashes_and_hangs_cost_one_clip(videos: Path, tmp_path: Path, monkeypat
     assert kinds == ["frames", "decoder_crash", "frames", "decoder_hang", "frames", "decoder_crash", "frames"]
     details = [one.detail for one in found if isinstance(one, Drop)]
     assert "segfault.mkv" in details[0] and "SIGSEGV" in details[0]
-    assert "hang.mkv" in details[1] and "more than 3 s" in details[1]
+    assert "hang.mkv" in details[1] and f"more than {LIMIT_S:g} s" in details[1]
     assert "exit.mkv" in details[2] and "exit code 7" in details[2]
     decoder.close()
     assert not processes()
 
 
 def test_time_that_the_taker_spends_is_not_the_decoders(videos: Path) -> None:
-    decoder = Decoder(SETTINGS, SEED, workers=1, limit_s=1.0)
+    decoder = Decoder(SETTINGS, SEED, workers=1, limit_s=4.0)
     kinds = []
-    for one in decoder.decode(entries_of(videos, *["a.mkv"] * 3)):
+    for one in decoder.decode(entries_of(videos, *["a.mkv"] * 2)):
         kinds.append(type(one))
-        time.sleep(2.5)
+        time.sleep(5)
     decoder.close()
-    assert kinds == [Frames] * 3
+    assert kinds == [Frames] * 2
 
 
 def test_leaving_early_leaves_nothing_behind(videos: Path) -> None:
