@@ -36,6 +36,8 @@ setup(
         "sentencepiece",
         "protobuf",
         "av>=17",
+        "imageio",  # with the next, diffusers' export_to_video
+        "imageio-ffmpeg",
         "ftfy",
         "beautifulsoup4",
         "pillow",

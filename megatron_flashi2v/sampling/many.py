@@ -17,12 +17,13 @@ from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.parallel.agreement import first_failure, share_json
 from megatron_flashi2v.parallel.replicas import Replica, divide_replicas, own_pace
 from megatron_flashi2v.parallel.world import world
+from megatron_flashi2v.runtime.files import require_writable
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.runtime.progress import progress
 from megatron_flashi2v.sampling.image import load_image
 from megatron_flashi2v.sampling.noise import NoiseFile
-from megatron_flashi2v.sampling.outputs import files_of_named, require_writable, write_files
+from megatron_flashi2v.sampling.outputs import files_of_named, write_files
 from megatron_flashi2v.sampling.pipeline import DEFAULT_NEGATIVE_PROMPT, ImageToVideoPipeline
 from megatron_flashi2v.sampling.record import PlannedVideo, begin, deciding_settings
 from megatron_flashi2v.sampling.requests import Job, plan_jobs, read_requests
@@ -63,7 +64,7 @@ def sample_requests(config: SampleConfig) -> list[Path]:
 def _sample_requests(config: SampleConfig, requests: Path, launch: LaunchEnvironment) -> list[Path]:
     # Cheap checks first, as for one video.
     jobs = plan_jobs(read_requests(requests), config.name, config.seed)
-    require_writable(config.output, folder=True)
+    require_writable(config.output, "--output", folder=True)
     source = Source.find(config)
     require_processes(config, source.model, launch)
     if paradigm_of(source.model).uses_image:

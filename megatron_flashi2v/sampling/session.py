@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from megatron_flashi2v.checkpoint.folders import load_model_config, load_state
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.layout import check_layout, model_ranks
 from megatron_flashi2v.config.model import ModelConfig
@@ -23,7 +22,7 @@ from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.replicas import Replica
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.sampling.load import load_stages, resolve_checkpoint, velocity_of
+from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
 DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
@@ -61,7 +60,8 @@ class Source:
             CheckpointError: there is none, or it is damaged.
         """
         folder = resolve_checkpoint(config.load, config.weights)
-        return cls(folder=folder, model=load_model_config(folder), state=load_state(folder))
+        model, state = describe(folder)
+        return cls(folder=folder, model=model, state=state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +197,7 @@ def call_options(config: SampleConfig, shape: VideoShape) -> dict[str, Any]:
         "height": shape.height,
         "width": shape.width,
         "num_steps": config.sampler.num_steps,
+        "solver": config.sampler.solver,
         "guidance_scale": config.sampler.guidance_scale,
         "shift": config.sampler.shift,
         "cutoff_ratio": config.image_settings.cutoff_ratio,
