@@ -59,10 +59,10 @@ class SamplingBenchmark:
     vae: Path = MODELS / "vae"
     text_encoder: Path = MODELS / "text_encoder"
     tokenizer: Path = MODELS / "tokenizer"
-    num_frames: int = 17
-    height: int = 96
-    width: int = 160
-    num_steps: int = 10
+    num_frames: int = 9
+    height: int = 48
+    width: int = 80
+    num_steps: int = 20
     guidance_scale: float = 5.0
     bf16: bool = False
     attention_backend: str = "auto"
