@@ -85,7 +85,10 @@ def run(options: SamplingBenchmark) -> str:
     config = dataclasses.replace(PRESETS[options.model], conditioning="text_to_video")
     config = dataclasses.replace(config, num_layers=options.num_layers or config.num_layers)
     text = TextEncoder.load(options.text_encoder, options.tokenizer, config.text_length, where, dtype)
-    config = dataclasses.replace(config, latent_channels=vae.latent_channels, text_dim=text.text_dim)
+    config = dataclasses.replace(
+        config, latent_channels=vae.latent_channels, text_dim=text.text_dim,
+        text_cleaning="light",  # diffusers'
+    )
     shape = latent_shape_of(vae, config, options.num_frames, options.height, options.width)
     noise_BCTHW = sample_noise(0, [0], shape)
     with single_process(device) as groups:
