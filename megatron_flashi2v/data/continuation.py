@@ -1,4 +1,4 @@
-"""A folder that an earlier run of ``flashi2v prepare`` began, perhaps of an older version."""
+"""Continues a folder that an earlier run of ``flashi2v prepare``, perhaps an older version, began."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def has_begun(output: Path) -> bool:
-    """Whether a folder holds shards.
+    """Return whether a folder holds shards.
 
     Before the first shard stands (the last run failed over a flag, say) settings may still change.
     """

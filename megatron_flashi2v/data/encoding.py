@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_decoder(config: EncodingConfig) -> Decoder:
-    """What decodes this process's clips."""
+    """Return the decoder of this process's clips."""
     clips, decoding = config.arguments.clips, config.arguments.decoding
     return Decoder(clips, config.seed, workers=decoding.decode_workers, limit_s=decoding.decode_timeout_s)
 
@@ -74,7 +74,7 @@ class Encoders:
 
     @functools.cached_property
     def info(self) -> DataInfo:
-        """What all samples have in common."""
+        """Properties common to all samples."""
         wanted = self._wanted
         return DataInfo(
             latent_shape=self.vae.latent_shape(wanted.num_frames, wanted.height, wanted.width),
@@ -202,7 +202,7 @@ class ShardWork:
             if self._errors <= MAX_WARNINGS:
                 logger.warning("dropped (%s): %s", drop.reason, drop.detail)
             if self._errors == MAX_WARNINGS:
-                logger.warning("no more damaged files are warned of; the list at the end will name them")
+                logger.warning("further damaged files are not logged; the list at the end names them")
         return drop
 
     def _record(self, entry: Entry, frames: Frames, encoded: EncodedClip) -> dict[str, Any]:

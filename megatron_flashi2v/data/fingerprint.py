@@ -1,4 +1,4 @@
-"""What decides the bytes of a prepared data set, reduced to a hash, so that a later run knows what it may keep."""
+"""Hashes the settings that decide the bytes of a prepared data set; a later run keeps shards of the same hash."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ out of the settings, so that data prepared by an older version stay whole; a new
 def data_settings(
     config: EncodingConfig, entries: Sequence[Entry], malformed: Sequence[DroppedEntry]
 ) -> dict[str, Any]:
-    """Everything that decides the samples, JSON-ready; where the files lie and what computes do not.
+    """Return all settings that decide the samples, JSON-ready; neither paths nor devices are among them.
 
     Args:
         config: checked.
@@ -46,7 +46,7 @@ def data_settings(
 
 
 def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
-    """What decides a sample besides its annotation, JSON-ready."""
+    """Return the settings that decide a sample besides its annotation, JSON-ready."""
     sources, clips = config.arguments.sources, config.arguments.clips
     values = {**flat_values(clips), **flat_values(config.arguments.captions)}
     return {

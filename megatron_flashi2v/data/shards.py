@@ -63,7 +63,7 @@ class IndexedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """What stands in a shard's index.
+    """Contents of a shard's index.
 
     Attributes:
         number: which shard of the data set this is.
