@@ -55,7 +55,7 @@ def test_names_strips_tiles_and_an_id_with_a_dot(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiled: list[VideoVAE] = []
-    monkeypatch.setattr(VideoVAE, "enable_tiling", tiled.append)
+    monkeypatch.setattr(VideoVAE, "enable_tiling", lambda self: tiled.append(self))
     flags = ("--name", "{seed}/{id}", "--strip", "--vae-tiling")
     sample_requests(config(models, tmp_path / "out", *flags, id="b.c", seeds=[4]))
     assert len(tiled) == 1
