@@ -89,6 +89,11 @@ class TensorPiece:
         """The boxes of the global tensor that ``data`` holds."""
         return piece_regions(self.offset, self.shape, self.flat_range)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether ``data`` is all of the global tensor, in its shape."""
+        return self.shape == self.global_shape and self.flat_range is None
+
     def view(self, region: Region) -> torch.Tensor:
         """The part of ``data`` that holds ``region``, in the region's shape, sharing memory."""
         if region.start is None:
@@ -132,9 +137,9 @@ def write_rank_file(
     stored: defaultdict[str, list[StoredPiece]] = defaultdict(list)
     specs: list[TensorSpec] = []
     for piece in owned:
-        # A rank may hold several parts of a tensor. Names are unique in a file: all but the first get a number.
+        # A part's name is unique in the folder: other readers take tensors of one name in two files for one.
         count = len(stored[piece.key])
-        name = f"{piece.key}#{count}" if count else piece.key
+        name = piece.key if piece.is_whole and not count else f"{piece.key}#{rank}.{count}"
         specs.append(TensorSpec(name=name, dtype=piece.data.dtype, shape=tuple(piece.data.shape)))
         stored[piece.key].append(
             StoredPiece(

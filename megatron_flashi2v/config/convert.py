@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from megatron_flashi2v.config.bounds import AtLeast, OneOf
+from megatron_flashi2v.config.bounds import AtLeast, EndsWith, Matches, OneOf
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
 
-FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu")
+FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu", "comfyui")
+_ONE_FILE = ("flashi2v-npu", "flashi2v-gpu", "comfyui")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -29,8 +30,9 @@ class ConvertConfig(FlagNames):
 
     source: Annotated[tuple[Annotated[str, OneOf(*SOURCE_NAMES)], Path], Named("from", "FORMAT PATH")]
     """Weights to read: `auto` (whichever of the following is recognised), `megatron` (a folder of `train --save`, or
-    one iter_* in it), `diffusers` (a folder), or `wan`, `flashi2v-npu`, `flashi2v-gpu` (a .safetensors, .pt, .pth or
-    .bin file; a folder with one, with shards, of another trainer, or of torch's distributed checkpoint)."""
+    one iter_* in it), `diffusers` (a folder), or `wan`, `flashi2v-npu`, `flashi2v-gpu`, `comfyui` (a .safetensors,
+    .pt, .pth or .bin file; a folder with one, with shards, of another trainer, or of torch's distributed
+    checkpoint)."""
     target: Annotated[tuple[Annotated[str, OneOf(*FORMAT_NAMES)], Path], Named("to", "FORMAT PATH")]
     """Weights to write: a format, and a folder that does not exist yet."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
@@ -44,11 +46,12 @@ class ConvertConfig(FlagNames):
     code."""
     keep_non_finite: bool = False
     """Convert values that are NaN or infinite as they are; without it, the first tensor that holds one is refused."""
-    max_shard_size: str = "5GB"
-    """Largest file written, such as 5GB or 500MB."""
+    max_shard_size: str | None = None
+    """Largest file written, such as 500MB; by default 5GB. `flashi2v-npu`, `flashi2v-gpu` and `comfyui` are read, and
+    written, as one file."""
     verify: bool = False
     """Before publishing, read both sides again, compare every tensor, and run a small forward pass."""
-    report: Path | None = None
+    report: Annotated[Path | None, EndsWith(".json")] = None
     """JSON file to write, with the fate of every tensor."""
     overwrite: bool = False
     """Replace an earlier conversion to the same folder."""
@@ -60,12 +63,20 @@ class ConvertConfig(FlagNames):
     """For `diffusers`: tokenizer of the release, likewise."""
     components: Literal["copy", "reference"] = "copy"
     """Copy those folders into the release, or name them in it; repositories are always named."""
+    license: Annotated[str | None, Matches(r"[a-z0-9][a-z0-9.+-]*", "an identifier such as apache-2.0")] = None
+    """For `diffusers`: licence of the weights, for the model card, by the Hub's identifier, such as apache-2.0."""
+    base_model: Annotated[str | None, Matches(r"[\w.-]+/[\w.-]+", "OWNER/NAME")] = None
+    """For `diffusers`: Hub repository OWNER/NAME that the training started from, for the model card."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag, value in self.parts.items():
-            if self.target[0] != "diffusers":
+        for flag, value in (self.parts | {"license": self.license, "base_model": self.base_model}).items():
+            if value is not None and self.target[0] != "diffusers":
                 raise ConfigError(f"--{flag.replace('_', '-')} {value}: only `--to diffusers` makes a release folder")
+        if self.max_shard_size is not None and self.target[0] in _ONE_FILE:
+            raise ConfigError(
+                f"--max-shard-size {self.max_shard_size}: {self.target[0]} is read as one file; leave out the flag"
+            )
         _ = self.max_shard_bytes
 
     @property
@@ -81,7 +92,8 @@ class ConvertConfig(FlagNames):
         Raises:
             ConfigError: it is not a size.
         """
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", self.max_shard_size.strip().upper())
+        text = "5GB" if self.max_shard_size is None else self.max_shard_size
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
         if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
             raise ConfigError(
                 f"--max-shard-size is {self.max_shard_size!r}; give a size such as 5GB or 500MB"

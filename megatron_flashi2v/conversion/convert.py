@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from megatron_flashi2v.checkpoint.key_table import parameter_count
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.comparison import require_equal_weights
-from megatron_flashi2v.conversion.formats import diffusers, megatron
+from megatron_flashi2v.conversion.formats import comfyui, diffusers, megatron
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
 from megatron_flashi2v.conversion.recognition import recognise_format, require_format
 from megatron_flashi2v.conversion.report import ConversionReport, make_report
@@ -42,6 +44,8 @@ class Format:
         names: gives the format's names of each of our tensors.
         column: the key table's column of its names; "" for our own names. Formats that share it read each other.
         caveats: lists what other software gets wrong about such a model in this format.
+        one_file: whether its readers take one file, of one dtype.
+        require: refuses a model that its readers would compute wrongly.
     """
 
     open: Callable[[Path, ReadOptions], Weights]
@@ -50,6 +54,8 @@ class Format:
     names: Callable[[ModelConfig], Mapping[str, tuple[str, ...]]]
     column: str
     caveats: Callable[[ModelConfig], tuple[str, ...]] = _no_caveats
+    one_file: bool = False
+    require: Callable[[ModelConfig], None] | None = None
 
 
 FORMATS: Mapping[str, Format] = {
@@ -64,10 +70,14 @@ FORMATS: Mapping[str, Format] = {
     **{
         original.name: Format(
             open=original.open, write=original.write, is_ours=original.is_ours, names=original.names,
-            column=original.column, caveats=original.caveats,
+            column=original.column, caveats=original.caveats, one_file=original is not WAN,
         )
         for original in (WAN, FLASHI2V_NPU, FLASHI2V_GPU)
     },
+    "comfyui": Format(
+        open=comfyui.open_weights, write=comfyui.write_weights, is_ours=comfyui.is_ours, names=comfyui.names,
+        column="wan", caveats=comfyui.caveats, one_file=True, require=comfyui.require_runnable,
+    ),
 }  # fmt: skip
 
 
@@ -120,7 +130,7 @@ def convert(
         num_attention_heads: for sources that do not state it.
         phi_order: likewise.
         keep_non_finite: convert values that are NaN or infinite like others, in place of refusing them.
-        max_shard_bytes: largest file, in bytes of tensors.
+        max_shard_bytes: largest file, in bytes of tensors; formats of one file ignore it.
         overwrite: replace an earlier output of the target's format.
         verify: before publishing, read both sides again and compare every tensor.
         extra_bytes: bytes that ``finish`` will add.
@@ -143,8 +153,13 @@ def convert(
             keep_non_finite=keep_non_finite,
         ),
     )
+    if write.require is not None:
+        write.require(opened.config)
     if on_open is not None:
         on_open(opened)
+    if write.one_file:
+        max_shard_bytes = sys.maxsize
+        _use_one_dtype(opened)
     total = opened.total_bytes()
     require_space(target[1], total + extra_bytes + _OVERHEAD_BYTES, "the conversion")
     if on_start is not None:
@@ -204,6 +219,13 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise ConfigError(f"format {name!r} is not available; choose one of {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def _use_one_dtype(weights: Weights) -> None:
+    """Have weights of mixed precision, such as a bf16 run's, read as fp32, which holds all of their values."""
+    if len({weights.dtype(name) for name in weights.names}) > 1:
+        weights.options = dataclasses.replace(weights.options, dtype=torch.float32)
+        weights.notes += ("the format's readers take one dtype: wrote float32 (--dtype bfloat16 halves the file)",)
 
 
 def _check_target(source: Path, target: Path, write: Format, overwrite: bool) -> None:

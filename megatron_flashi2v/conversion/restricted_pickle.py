@@ -4,7 +4,7 @@ torch's own files (``.pt``, ``.pth``, and the ``.metadata`` of its distributed c
 pickle, which in general is a program. This reader accepts only names on a list, and turns even those into inert
 :class:`Record` objects that store their arguments: no function of torch ever sees an argument from the file (several
 releases of torch's ``weights_only`` loader could be made to run code or to write out of bounds). It refuses any other
-name.
+name, but for those of packages that a caller lists: a trainer's own classes, which are inert records like the rest.
 """
 
 from __future__ import annotations
@@ -61,8 +61,12 @@ class _Refused(Exception):
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, allowed: Collection[Name], persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(
+        self, data: bytes, allowed: Collection[Name], packages: Collection[str],
+        persistent: Callable[[Any], Any] | None,
+    ) -> None:  # fmt: skip
         super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._packages = packages
         # New classes for every file: a pickle can set attributes of what it gets.
         self._known: dict[Name, type] = {name: type(name[1], (Record,), {}) for name in allowed}
         self._known["collections", "OrderedDict"] = type("OrderedDict", (Table,), {})
@@ -71,7 +75,9 @@ class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in of a listed name."""
         if (module, name) not in self._known:
-            raise _Refused(f"{module}.{name}")
+            if module.partition(".")[0] not in self._packages:
+                raise _Refused(f"{module}.{name}")
+            self._known[module, name] = type(name.rpartition(".")[2], (Record,), {})
         return self._known[module, name]
 
     def persistent_load(self, identifier: Any) -> Any:
@@ -82,7 +88,12 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def load_restricted(
-    data: bytes, allowed: Collection[Name], *, source: Path, persistent: Callable[[Any], Any] | None = None
+    data: bytes,
+    allowed: Collection[Name],
+    *,
+    source: Path,
+    packages: Collection[str] = (),
+    persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Load a pickle as plain Python values, with a :class:`Record` for each object.
 
@@ -90,6 +101,7 @@ def load_restricted(
         data: the pickle.
         allowed: the only names that it may contain, besides ``OrderedDict``.
         source: the file, for errors.
+        packages: top-level packages whose every name may stand in it, as a record.
         persistent: resolves persistent identifiers; without it the pickle must have none.
 
     Raises:
@@ -98,7 +110,7 @@ def load_restricted(
     if len(data) > MAX_BYTES:
         raise CheckpointError(f"{source}: its description has {len(data):,} bytes; the limit is {MAX_BYTES:,}")
     try:
-        return _RestrictedUnpickler(data, allowed, persistent).load()
+        return _RestrictedUnpickler(data, allowed, packages, persistent).load()
     except _Refused as error:
         raise CheckpointError(
             f"{source} is refused: its pickle needs {error}, and only tensors in dictionaries can be read (nothing of "

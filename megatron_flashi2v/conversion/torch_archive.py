@@ -7,6 +7,7 @@ https://docs.pytorch.org/docs/stable/notes/serialization.html. The format of tor
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import warnings
 import zipfile
@@ -40,7 +41,18 @@ _PARAMETERS = ("_rebuild_parameter", "_rebuild_parameter_with_state")
 _ALLOWED: tuple[Name, ...] = (
     *(("torch", name) for name in (*_STORAGES, "Size", "float32", "float16", "bfloat16")),
     *(("torch._utils", name) for name in (_TENSOR, *_PARAMETERS)),
+    # What trainers keep beside the weights: the arguments of the run and the state of its random numbers.
+    ("argparse", "Namespace"),
+    ("torch", "device"),
+    ("_codecs", "encode"),
+    *((module, name) for module, name in itertools.product(
+        ("numpy.core.multiarray", "numpy._core.multiarray"), ("_reconstruct", "scalar")
+    )),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
 )
+_PACKAGES = ("megatron", "mindspeed", "mindspeed_mm")
+"""Trainers whose enumerations and records stand among the arguments."""
 _MAX_DEPTH = 16
 
 
@@ -154,7 +166,9 @@ def _describe(archive: zipfile.ZipFile, file: IO[bytes], path: Path, base: int) 
             raise CheckpointError(f"{path}: storage {key} has {entry.file_size:,} bytes; data.pkl says another size")
         return _Storage(base + _data_offset(file, entry, path), entry.file_size, dtype)
 
-    return load_restricted(archive.read(descriptions[0]), _ALLOWED, source=path, persistent=storage)
+    return load_restricted(
+        archive.read(descriptions[0]), _ALLOWED, source=path, packages=_PACKAGES, persistent=storage
+    )
 
 
 def _data_offset(file: IO[bytes], entry: zipfile.ZipInfo, path: Path) -> int:

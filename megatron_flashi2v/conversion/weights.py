@@ -178,12 +178,12 @@ class TensorGroup:
         return sum(spec.nbytes for spec in self.specs)
 
 
-def external_groups(weights: Weights, entries: Sequence[Mapped]) -> list[TensorGroup]:
-    """The tensors of ``entries``, in one group for each tensor of ours."""
+def external_groups(weights: Weights, entries: Sequence[Mapped], prefix: str = "") -> list[TensorGroup]:
+    """The tensors of ``entries``, in one group for each tensor of ours; ``prefix`` precedes each name."""
     return [
         TensorGroup(
             specs=tuple(
-                TensorSpec(name=name, dtype=weights.dtype(entry.ours), shape=entry.external_shape)
+                TensorSpec(name=prefix + name, dtype=weights.dtype(entry.ours), shape=entry.external_shape)
                 for name in entry.external
             ),
             load=partial(_split, weights, entry),

@@ -41,7 +41,7 @@ SLOW_DEFINITIONS = ("attention", "fourier_highpass")
 
 @dataclass(frozen=True, kw_only=True)
 class KernelBenchmark:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
         models: presets whose widths are taken.

@@ -57,7 +57,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StepBenchmark:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
         model: preset.

@@ -106,7 +106,7 @@ def copy_ceiling(device: Device, rounds: int = 5) -> float:
 
 
 def machine(device: Device) -> dict[str, Any]:
-    """What a figure depends on: hardware, versions, threads, and how busy the machine was."""
+    """Conditions of a figure: hardware, versions, threads and the machine's load."""
     versions = {}
     for package in ("torch", "triton", "megatron-core", "transformer-engine", "flash-attn", "diffusers", "torch_npu"):
         try:

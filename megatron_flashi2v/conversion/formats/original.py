@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_flashi2v.checkpoint.key_table import mappings
+from megatron_flashi2v.checkpoint.key_table import conditioning_mappings, mappings
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.containers import open_container
-from megatron_flashi2v.conversion.formats.original_config import read_config, wan_config
+from megatron_flashi2v.conversion.formats.original_config import MODEL_CONFIG_NAME, read_config, wan_config
 from megatron_flashi2v.conversion.quantised import dequantised
 from megatron_flashi2v.conversion.recognition import require_model
 from megatron_flashi2v.conversion.sources import SourceTensor
@@ -32,7 +32,7 @@ from megatron_flashi2v.conversion.weights import (
 from megatron_flashi2v.runtime.files import atomic_write_json
 
 STEM = "diffusion_pytorch_model"
-CONFIG_NAME, MODEL_CONFIG_NAME = "config.json", "model_config.json"
+CONFIG_NAME = "config.json"
 
 # Every model has this tensor under the same name in every column; what precedes the name is the state's prefix.
 _MARK = "patch_embedding.weight"
@@ -92,7 +92,19 @@ class OriginalFormat:
 
     def caveats(self, config: ModelConfig) -> tuple[str, ...]:
         """What the format's own code computes otherwise than this model."""
-        matters = "phi_order" in paradigm_of(config).meaningful_fields(config)
+        paradigm = paradigm_of(config)
+        own = [name for entry in conditioning_mappings(config, self.column) for name in entry.external]
+        if self.phi_order is None and own:
+            return (
+                f"Wan's own code has no place for {len(own)} tensors ({', '.join(own[:2])}, ...): it drops them and "
+                "runs the rest as text-to-video; only readers of model_config.json run the model",
+            )
+        if paradigm.wan_model_type == "i2v" and self.phi_order is None:
+            return (
+                f"{CONFIG_NAME} says model_type i2v, which in Wan2.1's code has a branch for CLIP's rows that this "
+                "model has not; Wan2.2's I2V code runs it",
+            )
+        matters = "phi_order" in paradigm.meaningful_fields(config)
         if not matters or self.phi_order in (None, config.phi_order):
             return ()
         return (

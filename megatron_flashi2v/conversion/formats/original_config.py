@@ -24,6 +24,8 @@ from megatron_flashi2v.conversion.sources import SourceTensor
 from megatron_flashi2v.conversion.weights import ReadOptions
 from megatron_flashi2v.runtime.files import read_json_object
 
+MODEL_CONFIG_NAME = "model_config.json"
+"""Our configuration, beside the weights."""
 HEAD_DIM = 128
 """Channels of a head in all releases of Wan and FlashI2V."""
 
@@ -64,7 +66,7 @@ def read_config(
         CheckpointError: that file is malformed, or a tensor that gives a dimension is missing or has a wrong shape.
     """
     folder = path if path.is_dir() else path.parent
-    exact = folder / "model_config.json"
+    exact = folder / MODEL_CONFIG_NAME
     if exact.is_file():
         config = read_model_config(read_json_object(exact, error=CheckpointError), source=str(exact))
         options.require_agreement(config, exact)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.checkpoints import read_full
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_flashi2v.checkpoint import storage
 from megatron_flashi2v.checkpoint.index import write_index
@@ -106,6 +107,20 @@ def test_any_layout_to_any_other(tmp_path: Path, seed: int) -> None:
         ]
         expected = box if piece.flat_range is None else box.reshape(-1)[slice(*piece.flat_range)]
         assert torch.equal(piece.data, expected), piece
+
+
+def test_no_other_reader_takes_a_part_for_the_whole(tmp_path: Path) -> None:
+    """torch's reader of safetensors knows names and shapes alone: a tensor's own name is that of a whole one."""
+    random.seed(5)
+    layout = random_layout(3, fill=True)
+    layout[1].append(TensorPiece.whole("whole", TENSORS["a"]))
+    write_layout(tmp_path, layout)
+    files = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    names = [name for file in files for name in file]
+    assert len(files) == 3 and len(names) == len(set(names)) and "whole" in names and "a" not in names
+    known = HuggingFaceStorageReader(str(tmp_path)).read_metadata().state_dict_metadata
+    for name in known.keys() & TENSORS.keys():
+        assert known[name].size == TENSORS[name].shape
 
 
 def test_reading_fills_views_and_parameters_in_place(tmp_path: Path) -> None:

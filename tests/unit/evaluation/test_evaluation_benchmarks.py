@@ -11,7 +11,7 @@ import torch
 
 from flashi2v_kernels.registry import OPERATORS, load_entry_point, specs_of
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.evaluation import bench_block, bench_kernels, bench_step, benchmark
+from megatron_flashi2v.evaluation import bench_block, bench_kernels, bench_sampling, bench_step, benchmark
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.runtime.device import resolve_device
 
@@ -126,3 +126,17 @@ def test_block_report(tmp_path: Path) -> None:
     for row in report["rows"]:
         assert row["ratio"] == pytest.approx(row["rounds"][0] / row["diffusers_rounds"][0])
     assert "ratio" in told
+
+
+def test_sampling_report_of_equal_videos(tmp_path: Path) -> None:
+    """Both pipelines make the same latents of the same weights, so that their times can be compared."""
+    models = Path(__file__).parents[3] / "examples" / "quickstart" / "models"
+    path = tmp_path / "sampling.json"
+    options = bench_sampling.SamplingBenchmark(
+        num_layers=2, vae=models / "vae", text_encoder=models / "text_encoder", tokenizer=models / "tokenizer",
+        num_frames=5, height=32, width=48, num_steps=3, device="cpu", rounds=1, json=path,
+    )
+    text = bench_sampling.run(options)
+    report = json.loads(path.read_text())
+    assert "videos a minute over diffusers'" in text and report["throughput_over_peer"] > 0
+    assert 0 < report["largest_difference_of_latents"] < 1e-4 * report["largest_latent"]
