@@ -36,6 +36,8 @@ setup(
         "sentencepiece",
         "protobuf",
         "av>=17",
+        "imageio",  # with the next, diffusers' export_to_video
+        "imageio-ffmpeg",
         "ftfy",
         "beautifulsoup4",
         "pillow",
@@ -48,7 +50,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "ruff", "import-linter", "mypy", "types-PyYAML",
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "import-linter", "mypy", "types-PyYAML",
                  "tensorboard",
                  # evaluation's measures are checked against theirs
                  "scipy", "scikit-image",

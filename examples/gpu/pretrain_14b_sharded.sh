@@ -14,9 +14,9 @@ export CUDA_DEVICE_MAX_CONNECTIONS=8      # weights are gathered beside the comp
 
 NNODES="${NNODES:-1}"
 [ "$NNODES" = 1 ] && HEAD="${HEAD:-localhost}"
-exec torchrun --nnodes "$NNODES" --nproc-per-node "${GPUS:-8}" \
+exec flashi2v torchrun --nnodes "$NNODES" --nproc-per-node "${GPUS:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:?address of the first node}:${MASTER_PORT:-29500}" \
-    examples/pretrain_flashi2v.py --config examples/recipes/14b.yaml --device cuda \
+    train --config examples/recipes/14b.yaml --device cuda \
     --tensor-model-parallel-size 1 --no-sequence-parallel --context-parallel-size 8 --context-parallel-algo ulysses \
     --data-parallel-sharding-strategy optim_grads_params --num-distributed-optimizer-instances "$NNODES" \
     --recompute-granularity selective "$@"

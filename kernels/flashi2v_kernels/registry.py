@@ -17,7 +17,8 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 OPERATORS = (
-    "attention", "fourier_highpass", "ada_layer_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "qk_norm_rope",
+    "attention", "fourier_highpass", "ada_layer_norm", "residual_norm", "gate_residual", "bias_gelu_tanh", "rms_norm",
+    "qk_norm_rope",
 )
 
 ANY_DEVICE = ("cuda", "npu", "cpu")

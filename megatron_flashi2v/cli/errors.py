@@ -1,4 +1,4 @@
-"""How a job says what is wrong: in one line, by one of its processes, with a true exit code."""
+"""Reports an error in one line, from one process of a job, with a true exit code."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_flashi2v.runtime.launch import detect_launch
 from megatron_flashi2v.runtime.text import shown
 
 PATIENCE_S = 10.0
-"""How long other ranks than 0 leave the word to rank 0, whose error is most often the same as theirs."""
+"""Seconds that ranks other than 0 wait for rank 0 to report, whose error is most often the same."""
 PEER_PATIENCE_S = 30.0
-"""How long a process that stops because of another one leaves the word to that one."""
+"""Seconds that a process which lost another one waits for that one to report."""
 
 
 def tell_error(command: str, error: UserError, environ: Mapping[str, str] = os.environ) -> int:
     """Write the error as one line on standard error, unless the launcher stops this process first.
 
-    Launchers stop all processes as soon as one has failed. So the process that knows best speaks at once and leaves,
-    and the others wait to be stopped; what only one of them knows is still said, a little later.
+    Launchers stop all processes as soon as one has failed. So the process that knows best reports at once and leaves,
+    and the others wait to be stopped; an error of theirs alone is still reported, a little later.
 
     Args:
         command: as in ``flashi2v COMMAND``.

@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_flashi2v.cli.errors import tell_error, tell_interrupt
@@ -13,6 +14,7 @@ from megatron_flashi2v.config.bounds import suggestion
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.help import show
 from megatron_flashi2v.runtime.launch import detect_launch
+from megatron_flashi2v.runtime.quiet import hide_unhelpful_warnings
 from megatron_flashi2v.version import __version__
 
 COMMANDS = {
@@ -72,7 +74,9 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     try:
         if "MS_ROLE" in os.environ and detect_launch(os.environ).is_scheduler:
             return 0
-        return importlib.import_module(f"megatron_flashi2v.cli.{command}").main(list(argv))
+        with warnings.catch_warnings():
+            hide_unhelpful_warnings()
+            return importlib.import_module(f"megatron_flashi2v.cli.{command}").main(list(argv))
     except UserError as error:
         return tell_error(command, error)
     except KeyboardInterrupt:

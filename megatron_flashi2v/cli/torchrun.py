@@ -18,11 +18,22 @@ from typing import TYPE_CHECKING
 from megatron_flashi2v.cli.errors import PATIENCE_S
 from megatron_flashi2v.config.bounds import suggestion
 from megatron_flashi2v.config.errors import ConfigError, PeerError
+from megatron_flashi2v.config.help import show
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+USAGE = """usage: flashi2v torchrun [TORCHRUN-FLAGS] COMMAND [FLAGS]
+
+Start a command on several devices or nodes, and end with the exit code of the rank that failed first.
+
+Common flags of torchrun, all of which `torchrun --help` lists:
+  --nproc-per-node INT        Processes on this node, one for each device.
+  --nnodes INT                Nodes, on each of which the same line is started.
+  --rdzv-backend c10d         How the nodes meet, with
+  --rdzv-endpoint HOST:PORT   where: the first node, and a free port of it.
+"""
 LINGER_S = PATIENCE_S + 5
 """How long a node that has failed keeps the store of the rendezvous, which the other nodes' launchers still ask."""
 
@@ -37,6 +48,9 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: the command is unknown.
         PeerError: the other nodes' launchers cannot be reached.
     """
+    if not argv or argv[0] in ("-h", "--help"):
+        show(USAGE)
+        return 0 if argv else 2
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError

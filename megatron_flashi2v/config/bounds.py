@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.fields import Flag, flags_of
+from megatron_flashi2v.config.fields import Flag, HoldsPath, flags_of
 
 CLOSE = 0.8
 """Likeness, from 0 to 1, from which a name is suggested for another; less misleads more than it helps."""
@@ -125,7 +128,32 @@ class EndsWith:
         return str(value).lower().endswith(self.suffix)
 
 
-BOUNDS = (AtLeast, Above, Below, Within, OneOf, EndsWith)
+@dataclass(frozen=True)
+class Matches:
+    """A word of a certain form.
+
+    Attributes:
+        pattern: regular expression of the whole word.
+        form: for the error.
+    """
+
+    pattern: str
+    form: str
+
+    @property
+    def rule(self) -> str:
+        """As of :class:`Bound`."""
+        return self.form
+
+    def holds(self, value: Any) -> bool:
+        """As of :class:`Bound`."""
+        return re.fullmatch(self.pattern, str(value)) is not None
+
+
+_NAME_BYTES, _PATH_BYTES = 255, 3800
+"""Linux takes paths of 4,095 bytes; the rest is for the names of files in a folder."""
+
+BOUNDS = (AtLeast, Above, Below, Within, OneOf, EndsWith, Matches)
 
 
 def check_bounds(config: Any, *, as_flags: bool = True) -> None:
@@ -156,6 +184,10 @@ def check_value(flag: Flag, value: Any, name: str) -> None:
     for kind, notes, part in _parts(flag.kind, flag.notes, value):
         bounds = [note for note in notes if isinstance(note, BOUNDS)]
         rule = _broken_type(kind, part)
+        if rule is None and kind is Path:
+            rule = _broken_path(str(part))
+        elif rule is None and any(isinstance(note, HoldsPath) for note in notes):
+            rule = _broken_path(str(part).rpartition(":")[2])
         if rule is None and not all(bound.holds(part) for bound in bounds):
             rule = " and ".join(bound.rule for bound in bounds)
         if rule is not None:
@@ -202,3 +234,13 @@ def _broken_type(kind: Any, value: Any) -> str | None:
     if kind is float and not (is_whole or isinstance(value, float)):
         return "a number"
     return "a finite number" if kind is float and not math.isfinite(value) else None
+
+
+def _broken_path(path: str) -> str | None:
+    """The rule that a path breaks where no file can have it: it would be found only when the file is wanted."""
+    if "\0" in path:
+        return "a path without the character of code 0"
+    longest = max((len(os.fsencode(name)) for name in path.split("/")), default=0)
+    if longest > _NAME_BYTES or len(os.fsencode(path)) > _PATH_BYTES:
+        return f"a path of at most {_PATH_BYTES} bytes, each name in it of at most {_NAME_BYTES}"
+    return None

@@ -24,13 +24,14 @@ class EncodingSources:
     """Annotations and encoders."""
 
     annotations: Path | None = None
-    """JSON list of clips (path, cap, ...; paths relative to its folder), or a text file of lines root_dir,meta.json."""
+    """Clips (path, cap, ...; paths relative to its folder) as a JSON list, JSON lines or CSV; a folder of videos with a
+    .txt each; or a text file of lines root_dir,meta.json."""
     vae: Path | None = None
-    """Folder of diffusers' AutoencoderKLWan."""
+    """Folder of diffusers' AutoencoderKLWan, or of a release with it, or OWNER/NAME:SUBFOLDER of a Hub repository."""
     text_encoder: Path | None = None
-    """Folder of transformers' UMT5EncoderModel."""
+    """Folder of transformers' UMT5EncoderModel, likewise."""
     tokenizer: Path | None = None
-    """Folder of the text encoder's tokenizer."""
+    """Folder of the text encoder's tokenizer, likewise."""
 
     def missing(self) -> list[str]:
         """Names of the fields that are not set."""
@@ -95,7 +96,9 @@ class CaptionSettings:
     """Text rows of a sample."""
 
     text_cleaning: Literal["full", "light"] = "full"
-    """Cleaning of captions: full, as the released models were trained, or light, of encoding and white space only."""
+    """Cleaning of captions: full, or light, of encoding and white space only. Full is the default because the released
+    models, whose training is continued and whose data are blended, were trained so. It removes Chinese characters, also
+    from Japanese; light keeps every script."""
     text_encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the text encoder; bfloat16 halves its memory. Rows are stored in bfloat16 either way."""
 

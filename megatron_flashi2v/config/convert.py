@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from megatron_flashi2v.config.bounds import AtLeast, OneOf
+from megatron_flashi2v.config.bounds import AtLeast, EndsWith, Matches, OneOf
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
@@ -54,7 +54,7 @@ class ConvertConfig(FlagNames):
     written, as one file."""
     verify: bool = False
     """Before publishing, read both sides again, compare every tensor, and run a small forward pass."""
-    report: Path | None = None
+    report: Annotated[Path | None, EndsWith(".json")] = None
     """JSON file to write, with the fate of every tensor."""
     overwrite: bool = False
     """Replace an earlier conversion to the same folder."""
@@ -66,11 +66,15 @@ class ConvertConfig(FlagNames):
     """For `diffusers`: tokenizer of the release, likewise."""
     components: Literal["copy", "reference"] = "copy"
     """Copy those folders into the release, or name them in it; repositories are always named."""
+    license: Annotated[str | None, Matches(r"[a-z0-9][a-z0-9.+-]*", "an identifier such as apache-2.0")] = None
+    """For `diffusers`: licence of the weights, for the model card, by the Hub's identifier, such as apache-2.0."""
+    base_model: Annotated[str | None, Matches(r"[\w.-]+/[\w.-]+", "OWNER/NAME")] = None
+    """For `diffusers`: Hub repository OWNER/NAME that the training started from, for the model card."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag, value in self.parts.items():
-            if self.target[0] != "diffusers":
+        for flag, value in (self.parts | {"license": self.license, "base_model": self.base_model}).items():
+            if value is not None and self.target[0] != "diffusers":
                 raise ConfigError(f"--{flag.replace('_', '-')} {value}: only `--to diffusers` makes a release folder")
         if self.target[0] == ENCODERS and (self.source[0] not in ("wan", "auto") or self.dtype != "keep"):
             raise ConfigError(

@@ -170,7 +170,7 @@ TABLES = {"train": TRAIN, "prepare": PREPARE, "convert": CONVERT}
 
 
 def megatron_flag(name: str, command: str) -> str | None:
-    """What a flag of Megatron-LM is here.
+    """Explain a flag of Megatron-LM.
 
     Args:
         name: of the flag, with underscores.

@@ -12,6 +12,7 @@ from megatron_flashi2v.config.fields import Named, Only
 from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.train import ParallelArguments
 
+SolverName = Literal["euler", "unipc", "dpm++"]
 DEFAULT_SHIFT = 7.0
 """Shift of the sampler's noise levels, everywhere: FlashI2V's, see its main branch."""
 DEFAULT_NAME = "{id}-{seed}"
@@ -41,7 +42,9 @@ class SamplerSettings:
     """Sampler."""
 
     num_steps: Annotated[int, AtLeast(1)] = 50
-    """Euler steps."""
+    """Steps of the solver, each one call of the model (two with guidance)."""
+    solver: SolverName = "euler"
+    """Solver: FlashI2V's Euler steps, or a multistep scheduler of diffusers, which needs fewer steps."""
     guidance_scale: Annotated[float, AtLeast(0)] = 5.0
     """Classifier-free guidance; 1 turns it off and halves the time."""
     shift: Annotated[float, Above(0)] = DEFAULT_SHIFT
@@ -62,13 +65,15 @@ class SampleConfig(FlagNames):
     everyday: ClassVar[tuple[str, ...]] = ("load", "vae", "text_encoder", "tokenizer", "image", "prompt", "output")
 
     load: Path
-    """Checkpoint: the folder given to `train --save` (its latest iteration) or one of its iter_* folders."""
+    """Checkpoint: the folder given to `train --save` (its latest iteration), one of its iter_* folders, or a
+    release; a release is an answer to the next three too."""
     vae: Path
-    """Folder of the video VAE that prepared the training data (diffusers' layout)."""
+    """Folder of the video VAE that prepared the training data (diffusers' layout), or of a release with it, or
+    OWNER/NAME:SUBFOLDER of a Hub repository."""
     text_encoder: Path
-    """Folder of the text encoder that prepared the training data (transformers' layout)."""
+    """Folder of the text encoder that prepared the training data (transformers' layout), likewise."""
     tokenizer: Path
-    """Folder of the text encoder's tokenizer."""
+    """Folder of the text encoder's tokenizer, likewise."""
     image: Path | None = None
     """First frame: a png or jpg, or a video whose first frame is taken; only a text-to-video model needs none."""
     prompt: str | None = None

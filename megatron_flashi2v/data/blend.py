@@ -1,4 +1,4 @@
-"""What training reads from: one data set or several, and a good sample for each position of the global order."""
+"""Gives training a good sample for each position of the global order, from one data set or several."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SampleSource(Protocol):
         """Return the samples in order, and report bad ones in their place instead of raising."""
 
     def close(self) -> None:
-        """Let go of files and processes."""
+        """Close files and end processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +98,17 @@ class Blend:
 
     @property
     def encodes_together(self) -> bool:
-        """Whether all ranks of a replica must read the same positions together."""
+        """Return whether all ranks of a replica must read the same positions together."""
         return any(dataset.is_collective for dataset in self.datasets)
 
     def close(self) -> None:
-        """Let go of files and processes."""
+        """Close files and end processes."""
         for dataset in self.datasets:
             dataset.close()
 
     @property
     def info(self) -> DataInfo:
-        """What all samples have in common; sizes are those of the first data set."""
+        """Properties common to all samples; sizes are those of the first data set."""
         return self.datasets[0].info
 
     @property
@@ -118,7 +118,7 @@ class Blend:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Name in logs."""
         return ", ".join(dataset.name for dataset in self.datasets)
 
     def latent_shape(self, position: int) -> tuple[int, int, int, int]:

@@ -47,7 +47,7 @@ class Frames:
     facts: VideoFacts
 
     def clip(self) -> Clip:
-        """The same for the model."""
+        """Convert the frames for the model."""
         return Clip(video_CTHW=to_model_range(self.frames_TCHW), indices=self.indices, facts=self.facts)
 
 

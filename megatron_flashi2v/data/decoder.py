@@ -41,7 +41,7 @@ class Decoder:
         self._processes = [DecoderProcess(settings, seed, limit_s) for _ in range(workers)]
 
     def decode(self, entries: Sequence[Entry]) -> Generator[Frames | Drop, None, None]:
-        """Frames of each annotation, or why there are none."""
+        """Yield each annotation's frames, or the reason why there are none."""
         if not self._processes:
             for entry in entries:
                 yield load_frames(entry, self._settings, self._seed)
@@ -92,7 +92,7 @@ class DecoderProcess:
         self._entry, self._deadline = entry, time.monotonic() + self._limit_s
 
     def result(self) -> Frames | Drop:
-        """What became of the clip."""
+        """Return the clip's frames, or the reason why there are none."""
         entry = self._entry
         assert entry is not None
         try:
@@ -153,7 +153,7 @@ class DecoderProcess:
         return self._process
 
     def _end(self) -> str:
-        """Stop the process; how it ended."""
+        """Stop the process; return how it ended."""
         assert self._process is not None
         try:
             code = self._process.wait(timeout=5)
@@ -178,7 +178,7 @@ class DecoderProcess:
         return data
 
     def _receive(self) -> None:
-        """Add what has come to what was received.
+        """Append the bytes that have arrived.
 
         Raises:
             TimeoutError: nothing came before the deadline.

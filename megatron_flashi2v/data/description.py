@@ -1,4 +1,4 @@
-"""``dataset.json`` and the empty prompt's rows: what stands once per prepared data set, written last."""
+"""``dataset.json`` and the empty prompt's rows, stored once per prepared data set and written last."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EMPTY_TEXT_FILE = "empty_text.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class DataInfo:
-    """What all samples of a prepared data set have in common.
+    """Properties common to all samples of a prepared data set.
 
     Attributes:
         latent_shape: (C, T, H, W) of one sample's latents; T counts latent frames.
@@ -76,7 +76,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetDescription:
-    """What stands in ``dataset.json``.
+    """Contents of ``dataset.json``.
 
     Attributes:
         info: what all samples have in common.

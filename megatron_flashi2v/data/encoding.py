@@ -17,13 +17,14 @@ from megatron_flashi2v.config.clips import given
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.data.annotations import Entry
+from megatron_flashi2v.data.captions import example_of
 from megatron_flashi2v.data.clips import Frames, choose_caption
 from megatron_flashi2v.data.decoder import Decoder
 from megatron_flashi2v.data.description import DataInfo
 from megatron_flashi2v.data.reasons import Drop, DroppedEntry
 from megatron_flashi2v.data.shards import ShardIndex, ShardWriter
 from megatron_flashi2v.encoders.text import TextEncoder
-from megatron_flashi2v.encoders.text_cleaning import clean_text
+from megatron_flashi2v.encoders.text_cleaning import clean_text, lost_most
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.runtime.progress import ProgressReport
 
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_decoder(config: EncodingConfig) -> Decoder:
-    """What decodes this process's clips."""
+    """Return the decoder of this process's clips."""
     clips, decoding = config.arguments.clips, config.arguments.decoding
     return Decoder(clips, config.seed, workers=decoding.decode_workers, limit_s=decoding.decode_timeout_s)
 
@@ -74,7 +75,7 @@ class Encoders:
 
     @functools.cached_property
     def info(self) -> DataInfo:
-        """What all samples have in common."""
+        """Properties common to all samples."""
         wanted = self._wanted
         return DataInfo(
             latent_shape=self.vae.latent_shape(wanted.num_frames, wanted.height, wanted.width),
@@ -149,6 +150,7 @@ class ShardWork:
         self._fingerprint = fingerprint
         self._report = report
         self._errors = 0
+        self._emptied: list[str] = []
 
     def run(self, number: int, entries: Sequence[Entry]) -> ShardIndex:
         """Write and publish one shard.
@@ -163,6 +165,7 @@ class ShardWork:
         """
         began = time.monotonic()
         dropped: list[DroppedEntry] = []
+        self._emptied = []
         writer = ShardWriter(self._folder, number)
         try:
             with contextlib.closing(self._decoder.decode(entries)) as clips:
@@ -175,6 +178,8 @@ class ShardWork:
                 fingerprint=self._fingerprint,
                 dropped=[row.to_json() for row in dropped],
                 seconds=time.monotonic() - began,
+                emptied=len(self._emptied),
+                emptied_example=next(iter(self._emptied), ""),
             )
         except BaseException:
             writer.discard()
@@ -190,6 +195,8 @@ class ShardWork:
         encoded = encode_clip(self._config, self._encoders, entry, found)
         if isinstance(encoded, Drop):
             return encoded
+        if lost_most(encoded.caption_raw, encoded.caption):
+            self._emptied.append(example_of(encoded.caption_raw, encoded.caption))
         tensors = {"latents": encoded.latents_CTHW, "text": encoded.text_rows_LD}
         writer.add(entry.key, tensors, self._record(entry, found, encoded))
         return None
@@ -202,7 +209,7 @@ class ShardWork:
             if self._errors <= MAX_WARNINGS:
                 logger.warning("dropped (%s): %s", drop.reason, drop.detail)
             if self._errors == MAX_WARNINGS:
-                logger.warning("no more damaged files are warned of; the list at the end will name them")
+                logger.warning("further damaged files are not logged; the list at the end names them")
         return drop
 
     def _record(self, entry: Entry, frames: Frames, encoded: EncodedClip) -> dict[str, Any]:

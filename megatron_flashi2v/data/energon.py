@@ -1,4 +1,4 @@
-"""What megatron-energon 7 reads beside WebDataset shards, so that a prepared folder is one of its data sets as it is.
+"""Writes the files that megatron-energon 7 requires beside WebDataset shards to read a prepared folder.
 
 In ``.nv-meta``: ``dataset.yaml`` (a crude data set: a task encoder's cooker turns its samples, with the keys
 ``safetensors``, as bytes, and ``json``, into what it needs), ``split.yaml`` and ``.info.json`` (samples of each shard);
@@ -46,7 +46,7 @@ def write_energon_files(folder: Path, indices: Sequence[ShardIndex]) -> None:
 
 
 def has_energon_files(folder: Path) -> bool:
-    """Whether they were all written."""
+    """Return whether all of them are there."""
     return (folder / META_FOLDER / INFO_FILE).exists()
 
 

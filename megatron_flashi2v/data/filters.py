@@ -22,7 +22,7 @@ REFERENCE_DEFAULT_FPS = 24.0
 
 
 def judge(entry: Entry, settings: FilterSettings) -> Drop | None:
-    """Whether a clip is wanted, from its annotation alone; no file is touched.
+    """Return whether a clip is wanted, from its annotation alone; no file is touched.
 
     Under the corrected rules a fact that the annotation does not give passes; judge again with
     :func:`with_measured` once the file was opened.
@@ -36,7 +36,7 @@ def judge(entry: Entry, settings: FilterSettings) -> Drop | None:
 def with_measured(
     entry: Entry, settings: FilterSettings, *, height: int, width: int, fps: float, num_frames: int
 ) -> Entry:
-    """The annotation with what the file itself says: its size, and rate and length where the annotation is silent.
+    """Return the annotation with the file's own size, and its rate and length where the annotation has none.
 
     Under the reference's rules the annotation's word stands. The length is cut to what the file holds.
 

@@ -1,4 +1,4 @@
-"""What decides the bytes of a prepared data set, reduced to a hash, so that a later run knows what it may keep."""
+"""Hashes the settings that decide the bytes of a prepared data set; a later run keeps shards of the same hash."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.reasons import DroppedEntry
+from megatron_flashi2v.encoders.folders import model_folder
 
 PIPELINE_VERSION = 2
 """To be raised whenever the same inputs would give other samples."""
@@ -31,7 +32,7 @@ out of the settings, so that data prepared by an older version stay whole; a new
 def data_settings(
     config: EncodingConfig, entries: Sequence[Entry], malformed: Sequence[DroppedEntry]
 ) -> dict[str, Any]:
-    """Everything that decides the samples, JSON-ready; where the files lie and what computes do not.
+    """Return all settings that decide the samples, JSON-ready; neither paths nor devices are among them.
 
     Args:
         config: checked.
@@ -46,7 +47,7 @@ def data_settings(
 
 
 def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
-    """What decides a sample besides its annotation, JSON-ready."""
+    """Return the settings that decide a sample besides its annotation, JSON-ready."""
     sources, clips = config.arguments.sources, config.arguments.clips
     values = {**flat_values(clips), **flat_values(config.arguments.captions)}
     return {
@@ -75,6 +76,7 @@ def folder_hash(folder: Path, what: str) -> str:
     Raises:
         ConfigError: the folder is missing.
     """
+    folder = model_folder(folder, what)
     if not folder.is_dir():
         raise ConfigError(f"{what} folder {folder} does not exist")
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Which frames of a file make a clip: conversion of the frame rate, then a window of the sample's length.
+"""Chooses the frames of a file that make a clip: conversion of the frame rate, then a window of the sample's length.
 
 By index: FlashI2V's arithmetic on frame numbers (branch main, flashi2v/data/utils/wan_utils.py). By time: the frame
 nearest to each wanted time, for files whose frames are not evenly spaced.
@@ -19,7 +19,7 @@ RATE_TOLERANCE = 0.02
 
 
 def same_rate(first: float, second: float, picking: FramePicking) -> bool:
-    """Whether two frame rates are one and the same, written down by two people."""
+    """Return whether two frame rates are equal within rounding of their notation."""
     if picking == "index":
         return abs(first - second) <= FPS_TOLERANCE
     return abs(first - second) <= RATE_TOLERANCE * max(first, second)

@@ -22,6 +22,7 @@ from cachetools import LRUCache
 from megatron_flashi2v.config.errors import ConfigError, UserError
 from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.data.annotations import Entry
+from megatron_flashi2v.data.captions import warn_of_emptied
 from megatron_flashi2v.data.encoding import Encoders, encode_clip, make_decoder
 from megatron_flashi2v.data.encoding_cache import EncodingCache
 from megatron_flashi2v.data.fingerprint import data_settings, encoding_settings, settings_hash
@@ -74,6 +75,7 @@ class OnlineDataset:
         self.name = f"--annotations {config.arguments.sources.annotations}"
         if not self._entries:
             raise ConfigError(f"{self.name}: none of {selection.total} annotations passes the filters")
+        warn_of_emptied(self._entries, config.arguments.captions)
         self._encoders = Encoders(config, device)
         self._decoder = make_decoder(config)
         self.info = self._encoders.info

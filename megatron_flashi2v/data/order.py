@@ -91,7 +91,7 @@ def _deal_block(counts: Sequence[int], seed: int, purpose: str, block: int) -> t
 
 
 def block_counts(weights: Sequence[float]) -> list[int]:
-    """How many of :data:`BLOCK` numbers each part gets: at least one, and else in proportion (largest remainders)."""
+    """Deal :data:`BLOCK` numbers to the parts: at least one each, and else in proportion (largest remainders)."""
     if not 0 < len(weights) <= BLOCK:
         raise ConfigError(f"{len(weights)} parts are blended; 1 to {BLOCK} can be")
     total = sum(weights)
@@ -153,7 +153,7 @@ class BlendOrder:
         return number, self._orders[number].sample_index(rank)
 
     def substitute(self, position: int, attempt: int) -> tuple[int, int]:
-        """What fills a position whose sample is bad: a sample of the same data set, keyed by (seed, position).
+        """Choose what fills a position whose sample is bad: a sample of the same data set, keyed by (seed, position).
 
         Args:
             position: of the global order.

@@ -1,4 +1,4 @@
-"""Which frames of an opened file a sample shows, or why it shows none."""
+"""Picks the frames of an opened file that a sample shows, or gives the reason why it shows none."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _pick_by_time(
 
 
 def pick_still(entry: Entry, wanted: FilterSettings, facts: VideoFacts) -> Drop | None:
-    """Why a still picture is dropped, or None; its rate, length and time play no part."""
+    """Return why a still picture is dropped, or None; rate, length and time do not count."""
     if entry.start_frame > 0:
         return Drop("truncated", f"{entry.source}: the clip begins at frame {entry.start_frame} of a picture")
     if entry.crop is not None and (entry.crop[1] > facts.width or entry.crop[3] > facts.height):
@@ -87,7 +87,7 @@ def pick_still(entry: Entry, wanted: FilterSettings, facts: VideoFacts) -> Drop 
 
 
 def _measured(entry: Entry, wanted: FilterSettings, video: Video, rate: float) -> Entry:
-    """The annotation with what the file says of its size, its length and, by time, its rate."""
+    """Return the annotation with the file's size, its length and, under ``time``, its rate."""
     facts = video.facts
     if wanted.filter_rules == "corrected":
         if wanted.frame_picking == "time":

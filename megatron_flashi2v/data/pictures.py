@@ -45,7 +45,7 @@ class PictureError(FileError):
 
 
 def still_kind(path: Path) -> str | None:
-    """Whether a file is a still picture, from its first bytes.
+    """Return whether a file is a still picture, from its first bytes.
 
     Returns:
         The format's name; None for a video and whatever else is no picture.

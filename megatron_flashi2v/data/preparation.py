@@ -19,7 +19,8 @@ from rich.console import Console
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig, check_prepare
 from megatron_flashi2v.data.annotations import Entry
-from megatron_flashi2v.data.continuation import SETTINGS_FILE, as_begun, has_begun
+from megatron_flashi2v.data.captions import warn_of_emptied
+from megatron_flashi2v.data.continuation import SETTINGS_FILE, as_begun, has_begun, require_own
 from megatron_flashi2v.data.description import (
     DATASET_FILE,
     EMPTY_TEXT_FILE,
@@ -29,7 +30,13 @@ from megatron_flashi2v.data.description import (
     write_description,
 )
 from megatron_flashi2v.data.encoding import MAX_WARNINGS, Encoders, ShardWork
-from megatron_flashi2v.data.energon import has_energon_files, remove_energon_files, write_energon_files
+from megatron_flashi2v.data.energon import (
+    META_FILES,
+    META_FOLDER,
+    has_energon_files,
+    remove_energon_files,
+    write_energon_files,
+)
 from megatron_flashi2v.data.fingerprint import LATER_FIELDS, data_settings, settings_hash
 from megatron_flashi2v.data.reasons import ERROR_REASONS, DroppedEntry
 from megatron_flashi2v.data.report import REPORT_FILE, write_report
@@ -46,6 +53,9 @@ from megatron_flashi2v.data.shards import (
 from megatron_flashi2v.data.summary import DROPPED_FILE, SUMMARY_FILE, read_summary, summarise, write_summary
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json, write_errors
 from megatron_flashi2v.runtime.progress import progress
+
+WRITTEN = (DATASET_FILE, SUMMARY_FILE, DROPPED_FILE, EMPTY_TEXT_FILE, REPORT_FILE)
+"""Files of a data set's folder, besides its settings, shards and what energon reads."""
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +116,13 @@ def prepare(
     """
     check_prepare(config)
     output = config.folder()
+    if place.rank == 0:
+        _require_own(output)
     config = as_begun(config, output)
     plan = make_plan(config)
     if place.rank == 0:
         _warn_of_malformed(plan)
+        warn_of_emptied([entry for shard in plan.shards for entry in shard], config.encoding.arguments.captions)
         _claim_folder(output, plan, fresh=config.fresh)
     place.barrier()
     encoders = Encoders(config.encoding, device)
@@ -147,6 +160,10 @@ def _warn_of_malformed(plan: Plan) -> None:
         logger.warning("%d more annotations are malformed; %s will list them", more, DROPPED_FILE)
 
 
+def _require_own(output: Path) -> None:
+    require_own(output, (*WRITTEN, *(f"{META_FOLDER}/{name}" for name in META_FILES)))
+
+
 def _claim_folder(output: Path, plan: Plan, *, fresh: bool) -> None:
     """Make the folder this plan's own, or refuse it."""
     cure = "choose another --output, or --fresh to delete what is there and start over"
@@ -170,14 +187,18 @@ def _claim_folder(output: Path, plan: Plan, *, fresh: bool) -> None:
 
 
 def _remove_data_set(output: Path) -> None:
-    """Delete what ``prepare`` writes and nothing else; the description first, so that no half is taken for whole."""
+    """Delete what ``prepare`` writes and nothing else.
+
+    The description goes first, so that no half is taken for whole, and the settings go last: they tell whose it is.
+    """
     with write_errors(output):
-        for name in (DATASET_FILE, SUMMARY_FILE, DROPPED_FILE, EMPTY_TEXT_FILE, SETTINGS_FILE, REPORT_FILE):
+        for name in WRITTEN:
             (output / name).unlink(missing_ok=True)
         remove_energon_files(output)
         for pattern in ("shard-*.json", "shard-*.tar", ".shard-*"):
             for path in (output / SHARD_FOLDER).glob(pattern):
                 path.unlink(missing_ok=True)
+        (output / SETTINGS_FILE).unlink(missing_ok=True)
 
 
 def _differences(found: Any, wanted: dict[str, Any]) -> str:
@@ -267,6 +288,8 @@ def _describe(output: Path, plan: Plan, indices: list[ShardIndex], encoders: Enc
         shards=len(indices),
         size=sum(index.tar_bytes for index in indices),
         seconds=sum(index.seconds for index in indices),
+        emptied=sum(index.emptied for index in indices),
+        emptied_example=next((index.emptied_example for index in indices if index.emptied), ""),
     )
     write_summary(output, summary, dropped)
     if not summary["kept"]:

@@ -52,7 +52,7 @@ class PreparedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
-    """What stands for a sample that cannot be used.
+    """Replaces a sample that cannot be used.
 
     Attributes:
         key: the sample's name.

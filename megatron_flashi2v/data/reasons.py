@@ -1,4 +1,4 @@
-"""Why an annotation gave no sample: a closed list of names, so that summaries can be counted and compared."""
+"""Reasons why an annotation gave no sample: a closed list of names, which summaries count and compare."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Drop:
 
     @property
     def is_error(self) -> bool:
-        """Whether something is damaged, rather than merely unwanted."""
+        """Return whether something is damaged, rather than merely unwanted."""
         return self.reason in ERROR_REASONS
 
 

@@ -153,7 +153,7 @@ def _is_grey(frame: av.VideoFrame) -> bool:
 
 
 def has_alpha(frame: av.VideoFrame) -> bool:
-    """Whether the frame's format can be transparent."""
+    """Return whether the frame's format can be transparent."""
     kind = frame.format
     return kind.has_palette or any(component.is_alpha for component in kind.components)
 

@@ -34,8 +34,9 @@ PICTURE_WIDTH = 240
 """Pixels."""
 SHOWN_SIZES = 8
 MIN_BINS, MAX_BINS = 10, 40
-LABEL_ROOM = 0.2
-"""Room for the number at the end of the longest bar, as a share of its length."""
+MIN_BARS = 4
+DIGIT_WIDTH = 0.035
+"""Of a label at the end of a bar, as a share of the frame."""
 
 TEMPLATE = "report.html.jinja"
 
@@ -61,7 +62,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class SheetFrame:
-    """One sample of the contact sheet; its picture is None where the file is gone since."""
+    """One sample of the contact sheet; its picture is None if its file no longer decodes."""
 
     picture: Picture | None
     caption: str
@@ -69,7 +70,7 @@ class SheetFrame:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the histograms show, one value for each sample that was looked at.
+    """Values of the histograms, one for each sample that was read.
 
     Attributes:
         seconds: length of the annotated clip in its file.
@@ -124,6 +125,9 @@ def _counts(summary: dict[str, Any]) -> list[tuple[object, ...]]:
     """Rows (what, count, meaning, first example)."""
     rows: list[tuple[object, ...]] = [("annotations", summary["entries"], "", "")]
     rows.append(("kept", summary["kept"], f"{summary['shards']} shards", ""))
+    emptied = summary.get("emptied_captions", {"count": 0})
+    if emptied["count"]:
+        rows.append(("captions nearly emptied", emptied["count"], emptied["meaning"], emptied["example"]))
     for reason, group in summary["dropped"].items():
         first = group["examples"][0]["detail"] if group["examples"] else ""
         rows.append((f"dropped: {reason}", group["count"], group["meaning"], first))
@@ -199,8 +203,9 @@ def histogram_edges(values: Sequence[float]) -> list[float]:
         bins = min(MAX_BINS, max(MIN_BINS, len(set(values))))
         # Values that are all alike get bins of a tenth of them.
         width = (high - low) / bins or abs(high) / MIN_BINS or 1.0
-    count = max(MIN_BINS, math.ceil((high - low) / width - 1e-9))
-    first = low - width * ((count - math.ceil((high - low) / width - 1e-9)) // 2)
+    needed = math.ceil((high - low) / width - 1e-9)
+    count = max(MIN_BINS, needed)
+    first = low - width * ((count - needed) // 2)
     return [first + width * place for place in range(count)] + [max(first + width * count, high)]
 
 
@@ -208,9 +213,12 @@ def _bars(axes: Axes, counts: Sequence[tuple[str, int]], title: str) -> None:
     names, values = [name for name, _ in counts], [value for _, value in counts]
     bars = axes.barh(range(len(names)), values)
     axes.set_yticks(range(len(names)), names)
-    axes.bar_label(bars, padding=2)
-    axes.margins(x=LABEL_ROOM)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(names), MIN_BARS) - 0.5, -0.5)  # from above; few bars are not thick
+    labels = [f"{value:,}" for value in values]
+    axes.bar_label(bars, labels, padding=2)
+    axes.set_xticks([])
+    room = DIGIT_WIDTH * (1 + max(map(len, labels)))
+    axes.set_xlim(0, max(max(values), 1) / (1 - room))
     axes.set_title(title)
 
 

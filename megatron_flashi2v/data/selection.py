@@ -16,7 +16,7 @@ MAX_FPS = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What became of the annotations.
+    """Annotations by the outcome of the first filters.
 
     Attributes:
         entries: all that are well formed.

@@ -63,7 +63,7 @@ class IndexedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """What stands in a shard's index.
+    """Contents of a shard's index.
 
     Attributes:
         number: which shard of the data set this is.
@@ -73,6 +73,8 @@ class ShardIndex:
         samples: in the order in which they were written.
         dropped: one JSON object per annotation that gave no sample, with its reason.
         seconds: wall-clock time that the shard took.
+        emptied: captions that lost more than half of their letters in cleaning; 0 where the writer did not count.
+        emptied_example: one of them, before and after; empty where there is none.
     """
 
     number: int
@@ -82,6 +84,8 @@ class ShardIndex:
     samples: tuple[IndexedSample, ...]
     dropped: tuple[dict[str, Any], ...]
     seconds: float
+    emptied: int = 0
+    emptied_example: str = ""
 
 
 class _HashingFile(io.RawIOBase):
@@ -168,7 +172,10 @@ class ShardWriter:
         self._tar.addfile(header, io.BytesIO(data))
         return Member(offset=offset, size=len(data), crc32=zlib.crc32(data))
 
-    def publish(self, *, fingerprint: str, dropped: list[dict[str, Any]], seconds: float) -> ShardIndex:
+    def publish(
+        self, *, fingerprint: str, dropped: list[dict[str, Any]], seconds: float, emptied: int = 0,
+        emptied_example: str = "",
+    ) -> ShardIndex:
         """Close the tar, rename it into place, then write its index.
 
         Raises:
@@ -186,6 +193,8 @@ class ShardWriter:
                 samples=tuple(self._samples),
                 dropped=tuple(dropped),
                 seconds=seconds,
+                emptied=emptied,
+                emptied_example=emptied_example,
             )
             os.replace(self._temporary, tar_path(self._folder, self._number))
             atomic_write_json(index_path(self._folder, self._number), _index_to_json(index))
@@ -256,6 +265,8 @@ def read_index(path: Path) -> ShardIndex:
             ),
             dropped=tuple(values["dropped"]),
             seconds=float(values["seconds"]),
+            emptied=int(values.get("emptied", 0)),
+            emptied_example=str(values.get("emptied_example", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a shard's index ({type(error).__name__}: {error}); prepare it again") from error
@@ -281,6 +292,8 @@ def _index_to_json(index: ShardIndex) -> dict[str, Any]:
         "samples": [asdict(sample) for sample in index.samples],
         "dropped": list(index.dropped),
         "seconds": round(index.seconds, 3),
+        "emptied": index.emptied,
+        "emptied_example": index.emptied_example,
     }
 
 

@@ -17,10 +17,12 @@ from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text
 SUMMARY_FILE = "summary.json"
 DROPPED_FILE = "dropped.jsonl"
 EXAMPLES = 3
+EMPTIED = "lost more than half of their letters in cleaning; --text-cleaning light keeps them"
 
 
 def summarise(
-    *, entries: int, dropped: Sequence[dict[str, Any]], samples: int, shards: int, size: int, seconds: float
+    *, entries: int, dropped: Sequence[dict[str, Any]], samples: int, shards: int, size: int, seconds: float,
+    emptied: int = 0, emptied_example: str = "",
 ) -> dict[str, Any]:
     """The contents of ``summary.json``.
 
@@ -31,6 +33,8 @@ def summarise(
         shards: written.
         size: bytes of all shards.
         seconds: time spent on shards, summed over all processes and runs.
+        emptied: captions that lost more than half of their letters in cleaning.
+        emptied_example: one of them.
     """
     by_reason: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(dropped, key=lambda row: row["entry"]):
@@ -49,6 +53,7 @@ def summarise(
         "shards": shards,
         "bytes": size,
         "seconds": round(seconds, 3),
+        "emptied_captions": {"count": emptied, "meaning": EMPTIED if emptied else "", "example": emptied_example},
     }
 
 
@@ -92,6 +97,10 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     table.add_column("detail", overflow="fold")
     table.add_row("annotations", f"{summary['entries']:,}", "")
     table.add_row("kept", f"{summary['kept']:,}", f"{summary['shards']:,} shards, {summary['bytes'] / 2**20:,.1f} MiB")
+    emptied = summary.get("emptied_captions", {"count": 0})
+    if emptied["count"]:
+        detail = Text(f"{emptied['meaning']}\ne.g. {emptied['example']}")
+        table.add_row("captions nearly emptied", f"{emptied['count']:,}", detail)
     for reason, group in summary["dropped"].items():
         examples = [f"e.g. {example['detail']}" for example in group["examples"][:1]]
         # Text, not markup: captions and paths may hold brackets.

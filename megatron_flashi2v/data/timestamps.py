@@ -39,7 +39,7 @@ def packet_stamps(packets: Iterable[av.Packet], *, ordered: bool) -> list[int] |
 
 
 def is_regular(times_s: NDArray[np.float64], fps: float | None) -> bool:
-    """Whether frames come at the rate ``fps`` without a gap."""
+    """Return whether frames come at the rate ``fps`` without a gap."""
     if not fps:
         return False
     places = (times_s - times_s[:1]) * fps

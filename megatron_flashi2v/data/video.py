@@ -53,7 +53,7 @@ class VideoError(FileError):
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFacts:
-    """What a file itself says; sizes are those of the picture as displayed.
+    """Properties read from a file; sizes are those of the displayed picture.
 
     Attributes:
         height: pixels.

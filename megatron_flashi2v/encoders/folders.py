@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,43 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime.files import read_json_object
 
 _WAN_FILES = ("Wan*_VAE.pth", "models_t5_*.pth")
+_REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<subfolder>\w[\w./-]*)")
+_FETCHED_ENDINGS = (".json", ".safetensors", ".model", ".txt")
+"""Configurations, vocabularies and weights; never a pickle."""
+
+
+def model_folder(place: Path, what: str) -> Path:
+    """The folder of a frozen model: one given as it is, inside a release, or on the Hub.
+
+    Args:
+        place: a folder, a release's folder with the model in its usual subfolder, or ``OWNER/NAME:SUBFOLDER`` of a Hub
+            repository, whose files are fetched into the Hub's cache, or found there.
+        what: it should hold: "VAE", "text encoder" or "tokenizer".
+
+    Raises:
+        ConfigError: the Hub cannot be reached and its cache does not hold the files.
+    """
+    part = place / what.lower().replace(" ", "_")
+    if place.is_dir():
+        # A release holds model_index.json; its folders are named after its parts.
+        own = any(path.is_file() for path in place.glob("tokenizer*" if what == "tokenizer" else "config.json"))
+        return part if part.is_dir() and not own else place
+    match = _REPOSITORY.fullmatch(str(place))
+    return place if match is None else _fetched(match["repository"], match["subfolder"], what)
+
+
+def _fetched(repository: str, subfolder: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = snapshot_download(repository, allow_patterns=[f"{subfolder}/*{ending}" for ending in _FETCHED_ENDINGS])
+    except Exception as error:  # of the Hub's client, and of the HTTP library under it, which differs by version
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{what} {repository}:{subfolder}: there is no such folder, and the Hugging Face Hub cannot be asked "
+            f"({type(error).__name__}: {reason}); fetch it elsewhere and give the folder"
+        ) from error
+    return Path(root, subfolder)
 
 
 def require_files(folder: Path, what: str, *names: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.encoders.folders import read_model_config, require_all_weights, require_files
+from megatron_flashi2v.encoders.folders import model_folder, read_model_config, require_all_weights, require_files
 from megatron_flashi2v.runtime.logging import AGREED, ONCE
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class TextEncoder:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> TextEncoder:
-        """Read transformers folders (safetensors weights only); never reaches for the network.
+        """Read transformers folders (safetensors weights only), as :func:`model_folder` finds them.
 
         Args:
             text_encoder_folder: usually ``text_encoder`` in a pipeline's folder.
@@ -75,7 +75,8 @@ class TextEncoder:
         Raises:
             ConfigError: a file is missing or malformed, or the folders do not belong together.
         """
-        folder, tokenizer_folder = Path(text_encoder_folder), Path(tokenizer_folder)
+        folder = model_folder(Path(text_encoder_folder), "text encoder")
+        tokenizer_folder = model_folder(Path(tokenizer_folder), "tokenizer")
         kind = read_model_config(folder, "text encoder").get("model_type")
         if kind != "umt5":
             raise ConfigError(f"text encoder folder {folder}: config.json's model_type is {kind!r}; it must be umt5")

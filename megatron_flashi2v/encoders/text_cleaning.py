@@ -8,6 +8,7 @@ Wan's pipelines use ("light"). Prompt a model with the policy that it was traine
 from __future__ import annotations
 
 import html
+import logging
 import re
 import urllib.parse
 from collections.abc import Sequence
@@ -17,8 +18,13 @@ import bs4
 import bs4.builder
 import ftfy
 
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.runtime.logging import AGREED
+
 CleaningPolicy = Literal["full", "light"]
 POLICIES: tuple[CleaningPolicy, ...] = ("full", "light")
+
+logger = logging.getLogger(__name__)
 
 Rule = tuple[re.Pattern[str], str]
 
@@ -44,6 +50,46 @@ def clean_text(text: str, policy: CleaningPolicy) -> str:
         repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
         return re.sub(r"\s+", " ", repaired.strip()).strip()
     raise ValueError(f"cleaning policy {policy!r}; choose one of {', '.join(POLICIES)}")
+
+
+def lost_most(text: str, cleaned: str) -> bool:
+    """Whether cleaning took more than half of a text's letters (of any script), as "full" does with Chinese."""
+    return 2 * sum(map(str.isalpha, cleaned)) < sum(map(str.isalpha, text))
+
+
+def clean_prompt(prompt: str, policy: CleaningPolicy, what: str = "prompt") -> str:
+    """:func:`clean_text` of a prompt that says something afterwards too.
+
+    Args:
+        prompt: as written; an empty one stays empty.
+        policy: see :func:`clean_text`.
+        what: it is, for the messages.
+
+    Raises:
+        ConfigError: see :func:`require_words`.
+    """
+    cleaned = require_words(prompt, policy, what)
+    if lost_most(prompt, cleaned):
+        logger.warning(
+            "of the %s %r, text cleaning %s leaves %r", what, prompt[:80], policy, cleaned[:80], extra=AGREED
+        )
+    return cleaned
+
+
+def require_words(prompt: str, policy: CleaningPolicy, what: str = "prompt") -> str:
+    """Refuse a prompt that cleaning empties; returns the cleaned one.
+
+    Raises:
+        ConfigError: no letter and no digit is left of it. The model would see the same of every such prompt.
+    """
+    cleaned = clean_text(prompt, policy)
+    said = any(map(str.isalnum, prompt))
+    if (said and not any(map(str.isalnum, cleaned))) or (prompt.strip() and not cleaned):
+        raise ConfigError(
+            f"the {what} {prompt[:80]!r} is empty after text cleaning {policy}, with which the model was trained: "
+            f"{cleaned[:80]!r} is left; word it in a script that the model knows, such as English"
+        )
+    return cleaned
 
 
 def _rules(*rules: tuple[str, str]) -> tuple[Rule, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.encoders.folders import read_model_config, require_all_weights, require_files
+from megatron_flashi2v.encoders.folders import model_folder, read_model_config, require_all_weights, require_files
 
 CHUNK_FRAMES = 4
 """diffusers encodes the first frame and then chunks of four; frames that do not fill a chunk are silently lost."""
@@ -72,6 +72,7 @@ def read_strides(folder: Path) -> Strides:
     Raises:
         ConfigError: ``config.json`` is missing or malformed, or of another model.
     """
+    folder = model_folder(folder, "VAE")
     config = read_model_config(folder, "VAE")
     try:
         return Strides.of(config)
@@ -106,7 +107,7 @@ class VideoVAE:
     def load(
         cls, folder: Path | str, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> VideoVAE:
-        """Read a diffusers folder (``config.json`` and safetensors weights); never reaches for the network.
+        """Read a diffusers folder (``config.json`` and safetensors weights), as :func:`model_folder` finds it.
 
         Args:
             folder: the VAE's folder, usually ``vae`` in a pipeline's folder.
@@ -116,7 +117,7 @@ class VideoVAE:
         Raises:
             ConfigError: a file is missing or malformed, or the folder holds another model.
         """
-        folder = Path(folder)
+        folder = model_folder(Path(folder), "VAE")
         name = read_model_config(folder, "VAE").get("_class_name")
         if name != "AutoencoderKLWan":
             raise ConfigError(f"VAE folder {folder}: config.json names the class {name!r}; it must be AutoencoderKLWan")

@@ -27,7 +27,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass(frozen=True, kw_only=True)
 class BlockBenchmark:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
         model: preset whose widths are taken.

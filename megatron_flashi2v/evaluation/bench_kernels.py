@@ -1,4 +1,7 @@
-"""Every implementation of every operator that runs here, at the shapes of the models that we train."""
+"""Every implementation of every operator that runs here, at the shapes of the models that we train.
+
+On CUDA the time is that of the kernels alone: the host takes longer to launch a short one than the device to run it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.evaluation.benchmark import (
     copy_ceiling,
     interleaved_seconds,
+    kernel_seconds,
     machine,
     matmul_ceiling,
     median_ratio,
@@ -37,7 +41,7 @@ SLOW_DEFINITIONS = ("attention", "fourier_highpass")
 
 @dataclass(frozen=True, kw_only=True)
 class KernelBenchmark:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
         models: presets whose widths are taken.
@@ -69,7 +73,7 @@ class Case:
         unit: GB/s or TFLOP/s.
     """
 
-    call: Callable[[Callable[..., Any]], Tensor]
+    call: Callable[[Callable[..., Any]], Tensor | tuple[Tensor, ...]]
     leaves: tuple[Tensor, ...]
     work: tuple[int, int]
     unit: str = "GB/s"
@@ -123,7 +127,7 @@ def measure(
     if case.leaves:
         directions["backward"] = {name: _backward(case, function) for name, function in functions.items()}
     for (direction, timed), work in zip(directions.items(), case.work, strict=False):
-        seconds = interleaved_seconds(timed, device, rounds)
+        seconds = interleaved_seconds(timed, device, rounds, measure=kernel_seconds if device.name == "cuda" else None)
         eager = seconds[EAGER.get(operator, "reference")]
         for name, values in seconds.items():
             rate = work / statistics.median(values) / (1e12 if case.unit == "TFLOP/s" else 1e9)
@@ -137,9 +141,11 @@ def _forward(case: Case, function: Callable[..., Any]) -> Callable[[], object]:
 
 
 def _backward(case: Case, function: Callable[..., Any]) -> Callable[[], object]:
-    output = case.call(function)
-    gradient = torch.randn(output.shape, device=output.device).to(output.dtype)
-    return lambda: torch.autograd.grad(output, case.leaves, gradient, retain_graph=True)
+    with torch._functorch.config.patch(donated_buffer=False):  # a compiled backward would run once only
+        results = case.call(function)
+    outputs = (results,) if isinstance(results, Tensor) else results
+    gradients = [torch.randn(output.shape, device=output.device).to(output.dtype) for output in outputs]
+    return lambda: torch.autograd.grad(outputs, case.leaves, gradients, retain_graph=True)
 
 
 def make_case(
@@ -166,12 +172,15 @@ def make_case(
         inner = (draw(tokens, 1, config.ffn_hidden_size), draw(config.ffn_hidden_size))
         moved = inner[0].numel() * dtype.itemsize
         return Case(call=lambda f: f(*inner), leaves=inner, work=(2 * moved, 3 * moved))
-    if operator in ("ada_layer_norm", "gate_residual"):
-        hidden, rows = draw(tokens, 1, d), tuple(draw(1, d, to=torch.float32) for _ in range(2))
+    if operator in ("ada_layer_norm", "residual_norm", "gate_residual"):
+        hidden, rows = draw(tokens, 1, d), tuple(draw(1, d, to=torch.float32) for _ in range(3))
         if operator == "ada_layer_norm":
-            return Case(call=lambda f: f(hidden, *rows, config.norm_eps, dtype=dtype), leaves=(hidden, *rows),
+            return Case(call=lambda f: f(hidden, *rows[:2], config.norm_eps, dtype=dtype), leaves=(hidden, *rows[:2]),
                         work=(2 * moved, 3 * moved))
         update = draw(tokens, 1, d)
+        if operator == "residual_norm":
+            return Case(call=lambda f: f(hidden, update, *rows, config.norm_eps, dtype=dtype),
+                        leaves=(hidden, update, *rows), work=(4 * moved, 6 * moved))
         return Case(call=lambda f: f(hidden, update, rows[0]), leaves=(hidden, update, rows[0]),
                     work=(3 * moved, 3 * moved))
     query = draw(tokens, 1, heads, 3, config.head_dim).detach()[:, :, :, 0].requires_grad_()

@@ -20,6 +20,7 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments
 from megatron_flashi2v.evaluation.benchmark import (
+    device_events,
     interleaved_seconds,
     machine,
     matmul_ceiling,
@@ -56,7 +57,7 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StepBenchmark:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
         model: preset.
@@ -69,7 +70,9 @@ class StepBenchmark:
         attention_backend: implementation, or auto.
         device: auto, cuda, npu or cpu.
         rounds: measured steps.
-        peer: diffusers' model with torch's AdamW, in the same run, step by step in turn.
+        elementwise_backend: implementation of norms, modulation and activation, or auto.
+        peer: diffusers' model with torch's AdamW, in the same run, step by step in turn; compiled block by block if
+            asked for, as its users do to make it faster.
         profile: also break one step down by kinds of operators.
         json: file for the report.
     """
@@ -82,9 +85,10 @@ class StepBenchmark:
     bf16: bool = True
     recompute: RecomputeArguments = RecomputeArguments()
     attention_backend: str = "auto"
+    elementwise_backend: str = "auto"
     device: str = "auto"
     rounds: int = 5
-    peer: Literal["none", "diffusers"] = "none"
+    peer: Literal["none", "diffusers", "diffusers-compiled"] = "none"
     profile: bool = True
     json: Path | None = None
 
@@ -106,9 +110,12 @@ def run(options: StepBenchmark) -> str:
         ours = OurStep(options, config, groups, device)
         steps: dict[str, Callable[[], object]] = {"megatron_flashi2v": ours}
         configs = {"megatron_flashi2v": config}
-        if options.peer == "diffusers":
-            configs["diffusers"] = dataclasses.replace(config, conditioning="text_to_video")
-            steps["diffusers"] = PeerStep(configs["diffusers"], ours.batch, dtype, device, options.recompute)
+        if options.peer != "none":
+            configs[options.peer] = dataclasses.replace(config, conditioning="text_to_video")
+            steps[options.peer] = PeerStep(
+                configs[options.peer], ours.batch, dtype, device, options.recompute,
+                compiled=options.peer == "diffusers-compiled",
+            )
         peaks = {name: _peak(step, device) for name, step in steps.items()}
         seconds = interleaved_seconds(steps, device, options.rounds)
         breakdown = ours.breakdown(device, options.rounds)
@@ -132,8 +139,8 @@ def run(options: StepBenchmark) -> str:
         "forward_flops": forward_flops(config, options.latent_shape, options.micro_batch_size),
         "kinds": kinds, "kernels": kernels,
     }
-    if "diffusers" in seconds:
-        report["ratio_to_peer"] = median_ratio(seconds["megatron_flashi2v"], seconds["diffusers"])
+    if options.peer in seconds:
+        report["ratio_to_peer"] = median_ratio(seconds["megatron_flashi2v"], seconds[options.peer])
     if options.json is not None:
         write_json(options.json, report)
     return _text(report)
@@ -153,7 +160,8 @@ class OurStep:
         self.options = options
         parallel, optimizer = ParallelArguments(), OptimizerArguments(lr=1e-5)
         self.spec = make_spec(
-            config, groups, device.torch_device, bf16=options.bf16, attention_backend=options.attention_backend
+            config, groups, device.torch_device, bf16=options.bf16, attention_backend=options.attention_backend,
+            elementwise_backend=options.elementwise_backend,
         )
         stages = build_stages(self.spec, parallel, options.recompute)
         for stage in stages:
@@ -205,6 +213,7 @@ class PeerStep:
         dtype: of the weights, but for what diffusers keeps in fp32.
         device: where it runs.
         recompute: all blocks are recomputed if ours recompute anything.
+        compiled: whether torch compiles its blocks, all by one compilation.
     """
 
     def __init__(
@@ -214,6 +223,8 @@ class PeerStep:
         dtype: torch.dtype,
         device: Device,
         recompute: RecomputeArguments,
+        *,
+        compiled: bool = False,
     ) -> None:
         from diffusers import WanTransformer3DModel
 
@@ -233,6 +244,8 @@ class PeerStep:
         if recompute.recompute_granularity is not None:
             self.model.enable_gradient_checkpointing()
         self.model.train()
+        if compiled:
+            self.model.compile_repeated_blocks(fullgraph=True)
         self.dtype, self.batch = dtype, batch
         fused = device.name != "cpu"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.01, fused=fused or None)
@@ -297,14 +310,8 @@ def profile_kinds(step: Callable[[], object], device: Device) -> dict[str, float
         step()
         device.synchronize()
     shares: dict[str, float] = {}
-    for event in recorded.key_averages():
-        # On an accelerator only kernels count: operators repeat the time of the kernels that they launch.
-        on_device = not str(event.device_type).endswith("CPU")
-        if (device.name != "cpu") != on_device:
-            continue
-        time = event.self_device_time_total if on_device else event.self_cpu_time_total
-        kind = kind_of(event.key)
-        shares[kind] = shares.get(kind, 0.0) + time
+    for name, seconds, _ in device_events(recorded, device):
+        shares[kind_of(name)] = shares.get(kind_of(name), 0.0) + seconds
     total = sum(shares.values()) or 1.0
     return {kind: time / total for kind, time in sorted(shares.items(), key=lambda item: -item[1])}
 

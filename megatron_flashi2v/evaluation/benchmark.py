@@ -8,11 +8,12 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import profile, supported_activities
 
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import atomic_write_text
@@ -26,6 +27,7 @@ def interleaved_seconds(
     device: Device,
     rounds: int = 5,
     clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[Callable[[], object], Device, int], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of one call, by name and round; every round runs all of them once.
 
@@ -37,6 +39,7 @@ def interleaved_seconds(
         device: waited for before and after each measurement.
         rounds: measurements of each.
         clock: seconds; ``time.process_time`` leaves out what other processes take, for one thread on a busy CPU.
+        measure: seconds of a call from the function, the device and a number of calls; by ``clock`` when None.
     """
     calls: dict[str, int] = {}
     for name, function in functions.items():
@@ -45,7 +48,10 @@ def interleaved_seconds(
     rows: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            rows[name].append(_seconds(function, device, calls[name], clock))
+            if measure is None:
+                rows[name].append(_seconds(function, device, calls[name], clock))
+            else:
+                rows[name].append(measure(function, device, calls[name]))
     return rows
 
 
@@ -56,6 +62,25 @@ def _seconds(function: Callable[[], object], device: Device, calls: int, clock: 
         function()
     device.synchronize()
     return (clock() - start) / calls
+
+
+def kernel_seconds(function: Callable[[], object], device: Device, calls: int) -> float:
+    """Seconds that the device works on one call, by the profiler: neither launches nor the gaps between kernels."""
+    with profile(activities=list(supported_activities())) as recorded:
+        for _ in range(calls):
+            function()
+        device.synchronize()
+    return sum(time for _, time, _ in device_events(recorded, device)) / calls
+
+
+def device_events(recorded: profile, device: Device) -> Iterator[tuple[str, float, int]]:
+    """(name, seconds, how often) of a profile's kernels; on CPUs of its operators, without those that they call."""
+    for event in recorded.key_averages():
+        # On an accelerator only kernels count: operators repeat the time of the kernels that they launch.
+        on_device = not str(event.device_type).endswith("CPU")
+        if (device.name != "cpu") == on_device:
+            microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
+            yield event.key, microseconds * 1e-6, event.count
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -81,7 +106,7 @@ def copy_ceiling(device: Device, rounds: int = 5) -> float:
 
 
 def machine(device: Device) -> dict[str, Any]:
-    """What a figure depends on: hardware, versions, threads, and how busy the machine was."""
+    """Conditions of a figure: hardware, versions, threads and the machine's load."""
     versions = {}
     for package in ("torch", "triton", "megatron-core", "transformer-engine", "flash-attn", "diffusers", "torch_npu"):
         try:

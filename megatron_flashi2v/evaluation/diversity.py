@@ -1,4 +1,4 @@
-"""How videos of one image differ when only their seed does.
+"""Measures how videos of one image differ between seeds.
 
 Shapes: S seeds, T frames, D features.
 """

@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _paired(config: EvaluateConfig) -> Pairing:
-    """Which video belongs to which reference."""
+    """Assign videos to references."""
     pairing = pair(find_videos(config.videos, "videos"), find_videos(config.references, "references"))
     if pairing.unpaired:
         logger.warning(
@@ -155,7 +155,7 @@ def _figures(config: EvaluateConfig, images: Sequence[ImageMeasures], chunks: Ch
 def _settings(
     config: EvaluateConfig, features: VideoFeatures, chunks: Chunks, shape: VideoShape, pairs: int
 ) -> dict[str, Any]:
-    """What must be equal for two evaluations' figures to be comparable."""
+    """Return the settings that comparable evaluations share."""
     return {
         "features": features.settings(),
         "pairs": pairs,

@@ -1,4 +1,4 @@
-"""How each frame resembles the condition image: peak signal-to-noise ratio and structural similarity, over time.
+"""Measures each frame against the condition image: peak signal-to-noise ratio and structural similarity, over time.
 
 Shapes: T frames, H and W rows and columns, C = 3 colours.
 """

@@ -28,7 +28,7 @@ PREFILTER_SIGMA = 1.0
 
 
 def flow_magnitudes(frames_THWC: Tensor) -> Tensor:
-    """How far the picture moves from each frame to the next.
+    """Measure how far the picture moves from each frame to the next.
 
     A pixel around which the flow does not explain how the frames differ counts as resting: noise and flicker differ
     without moving.

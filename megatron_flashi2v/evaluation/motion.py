@@ -1,4 +1,4 @@
-"""How much a video moves: differences between frames, optical flow, and whether it is frozen.
+"""Measures motion: differences between frames, optical flow, and whether a video is frozen.
 
 Too little motion beside the reference is how a leaked condition image shows. Differences between frames count flicker
 and noise as motion, optical flow does not.

@@ -1,4 +1,4 @@
-"""The files of an evaluation: their names, whose they are, and which may be put side by side."""
+"""The files of an evaluation: their names, their owner, and which of them compare."""
 
 from __future__ import annotations
 

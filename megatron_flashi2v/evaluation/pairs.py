@@ -1,4 +1,4 @@
-"""Which video belongs to which reference."""
+"""Assigns videos to references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How close two videos are: peak signal-to-noise ratio of 8-bit frames."""
+"""Compares two videos: peak signal-to-noise ratio of 8-bit frames."""
 
 from __future__ import annotations
 

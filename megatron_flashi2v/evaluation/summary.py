@@ -54,7 +54,7 @@ class Summary:
         }
 
     def motion(self) -> dict[str, Any]:
-        """How much is going on from each frame to the next, and the share of frozen videos."""
+        """Motion from each frame to the next, and the share of frozen videos."""
         frames = len(self._images[0].reference.psnr)
         ratios = [ratio for image in self._images for ratio in flow_ratios(image) if ratio is not None]
         frozen = sum(ratio < self._config.frozen_below for ratio in ratios)

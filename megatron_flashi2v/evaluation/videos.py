@@ -1,4 +1,4 @@
-"""The video files of an evaluation: finding them, what they hold, and their frames."""
+"""The video files of an evaluation: found, described and read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def find_videos(folder: Path, flag: str) -> list[Path]:
 
 
 def shape_of(path: Path) -> VideoShape:
-    """What a file holds.
+    """Read the shape of a file's video.
 
     Raises:
         DataError: the file is damaged, or holds no video.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_flashi2v.models.attention import CrossAttention, Rotary, SelfAttention
-from megatron_flashi2v.models.norms import AffineLayerNorm
+from megatron_flashi2v.models.norms import AffineLayerNorm, ResidualNorm
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
 
@@ -39,13 +39,14 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        norm: Callable[..., Tensor] = partial(
+        self.modulation = nn.Parameter(torch.empty(6, spec.config.hidden_size))
+        self.norm_self: Callable[..., Tensor] = partial(
             spec.kernels.ada_layer_norm, eps=spec.config.norm_eps, dtype=spec.dtype
         )
-        self.modulation = nn.Parameter(torch.empty(6, spec.config.hidden_size))
-        self.norm_self, self.self_attention = norm, SelfAttention(spec)
+        self.self_attention = SelfAttention(spec)
         self.norm_cross, self.cross_attention = AffineLayerNorm(spec), CrossAttention(spec)
-        self.norm_mlp, self.mlp = norm, FeedForward(spec)
+        self.norm_mlp: Callable[..., tuple[Tensor, Tensor]] = ResidualNorm(spec)
+        self.mlp = FeedForward(spec)
         self.add_gated = spec.kernels.gate_residual
 
     def forward(self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary) -> Tensor:
@@ -57,9 +58,16 @@ class TransformerBlock(nn.Module):
             modulation_6BD: projected time embedding, fp32.
             rotary: positions of the visual tokens.
         """
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation.unsqueeze(1) + modulation_6BD).unbind()
+        shift_1, scale_1, *rest = (self.modulation.unsqueeze(1) + modulation_6BD).unbind()
         attended_SBD = self.self_attention(self.norm_self(hidden_SBD, shift_1, scale_1), rotary)
-        hidden_SBD = self.add_gated(hidden_SBD, attended_SBD, gate_1)
-        hidden_SBD = hidden_SBD + self.cross_attention(self.norm_cross(hidden_SBD), text_TBD)
-        fed_SBD = self.mlp(self.norm_mlp(hidden_SBD, shift_2, scale_2))
-        return self.add_gated(hidden_SBD, fed_SBD, gate_2)
+        return self.after_attention(hidden_SBD, attended_SBD, text_TBD, *rest)
+
+    def after_attention(
+        self, hidden_SBD: Tensor, attended_SBD: Tensor, text_TBD: Tensor, *modulation_4BD: Tensor
+    ) -> Tensor:
+        """The rest of the block. Each layer's update is added in the norm before the next one, the last on its own."""
+        gate_1, shift_2, scale_2, gate_2 = modulation_4BD
+        hidden_SBD, normed_SBD = self.norm_cross(hidden_SBD, attended_SBD, gate_1)
+        crossed_SBD = self.cross_attention(normed_SBD, text_TBD)
+        hidden_SBD, normed_SBD = self.norm_mlp(hidden_SBD, crossed_SBD, None, shift_2, scale_2)
+        return self.add_gated(hidden_SBD, self.mlp(normed_SBD), gate_2)

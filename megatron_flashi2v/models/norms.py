@@ -13,22 +13,39 @@ from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.regions import sum_both_ways
 
 
+class ResidualNorm:
+    """A layer's update added to the residual stream, and the modulated norm of the sum, in one pass over memory.
+
+    Attributes:
+        norm: the norm alone, which computes its result again where only the sum was kept.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        options = {"eps": spec.config.norm_eps, "dtype": spec.dtype}
+        self.kernel: Callable[..., tuple[Tensor, Tensor]] = partial(spec.kernels.residual_norm, **options)
+        self.norm: Callable[..., Tensor] = partial(spec.kernels.ada_layer_norm, **options)
+
+    def __call__(
+        self, hidden_SBD: Tensor, update_SBD: Tensor, gate_BD: Tensor | None, shift_BD: Tensor, scale_BD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and its norm in the dtype of matrix products."""
+        return self.kernel(hidden_SBD, update_SBD, gate_BD, shift_BD, scale_BD)
+
+
 class AffineLayerNorm(nn.Module):
-    """LayerNorm with weight and bias, on this rank's tokens: the modulated norm with the same row for every sample."""
+    """The same for a LayerNorm with weight and bias, on this rank's tokens: one row for all samples."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.kernel: Callable[..., Tensor] = partial(
-            spec.kernels.ada_layer_norm, eps=spec.config.norm_eps, dtype=spec.dtype
-        )
+        self.add_and_norm: Callable[..., tuple[Tensor, Tensor]] = ResidualNorm(spec)
         self.weight = nn.Parameter(torch.empty(spec.config.hidden_size))
         self.bias = nn.Parameter(torch.empty(spec.config.hidden_size))
 
-    def forward(self, hidden_SBD: Tensor) -> Tensor:
-        """Rows of the same shape in the dtype of matrix products."""
+    def forward(self, hidden_SBD: Tensor, update_SBD: Tensor, gate_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with the gated update, and its norm in the dtype of matrix products."""
         samples = hidden_SBD.shape[1]
         shift_BD, scale_BD = self.bias.expand(samples, -1), (self.weight - 1.0).expand(samples, -1)
-        return self.kernel(hidden_SBD, shift_BD, scale_BD)
+        return self.add_and_norm(hidden_SBD, update_SBD, gate_BD, shift_BD, scale_BD)
 
 
 class FullWidthRMSNorm(nn.Module):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -76,56 +76,90 @@ class AttentionKeepingBlock(TransformerBlock):
         """As :meth:`TransformerBlock.forward`."""
         if not torch.is_grad_enabled():
             return super().forward(hidden_SBD, text_TBD, modulation_6BD, rotary)
-        modulation_6BD = self.modulation.unsqueeze(1) + modulation_6BD
-        query, key, value = recomputed(self._before_attention, hidden_SBD, modulation_6BD, rotary)
+        shift_1, scale_1, *rest = (self.modulation.unsqueeze(1) + modulation_6BD).unbind()
+        query, key, value = recomputed(self._before_attention, hidden_SBD, shift_1, scale_1, rotary)
         attended_SBhD = self.self_attention.attend(query, key, value, rotary.tokens)
-        return recomputed(self._after_attention, hidden_SBD, attended_SBhD, text_TBD, modulation_6BD)
+        return recomputed(self._project_and_go_on, hidden_SBD, attended_SBhD, text_TBD, *rest)
 
     def _before_attention(
-        self, hidden_SBD: Tensor, modulation_6BD: Tensor, rotary: Rotary
+        self, hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, rotary: Rotary
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shift_1, scale_1, *_ = modulation_6BD.unbind()
-        return self.self_attention.queries_keys_values(self.norm_self(hidden_SBD, shift_1, scale_1), rotary)
+        query, key, value = self.self_attention.queries_keys_values(
+            self.norm_self(hidden_SBD, shift_BD, scale_BD), rotary
+        )
+        # Attention keeps its inputs. The values are a view of the fused rows, and would keep all three thirds of them.
+        return query, key, value.contiguous()
 
-    def _after_attention(
-        self, hidden_SBD: Tensor, attended_SBhD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor
-    ) -> Tensor:
-        _, _, gate_1, shift_2, scale_2, gate_2 = modulation_6BD.unbind()
-        hidden_SBD = self.add_gated(hidden_SBD, self.self_attention.project(attended_SBhD), gate_1)
-        hidden_SBD = hidden_SBD + self.cross_attention(self.norm_cross(hidden_SBD), text_TBD)
-        fed_SBD = self.mlp(self.norm_mlp(hidden_SBD, shift_2, scale_2))
-        return self.add_gated(hidden_SBD, fed_SBD, gate_2)
+    def _project_and_go_on(self, hidden_SBD: Tensor, attended_SBhD: Tensor, *rest: Tensor) -> Tensor:
+        return self.after_attention(hidden_SBD, self.self_attention.project(attended_SBhD), *rest)
 
 
 def drop_cheap_outputs(block: TransformerBlock) -> None:
     """Empty the outputs of norms, modulation and GELU once the linear behind each has read them."""
     block.norm_self = DroppedOutput(block.norm_self, block.self_attention.linear_qkv)
-    block.norm_cross.kernel = DroppedOutput(block.norm_cross.kernel, block.cross_attention.linear_q)
-    block.norm_mlp = DroppedOutput(block.norm_mlp, block.mlp.linear_fc1)
+    block.norm_cross.add_and_norm = DroppedNorm(block.norm_cross.add_and_norm, block.cross_attention.linear_q)
+    block.norm_mlp = DroppedNorm(block.norm_mlp, block.mlp.linear_fc1)
     block.mlp.activation = DroppedOutput(block.mlp.activation, block.mlp.linear_fc2)
 
 
 class DroppedOutput:
-    """A cheap function whose output is emptied when its only reader is done, and computed again for its backward.
+    """A cheap function whose output is emptied when its only reader is done, and filled again before its backward.
+
+    The function's own backward must not need its output. The memory comes back in its place, so that it is the same for
+    the reader whether it kept the output or a view of it.
 
     Args:
-        function: of tensors alone.
+        function: of tensors, which takes the memory for its output as ``out``.
         reader: the linear that takes the output and saves it for its own backward, directly after each call.
     """
 
-    def __init__(self, function: Callable[..., Tensor], reader: nn.Module) -> None:
+    def __init__(self, function: Any, reader: nn.Module) -> None:
         self.function = function
-        self.unread: CheckpointWithoutOutput | None = None
+        self.unread: tuple[Tensor, Callable[..., Any]] | None = None
         reader.register_forward_hook(self._read)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Any:
         """``function(*inputs)``."""
-        if not torch.is_grad_enabled():
-            return self.function(*inputs)
-        self.unread = CheckpointWithoutOutput(fp8=None)  # megatron-core takes any other value, False too, for fp8
-        return self.unread.checkpoint(self.function, *inputs)
+        output = self.function(*inputs)
+        self.drop(output, self.function, *inputs)
+        return output
+
+    def drop(self, output: Tensor, again: Callable[..., Any], *inputs: Tensor | None) -> None:
+        """Empty ``output`` once it is read; before backward ``again(*inputs, out=output)`` fills it."""
+        if torch.is_grad_enabled():
+            kept = [None if tensor is None else tensor.detach() for tensor in inputs]
+            # .data, because filling it with the same numbers is no change that autograd should see
+            self.unread = output.data, partial(again, *kept)
 
     def _read(self, reader: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
-        if self.unread is not None:
-            self.unread.discard_output_and_register_recompute(output[0])
-            self.unread = None
+        if self.unread is None:
+            return
+        (dropped, again), self.unread = self.unread, None
+        if not output[0].requires_grad:  # nothing will ask for it
+            return
+        storage = dropped.untyped_storage()
+        size = storage.size()
+        storage.resize_(0)
+
+        def fill(_: Tensor) -> None:
+            if storage.size() == 0:
+                storage.resize_(size)
+                with torch.no_grad():
+                    again(out=dropped)
+
+        output[0].register_hook(fill)
+
+
+class DroppedNorm(DroppedOutput):
+    """The same for a :class:`ResidualNorm`, whose sum is kept and normalised again.
+
+    Args:
+        function: the sum and norm.
+        reader: the linear that takes the norm.
+    """
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """``function(*inputs)``."""
+        total_SBD, normed_SBD = self.function(*inputs)
+        self.drop(normed_SBD, self.function.norm, total_SBD, *inputs[-2:])
+        return total_SBD, normed_SBD

@@ -11,13 +11,15 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
-from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve
+from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve, specs_of
 from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BackendArguments
 from megatron_flashi2v.models.backend import linear_provider, megatron_fields
 from megatron_flashi2v.parallel.groups import Groups
+
+ELEMENTWISE = ("ada_layer_norm", "residual_norm", "gate_residual", "bias_gelu_tanh", "rms_norm", "qk_norm_rope")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class KernelSet:
     attention: Callable[..., Any]
     attention_backward: Callable[..., Any] | None
     ada_layer_norm: Callable[..., Tensor]
+    residual_norm: Callable[..., tuple[Tensor, Tensor]]
     gate_residual: Callable[..., Tensor]
     bias_gelu_tanh: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
@@ -41,6 +44,7 @@ def choose_kernels(
     config: ModelConfig,
     attention_backend: str = "auto",
     *,
+    elementwise_backend: str = "auto",
     ring: bool = False,
     tensor_parallel: bool = False,
 ) -> KernelSet:
@@ -51,11 +55,14 @@ def choose_kernels(
         dtype: dtype of matrix products and attention.
         config: the head size limits some implementations.
         attention_backend: an implementation's name, or auto.
+        elementwise_backend: the same for norms, modulation and activation, for measurements; an operator that has no
+            implementation of that name takes its automatic one.
         ring: whether keys and values pass around a ring, for which an implementation needs more abilities.
         tensor_parallel: whether heads, and so the norms' sums, are divided over ranks.
 
     Raises:
-        ConfigError: the named choice of attention cannot run here; the error lists those that can.
+        ConfigError: the named choice of attention cannot run here, or no elementwise operator knows the name; the
+            error lists those that can.
     """
     features = (LOG_SUM_EXP, BLOCK_BACKWARD) if ring else ()
     try:
@@ -64,13 +71,15 @@ def choose_kernels(
     except KernelUnavailable as error:
         needs = " (with ring attention)" if ring else ""
         raise ConfigError(f"--attention-backend {attention_backend}{needs}: {error}") from error
+    choices = _elementwise_choices(elementwise_backend)
     sums = (PARTIAL_SUMS,) if tensor_parallel else ()
     elementwise = {
-        name: resolve(name, device.type, dtype, needs_gradient=True)
-        for name in ("ada_layer_norm", "gate_residual", "bias_gelu_tanh")
+        name: resolve(name, device.type, dtype, choices[name], needs_gradient=True)
+        for name in ("ada_layer_norm", "residual_norm", "gate_residual", "bias_gelu_tanh")
     }
     norms = {
-        name: resolve(name, device.type, dtype, head_dim=config.head_dim, features=sums, needs_gradient=True)
+        name: resolve(name, device.type, dtype, choices[name], head_dim=config.head_dim, features=sums,
+                      needs_gradient=True)
         for name in ("rms_norm", "qk_norm_rope")
     }
     highpass = resolve("fourier_highpass", device.type, torch.float32)
@@ -81,6 +90,15 @@ def choose_kernels(
         highpass=highpass.function,
         **{name: kernel.function for name, kernel in (elementwise | norms).items()},
     )
+
+
+def _elementwise_choices(backend: str) -> dict[str, str]:
+    """The implementation to ask for, by operator."""
+    names = {operator: {spec.name for spec in specs_of(operator)} for operator in ELEMENTWISE}
+    if backend != "auto" and not any(backend in known for known in names.values()):
+        known = ", ".join(sorted(set[str]().union(*names.values())))
+        raise ConfigError(f"--elementwise-backend {backend}: there are auto, {known}")
+    return {operator: backend if backend in known else "auto" for operator, known in names.items()}
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,7 @@ def make_spec(
     bf16: bool = False,
     fp32_residual_connection: bool = False,
     attention_backend: str = "auto",
+    elementwise_backend: str = "auto",
     virtual_stages: int = 1,
     backend: BackendArguments | None = None,
 ) -> ModelSpec:
@@ -133,6 +152,7 @@ def make_spec(
         bf16: matrix products in bfloat16.
         fp32_residual_connection: residual stream in fp32 although ``bf16``.
         attention_backend: implementation of attention, or auto.
+        elementwise_backend: of norms, modulation and activation, or auto.
         virtual_stages: stages that each pipeline rank holds.
         backend: library and precision of the linears; megatron-core by default.
 
@@ -177,7 +197,8 @@ def make_spec(
         megatron=megatron,
         groups=groups,
         kernels=choose_kernels(
-            device, dtype, config, attention_backend, ring=groups.ring is not None, tensor_parallel=groups.tp.size() > 1
+            device, dtype, config, attention_backend, elementwise_backend=elementwise_backend,
+            ring=groups.ring is not None, tensor_parallel=groups.tp.size() > 1,
         ),
         column_linear=provider.column_parallel_linear(),
         row_linear=provider.row_parallel_linear(),

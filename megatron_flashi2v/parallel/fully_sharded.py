@@ -110,7 +110,7 @@ class FullyShardedStage(FullyShardedDataParallel):
             fsdp_unit_modules=[unit] if shards_weights else [],
             pg_collection=groups.collection,
         )
-        # Their default is at least a milliard, three blocks of the 14B model: 6.5 GB.
+        # Their default is at least a billion values, three blocks of the 14B model: 6.5 GB.
         self.module.suggested_RS_queue_capacity = portion
         self.module.suggested_AG_prefetch_size = portion // 2
 

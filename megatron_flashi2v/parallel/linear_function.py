@@ -128,10 +128,17 @@ def _weight_gradient(
     """
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return grad_NO.t() @ rows_NI
-    add_weight_gradient(parameter.main_grad, grad_NO, rows_NI)  # type: ignore[attr-defined]
+    add_weight_gradient(_gradient_buffer(parameter), grad_NO, rows_NI)
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     is_read = getattr(parameter, "zero_out_wgrad", False)
     return torch.zeros_like(parameter) if is_read else torch.empty_like(parameter)
+
+
+def _gradient_buffer(parameter: Tensor) -> Tensor:
+    """What megatron-core's data parallelism sums up; Megatron-FSDP's holds anything at first, and this pass's then."""
+    if hasattr(parameter, "get_main_grad"):
+        return parameter.get_main_grad().zero_()  # type: ignore[no-any-return]
+    return parameter.main_grad  # type: ignore[attr-defined, no-any-return]
 
 
 def add_weight_gradient(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.groups import Groups
+
+Item = TypeVar("Item")
 
 PATIENCE = timedelta(days=30)
 """How long replicas wait for the slowest; a launcher stops them where a process has failed."""
@@ -31,6 +34,11 @@ class Replica:
     count: int
     is_first: bool
     models: dist.ProcessGroup | None = None
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This replica's part of a list: neighbours, as many as the others have, or one more."""
+        first, last = (len(items) * part // self.count for part in (self.index, self.index + 1))
+        return items[first:last]
 
 
 def divide_replicas(groups: Groups, models: int, timeout_minutes: float) -> Replica:

@@ -122,7 +122,7 @@ def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> Plann
 
 
 def _sharding(parallel: ParallelArguments, world_size: int) -> str:
-    """What replicas and context ranks divide, and among how many."""
+    """Name what replicas and context ranks divide, and among how many."""
     what = {"no_shard": "", "optim": "the optimizer's state", "optim_grads": "gradients and the optimizer's state",
             "optim_grads_params": "weights, gradients and the optimizer's state"}
     divided = what[sharding_strategy(parallel, world_size)]
@@ -130,7 +130,7 @@ def _sharding(parallel: ParallelArguments, world_size: int) -> str:
 
 
 def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, world_size: int) -> list[str]:
-    """What each rank holds, one entry for each place in the pipeline."""
+    """List what each rank holds, one entry for each place in the pipeline."""
     parallel = config.parallel
     replicas = data_parallel_size(parallel, world_size)
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -159,7 +159,7 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, wo
 def chosen_kernels(
     runtime: RuntimeArguments, parallel: ParallelArguments, model: ModelConfig, *, bf16: bool
 ) -> list[str]:
-    """Which implementation of every operator this machine would run, and why not a preferred one.
+    """List the implementation of every operator that this machine would run, and why not a preferred one.
 
     A dry run may happen where the training's devices are not: then it says so.
     """

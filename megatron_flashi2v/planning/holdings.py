@@ -1,4 +1,4 @@
-"""What each rank of a planned run would hold, by building its stages without memory and without peers."""
+"""Plans what each rank holds: builds its stages on the meta device, without peers."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.encoders.folders import read_model_config, require_files
+from megatron_flashi2v.encoders.folders import model_folder, read_model_config, require_files
 from megatron_flashi2v.runtime.files import read_json_object
 
 REFERENCES = "_component_sources"
@@ -65,7 +65,7 @@ def find_component(name: str, place: str) -> Component:
 
     Args:
         name: ``vae``, ``text_encoder`` or ``tokenizer``.
-        place: a folder, or a Hub repository as ``OWNER/NAME:SUBFOLDER``.
+        place: a folder, a release with the part in its subfolder, or a Hub repository as ``OWNER/NAME:SUBFOLDER``.
 
     Raises:
         ConfigError: the place is neither, or the folder holds something else.
@@ -81,6 +81,7 @@ def find_component(name: str, place: str) -> Component:
             "tokenizer": ("transformers", "AutoTokenizer"),
         }[name]
         return Component(name=name, library=library, class_name=class_name, folder=None, reference=place)
+    folder = model_folder(folder, {"vae": "VAE", "text_encoder": "text encoder"}.get(name, name))
     library, class_name = _LOOK[name](folder)
     return Component(
         name=name, library=library, class_name=class_name, folder=folder, reference=str(folder.resolve())

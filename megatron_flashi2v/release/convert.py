@@ -34,10 +34,12 @@ def convert(config: ConvertConfig) -> Converted:
     import torch
 
     from megatron_flashi2v.conversion.convert import convert as convert_weights
-    from megatron_flashi2v.runtime.files import atomic_write_json
+    from megatron_flashi2v.runtime.files import atomic_write_json, require_writable
     from megatron_flashi2v.runtime.logging import logging_to_stderr
 
     with logging_to_stderr():
+        if config.report is not None:
+            require_writable(config.report, "--report")
         on_open, finish, extra_bytes = _release(config)
         with contextlib.ExitStack() as stack:
             bars = _Bars(stack)
@@ -74,13 +76,17 @@ def _release(config: ConvertConfig) -> tuple[OnOpen | None, Finish | None, int]:
         return None, None, 0
     from megatron_flashi2v.release.components import find_component, require_fit
     from megatron_flashi2v.release.folder import finish_release
+    from megatron_flashi2v.release.model_card import Origin
 
     components = [find_component(name, place) for name, place in config.parts.items()]
     copied = config.components == "copy"
     nbytes = sum(component.nbytes() for component in components if copied and component.folder is not None)
 
     def finish(folder: Path, weights: Weights) -> None:
-        finish_release(folder, weights, components, copied=copied, source_format=config.source[0])
+        finish_release(
+            folder, weights, components, copied=copied, source_format=config.source[0],
+            origin=Origin(license=config.license, base_model=config.base_model),
+        )
 
     def on_open(weights: Weights) -> None:
         require_fit(components, weights.config)

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.conversion.formats.diffusers import PIPELINE_NAME
+from megatron_flashi2v.conversion.formats.diffusers import PIPELINE_DEFAULTS, PIPELINE_NAME
 from megatron_flashi2v.conversion.weights import Weights
 from megatron_flashi2v.release.components import REFERENCES, Component
-from megatron_flashi2v.release.model_card import CARD_NAME, model_card
+from megatron_flashi2v.release.model_card import CARD_NAME, Origin, model_card
 from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json_object
-
-# Keys of the training data's description in a checkpoint, by the pipeline's argument.
-_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
 
 
 def finish_release(
@@ -23,6 +20,7 @@ def finish_release(
     *,
     copied: bool,
     source_format: str,
+    origin: Origin,
 ) -> None:
     """Turn a folder of the format diffusers into a release.
 
@@ -33,6 +31,7 @@ def finish_release(
         copied: copy the parts that lie in folders; otherwise name them in ``model_index.json``, as Hub repositories
             always are.
         source_format: of the weights before the conversion.
+        origin: for the card.
     """
     index = read_json_object(folder / PIPELINE_NAME, error=CheckpointError)
     references: dict[str, str] = {}
@@ -46,6 +45,6 @@ def finish_release(
         index[REFERENCES] = references
     data = weights.facts.get("data")
     if isinstance(data, Mapping):
-        index |= {name: data[key] for name, key in _DEFAULTS.items() if key in data}
+        index |= {name: data[key] for name, key in PIPELINE_DEFAULTS.items() if key in data}
     atomic_write_json(folder / PIPELINE_NAME, index)
-    atomic_write_text(folder / CARD_NAME, model_card(weights, source_format, references))
+    atomic_write_text(folder / CARD_NAME, model_card(weights, source_format, references, origin))

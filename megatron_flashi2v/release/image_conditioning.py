@@ -72,6 +72,8 @@ class FlashI2VImageConditioning(ModelMixin, ConfigMixin):
         for entry in self._entries:
             (name,) = entry.external
             _add_parameter(self, name, nn.Parameter(torch.zeros(entry.external_shape)))
+        # Of diffusers: parameters that do not tell this component's dtype.
+        self._keep_in_fp32_modules = [entry.external[0] for entry in self._entries if entry.ours in self._exact]
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> FlashI2VImageConditioning:
@@ -86,11 +88,13 @@ class FlashI2VImageConditioning(ModelMixin, ConfigMixin):
         config: Any = cls.load_config(path, **{key: options[key] for key in places if key in options})
         with torch.device("meta"):
             has_weights = bool(cls.from_config(config)._entries)
-        if not has_weights:  # and no file of them
-            return cls.from_config(config).eval()
-        component: FlashI2VImageConditioning = super().from_pretrained(path, **options)
+        # Without weights there is no file of them.
+        component: FlashI2VImageConditioning = (
+            super().from_pretrained(path, **options) if has_weights else cls.from_config(config).eval()
+        )
         dtype = next((dtype for dtype in wanted if isinstance(dtype, torch.dtype)), None)
         if dtype is not None:
+            component.place = component.place.to(dtype)
             for entry in component._entries:
                 parameter = component.get_parameter(*entry.external)
                 parameter.data = parameter.data.to(torch.float32 if entry.ours in component._exact else dtype)

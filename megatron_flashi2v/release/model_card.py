@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.checkpoint.key_table import parameter_count
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.conversion.weights import Weights
+from megatron_flashi2v.version import __version__
 
 CARD_NAME = "README.md"
 
 _HEAD = """---
-library_name: diffusers
+library_name: megatron_flashi2v
 pipeline_tag: {tag}
-tags:
+{stated}tags:
 - megatron_flashi2v
+- diffusers
 - {conditioning}
 ---
 
@@ -23,27 +27,56 @@ tags:
 
 {kind} diffusion transformer, trained with megatron_flashi2v and exported from the format {source_format}.
 
+    pip install "megatron-flashi2v>={version}"    # or `pip install -e .` in a checkout of its source
+
+A diffusers pipeline, whose class is in that package:
+
     from megatron_flashi2v import FlashI2VPipeline
 
     pipeline = FlashI2VPipeline.from_pretrained(FOLDER)
     frames = pipeline({call}).frames[0]
 
-`transformer/` is a plain `WanTransformer3DModel`, and loads by `WanTransformer3DModel.from_pretrained`.
+`transformer/` is a plain `WanTransformer3DModel`, and loads by `WanTransformer3DModel.from_pretrained`. The solver is
+Euler's; `UniPCMultistepScheduler.from_config(pipeline.scheduler.config)` as `pipeline.scheduler` needs fewer steps.
+
+## Licence
+
+{licence}
 """
 
 
-def model_card(weights: Weights, source_format: str, references: Mapping[str, str]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What no checkpoint knows of a release.
+
+    Attributes:
+        license: of the weights, by the Hub's identifier, such as ``apache-2.0``.
+        base_model: Hub repository that the training started from.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+
+
+def model_card(weights: Weights, source_format: str, references: Mapping[str, str], origin: Origin) -> str:
     """The text of ``README.md``; leaves out facts that the checkpoint does not hold.
 
     Args:
         weights: their configuration and facts.
         source_format: of the weights before the conversion.
         references: components that lie elsewhere, by name.
+        origin: what the checkpoint does not know.
     """
     config, facts = weights.config, weights.facts
     paradigm = paradigm_of(config)
     image = paradigm.uses_image
+    stated = {"license": origin.license, "base_model": origin.base_model}
     text = _HEAD.format(
+        stated="".join(f"{key}: {value}\n" for key, value in stated.items() if value is not None),
+        version=__version__,
+        licence=f"`{origin.license}`, as whoever made this release states."
+        if origin.license is not None
+        else "None was stated when this release was made: ask its owner before you use it.",
         tag="image-to-video" if image else "text-to-video",
         conditioning=config.conditioning,
         title=f"{'Image' if image else 'Text'}-to-video model ({config.conditioning})",
@@ -56,6 +89,7 @@ def model_card(weights: Weights, source_format: str, references: Mapping[str, st
         "blocks, width, feed-forward width, heads": f"{config.num_layers}, {config.hidden_size}, "
         f"{config.ffn_hidden_size}, {config.num_attention_heads}",
         "paradigm": config.conditioning,
+        **({"base model": origin.base_model} if origin.base_model is not None else {}),
         "precision of the weights": ", ".join(sorted({_dtype(weights, name) for name in weights.names})),
         "text": f"{config.text_length} rows of {config.text_dim}; cleaning `{config.text_cleaning}`",
         **paradigm.card_rows(config),
@@ -79,6 +113,11 @@ def _training(facts: Mapping[str, Any]) -> dict[str, str]:
     rows = {"steps": f"{facts['iteration']:,}"}
     if "consumed_samples" in facts:
         rows["samples seen"] = f"{facts['consumed_samples']:,}"
+    started = facts.get("config")
+    if isinstance(started, Mapping) and started.get("load_weights"):
+        # Only the last part of a path: the rest is a machine's.
+        name, _, path = str(started["load_weights"]).partition(":")
+        rows["initial weights"] = f"`{Path(path).name}`, format {name}"
     data, layout = facts.get("data"), facts.get("layout")
     if isinstance(data, Mapping):
         size = [data.get(key) for key in ("frames", "height", "width", "fps")]

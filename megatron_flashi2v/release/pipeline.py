@@ -14,28 +14,38 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.interface import Extras
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings, check_sampling_settings
 from megatron_flashi2v.encoders.text import TextEncoder
+from megatron_flashi2v.encoders.text_cleaning import CleaningPolicy
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.release.components import load_references
 from megatron_flashi2v.release.image_conditioning import FlashI2VImageConditioning
+from megatron_flashi2v.release.steps import NEGATIVE_ROWS, ROWS, CallState, StepEnd, Steps
 from megatron_flashi2v.sampling.denoise import Conditions, denoise
 from megatron_flashi2v.sampling.image import ImageLike
 from megatron_flashi2v.sampling.noise import sample_noise
-from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
-from megatron_flashi2v.sampling.solvers import SchedulerSolver
+from megatron_flashi2v.sampling.pipeline import (
+    DEFAULT_NEGATIVE_PROMPT,
+    ImageToVideoPipeline,
+    encode_prompts,
+    latent_shape_of,
+)
+from megatron_flashi2v.sampling.solvers import SchedulerSolver, exact_euler
 
 Seeds = list[tuple[int, int]]
 """The seed and the index that key each video's noise."""
@@ -53,7 +63,7 @@ class FlashI2VPipelineOutput(BaseOutput):
     frames: Any
 
 
-class FlashI2VPipeline(DiffusionPipeline):
+class FlashI2VPipeline(CallState, DiffusionPipeline):
     """Image-to-video sampling with a model of any registered paradigm; text-to-video models take no image.
 
     Args:
@@ -62,7 +72,8 @@ class FlashI2VPipeline(DiffusionPipeline):
         transformer: diffusers' transformer.
         image_conditioning: the image's way into it.
         vae: AutoencoderKLWan.
-        scheduler: FlowMatchEulerDiscreteScheduler; its ``shift`` is the sampler's.
+        scheduler: any of diffusers' that predicts flow; it is the solver. A release's, first-order DPM-Solver++, is
+            replaced by the flow-matching Euler scheduler, which takes the same steps without rounding timesteps.
         num_frames: default of a call, from the training data; so are the next two.
         height: pixels.
         width: pixels.
@@ -81,7 +92,7 @@ class FlashI2VPipeline(DiffusionPipeline):
     model_cpu_offload_seq: Any = "text_encoder->transformer"
     # Small, and called by other methods than forward, the only one that offloading hooks.
     _exclude_from_cpu_offload = ["image_conditioning", "vae"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", ROWS, NEGATIVE_ROWS]
 
     def __init__(
         self,
@@ -99,11 +110,10 @@ class FlashI2VPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer,
-            image_conditioning=image_conditioning, vae=vae, scheduler=scheduler,
+            image_conditioning=image_conditioning, vae=vae, scheduler=exact_euler(scheduler),
         )  # fmt: skip
         self.register_to_config(num_frames=num_frames, height=height, width=width, fps=fps)
         self.video_processor = VideoProcessor()
-        self._interrupt = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> FlashI2VPipeline:
@@ -116,38 +126,39 @@ class FlashI2VPipeline(DiffusionPipeline):
         options = load_references(cls, pretrained_model_name_or_path, options)
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has set ``pipeline._interrupt`` to leave the loop."""
-        return self._interrupt
-
     @torch.no_grad()
     def __call__(
         self,
         image: ImageLike | Sequence[ImageLike] | None = None,
-        prompt: str | Sequence[str] = "",
-        negative_prompt: str | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
-        num_videos_per_prompt: int = 1,
+        num_videos_per_prompt: int | None = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         cutoff_ratio: float = 0.1,
         image_noise: float = 0.02,
         output_type: str = "np",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepEnd | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
     ) -> FlashI2VPipelineOutput | tuple[Any]:
         """Sample videos.
 
         Args:
-            image: PIL images or uint8 tensors ``[3, H, W]``; one serves all prompts. Cropped as in training.
-            prompt: one serves all images.
-            negative_prompt: guidance steers away from it; None takes the one of ``flashi2v sample``.
+            image: PIL images, arrays ``[H, W, 3]``, tensors ``[3, H, W]`` (uint8, or floating in [0, 1]; also in
+                batches) or files; one serves all prompts. Cropped as in training.
+            prompt: one serves all images; None is the empty prompt.
+            negative_prompt: guidance steers away from it; None takes the one of ``flashi2v sample``. A list gives
+                each prompt its own.
             height: pixels; None takes the training data's, here and for the next two.
             width: pixels.
             num_frames: video frames.
@@ -157,21 +168,29 @@ class FlashI2VPipeline(DiffusionPipeline):
             generator: its *seed* keys all noise, as ``--seed`` of ``flashi2v sample`` does, on any device and in any
                 batch; its state is neither used nor changed. A list gives each video its own.
             latents: noise to start from, in place of the keyed one.
+            prompt_embeds: text rows ``[B, L, D]`` in place of a prompt, such as :meth:`encode_prompt` makes. The
+                model attends to all rows, zeros too: it was trained with its whole text length.
+            negative_prompt_embeds: text rows in place of a negative prompt.
             cutoff_ratio: share of the image's spectrum, from the lowest frequencies, that the Fourier guidance leaves
                 out.
             image_noise: level of the noise on the image's latents, where the paradigm adds noise.
             output_type: np, pt, pil or latent.
             return_dict: an output object, or a tuple.
-            callback_on_step_end: called after every step with (pipeline, step, timestep, tensors); returned
-                ``latents`` replace the state.
-            callback_on_step_end_tensor_inputs: names of those tensors; only ``latents`` can be asked for.
+            attention_kwargs: passed to the transformer.
+            callback_on_step_end: called after every step with (pipeline, step, timestep, tensors); returned tensors
+                replace those of the steps that follow.
+            callback_on_step_end_tensor_inputs: names of those tensors: latents, prompt_embeds,
+                negative_prompt_embeds.
+            max_sequence_length: text rows of each prompt; None takes the model's text length.
 
         Raises:
-            ConfigError: a setting is out of range, or the size does not fit the VAE and the model.
+            ConfigError: a setting is out of range, inputs exclude each other or do not fit the model, or the size
+                does not fit the VAE and the model.
         """
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; there is only 'latents'")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_inputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
+                           callback_on_step_end_tensor_inputs)
         check_sampling_settings(num_steps=num_inference_steps, guidance_scale=guidance_scale, shift=1.0)
         settings = ImageSettings(cutoff_ratio=cutoff_ratio, image_noise=image_noise)
         sampler, device = self._sampler(), self._execution_device
@@ -179,53 +198,148 @@ class FlashI2VPipeline(DiffusionPipeline):
         shape = latent_shape_of(
             sampler.vae, sampler.model_config, num_frames or self.config.num_frames, height, width
         )
-        prompts, fitted_BCHW = sampler.prepare(image, prompt, height, width)
-        prompts = [text for text in prompts for _ in range(num_videos_per_prompt)]
+        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._interrupt = False
+        repeats = num_videos_per_prompt or 1
+        # Given rows have no prompts, but a place for each.
+        places = [""] * len(prompt_embeds) if prompt_embeds is not None else prompt or ""
+        places, fitted_BCHW = sampler.prepare(_separate(image), places, height, width)
         if fitted_BCHW is not None:
-            fitted_BCHW = fitted_BCHW.repeat_interleave(num_videos_per_prompt, dim=0)
-        seeds = _seeds(generator, len(prompts))
-        rows = [sampler.extras(settings, seed, [index], shape) for seed, index in seeds]
+            fitted_BCHW = fitted_BCHW.repeat_interleave(repeats, dim=0)
+        rows = self.encode_prompt(
+            places, negative_prompt, self.do_classifier_free_guidance, 1, prompt_embeds, negative_prompt_embeds,
+            max_sequence_length, device,
+        )  # fmt: skip
+        text = {
+            name: _spread(rows_BLD, len(places), repeats)
+            for name, rows_BLD in zip((ROWS, NEGATIVE_ROWS), rows, strict=True) if rows_BLD is not None
+        }  # fmt: skip
+        count = len(places) * repeats
+        seeds = _seeds(generator, count)
+        extras = [sampler.extras(settings, seed, [index], shape) for seed, index in seeds]
         conditions = Conditions(
-            image_latents_BC1HW=sampler.encode_images(fitted_BCHW, len(prompts), shape),
-            text_BLD=sampler.encode_text(prompts),
-            extras={name: torch.cat([row[name] for row in rows]) for name in rows[0]},
+            image_latents_BC1HW=sampler.encode_images(fitted_BCHW, count, shape),
+            text_BLD=text[ROWS],
+            extras={name: torch.cat([row[name] for row in extras]) for name in extras[0]},
         )
-        guidance = sampler.guidance(negative_prompt, guidance_scale, len(prompts))
         if latents is None:
             latents = torch.cat([sample_noise(seed, [index], shape) for seed, index in seeds])
+        elif latents.shape != (count, *shape):
+            raise ConfigError(f"latents have the shape {list(latents.shape)}; it must be {[count, *shape]}")
         solver = SchedulerSolver(self.scheduler, num_inference_steps, device)
-
-        self._interrupt = False
-        with self.progress_bar(total=len(solver.timesteps)) as bar:
-
-            def after_step(done: int, steps: int, state_BCTHW: Tensor) -> Tensor | None:
-                bar.update()
-                if callback_on_step_end is None:
-                    return None
-                tensors = {"latents": state_BCTHW} if callback_on_step_end_tensor_inputs else {}
-                returned = callback_on_step_end(self, done - 1, solver.timesteps[done - 1], tensors) or {}
-                return returned.get("latents")
-
+        self._num_timesteps = len(solver.timesteps)
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            steps = Steps(
+                self, solver, text, callback_on_step_end, callback_on_step_end_tensor_inputs, advance=bar.update
+            )
             state_BCTHW = denoise(
-                self._velocity, latents.to(device), conditions, solver,
-                guidance=guidance, callback=after_step, stop=lambda: self._interrupt,
+                steps.velocity, latents.to(device), conditions, solver,
+                callback=steps.after, stop=lambda: self._interrupt,
             )  # fmt: skip
+        self._current_timestep = None
         frames = self._output(sampler.vae, state_BCTHW, output_type)
         self.maybe_free_model_hooks()
         return FlashI2VPipelineOutput(frames=frames) if return_dict else (frames,)
 
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text rows of both guidance passes; needs the text encoder and the tokenizer alone.
+
+        Args:
+            prompt: None where rows are given.
+            negative_prompt: None takes the one of ``flashi2v sample``.
+            do_classifier_free_guidance: make rows of the second pass too.
+            num_videos_per_prompt: times that each prompt's rows are repeated.
+            prompt_embeds: given rows are returned as they are, here and in the next.
+            negative_prompt_embeds: of the second pass.
+            max_sequence_length: rows of each prompt, of which longer ones are cut off; None takes the model's.
+            device: of the rows; None takes the pipeline's.
+            dtype: of the rows; None takes the text encoder's.
+
+        Returns:
+            ``[B, L, D]``, and the same of the second pass, or None without one.
+        """
+        device = device or self._execution_device
+
+        def rows_of(texts: str | Sequence[str]) -> Tensor:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ConfigError(
+                    "the pipeline has no text encoder; give prompt_embeds and, where guidance_scale is above 1, "
+                    "negative_prompt_embeds"
+                )
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            length = max_sequence_length or self._model_config.text_length
+            encoder = TextEncoder(self.text_encoder, self.tokenizer, length, source="text_encoder")
+            cleaning = cast("CleaningPolicy", self._model_config.text_cleaning)
+            return encode_prompts(encoder, texts, cleaning, length).repeat_interleave(num_videos_per_prompt, dim=0)
+
+        if prompt_embeds is None:
+            prompt_embeds = rows_of(prompt or "")
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+            negative_prompt_embeds = rows_of(negative)
+        prompt_embeds = prompt_embeds.to(device, dtype)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+        return prompt_embeds, negative_prompt_embeds
+
+    @property
+    def _model_config(self) -> Any:
+        """The model's; where text alone is encoded, without other components, the class with its defaults."""
+        conditioning = self.image_conditioning
+        return ModelConfig if conditioning is None else conditioning.model_config
+
+    def _check_inputs(
+        self,
+        prompt: object,
+        negative_prompt: object,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        tensor_inputs: Sequence[str],
+    ) -> None:
+        """Refuse what excludes each other, and rows of another width than the model's."""
+        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ConfigError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known are {self._callback_tensor_inputs}"
+            )
+        width = self._model_config.text_dim
+        for name, text, rows in (
+            ("prompt", prompt, prompt_embeds), ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):  # fmt: skip
+            if text is not None and rows is not None:
+                raise ConfigError(f"both {name} and {name}_embeds are given; give one of them")
+            if rows is not None and (rows.ndim != 3 or rows.shape[2] != width):
+                raise ConfigError(f"{name}_embeds have the shape {list(rows.shape)}; it must be [B, L, {width}]")
+        encoder = self.text_encoder
+        if encoder is not None and encoder.config.d_model != width:
+            raise ConfigError(
+                f"the text encoder's rows have width {encoder.config.d_model}, the model's text_dim is "
+                f"{width}; give the text encoder that prepared the training data"
+            )
+
     def _sampler(self) -> ImageToVideoPipeline:
-        """The pipeline of ``flashi2v sample`` around this one's components, for its conditions and text."""
-        config = self.image_conditioning.model_config
+        """The pipeline of ``flashi2v sample`` around this one's components, for its conditions."""
         return ImageToVideoPipeline(
-            velocity=self._velocity,
+            velocity=self.velocity,
             vae=VideoVAE(self.vae, source="vae"),
-            text_encoder=TextEncoder(self.text_encoder, self.tokenizer, config.text_length, source="text_encoder"),
-            model_config=config,
+            text_encoder=None,
+            model_config=self._model_config,
             device=self._execution_device,
         )
 
-    def _velocity(
+    def velocity(
         self,
         latents_BCTHW: Tensor,
         timestep_B: Tensor,
@@ -241,6 +355,7 @@ class FlashI2VPipeline(DiffusionPipeline):
                 hidden_states=conditioned.latents_BCTHW.to(dtype),
                 timestep=timestep_B.to(latents_BCTHW.device),
                 encoder_hidden_states=text_BLD.to(dtype),
+                attention_kwargs=self._attention_kwargs,
                 return_dict=False,
             )[0]
         return velocity_BCTHW.float()
@@ -259,3 +374,15 @@ def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count:
         return [(single.initial_seed(), 0) for single in generator]
     seed = secrets.randbits(63) if generator is None else generator.initial_seed()
     return [(seed, index) for index in range(count)]
+
+
+def _separate(image: Any) -> Any:
+    """Arrays and tensors of several images as a list of them."""
+    return list(image) if getattr(image, "ndim", 0) == 4 else image
+
+
+def _spread(rows_BLD: Tensor, places: int, repeats: int) -> Tensor:
+    """Text rows for each video: one prompt's serve all places, and each place has so many videos."""
+    if len(rows_BLD) not in (1, places):
+        raise ConfigError(f"there are text rows of {len(rows_BLD)} prompts for {places} images and prompts")
+    return rows_BLD.expand(places, -1, -1).repeat_interleave(repeats, dim=0)

@@ -106,7 +106,7 @@ class Device(abc.ABC):
         return None
 
     def profiler(self) -> Any:
-        """A profiler of host and device, not started; it has ``start``, ``stop``, ``export_chrome_trace(path)``."""
+        """A profiler of host and device, not started: ``start``, ``step``, ``stop``, ``export_chrome_trace(path)``."""
         return torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
 
     def describe(self) -> str:

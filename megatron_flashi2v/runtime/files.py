@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -13,9 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_flashi2v.config.errors import UserError, WriteError
+from megatron_flashi2v.config.errors import ConfigError, UserError, WriteError
 from megatron_flashi2v.runtime.text import to_utf8
 
+NAME_BYTES = 255
+"""Of a file's name, on all usual file systems."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MIB = 1024**2
 
@@ -62,6 +65,25 @@ def require_space(path: Path | str, needed: int, what: str) -> None:
         )
 
 
+def require_writable(path: Path, name: str, *, folder: bool = False) -> None:
+    """Refuse, before the work, an output that could not be written after it.
+
+    Args:
+        path: of a file; folders that lead to it may be missing.
+        name: what the error calls it, such as ``--report``.
+        folder: it is the path of a folder instead.
+
+    Raises:
+        ConfigError: the path is a folder (or none), or lies in something that is no folder or may not be written.
+    """
+    if path.is_dir() and not folder:
+        raise ConfigError(f"{name} {path} is a folder; give a file's name in it")
+    parents = path.absolute().parents
+    existing = next(place for place in ((path, *parents) if folder else parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name} {path} cannot be written: {existing} is no folder, or not a writable one")
+
+
 @contextlib.contextmanager
 def write_errors(path: Path | str) -> Iterator[None]:
     """As :func:`full_disk_named`, and for any error of the operating system, such as a missing permission.
@@ -77,6 +99,20 @@ def write_errors(path: Path | str) -> Iterator[None]:
         raise WriteError(f"{path}: cannot be written: {os.strerror(error.errno)}") from error
 
 
+def name_beside(name: str, before: str = "", after: str = "") -> str:
+    """A name for what stands beside a file or folder for a while, such as the part of it that is written.
+
+    ``NAME`` between ``before`` and ``after``; where no file system takes that many bytes, the beginning of the name and
+    its hash. The same name always gives the same one.
+    """
+    encoded = os.fsencode(name)
+    room = NAME_BYTES - len(os.fsencode(before + after))
+    if len(encoded) > room:
+        mark = f"~{hashlib.sha256(encoded).hexdigest()[:16]}"
+        name = encoded[: room - len(mark)].decode("utf-8", errors="ignore") + mark
+    return f"{before}{name}{after}"
+
+
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
     """Write a file that appears under its name only when it is whole; replaces an older one.
 
@@ -86,7 +122,7 @@ def atomic_write_bytes(path: Path | str, data: bytes) -> None:
         UserError: the disk is full or the path cannot be written; an older file is unchanged then.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary = path.with_name(name_beside(path.name, ".", f".{secrets.token_hex(4)}.partial"))
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.logging import RichHandler
 
+from megatron_flashi2v.runtime.quiet import hide_unhelpful_warnings
 from megatron_flashi2v.runtime.text import ShownFormatter
 
 AGREED = {"agreed": True}
@@ -32,13 +32,10 @@ def setup_logging(rank: int = 0, verbose: bool = False, console: Console | None 
         console: a terminal that also shows a progress bar; log lines appear above the bar.
 
     Logs Python's warnings too, on rank 0 only unless ``verbose`` (the ranks' warnings are the same). Unless
-    ``verbose``, hides what a user cannot change: megatron-core's advice to install Apex, its use of deprecated
-    collectives, and the loading bars of transformers. Call this before importing any of these.
+    ``verbose``, hides those that :func:`~megatron_flashi2v.runtime.quiet.hide_unhelpful_warnings` names.
     """
     if not verbose:
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core(\.|$)")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger$")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        hide_unhelpful_warnings()
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if handler.get_name() == _NAME]:
         root.removeHandler(handler)

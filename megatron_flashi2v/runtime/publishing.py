@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_flashi2v.config.errors import UserError
-from megatron_flashi2v.runtime.files import full_disk_named, sync_folder, write_errors
+from megatron_flashi2v.runtime.files import full_disk_named, name_beside, sync_folder, write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,8 @@ def staged_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Pat
         UserError: ``final`` exists and may not be replaced, the disk is full, or the path cannot be written.
     """
     final = Path(final)
-    partial, previous = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.previous")
+    partial = final.with_name(name_beside(final.name, ".", ".partial"))
+    previous = final.with_name(name_beside(final.name, ".", ".previous"))
     with write_errors(final):
         if previous.exists() and not final.exists():
             previous.rename(final)  # a run was killed between the two renames of publish_folder

@@ -1,4 +1,4 @@
-"""The condition image: read from a picture or a video's first frame, and fitted to the sample's size.
+"""The condition image: an array, or read from a picture or a video's first frame; fitted to the sample's size.
 
 Shape suffixes: B images, C = 3 colours, H and W rows and columns.
 """
@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 from PIL.Image import Image
 
-from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.data.pictures import PictureError, picture_to_tensor, read_picture
 from megatron_flashi2v.data.transforms import cover_size, resize_and_crop
 from megatron_flashi2v.data.video import Video
 from megatron_flashi2v.runtime.logging import AGREED, ONCE
 
-ImageLike = Image | torch.Tensor | str | Path
-"""A PIL image, a uint8 tensor ``[3, H, W]``, or a picture's or video's file."""
+ImageLike = Image | NDArray[Any] | torch.Tensor | str | Path
+"""A PIL image, an array ``[H, W, 3]`` or tensor ``[3, H, W]``, or a picture's or video's file.
+
+Arrays and tensors are uint8, or floating with black 0 and white 1, as diffusers has them.
+"""
+
+_SLACK = 0.01
+"""How far beyond 0 and 1 floating levels may lie, as resizing makes them, and be clipped."""
 LOSS_WORTH_TELLING = 0.05
 """Share of a picture."""
 
@@ -52,16 +61,40 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
 
     Raises:
         DataError: a file as for :func:`load_image`.
-        ValueError: a tensor that is not uint8 ``[3, H, W]``.
+        ConfigError: an array or tensor of another shape, type or range, or another object.
     """
     if isinstance(image, (str, Path)):
-        image = load_image(Path(image))
-    if not isinstance(image, torch.Tensor):
-        image = picture_to_tensor(image)
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"an image tensor must be uint8 [3, H, W], not {image.dtype} {list(image.shape)}")
-    _tell_loss(image.shape[1], image.shape[2], height, width)
-    return resize_and_crop(image.unsqueeze(0), height, width)[0]
+        tensor = load_image(Path(image))
+    elif isinstance(image, Image):
+        tensor = picture_to_tensor(image)
+    elif isinstance(image, np.ndarray):
+        tensor = _levels(torch.from_numpy(np.ascontiguousarray(image)), "an array [H, W, 3]", channels=-1)
+        tensor = tensor.permute(2, 0, 1)
+    elif isinstance(image, torch.Tensor):
+        tensor = _levels(image.cpu(), "a tensor [3, H, W]", channels=0)
+    else:
+        raise ConfigError(
+            f"the image is a {type(image).__name__}; give a PIL image, an array [H, W, 3], a tensor [3, H, W] or a file"
+        )
+    _tell_loss(tensor.shape[1], tensor.shape[2], height, width)
+    return resize_and_crop(tensor.unsqueeze(0), height, width)[0]
+
+
+def _levels(image: torch.Tensor, expected: str, channels: int) -> torch.Tensor:
+    """The image in 8 bits; ``channels`` is the axis of its colours."""
+    if image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape:
+        raise ConfigError(f"the image's shape is {list(image.shape)}; it must be {expected}")
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise ConfigError(f"the image's type is {image.dtype}; it must be uint8, or floating with black 0 and white 1")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= -_SLACK and high <= 1 + _SLACK):  # the comparison with a NaN fails
+        raise ConfigError(
+            f"the image's levels lie between {low:g} and {high:g}; floating levels must have black 0 and white 1: "
+            "scale them, or give uint8"
+        )
+    return (image.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)
 
 
 def _tell_loss(height: int, width: int, target_height: int, target_width: int) -> None:

@@ -1,18 +1,22 @@
-"""A checkpoint's transformer for sampling, whatever layout it was trained at."""
+"""A checkpoint's or a release's transformer for sampling, whatever layout it was trained at."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
+from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
 from megatron_flashi2v.checkpoint.model_state import holds_weights, load_parameters
 from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.formats import diffusers
+from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.build import build_stages
@@ -23,26 +27,53 @@ from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.placement import shard_grid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import Device, resolve_device
+from megatron_flashi2v.runtime.files import read_json_object
 from megatron_flashi2v.sampling.guidance import VelocityFunction
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
 
 
 def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
-    """The checkpoint folder that a path stands for: an ``iter_*`` folder, or the newest good one under ``--save``.
+    """The folder that a path stands for: an ``iter_*`` folder, the newest good one under ``--save``, or a release.
 
-    The files that hold the weights, ``model`` or ``ema``, are verified. Every process does so by itself: this is
-    asked before there are groups, and the processes of a node share what is read.
+    A checkpoint's files that hold the weights, ``model`` or ``ema``, are verified. Every process does so by itself:
+    this is asked before there are groups, and the processes of a node share what is read.
 
     Raises:
-        CheckpointError: there is none, or the ``iter_*`` folder is damaged.
+        CheckpointError: there is none, the ``iter_*`` folder is damaged, or a release is asked for averaged weights.
     """
+    if is_release(path):
+        if weights != "model":
+            raise CheckpointError(f"{path} is a release, which holds one set of weights; leave out --weights {weights}")
+        return path
     folder = find_checkpoint(path, needs=partial(holds_weights, weights))
     if folder is None:
         found = "holds no checkpoint yet" if path.exists() else "does not exist"
         raise CheckpointError(
-            f"{path} {found}; give a folder that `flashi2v train --save` wrote, or one iter_* in it"
+            f"{path} {found}; give a folder that `flashi2v train --save` wrote, one iter_* in it, or a release"
         )
     return folder
+
+
+def is_release(folder: Path) -> bool:
+    """Whether a folder is a diffusers pipeline's, such as ``flashi2v convert --to diffusers`` writes."""
+    return (folder / diffusers.PIPELINE_NAME).is_file()
+
+
+def describe(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """The model of a checkpoint or a release, and what is recorded of its training.
+
+    Args:
+        folder: see :func:`resolve_checkpoint`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    if not is_release(folder):
+        return load_model_config(folder), load_state(folder)
+    config = diffusers.read_config(folder / diffusers.TRANSFORMER, folder / diffusers.CONDITIONING)
+    index = read_json_object(folder / diffusers.PIPELINE_NAME, error=CheckpointError)
+    data = {key: index[name] for name, key in diffusers.PIPELINE_DEFAULTS.items() if name in index}
+    return config, {"data": data}
 
 
 def load_stages(
@@ -55,10 +86,10 @@ def load_stages(
     attention_backend: str = "auto",
     weights: str = "model",
 ) -> list[DiffusionTransformer]:
-    """Build this rank's stages of a checkpoint's model in evaluation mode, and fill them.
+    """Build this rank's stages of a model in evaluation mode, and fill them.
 
     Args:
-        folder: one checkpoint (see :func:`resolve_checkpoint`), saved at any layout.
+        folder: a checkpoint or a release (see :func:`resolve_checkpoint`), saved at any layout.
         groups: from :func:`~megatron_flashi2v.parallel.world.world`.
         device: where the model lives.
         parallel: the layout that the groups were made for.
@@ -70,11 +101,14 @@ def load_stages(
         CheckpointError: a file is missing or damaged, or holds no averaged weights though they are asked for.
         ConfigError: the attention backend cannot run here.
     """
-    config = load_model_config(folder)
+    config, _ = describe(folder)
     spec = make_spec(config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend)
     stages = [stage.eval() for stage in build_stages(spec, parallel)]
     parameters = [named for stage in stages for named in stage.named_parameters()]
-    load_parameters(folder, parameters, shard_grid(groups), weights=weights)
+    if is_release(folder):
+        load_initial_weights(open_initial_weights(("diffusers", folder), config), parameters, shard_grid(groups))
+    else:
+        load_parameters(folder, parameters, shard_grid(groups), weights=weights)
     return stages
 
 
@@ -117,7 +151,7 @@ def open_pipeline(
     Arguments and errors as for :meth:`~megatron_flashi2v.sampling.pipeline.ImageToVideoPipeline.from_checkpoint`.
     """
     folder = resolve_checkpoint(checkpoint, weights)
-    config = load_model_config(folder)
+    config, _ = describe(folder)
     target = resolve_device(device)
     where = target.torch_device
     dtype = torch.bfloat16 if bf16 else torch.float32

@@ -17,12 +17,13 @@ from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.parallel.agreement import first_failure, share_json
 from megatron_flashi2v.parallel.replicas import Replica, divide_replicas, own_pace
 from megatron_flashi2v.parallel.world import world
+from megatron_flashi2v.runtime.files import require_writable
 from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.runtime.progress import progress
 from megatron_flashi2v.sampling.image import load_image
 from megatron_flashi2v.sampling.noise import NoiseFile
-from megatron_flashi2v.sampling.outputs import files_of_named, require_writable, write_files
+from megatron_flashi2v.sampling.outputs import files_of_named, write_files
 from megatron_flashi2v.sampling.pipeline import DEFAULT_NEGATIVE_PROMPT, ImageToVideoPipeline
 from megatron_flashi2v.sampling.record import PlannedVideo, begin, deciding_settings
 from megatron_flashi2v.sampling.requests import Job, plan_jobs, read_requests
@@ -32,6 +33,7 @@ from megatron_flashi2v.sampling.session import (
     call_options,
     load_pipeline,
     require_processes,
+    require_prompts,
     video_shape,
 )
 
@@ -62,13 +64,14 @@ def sample_requests(config: SampleConfig) -> list[Path]:
 def _sample_requests(config: SampleConfig, requests: Path, launch: LaunchEnvironment) -> list[Path]:
     # Cheap checks first, as for one video.
     jobs = plan_jobs(read_requests(requests), config.name, config.seed)
-    require_writable(config.output, folder=True)
+    require_writable(config.output, "--output", folder=True)
     source = Source.find(config)
     require_processes(config, source.model, launch)
     if paradigm_of(source.model).uses_image:
         _require_images(requests, jobs, source)
-    encoders = Encoders.load(config, source.model, launch)
     videos = _plan(config, source, jobs)
+    _require_prompts(requests, videos, source)
+    encoders = Encoders.load(config, source.model, launch)
     noise = None if config.noise is None else NoiseFile(config.noise)
     _require_sizes(requests, videos, encoders, source, noise)
     with world(encoders.device, launch, config.parallel) as groups:
@@ -88,7 +91,7 @@ def _sample_requests(config: SampleConfig, requests: Path, launch: LaunchEnviron
             ) as report:
                 left = _by_prompt([videos[place] for place in missing])
                 with own_pace():
-                    for video in _share(left, replica):
+                    for video in replica.share(left):
                         _make(pipeline, video, config, noise, replica)
                         if launch.rank == 0:
                             before, left = left, [one for one in left if not one.files.video.exists()]
@@ -119,6 +122,15 @@ def _require_images(requests: Path, jobs: Sequence[Job], source: Source) -> None
                 f"{requests}: line {job.request.line}: id {job.request.id!r} has no image, but {source.folder} is a "
                 f"{source.model.conditioning} model; give one"
             )
+
+
+def _require_prompts(requests: Path, videos: Sequence[PlannedVideo], source: Source) -> None:
+    """Refuse prompts that text cleaning empties."""
+    for video in videos:
+        try:
+            require_prompts(source.model, video.job.request.prompt, video.negative_prompt)
+        except ConfigError as error:
+            raise ConfigError(f"{requests}: line {video.job.request.line}: {error}") from None
 
 
 def _require_sizes(
@@ -173,12 +185,6 @@ def _by_prompt(videos: Sequence[PlannedVideo]) -> list[PlannedVideo]:
     for video in videos:
         order.setdefault((video.negative_prompt, video.job.request.prompt), len(order))
     return sorted(videos, key=lambda video: order[video.negative_prompt, video.job.request.prompt])
-
-
-def _share(videos: Sequence[PlannedVideo], replica: Replica) -> Sequence[PlannedVideo]:
-    """This replica's neighbours in the list, as many as the others have, or one more."""
-    first, last = (len(videos) * part // replica.count for part in (replica.index, replica.index + 1))
-    return videos[first:last]
 
 
 def _make(

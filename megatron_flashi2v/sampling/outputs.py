@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors.torch import save
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.sample import SampleConfig
-from megatron_flashi2v.runtime.files import atomic_write_bytes
+from megatron_flashi2v.runtime.files import atomic_write_bytes, require_writable
 from megatron_flashi2v.sampling.pipeline import SampledVideo
 from megatron_flashi2v.sampling.video import StripRow, is_strip, write_comparison, write_mp4
 
@@ -66,7 +65,7 @@ def require_outputs(config: SampleConfig) -> None:
         if path is None:
             continue
         if flag not in ("--image", "--noise"):
-            require_writable(path)
+            require_writable(path, flag)
         earlier = seen.setdefault(path.resolve(), flag)
         if earlier != flag:
             cure = "name the strip with --strip" if flag == "--strip" else f"choose another {flag}"
@@ -76,25 +75,6 @@ def require_outputs(config: SampleConfig) -> None:
             f"the strip of frames would replace {files.strip}, which flashi2v did not write; name another file with "
             "--strip"
         )
-
-
-def require_writable(path: Path, *, folder: bool = False) -> None:
-    """Refuse an output that could not be written after all the work.
-
-    Args:
-        path: of a file.
-        folder: it is the path of a folder instead.
-
-    Raises:
-        ConfigError: the path is a folder (or none), or lies in something that is no folder or may not be written.
-    """
-    parent = path if folder else path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if path.is_dir() and not folder:
-        raise ConfigError(f"output {path} is a folder; give a file's name in it")
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"output {path} cannot be written: {parent} is no folder, or not a writable one")
 
 
 def write_files(video: SampledVideo, files: OutputFiles, prompt: str, fps: float, *, enlarge: int = 1) -> None:

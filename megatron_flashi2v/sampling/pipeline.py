@@ -23,16 +23,15 @@ from numpy.typing import NDArray
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings, check_sampling_settings
+from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings, SolverName, check_sampling_settings
 from megatron_flashi2v.data.prepared import pad_text_rows
 from megatron_flashi2v.data.transforms import to_model_range
-from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_text
-from megatron_flashi2v.flow.sigmas import inference_sigmas
+from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_prompt
 from megatron_flashi2v.sampling.denoise import Conditions, StepCallback, denoise
 from megatron_flashi2v.sampling.guidance import Guidance, VelocityFunction, is_guided, with_guidance
 from megatron_flashi2v.sampling.image import ImageLike, fit_image
 from megatron_flashi2v.sampling.noise import sample_extras, sample_noise
-from megatron_flashi2v.sampling.solvers import EulerSolver
+from megatron_flashi2v.sampling.solvers import make_solver
 
 if TYPE_CHECKING:
     from megatron_flashi2v.encoders.video_vae import VideoVAE
@@ -87,7 +86,7 @@ class ImageToVideoPipeline:
     Args:
         velocity: the model, see :data:`VelocityFunction`; called with fp32 tensors on ``device``, timesteps excepted.
         vae: makes the image's latents and decodes the video's.
-        text_encoder: makes the text rows.
+        text_encoder: makes the text rows; None where the caller brings them.
         model_config: the model's dimensions, its text length and how its captions were cleaned.
         device: of the velocity's tensors.
         batched_guidance: compute both guidance passes in one call at twice the batch.
@@ -103,7 +102,7 @@ class ImageToVideoPipeline:
         *,
         velocity: VelocityFunction,
         vae: VideoVAE,
-        text_encoder: RowsOfText,
+        text_encoder: RowsOfText | None,
         model_config: ModelConfig,
         device: torch.device,
         batched_guidance: bool = False,
@@ -114,7 +113,7 @@ class ImageToVideoPipeline:
                 f"the VAE's latents have {vae.latent_channels} channels, the model's latent_channels is "
                 f"{model_config.latent_channels}; give the VAE that prepared the training data"
             )
-        if text_encoder.text_dim != model_config.text_dim:
+        if text_encoder is not None and text_encoder.text_dim != model_config.text_dim:
             raise ConfigError(
                 f"the text encoder's rows have width {text_encoder.text_dim}, the model's text_dim is "
                 f"{model_config.text_dim}; give the text encoder that prepared the training data"
@@ -175,6 +174,7 @@ class ImageToVideoPipeline:
         width: int,
         negative_prompt: str | None = None,
         num_steps: int = 50,
+        solver: SolverName = "euler",
         guidance_scale: float = 5.0,
         shift: float = DEFAULT_SHIFT,
         cutoff_ratio: float = 0.1,
@@ -197,7 +197,8 @@ class ImageToVideoPipeline:
             width: pixels.
             negative_prompt: guidance steers away from it; None takes :data:`DEFAULT_NEGATIVE_PROMPT`, and the empty
                 string is the empty prompt of training.
-            num_steps: Euler steps.
+            num_steps: steps of the solver.
+            solver: see :func:`~megatron_flashi2v.sampling.solvers.make_solver`.
             guidance_scale: classifier-free guidance, off at 1 and below.
             shift: shift of the noise levels toward noise.
             cutoff_ratio: share of the image's spectrum, counted from the lowest frequencies, that the Fourier
@@ -215,6 +216,7 @@ class ImageToVideoPipeline:
         """
         check_sampling_settings(num_steps=num_steps, guidance_scale=guidance_scale, shift=shift)
         settings = ImageSettings(cutoff_ratio=cutoff_ratio, image_noise=image_noise)
+        solving = make_solver(solver, num_steps, shift, self.device)
         latent_shape = latent_shape_of(self.vae, self.model_config, num_frames, height, width)
         prompts, fitted_BCHW = self.prepare(images, prompts, height, width)
         count = len(prompts)
@@ -230,7 +232,7 @@ class ImageToVideoPipeline:
             self.velocity,
             noise_BCTHW.to(self.device),
             conditions,
-            EulerSolver(inference_sigmas(num_steps, shift)),
+            solving,
             guidance=self.guidance(negative_prompt, guidance_scale, count),
             callback=callback,
         )
@@ -287,22 +289,36 @@ class ImageToVideoPipeline:
         negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
         return partial(
             with_guidance,
-            negative_text_BLD=self.encode_text([negative]).expand(count, -1, -1),
+            negative_text_BLD=self.encode_text([negative], "negative prompt").expand(count, -1, -1),
             guidance_scale=guidance_scale,
             batched=self.batched_guidance,
             group=self.guidance_group,
         )
 
-    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
+    def encode_text(self, prompts: Sequence[str], what: str = "prompt") -> torch.Tensor:
         """Text rows ``[B, text length, D]``, cleaned as the captions in training were, with zeros after the last.
 
         The model has no text mask: it attends to the zero rows too, as in training.
+
+        Raises:
+            ConfigError: cleaning empties a prompt; ``what`` it is called.
         """
-        cleaned = [clean_text(prompt, self.text_cleaning) for prompt in prompts]
-        rows_LD = self.text_encoder.encode(cleaned)
-        return torch.stack([pad_text_rows(rows, self.model_config.text_length) for rows in rows_LD]).to(
-            self.device
-        )
+        assert self.text_encoder is not None, "the caller brings the rows"
+        return encode_prompts(
+            self.text_encoder, prompts, self.text_cleaning, self.model_config.text_length, what
+        ).to(self.device)
+
+
+def encode_prompts(
+    text_encoder: RowsOfText, prompts: Sequence[str], cleaning: CleaningPolicy, length: int, what: str = "prompt"
+) -> torch.Tensor:
+    """Text rows ``[B, L, D]`` of cleaned prompts, with zeros after each one's last up to ``length``.
+
+    Raises:
+        ConfigError: cleaning empties a prompt; ``what`` it is called.
+    """
+    rows_LD = text_encoder.encode([clean_prompt(prompt, cleaning, what) for prompt in prompts])
+    return torch.stack([pad_text_rows(rows, length) for rows in rows_LD])
 
 
 def latent_shape_of(

@@ -26,6 +26,7 @@ from megatron_flashi2v.sampling.session import (
     call_options,
     load_pipeline,
     require_processes,
+    require_prompts,
     video_shape,
 )
 
@@ -55,6 +56,7 @@ def _sample(config: SampleConfig, prompt: str, launch: LaunchEnvironment) -> Sam
     # Cheap checks first: nobody should wait for 14 billion weights to hear of a misspelt file.
     require_outputs(config)
     source = Source.find(config)
+    require_prompts(source.model, prompt, config.negative_prompt)
     require_processes(config, source.model, launch)
     shape = video_shape(config, source.state)
     image = condition_image(config, source.model)

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from megatron_flashi2v.checkpoint.folders import load_model_config, load_state
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.layout import check_layout, model_ranks
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.encoders.text import TextEncoder
+from megatron_flashi2v.encoders.text_cleaning import POLICIES, require_words
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.replicas import Replica
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.sampling.load import load_stages, resolve_checkpoint, velocity_of
+from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
 DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
@@ -60,7 +60,8 @@ class Source:
             CheckpointError: there is none, or it is damaged.
         """
         folder = resolve_checkpoint(config.load, config.weights)
-        return cls(folder=folder, model=load_model_config(folder), state=load_state(folder))
+        model, state = describe(folder)
+        return cls(folder=folder, model=model, state=state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,18 @@ def require_processes(config: SampleConfig, model: ModelConfig, launch: LaunchEn
         )
 
 
+def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str | None) -> None:
+    """Refuse, before the weights are read, prompts of which the model would see nothing.
+
+    Raises:
+        ConfigError: text cleaning empties one of them.
+    """
+    policy = next((policy for policy in POLICIES if policy == model.text_cleaning), None)
+    if policy is not None:
+        require_words(prompt, policy)
+        require_words(negative_prompt or "", policy, "negative prompt")
+
+
 def video_shape(config: SampleConfig, state: Mapping[str, Any], wanted: object = None) -> VideoShape:
     """What is wanted of this video, else the flags, else the training data's, else the released models' 49 x 480 x 832.
 
@@ -184,6 +197,7 @@ def call_options(config: SampleConfig, shape: VideoShape) -> dict[str, Any]:
         "height": shape.height,
         "width": shape.width,
         "num_steps": config.sampler.num_steps,
+        "solver": config.sampler.solver,
         "guidance_scale": config.sampler.guidance_scale,
         "shift": config.sampler.shift,
         "cutoff_ratio": config.image_settings.cutoff_ratio,

@@ -28,7 +28,7 @@ from megatron_flashi2v.config.errors import CheckpointError, WriteError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import TrainConfig
-from megatron_flashi2v.runtime.files import atomic_write_text, read_jsonl
+from megatron_flashi2v.runtime.files import atomic_write_text, name_beside, read_jsonl
 from megatron_flashi2v.training.metrics import METRICS_FILE
 from megatron_flashi2v.training.run_state import Provenance, load_training_state
 
@@ -218,11 +218,11 @@ def _set_aside(save: Path) -> None:
     if not save.is_dir() or not any(save.iterdir()):
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    target = save.with_name(f"{save.name}.before-{stamp}")
+    target = save.with_name(name_beside(save.name, after=f".before-{stamp}"))
     number = 1
     while target.exists():
         number += 1
-        target = save.with_name(f"{save.name}.before-{stamp}-{number}")
+        target = save.with_name(name_beside(save.name, after=f".before-{stamp}-{number}"))
     try:
         os.rename(save, target)
     except OSError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -96,7 +98,6 @@ def test_two_replicas_and_what_a_killed_run_left(
 
 
 LAYOUTS = {
-    "guidance2": (2, ["--guidance-parallel-size", "2"]),
     "guidance2-replicas2": (4, ["--guidance-parallel-size", "2"]),
     "guidance2-pp2": (4, ["--guidance-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
     "tp2-replicas2": (4, ["--tensor-model-parallel-size", "2"]),
@@ -106,11 +107,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(models: Path, expected: dict[str, torch.Tensor], tmp_path: Path, name: str) -> None:
     processes, flags = LAYOUTS[name]
-    lines = (models / "requests.jsonl").read_text().splitlines()[:3]
+    lines = (models / "requests.jsonl").read_text().splitlines()[:2]
     (models / "some.jsonl").write_text("\n".join(lines))
     run_ranks(sample, processes, models, words(models, tmp_path, "--requests", models / "some.jsonl", *flags))
     found = latents(tmp_path)
-    assert len(found) == len(list(tmp_path.glob("*.mp4"))) == 6
+    assert len(found) == len(list(tmp_path.glob("*.mp4"))) == 4
     for video, value in found.items():
         assert (value - expected[video]).abs().max() <= 1e-5 * expected[video].abs().max(), video
 
@@ -156,7 +157,7 @@ def test_forty_requests_killed_twice_at_random(models: Path, tmp_path: Path) -> 
                "-m", "megatron_flashi2v", *words(models, output, "--requests", many)]  # fmt: skip
     finished: dict[str, tuple[int, int]] = {}
     for least in sorted(draw.sample(range(5, 75), 2)):
-        process = subprocess.Popen(command, start_new_session=True)
+        process = subprocess.Popen(command)
         try:
             end = time.monotonic() + 240
             while len(list(output.glob("*.mp4"))) < least:
@@ -164,7 +165,7 @@ def test_forty_requests_killed_twice_at_random(models: Path, tmp_path: Path) -> 
                 time.sleep(0.01)
             time.sleep(draw.random() * 0.3)
         finally:
-            kill_session(process)
+            kill(process)
         assert finished.items() <= stamps(output).items(), f"draw {seed}"
         finished = {name: stamp for name, stamp in stamps(output).items() if (output / name).suffix == ".mp4"}
         for name in finished:  # each can be played
@@ -177,18 +178,10 @@ def test_forty_requests_killed_twice_at_random(models: Path, tmp_path: Path) -> 
     assert not list(output.glob(".*"))
 
 
-def kill_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill the launcher and its ranks, which torchrun starts in sessions of their own."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in [process.pid, *map(int, children)]:
-        try:
-            signal.pidfd_send_signal(pidfd(pid), signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher and its ranks."""
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in [process.pid, *map(int, ranks)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait(30)
-
-
-def pidfd(pid: int) -> int:
-    import os
-
-    return os.pidfd_open(pid)

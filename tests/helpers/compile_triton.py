@@ -21,14 +21,15 @@ from triton.compiler import ASTSource
 from flashi2v_kernels.ada_layer_norm import triton as norm
 from flashi2v_kernels.bias_gelu_tanh import triton as gelu
 from flashi2v_kernels.gate_residual import triton as gate
+from flashi2v_kernels.residual_norm import triton_fused as add
 from flashi2v_kernels.rms_norm import triton as turn
-from flashi2v_kernels.triton_launch import block_of, warps_of
+from flashi2v_kernels.triton_launch import block_of, few_warps_of, warps_of
 
 WIDTHS = (1536, 5120)
 FLAGS = (False, True)
 # what is fp32 whatever the activations' dtype is
 FP32 = {"mean_ptr", "rstd_ptr", "rms_ptr", "sum_ptr", "d_sum_ptr", "cos_ptr", "sin_ptr", "shift_ptr", "scale_ptr",
-        "gate_ptr", "part_ptr", "part_shift_ptr", "part_scale_ptr"}
+        "gate_ptr", "part_ptr", "part_shift_ptr", "part_scale_ptr", "part_gate_ptr"}
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
@@ -37,10 +38,19 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         block = block_of(width)
         for kernel in (norm.norm_forward, norm.norm_backward, gate.gate_forward, gate.gate_backward):
             yield kernel, {"BLOCK": block}, block
+        for kernel, gated in itertools.product((add.residual_norm_forward, add.residual_norm_backward), FLAGS):
+            yield kernel, {"GATED": gated, "BLOCK": block}, block
         for kernel, own_sum, turned in itertools.product((turn.turn_forward, turn.turn_backward), FLAGS, FLAGS):
-            yield kernel, {"HEAD": 128, "PAIRS": block // 2, "OWN_SUM": own_sum, "TURN": turned}, block
+            yield kernel, {"HEAD": 128, "BLOCK": block, "OWN_SUM": own_sum, "TURN": turned}, block
     for kernel, has_bias in itertools.product((gelu.gelu_forward, gelu.gelu_backward), FLAGS):
         yield kernel, {"HAS_BIAS": has_bias, "BLOCK": gelu.COLUMNS}, gelu.COLUMNS
+
+
+def warps(kernel: Any, block: int) -> int:
+    """Warps that run a kernel, as its launch has them."""
+    if kernel in (norm.norm_forward, add.residual_norm_forward, turn.turn_forward):
+        return few_warps_of(block)
+    return warps_of(block, most=32) if kernel is turn.turn_backward else warps_of(block)
 
 
 def type_of(argument: str, dtype: str) -> str:
@@ -62,7 +72,7 @@ def compile_one(kernel: Any, constants: dict[str, Any], block: int, dtype: str, 
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps_of(block)}
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps(kernel, block)}
     )
     assert compiled.asm["cubin"]
     usage = f": {_resources(compiled.asm['ptx'], capability)}" if "--usage" in sys.argv else ""

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from helpers.checkpoints import read_full
 from helpers.ranks import run_ranks
 from helpers.run_plan import run_plan
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
-from megatron_flashi2v.checkpoint.storage import read_index
+from megatron_flashi2v.checkpoint.storage import TensorPiece, read_index, read_pieces
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,11 @@ def without_times(row: dict) -> dict:
 @functools.lru_cache(maxsize=64)
 def tensors(folder: Path, prefix: str = "model.") -> dict[str, torch.Tensor]:
     """Whole tensors of a sharded folder by key; references are read once for all that is compared with them."""
-    return {key: read_full(folder, key) for key in read_index(folder).tensors if key.startswith(prefix)}
+    index = read_index(folder)  # once: it is long where ranks divide tensors
+    found = {key: torch.empty(stored.shape, dtype=stored.dtype)
+             for key, stored in index.tensors.items() if key.startswith(prefix)}
+    read_pieces(folder, [TensorPiece.whole(key, tensor) for key, tensor in found.items()], index=index)
+    return found
 
 
 def weights(save: Path) -> dict[str, torch.Tensor]:

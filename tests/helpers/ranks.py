@@ -25,8 +25,13 @@ import torch.multiprocessing
 from megatron_flashi2v.sampling import pipeline
 from megatron_flashi2v.training import assembly
 
-PRELOADED = [module.__name__ for module in (assembly, pipeline)]
-"""Of the package alone: the process that forks is a plain Python, which does not find the tests."""
+LIBRARIES = [
+    "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers.models.umt5.modeling_umt5",
+    "transformers.models.auto.tokenization_auto",
+]
+"""What sampling imports when it loads its models: seconds for each rank."""
+PRELOADED = [*(module.__name__ for module in (assembly, pipeline)), *LIBRARIES]
+"""Nothing of the tests: the process that forks is a plain Python, which does not find them."""
 
 
 def run_ranks(

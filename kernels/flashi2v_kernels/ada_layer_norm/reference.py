@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def ada_layer_norm(
-    hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, dtype: torch.dtype
+    hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """``LN(x) * (1 + scale) + shift`` (DiT, arXiv 2212.09748), in fp32 and rounded once.
 
@@ -20,6 +20,7 @@ def ada_layer_norm(
         scale_BD: likewise, [batch, width].
         eps: added to the variance.
         dtype: of the result.
+        out: memory for the result, where no gradient is wanted; what held the result before, for example.
 
     Returns:
         [tokens, batch, width] in ``dtype``; computed in fp32 (fp64 for fp64 rows).
@@ -31,7 +32,8 @@ def ada_layer_norm(
     wide_SBD = hidden_SBD.to(torch.promote_types(hidden_SBD.dtype, torch.float32))
     centred_SBD = wide_SBD - wide_SBD.mean(dim=-1, keepdim=True)
     normed_SBD = centred_SBD * torch.rsqrt(centred_SBD.square().mean(dim=-1, keepdim=True) + eps)
-    return (normed_SBD * (1.0 + scale_BD.to(wide_SBD.dtype)) + shift_BD.to(wide_SBD.dtype)).to(dtype)
+    output_SBD = (normed_SBD * (1.0 + scale_BD.to(wide_SBD.dtype)) + shift_BD.to(wide_SBD.dtype)).to(dtype)
+    return output_SBD if out is None else out.copy_(output_SBD)
 
 
 def require_rows(hidden_SBD: Tensor, *rows_BD: Tensor) -> None:

@@ -15,11 +15,12 @@ from flashi2v_kernels.chunks import wide_dtype
 
 
 def ada_layer_norm(
-    hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, dtype: torch.dtype
+    hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """See :func:`flashi2v_kernels.ada_layer_norm.reference.ada_layer_norm`."""
     require_rows(hidden_SBD, shift_BD, scale_BD)
-    return _AdaLayerNorm.apply(hidden_SBD, shift_BD, scale_BD, eps, dtype)
+    output_SBD = _AdaLayerNorm.apply(hidden_SBD, shift_BD, scale_BD, eps, dtype)
+    return output_SBD if out is None else out.copy_(output_SBD)
 
 
 class _AdaLayerNorm(torch.autograd.Function):

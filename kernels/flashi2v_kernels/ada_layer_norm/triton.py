@@ -9,30 +9,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashi2v_kernels import triton_launch
 from flashi2v_kernels.ada_layer_norm.reference import require_rows
-from flashi2v_kernels.triton_launch import block_of, runs_of, warps_of, with_unit_stride
+from flashi2v_kernels.triton_launch import block_of, few_warps_of, runs_of, warps_of, with_unit_stride
 
 
 def ada_layer_norm(
-    hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, dtype: torch.dtype
+    hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """See :func:`flashi2v_kernels.ada_layer_norm.reference.ada_layer_norm`; fp32 inside for every dtype."""
     require_rows(hidden_SBD, shift_BD, scale_BD)
-    return _AdaLayerNorm.apply(hidden_SBD, shift_BD, scale_BD, eps, dtype)
+    return _AdaLayerNorm.apply(hidden_SBD, shift_BD, scale_BD, eps, dtype, out)
 
 
 class _AdaLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, out: Tensor | None
     ) -> Tensor:
         hidden, shift, scale = with_unit_stride(hidden), shift.contiguous(), scale.contiguous()
         (tokens, batch, width), block = hidden.shape, block_of(hidden.shape[-1])
-        output = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+        output = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if out is None else out
         mean, rstd = torch.empty((2, tokens, batch), dtype=torch.float32, device=hidden.device)
-        norm_forward[(tokens * batch,)](
+        triton_launch.launch(
+            norm_forward, (tokens * batch,),
             hidden, shift, scale, output, mean, rstd, hidden.stride(0), hidden.stride(1), batch, width, eps,
-            BLOCK=block, num_warps=warps_of(block),
+            BLOCK=block, num_warps=few_warps_of(block),
         )
         ctx.save_for_backward(hidden, scale, mean, rstd)
         ctx.shift_dtype = shift.dtype
@@ -45,19 +47,20 @@ class _AdaLayerNorm(torch.autograd.Function):
         (tokens, batch, width), block = hidden.shape, block_of(hidden.shape[-1])
         length, runs = runs_of(tokens)
         grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        parts_shift, parts_scale = torch.empty((2, runs, batch, width), dtype=torch.float32, device=hidden.device)
-        norm_backward[(runs, batch)](
-            gradient, hidden, scale, mean, rstd, grad_hidden, parts_shift, parts_scale,
+        parts = torch.empty((2, runs, batch, width), dtype=torch.float32, device=hidden.device)
+        triton_launch.launch(
+            norm_backward, (runs, batch),
+            gradient, hidden, scale, mean, rstd, grad_hidden, *parts,
             gradient.stride(0), gradient.stride(1), hidden.stride(0), hidden.stride(1), length, tokens, batch, width,
             BLOCK=block, num_warps=warps_of(block),
         )
+        grad_shift, grad_scale = parts.sum(dim=1)
         needs = ctx.needs_input_grad
         return (
             grad_hidden if needs[0] else None,
-            parts_shift.sum(dim=0).to(ctx.shift_dtype) if needs[1] else None,
-            parts_scale.sum(dim=0).to(scale.dtype) if needs[2] else None,
-            None,
-            None,
+            grad_shift.to(ctx.shift_dtype) if needs[1] else None,
+            grad_scale.to(scale.dtype) if needs[2] else None,
+            *[None] * 3,
         )
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 
-def bias_gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
+def bias_gelu_tanh(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """``v/2 * (1 + tanh(sqrt(2/pi) * (v + 0.044715 v^3)))`` of ``v = x + bias`` (arXiv 1606.08415, section 2).
 
     Args:
         x: [..., width], any float dtype.
         bias: [width], or None for none.
+        out: memory for the result, where no gradient is wanted; what held the result before, for example.
 
     Returns:
         the shape and dtype of ``x``; computed in fp32 (fp64 for fp64) and rounded once.
@@ -26,7 +27,8 @@ def bias_gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         value = value + bias.to(value.dtype)
     inner = math.sqrt(2.0 / math.pi) * (value + 0.044715 * value**3)
-    return (0.5 * value * (1.0 + torch.tanh(inner))).to(x.dtype)
+    output = (0.5 * value * (1.0 + torch.tanh(inner))).to(x.dtype)
+    return output if out is None else out.copy_(output)
 
 
 def require_bias(x: Tensor, bias: Tensor | None) -> None:

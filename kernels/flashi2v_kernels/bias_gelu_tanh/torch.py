@@ -12,10 +12,10 @@ from flashi2v_kernels.bias_gelu_tanh.reference import require_bias
 from flashi2v_kernels.chunks import row_chunks, wide_dtype
 
 
-def bias_gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
+def bias_gelu_tanh(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """See :func:`flashi2v_kernels.bias_gelu_tanh.reference.bias_gelu_tanh`."""
     require_bias(x, bias)
-    return _BiasGelu.apply(x, bias)
+    return _BiasGelu.apply(x, bias, out)
 
 
 def _value(rows: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,9 +25,9 @@ def _value(rows: Tensor, bias: Tensor | None) -> Tensor:
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, bias)
-        output = torch.empty_like(x, memory_format=torch.contiguous_format)
+        output = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         flat, flat_output = x.reshape(-1, x.shape[-1]), output.view(-1, x.shape[-1])
         for rows in row_chunks(flat):
             value = _value(flat[rows], bias)
@@ -55,4 +55,4 @@ class _BiasGelu(torch.autograd.Function):
                 flat_grad_x[rows] = part
             if grad_bias is not None:
                 grad_bias += part.sum(dim=0)
-        return grad_x if needs_x else None, None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_x if needs_x else None, None if grad_bias is None else grad_bias.to(bias.dtype), None

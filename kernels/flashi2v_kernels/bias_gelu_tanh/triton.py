@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashi2v_kernels import triton_launch
 from flashi2v_kernels.bias_gelu_tanh.reference import require_bias
 from flashi2v_kernels.triton_launch import block_of, runs_of, warps_of
 
@@ -16,20 +17,21 @@ COLUMNS = 1024
 """Columns of one program. Rows are split: nothing is summed along them."""
 
 
-def bias_gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
+def bias_gelu_tanh(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """See :func:`flashi2v_kernels.bias_gelu_tanh.reference.bias_gelu_tanh`; fp32 inside for every dtype."""
     require_bias(x, bias)
-    return _BiasGelu.apply(x, bias)
+    return _BiasGelu.apply(x, bias, out)
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         x, bias = x.contiguous(), None if bias is None else bias.contiguous()
         width = x.shape[-1]
         rows, block = x.numel() // width, min(block_of(width), COLUMNS)
-        output = torch.empty_like(x)
-        gelu_forward[(rows, triton.cdiv(width, block))](
+        output = torch.empty_like(x) if out is None else out
+        triton_launch.launch(
+            gelu_forward, (rows, triton.cdiv(width, block)),
             x, x if bias is None else bias, output, width, HAS_BIAS=bias is not None, BLOCK=block,
             num_warps=warps_of(block),
         )
@@ -44,13 +46,14 @@ class _BiasGelu(torch.autograd.Function):
         length, runs = runs_of(rows)
         grad_x = torch.empty_like(x)
         parts = torch.empty((runs, width) if bias is not None else 1, dtype=torch.float32, device=x.device)
-        gelu_backward[(runs, triton.cdiv(width, block))](
+        triton_launch.launch(
+            gelu_backward, (runs, triton.cdiv(width, block)),
             gradient, x, x if bias is None else bias, grad_x, parts, length, rows, width,
             HAS_BIAS=bias is not None, BLOCK=block, num_warps=warps_of(block),
         )
         needs = ctx.needs_input_grad
         grad_bias = parts.sum(dim=0).to(bias.dtype) if bias is not None and needs[1] else None
-        return grad_x if needs[0] else None, grad_bias
+        return grad_x if needs[0] else None, grad_bias, None
 
 
 @triton.jit

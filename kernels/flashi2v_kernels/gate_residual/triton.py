@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashi2v_kernels import triton_launch
 from flashi2v_kernels.gate_residual.reference import require_update
 from flashi2v_kernels.triton_launch import block_of, runs_of, warps_of, with_unit_stride
 
@@ -25,7 +26,8 @@ class _GateResidual(torch.autograd.Function):
         hidden, update, gate = with_unit_stride(hidden), with_unit_stride(update), gate.contiguous()
         (tokens, batch, width), block = hidden.shape, block_of(hidden.shape[-1])
         output = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        gate_forward[(tokens * batch,)](
+        triton_launch.launch(
+            gate_forward, (tokens * batch,),
             hidden, update, gate, output, hidden.stride(0), hidden.stride(1), update.stride(0), update.stride(1),
             batch, width, BLOCK=block, num_warps=warps_of(block),
         )
@@ -40,7 +42,8 @@ class _GateResidual(torch.autograd.Function):
         length, runs = runs_of(tokens)
         grad_update = torch.empty(update.shape, dtype=update.dtype, device=update.device)
         parts = torch.empty((runs, batch, width), dtype=torch.float32, device=update.device)
-        gate_backward[(runs, batch)](
+        triton_launch.launch(
+            gate_backward, (runs, batch),
             gradient, update, gate, grad_update, parts,
             gradient.stride(0), gradient.stride(1), update.stride(0), update.stride(1), length, tokens, batch, width,
             BLOCK=block, num_warps=warps_of(block),

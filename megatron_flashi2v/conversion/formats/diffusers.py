@@ -38,10 +38,24 @@ from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 SECOND_TRANSFORMER, CONDITIONING, SCHEDULER = "transformer_2", "image_conditioning", "scheduler"
 PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
+PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
+"""Keys of the training data's description in a checkpoint, by the pipeline's argument."""
 RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "README.md")
 """Further entries of a release's folder."""
 TRANSFORMER_CLASS, CONDITIONING_CLASS = "WanTransformer3DModel", "FlashI2VImageConditioning"
-SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
+SCHEDULER_CLASS = "DPMSolverMultistepScheduler"
+
+SCHEDULER_SETTINGS: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": DEFAULT_SHIFT,
+    "solver_order": 1,
+}
+"""FlashI2V's sampler for diffusers' own pipelines: at first order, DPM-Solver++ takes Euler's steps in sigma.
+
+diffusers' flow-matching Euler scheduler shifts its last sigma twice and has no flow_shift, so that its grid is another.
+"""
 
 # The options of diffusers' class that describe our model.
 _FIXED: Mapping[str, Any] = {
@@ -94,10 +108,7 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
     (folder / SCHEDULER).mkdir()
     atomic_write_json(
         folder / SCHEDULER / "scheduler_config.json",
-        {
-            "_class_name": SCHEDULER_CLASS, "_diffusers_version": version, "num_train_timesteps": 1000,
-            "shift": DEFAULT_SHIFT,
-        },
+        {"_class_name": SCHEDULER_CLASS, "_diffusers_version": version, **SCHEDULER_SETTINGS},
     )
     atomic_write_json(
         folder / PIPELINE_NAME,

@@ -1,4 +1,4 @@
-"""What every network of features answers.
+"""Interface of all networks of features.
 
 Shapes: B clips, T frames, H and W rows and columns, C = 3 colours, K chunks, N frames on their own, D features.
 """
@@ -36,7 +36,7 @@ class VideoFeatures(abc.ABC):
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides the features, JSON-ready: the network, its files' SHA-256, and how frames are brought to it."""
+        """Return the settings that decide the features, JSON-ready: the network, its files' SHA-256 and its input."""
 
     @abc.abstractmethod
     def embed(self, clips_BTHWC: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class VideoFeatures(abc.ABC):
         return self._batched(frames_NHWC[:, None].expand(-1, self.still_frames, -1, -1, -1))
 
     def close(self) -> None:  # noqa: B027 - most hold nothing but memory
-        """End what the network holds, such as a process."""
+        """Release the network's resources, such as a process."""
 
     def _batched(self, clips_BTHWC: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.embed(part).float().cpu() for part in clips_BTHWC.split(self.batch)])

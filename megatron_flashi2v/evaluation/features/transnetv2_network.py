@@ -1,8 +1,8 @@
 """The convolutions of TransNetV2, over the weights that its authors' package ships.
 
 Written from the paper (T. Soucek, J. Lokoc, "TransNet V2: An effective deep network architecture for fast shot
-transition detection", arXiv 2008.04838): three stacks of two cells, each of which looks at four scales of time. What
-follows them there, the comparison with a hundred frames around and the classifier, is of no use in short chunks.
+transition detection", arXiv 2008.04838): three stacks of two cells, each of which looks at four scales of time. The
+paper's next layers, the comparison with a hundred frames around and the classifier, require longer chunks.
 
 Shapes: B clips, T frames, H and W rows and columns, C channels (3 colours at first).
 """

@@ -62,8 +62,11 @@ class Profiling(Observer):
     def after_iteration(self, row: Row) -> None:
         """Write the trace if it is complete, and plan the one that is asked for."""
         self._done = row["iteration"]
-        if self._running is not None and self._done >= self._last:
-            self._write()
+        if self._running is not None:
+            if self._done >= self._last:
+                self._write()
+            else:
+                self._mark()
         if self._asked:
             self._plan()
 
@@ -71,6 +74,13 @@ class Profiling(Observer):
         """Write the trace that is under way, if there is one."""
         if self._running is not None:
             self._write()
+
+    def _mark(self) -> None:
+        """End an iteration in the trace, ``ProfilerStep#N`` counted from 0: tools that read traces look for it."""
+        try:
+            self._running.step()
+        except Exception as error:  # of the device's tools
+            self._give_up(error)
 
     def _plan(self) -> None:
         """Trace the next iterations; a trace that is under way serves as well."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,20 @@ def test_dry_run_where_the_devices_are_not(capsys: pytest.CaptureFixture[str]) -
     report = capsys.readouterr().out
     assert "# layout" in report and "torch_npu" in report
     assert "# kernels: not those of the training, for on this machine: " in report
+
+
+def test_warnings_about_which_a_user_can_do_nothing_are_hidden(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Also those that megatron-core gives when a command imports it, before there is a log."""
+    from megatron_flashi2v.cli import convert
+
+    def warn(argv: list[str]) -> int:
+        for module in ("megatron.core.models.backends", "diffusers.utils"):
+            warnings.warn_explicit("no Apex", UserWarning, "file.py", 1, module=module)
+        return 0
+
+    monkeypatch.setattr(convert, "main", warn)
+    filters = list(warnings.filters)
+    assert main(["convert"]) == 0
+    assert len(recwarn) == 1 and warnings.filters == filters

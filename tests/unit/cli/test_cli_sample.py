@@ -101,6 +101,13 @@ def test_names_and_prompts_that_are_not_utf8_stop_nothing(models, tmp_path):
     assert output.stat().st_size and output.with_suffix(".png").stat().st_size
 
 
+def test_prompts_that_cleaning_empties_are_refused_before_work(models, tmp_path, capsys):
+    for name in ("prompt", "negative-prompt"):
+        arguments = flags(models, tmp_path / "a.mp4", **{name: "一只猫", "vae": tmp_path / "absent"})
+        assert main(arguments) == 2
+        assert f"the {name.replace('-', ' ')} '一只猫' is empty after text cleaning full" in capsys.readouterr().err
+
+
 def test_flags_win_over_the_recorded_size_and_a_video_gives_the_image(models, tmp_path):
     video = make_video(tmp_path / "source.mp4", frames=2, height=32, width=32)
     arguments = flags(

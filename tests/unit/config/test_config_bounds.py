@@ -8,12 +8,25 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from megatron_flashi2v.config.bounds import Above, AtLeast, Below, EndsWith, OneOf, Within, check_bounds, nearest
+from megatron_flashi2v.config.bounds import (
+    Above,
+    AtLeast,
+    Below,
+    EndsWith,
+    Matches,
+    OneOf,
+    Within,
+    check_bounds,
+    nearest,
+)
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.fields import HoldsPath
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings, check_sampling_settings
 from megatron_flashi2v.config.train import OptimizerArguments, TrainConfig
 from megatron_flashi2v.models.presets import PRESETS
+
+PATH_RULE = "a path of at most 3800 bytes, each name in it of at most 255"
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,8 @@ class Outer:
     kind: Literal["a", "b"] = "a"
     place: tuple[Annotated[str, OneOf("wan", "diffusers")], Path] = ("wan", Path("x"))
     video: Annotated[Path | None, EndsWith(".mp4")] = None
+    files: tuple[Annotated[str, HoldsPath()], ...] = ()
+    word: Annotated[str | None, Matches("[a-z]+", "small letters")] = None
     free: float = 0.0
 
 
@@ -38,6 +53,7 @@ class Outer:
     Outer(),
     Outer(inner=Inner(rate=0.0), count=1, share=1, scale=1e-9, video=Path("A.MP4")),
     Outer(inner=Inner(ranks=())),
+    Outer(video=Path(f"{'n' * 251}.mp4"), files=("f/" * 300, f"wan:{'n' * 255}"), word="abc"),
 ])  # fmt: skip
 def test_kept(config: Outer) -> None:
     check_bounds(config)
@@ -57,6 +73,11 @@ def test_kept(config: Outer) -> None:
     (Outer(free=float("inf")), "--free is inf; it must be a finite number"),
     (Outer(place=("difusers", Path("x"))),
      "--place is 'difusers'; it must be one of wan, diffusers; did you mean diffusers?"),
+    (Outer(video=Path(f"{'視' * 84}.mp4")), f"--video is {'視' * 84}.mp4; it must be {PATH_RULE}"),
+    (Outer(place=("wan", Path("a") / ("n" * 256))), f"--place is a/{'n' * 256}; it must be {PATH_RULE}"),
+    (Outer(files=("a", "0/" * 2000)), f"--files is '{'0/' * 2000}'; it must be {PATH_RULE}"),
+    (Outer(files=("a\0b",)), "--files is 'a\\x00b'; it must be a path without the character of code 0"),
+    (Outer(word="aB"), "--word is 'aB'; it must be small letters"),
     (Outer(video=Path("a.gif")), "--video is a.gif; it must be a file that ends in .mp4"),
 ])  # fmt: skip
 def test_broken(config: Outer, message: str) -> None:

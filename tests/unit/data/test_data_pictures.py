@@ -204,7 +204,9 @@ def test_transparency_of_every_kind_lies_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["RGB.jpg", "L.tif", "I;16.tif", "F.tif", "RGBA.tif", "RGBA.png", "RGB.webp"])
+@pytest.mark.parametrize("kind", [
+    "RGB.jpg", "L.tif", "I;16.tif", "I;16.png", "F.tif", "RGBA.tif", "RGBA.png", "RGB.webp",
+])
 def test_orientation_of_every_depth(tmp_path: Path, kind: str, orientation: int) -> None:
     mode, name = kind.split(".")[0], f"a.{kind.split('.')[1]}"
     bright = np.zeros((16, 24), bool)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
+from rich.console import Console
 
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.prepare import PrepareConfig
@@ -20,7 +21,7 @@ from megatron_flashi2v.data.annotations import read_annotations
 from megatron_flashi2v.data.clips import Frames, load_frames
 from megatron_flashi2v.data.preparation import Place, prepare
 from megatron_flashi2v.data.prepared import PreparedDataset
-from megatron_flashi2v.data.summary import require_samples
+from megatron_flashi2v.data.summary import require_samples, summary_table
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 
@@ -344,6 +345,14 @@ def test_foreign_folders_are_refused(world: Path, finished: Path, tmp_path: Path
         prepare(config_of(world, tmp_path / "file"), place=Place(), device=CPU)
 
 
+def test_one_release_folder_gives_all_three_models(world: Path, finished: Path) -> None:
+    """The data set is that of the subfolders: nothing is left to do."""
+    release = {name: world for name in ("vae", "text_encoder", "tokenizer")}
+    before = bytes_of(finished)
+    assert prepare(config_of(world, finished, **release), place=Place(), device=CPU) is not None
+    assert bytes_of(finished) == before
+
+
 def test_latents_that_are_not_finite_are_dropped(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,3 +360,35 @@ def test_latents_that_are_not_finite_are_dropped(
     monkeypatch.setattr(VideoVAE, "encode", lambda self, video: whole(self, video) / 0.0)
     summary = prepare(config_of(world, tmp_path / "out"), place=Place(), device=CPU)
     assert summary is not None and summary["kept"] == 0 and summary["dropped"]["not_finite"]["count"] == 7
+
+
+def test_captions_that_cleaning_empties_are_told_once_and_counted(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    captions = ["一只猫坐在沙发上", "a dog runs", "开车 hd", "a 猫 walks"]
+    entries = [
+        {"path": str(world / "one.mkv"), "cap": text, "cut": [n, n + 12]} for n, text in enumerate(captions)
+    ]
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
+    found = {}
+    for cleaning in ("full", "light"):
+        caplog.clear()
+        config = config_of(world, tmp_path / cleaning, annotations=tmp_path / "meta.json", text_cleaning=cleaning,
+                           samples_per_shard=2)
+        found[cleaning] = prepare(config, place=Place(), device=CPU)
+        told = [record.getMessage() for record in caplog.records if "--text-cleaning light" in record.getMessage()]
+        assert len(told) == (cleaning == "full")
+        assert cleaning == "light" or "letters of 1: '一只猫坐在沙发上' becomes" in told[0]
+    assert [group["emptied_captions"]["count"] for group in found.values() if group] == [1, 0]
+    shown = Console(width=200)
+    with shown.capture() as capture:
+        shown.print(summary_table(found["full"] or {}, tmp_path))
+    assert "captions nearly emptied" in capture.get() and "--text-cleaning light keeps them" in capture.get()
+    assert "captions nearly emptied" in (tmp_path / "full" / "report.html").read_text()
+    assert "captions nearly emptied" not in (tmp_path / "light" / "report.html").read_text()
+    summary = json.loads((tmp_path / "full" / "summary.json").read_text())
+    del summary["emptied_captions"]  # as older versions wrote it
+    (tmp_path / "full" / "summary.json").write_text(json.dumps(summary))
+    again = prepare(config_of(world, tmp_path / "full", annotations=tmp_path / "meta.json", samples_per_shard=2),
+                    place=Place(), device=CPU)
+    assert again == summary

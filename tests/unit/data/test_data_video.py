@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from helpers.tiny_models import frame_number, make_video
 
 from megatron_flashi2v.data.video import Video, VideoError
@@ -165,3 +166,22 @@ def test_huge_counts_are_not_believed(tmp_path: Path) -> None:
             video.read([0])
     except VideoError as error:
         assert error.reason in ("unreadable", "no_frames", "no_fps", "undecodable")
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_of_two_streams_of_one_size_the_default_one_is_taken(tmp_path: Path, chosen: int) -> None:
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        for number in range(2):
+            stream = container.add_stream("ffv1", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv444p"
+            stream.disposition = Disposition.default if number == chosen else Disposition(0)
+        for number, level in ((0, 50), (1, 200)):
+            stream = container.streams.video[number]
+            pixels = np.full((24, 32, 3), level, np.uint8)
+            for pts in range(3):
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv444p")
+                frame.pts = pts
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    with Video(tmp_path / "a.mkv") as video:
+        assert abs(int(video.read([0])[0, 0, 0, 0]) - (50, 200)[chosen]) <= 2

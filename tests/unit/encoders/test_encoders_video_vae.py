@@ -86,6 +86,25 @@ def test_residual_form_with_patches(tmp_path: Path) -> None:
     torch.testing.assert_close(vae.encode(clip(9)[:, :, :7]), vae.encode(clip(9))[:, :, :4], atol=1e-6, rtol=0)
 
 
+def test_tiles_are_diffusers_own(folders: dict[int, Path]) -> None:
+    """Of a frame that is larger than a tile, both ways; the tiles leave their trace."""
+    from diffusers import AutoencoderKLWan
+
+    theirs = AutoencoderKLWan.from_pretrained(str(folders[1]))
+    whole, tiled = (VideoVAE.load(folders[1], "cpu") for _ in range(2))
+    theirs.enable_tiling()
+    tiled.enable_tiling()
+    latents_BCTHW = torch.randn(1, 4, 1, 4, 72, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(theirs.config[f"latents_{name}"]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = theirs.decode(latents_BCTHW * std + mean).sample.clamp(-1, 1)
+        image_BCTHW = torch.rand(1, 3, 1, 16, 288, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        encoded = (theirs.encode(image_BCTHW).latent_dist.mode() - mean) / std
+    assert torch.equal(tiled.decode(latents_BCTHW), expected)
+    assert torch.equal(tiled.encode(image_BCTHW), encoded)
+    assert not torch.equal(whole.decode(latents_BCTHW), expected)
+
+
 def test_settings_are_json(folders: dict[int, Path]) -> None:
     settings = json.loads(json.dumps(VideoVAE.load(folders[2], "cpu").settings))
     assert (settings["temporal_stride"], settings["spatial_stride"], settings["posterior"]) == (2, 4, "mean")

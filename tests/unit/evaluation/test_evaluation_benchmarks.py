@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from flashi2v_kernels.registry import OPERATORS, load_entry_point, specs_of
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.evaluation import bench_block, bench_kernels, bench_step, benchmark
+from megatron_flashi2v.evaluation import bench_block, bench_kernels, bench_sampling, bench_step, benchmark
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.runtime.device import resolve_device
 
@@ -36,6 +37,28 @@ def test_ceilings_are_plausible() -> None:
     assert 1e8 < benchmark.copy_ceiling(device, rounds=1) < 1e12
 
 
+def test_kernels_are_timed_without_the_host() -> None:
+    left = torch.randn(64, 64)
+    seconds = benchmark.kernel_seconds(lambda: time.sleep(0.05) or left @ left, resolve_device("cpu"), 3)
+    assert 0 < seconds < 0.05
+    rows = benchmark.interleaved_seconds({"a": lambda: None}, resolve_device("cpu"), 2, measure=lambda *_: 7.0)
+    assert rows == {"a": [7.0, 7.0]}
+
+
+def test_the_compiled_peer_compiles_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import WanTransformer3DModel
+
+    compiled: list[dict[str, object]] = []
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", lambda _, **options: compiled.append(options))
+    options = bench_step.StepBenchmark(
+        model="tiny", num_layers=1, latent_shape=SHAPE, bf16=False, device="cpu", rounds=1, peer="diffusers-compiled",
+        elementwise_backend="reference", profile=False,
+    )
+    told = bench_step.run(options)
+    assert compiled == [{"fullgraph": True}] and "diffusers-compiled" in told and "time over the peer's" in told
+    assert "ada_layer_norm  reference" in " ".join(told.split("\n")).replace("    ", "  ")
+
+
 def test_table() -> None:
     rows = [{"a": 1.23456, "b": "x"}, {"a": None}]
     assert benchmark.table(rows, ("a", "b")) == "a      b\n--------\n1.235  x\n-      -\n"
@@ -46,8 +69,9 @@ def test_kernel_cases_fit_every_operator(operator: str) -> None:
     """The definition takes each case's inputs; every leaf gets a gradient."""
     case = bench_kernels.make_case(operator, PRESETS["tiny"], SHAPE, torch.float32, resolve_device("cpu"))
     reference = load_entry_point(next(spec for spec in specs_of(operator) if spec.name == "reference"))
-    output = case.call(reference)
-    gradients = torch.autograd.grad(output.sum(), case.leaves) if case.leaves else ()
+    results = case.call(reference)
+    total = sum(result.sum() for result in (results if isinstance(results, tuple) else (results,)))
+    gradients = torch.autograd.grad(total, case.leaves) if case.leaves else ()
     assert all(gradient.shape == leaf.shape for gradient, leaf in zip(gradients, case.leaves, strict=True))
     assert case.work[0] > 0
 
@@ -102,3 +126,17 @@ def test_block_report(tmp_path: Path) -> None:
     for row in report["rows"]:
         assert row["ratio"] == pytest.approx(row["rounds"][0] / row["diffusers_rounds"][0])
     assert "ratio" in told
+
+
+def test_sampling_report_of_equal_videos(tmp_path: Path) -> None:
+    """Both pipelines make the same latents of the same weights, so that their times can be compared."""
+    models = Path(__file__).parents[3] / "examples" / "quickstart" / "models"
+    path = tmp_path / "sampling.json"
+    options = bench_sampling.SamplingBenchmark(
+        num_layers=2, vae=models / "vae", text_encoder=models / "text_encoder", tokenizer=models / "tokenizer",
+        num_frames=5, height=32, width=48, num_steps=3, device="cpu", rounds=1, json=path,
+    )
+    text = bench_sampling.run(options)
+    report = json.loads(path.read_text())
+    assert "videos a minute over diffusers'" in text and report["throughput_over_peer"] > 0
+    assert 0 < report["largest_difference_of_latents"] < 1e-4 * report["largest_latent"]

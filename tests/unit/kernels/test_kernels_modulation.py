@@ -16,6 +16,7 @@ from flashi2v_kernels.gate_residual.reference import gate_residual
 NORMS = implementations("ada_layer_norm")
 GATES = implementations("gate_residual")
 GELUS = implementations("bias_gelu_tanh")
+SUMS = implementations("residual_norm")
 EPS = 1e-6
 # one token; odd sizes and batch 3; more rows than one program or one piece takes
 SHAPES = [(1, 1, 2), (7, 3, 24), (5, 1, 37), (17, 2, 66), (1, 3, 5)]
@@ -82,6 +83,60 @@ def test_gate_residual(name, shape, dtype, other):
     assert [tensor.dtype for tensor in actual] == [dtype, dtype, other, FP32]
     for ours, wanted in zip(actual, expected, strict=True):
         assert_near(ours, wanted)
+
+
+def apart(hidden, update, gate, shift, scale, eps, *, dtype):
+    """The sum and then the norm, which reads the rounded sum, by the definitions of the two operators."""
+    total = gate_residual(hidden, update, torch.ones_like(shift) if gate is None else gate)
+    return total, ada_layer_norm(total, shift, scale, eps, dtype=dtype)
+
+
+def stacked(function, dtype, gated):
+    """Both results of an implementation as one tensor, so that both get a gradient."""
+
+    def run(hidden, update, *rows):
+        gate, shift, scale = rows if gated else (None, *rows)
+        total, normed = function(hidden, update, gate, shift, scale, EPS, dtype=dtype or hidden.dtype)
+        wide = torch.promote_types(total.dtype, normed.dtype)
+        return torch.stack([total.to(wide), normed.to(wide)])
+
+    return run
+
+
+@DTYPES
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SUMS)
+def test_residual_norm(name, shape, gated, dtype, other):
+    """Against the two operators: in fp64, or where the sum is rounded to bf16 in the same precision."""
+    count = 3 if gated else 2
+    inputs = [rows(shape, dtype), draw(shape, other, seed=1)]
+    inputs += [draw(shape[1:], FP32, seed=seed) for seed in range(2, 2 + count)]
+    actual = outputs_and_gradients(stacked(SUMS[name], other, gated), inputs)
+    wide = dtype == FP32
+    defined = stacked(apart, None if wide else other, gated)
+    expected = outputs_and_gradients(defined, inputs, torch.float64 if wide else None)
+    assert [tensor.dtype for tensor in actual[1:]] == [tensor.dtype for tensor in inputs]
+    total, normed = expected[0]
+    for ours, wanted in zip(actual[0].to(other if dtype == FP32 else actual[0].dtype), (total, normed), strict=True):
+        assert_near(ours, wanted)
+    # the gradient of a normalised row is a difference of numbers of this size
+    spread = 4 * (1 + inputs[-1].double().abs().max()) / total.double().std(dim=-1, correction=0).min()
+    scales = [wanted.abs().max() + spread * (i < count) for i, wanted in enumerate(expected[1:])]  # but shift and scale
+    for ours, wanted, scale in zip(actual[1:], expected[1:], scales, strict=True):
+        assert_near(ours.to(BF16 if BF16 in (dtype, other) else FP32), wanted, scale)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_results_into_given_memory(name):
+    """What was dropped after its reader is computed again where it was."""
+    x, shift, scale = rows((7, 2, 24), BF16), draw((2, 24), FP32, seed=1), draw((2, 24), FP32, seed=2)
+    for function, inputs, options in (
+        (NORMS[name], (x, shift, scale, EPS), {"dtype": BF16}), (GELUS[name], (x, shift[0]), {})
+    ):
+        memory = torch.zeros_like(x)
+        function(*inputs, **options, out=memory)
+        assert torch.equal(memory, function(*inputs, **options)) and memory.any()
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

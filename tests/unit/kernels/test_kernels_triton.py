@@ -37,7 +37,8 @@ def test_against_the_references_in_the_interpreter() -> None:
     """The files' tests with ``triton`` as the only implementation."""
     files = [str(HERE / f"test_kernels_{name}.py") for name in ("modulation", "qk_norm_rope")]
     options = ["-q", "-k", "triton", "-p", "no:cacheprovider", "--timeout", "900"]
-    told = run(["-m", "pytest", *options, *files], TRITON_INTERPRET="1")
+    # the interpreter computes on CPUs, wherever the other tests run
+    told = run(["-m", "pytest", *options, *files], TRITON_INTERPRET="1", FLASHI2V_TEST_DEVICE="cpu")
     passed = int(told.rpartition(" passed")[0].split()[-1])
     assert passed > 90, told
 
@@ -50,5 +51,5 @@ def test_compiles_ahead_of_time(capability: str, tmp_path: Path) -> None:
     assert len(lines) == len(set(lines)) > 20
     assert {line.split()[0] for line in lines} == {
         "norm_forward", "norm_backward", "gate_forward", "gate_backward", "gelu_forward", "gelu_backward",
-        "turn_forward", "turn_backward",
+        "turn_forward", "turn_backward", "residual_norm_forward", "residual_norm_backward",
     }

@@ -39,7 +39,10 @@ def test_affine_layer_norm(spec: ModelSpec) -> None:
     with torch.no_grad():
         norm.weight.copy_(normal(16, seed=1))
         norm.bias.copy_(normal(16, seed=2))
-    torch.testing.assert_close(norm(rows), (layer_norm(rows) * norm.weight + norm.bias).float())
+    update, gate = 0.05 * normal(6, 2, 16, seed=3), normal(2, 16, seed=4)
+    total, normed = norm(rows, update, gate)
+    torch.testing.assert_close(total, rows + gate * update)
+    torch.testing.assert_close(normed, (layer_norm(total) * norm.weight + norm.bias).float())
 
 
 def test_rms_norm_is_over_all_heads(spec: ModelSpec) -> None:

@@ -49,7 +49,7 @@ IN_BF16 = {
     ("blocks.cross_attention", "attention"),
 }
 """Everything that a bf16 model computes in bf16, besides its residual stream."""
-RESIDUAL_STREAM = {("blocks", "add"), ("blocks", "addcmul")}
+RESIDUAL_STREAM = {("blocks", "add"), ("blocks", "addcmul"), ("blocks.norm_cross", "addcmul")}
 """The cross-attention's update is added in bf16; the gated ones in fp32, because of the gate, and rounded once."""
 IN_FP32 = {
     ("text_embedding", "gelu"),

@@ -18,7 +18,7 @@ from megatron_flashi2v.runtime.device import resolve_device
 
 CONFIG = dataclasses.replace(PRESETS["1.3b"], num_layers=1, text_length=4)
 KEPT = {
-    Recompute(): 86, Recompute(inside="selective"): 60, Recompute(inside="skip_attention"): 21, Recompute(layers=1): 3,
+    Recompute(): 86, Recompute(inside="selective"): 60, Recompute(inside="skip_attention"): 15, Recompute(layers=1): 3,
 }
 """KiB a token and block, rounded."""
 

@@ -37,3 +37,10 @@ def test_a_hop_is_waited_for_before_its_memory_is_freed() -> None:
 def test_the_host_does_not_wait_for_the_device_at_every_hop() -> None:
     with single_process(resolve_device("cpu")) as groups:
         assert not make_spec(CONFIG, groups, torch.device("cpu")).megatron.batch_p2p_sync
+
+
+def test_an_elementwise_backend_by_name() -> None:
+    kernels = choose_kernels(torch.device("cpu"), torch.float32, CONFIG, elementwise_backend="reference")
+    assert {kernel.spec.name for kernel in kernels.chosen[1:-1]} == {"reference"}
+    with pytest.raises(ConfigError, match="--elementwise-backend tritn: there are auto, .*triton, triton_fused"):
+        choose_kernels(torch.device("cpu"), torch.float32, CONFIG, elementwise_backend="tritn")

@@ -229,7 +229,8 @@ def test_what_is_computed_in_which_precision(make: Callable[..., DiffusionTransf
         block = f"blocks.{index}"
         hidden, text, modulation = seen[block][0]
         assert (hidden, text, modulation) == (residual, BF16, FP32) and seen[block][1] == residual
-        assert seen[f"{block}.norm_cross"] == ([residual], BF16)  # computed in fp32 inside the kernel
+        assert seen[f"{block}.norm_cross"] == ([residual, BF16, FP32], residual)  # computed in fp32 inside the kernel
+        assert seen[f"{block}.cross_attention.linear_q"] == ([BF16], BF16)  # reads its second output
         assert seen[f"{block}.self_attention.linear_qkv"] == ([BF16], BF16)
         assert seen[f"{block}.self_attention.linear_proj"] == ([BF16], BF16)
         for name in ("cross_attention", "mlp"):

@@ -195,6 +195,16 @@ def test_a_gradient_that_is_read_is_zero() -> None:
     assert weight.grad is not None and not weight.grad.any()
 
 
+def test_a_sharded_weights_buffer_is_asked_for_and_holds_this_pass_alone() -> None:
+    """Megatron-FSDP's, which holds anything when it is handed out."""
+    weight, buffer = nn.Parameter(draw(3, 5)), torch.full((3, 5), torch.nan)
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    weight.get_main_grad = lambda: buffer  # type: ignore[attr-defined]
+    linear(draw(7, 5), weight, None, Exchange(), add_weight_gradient).sum().backward()
+    assert_near(buffer, draw(7, 5).double().sum(0).expand(3, 5))
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+
+
 def make_batch(seed: int) -> Microbatch:
     sigma_B = torch.tensor([0.2, 0.7])
     return Microbatch(

@@ -19,10 +19,12 @@ MODEL = [part for name, value in {**FLAGS, "num-layers": 5}.items() for part in 
 LAYOUTS = {
     "pp2-virtual2-cp2": ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2",
                          "--context-parallel-size", "2"],
-    "tp2-sp-dp2": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "tp2-sp-fsdp2": ["--tensor-model-parallel-size", "2", "--sequence-parallel",
+                     "--data-parallel-sharding-strategy", "optim_grads_params"],
 }
 LINE = re.compile(
-    r"pipeline rank (\d+): each of (\d+) ranks holds (\d+) blocks, ([\d,]+) parameters and ([\d,]+) visual tokens"
+    r"pipeline rank (\d+): each of (\d+) ranks holds (\d+) blocks, ([\d,]+) parameters"
+    r"(?:, of which it keeps one of 2 parts,)? and ([\d,]+) visual tokens"
 )
 WORK = re.compile(r"(\d+) microbatches of 1 samples each iteration on each of (\d+) replicas")
 
@@ -65,6 +67,8 @@ def test_a_dry_run_tells_what_the_ranks_of_a_run_hold(
     for place, row in zip(places, held, strict=True):
         numbers = [int(str(report[place][name]).replace(",", "")) for name in ("parameters", "visual_tokens")]
         assert numbers == list(row[3:])
+    sharded = "optim_grads_params" in flags
+    assert ("keeps one of 2 parts" in told) == ("in_flight_gb" in report["pipeline_0"]) == sharded
     ((microbatches, replicas),) = WORK.findall(told)
     assert str(report["data"]).split()[0] == replicas and report["microbatches"] == f"{microbatches} of 1"
 

@@ -13,79 +13,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from helpers.checkpoints import save_checkpoint
 from helpers.paradigms import PARADIGMS
-from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae
+from helpers.releases import CONFIG, PARTS, release, sampled, train
+from helpers.tiny_models import make_tiny_text_encoder
 from PIL import Image
-from safetensors.torch import load_file
 
 from megatron_flashi2v import FlashI2VPipeline
-from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.release.image_conditioning import FlashI2VImageConditioning
-
-CONFIG = ModelConfig(
-    num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=3, latent_channels=4, freq_dim=16,
-    text_dim=16, text_length=8, phi_kernel_size=(3, 3, 3), phi_order="repeat_then_conv", mask_channels=2,
-)  # fmt: skip
-PARTS = ("vae", "text_encoder", "tokenizer")
-DATA = {"samples": 12, "fingerprint": "abc", "frames": 5, "height": 16, "width": 24, "fps": 8.0}
-STATE = {
-    "version": "0.1.0", "iteration": 30, "consumed_samples": 120, "seed": 5, "data": DATA, "commit": "0123abcd",
-    "layout": {"processes": 4, "tensor": 2, "pipeline": 2, "context": 1, "precision": "fp32"},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Encoders (the VAE's strides are 2 and 4) and an image."""
-    folder = tmp_path_factory.mktemp("parts")
-    make_tiny_vae(folder / "vae")
-    make_tiny_text_encoder(folder / "text_encoder")
-    make_tiny_tokenizer(folder / "tokenizer")
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "image.png")
-    return folder
-
-
-def train(root: Path, config: ModelConfig) -> None:
-    """A checkpoint of random weights, with what a run records."""
-    generator = torch.Generator().manual_seed(0)
-    pieces = [
-        TensorPiece.whole(f"model.{name}", torch.randn(shape, generator=generator) * (0.15 if len(shape) > 1 else 0.5))
-        for name, shape in parameter_shapes(config).items()
-    ]
-    save_checkpoint(root, 30, pieces=pieces, model_config=config, state=STATE)
-
-
-def release(root: Path, parts: Path, *flags: str) -> Path:
-    folder = root / "release"
-    arguments = [word for name in PARTS for word in (f"--{name.replace('_', '-')}", str(parts / name))]
-    command = ["convert", "--from", "megatron", str(root / "run"), "--to", "diffusers", str(folder)]
-    assert main([*command, *arguments, *flags]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
-    root = tmp_path_factory.mktemp("flashi2v")
-    train(root / "run", CONFIG)
-    return release(root, parts)
-
-
-def sampled(run: Path, parts: Path, output: Path, *flags: str) -> torch.Tensor:
-    """The final latents of ``flashi2v sample`` with seed 7, three steps and guidance 3."""
-    written = output / "latents.safetensors"
-    values = {"load": run, "prompt": "a dog runs", "output": output / "a.mp4", "latents": written, "device": "cpu",
-              "seed": 7, "num-steps": 3, "guidance-scale": 3.0,
-              **{name.replace("_", "-"): parts / name for name in PARTS}}  # fmt: skip
-    arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    assert main(["sample", *arguments, *flags]) == 0
-    (latents,) = load_file(written).values()
-    return latents
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
@@ -157,8 +95,8 @@ def test_callback_sees_and_replaces_latents(released: Path, parts: Path) -> None
     ).frames  # fmt: skip
     assert [step for step, _ in seen] == [0, 1] and seen[0][1] == 1000 > seen[1][1]
     assert not latents.any()
-    with pytest.raises(ValueError, match="prompt_embeds.*only 'latents'"):
-        pipeline(prompt="", callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    with pytest.raises(ConfigError, match="has \\['image_latents'\\]; known are"):
+        pipeline(prompt="", callback_on_step_end_tensor_inputs=["image_latents"])
 
 
 def test_another_scheduler_takes_its_place(released: Path, parts: Path) -> None:
@@ -224,7 +162,9 @@ def test_release_folder_and_card(released: Path, parts: Path) -> None:
     for words in (
         "| paradigm | flashi2v |", "kernel 3x3x3, order repeat_then_conv", "| steps | 30 |", "| commit | 0123abcd |",
         "12 clips of 5 frames of 16 x 24 pixels at 8.0 per second", "tensor 2, pipeline 2", "| seed | 5 |",
-        "library_name: diffusers",
+        "library_name: megatron_flashi2v\n", "license: apache-2.0\n", "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers\n",
+        'pip install "megatron-flashi2v>=', "`apache-2.0`, as whoever made this release states",
+        "| initial weights | `Wan`, format diffusers |",
     ):  # fmt: skip
         assert words in card, words
     index = json.loads((released / "model_index.json").read_text())
@@ -255,18 +195,26 @@ def test_components_by_reference(parts: Path, tmp_path: Path) -> None:
         (("--vae", "{parts}/text_encoder"), "it must be AutoencoderKLWan"),
         (("--text-encoder", "{parts}/vae"), "it must be umt5"),
         (("--tokenizer", "{parts}/vae"), "tokenizer folder"),
+        (("--license", "GPL 3"), "--license is 'GPL 3'; it must be an identifier such as apache-2.0"),
+        (("--base-model", "Wan"), "--base-model is 'Wan'; it must be OWNER/NAME"),
+        (("--report", "{parts}/vae.json/a.json"), "--report {parts}/vae.json/a.json cannot be written"),
     ],
 )
 def test_a_wrong_part_is_named_before_the_work(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, str], words: str
 ) -> None:
     train(tmp_path / "run", CONFIG)
+    (parts / "vae.json").write_text("")
     command = ["convert", "--from", "megatron", str(tmp_path / "run"), "--to", "diffusers", str(tmp_path / "out")]
     assert main([*command, flags[0], flags[1].format(parts=parts)]) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert words.format(parts=parts) in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_belongs_to_a_release_alone(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wan = ["convert", "--from", "megatron", str(tmp_path / "run"), "--to", "wan", str(tmp_path / "out")]
-    assert main([*wan, flags[0], str(parts / "vae")]) == 2
-    assert "only `--to diffusers` makes a release" in capsys.readouterr().err
+    for flags in (("--vae", str(parts / "vae")), ("--license", "mit"), ("--base-model", "a/b")):
+        assert main([*wan, *flags]) == 2
+        assert f"{flags[0]} {flags[1]}: only `--to diffusers` makes a release" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,8 @@ npu = torch.device("npu", 1)
 device = NpuDevice(1)
 assert (device.backend, device.torch_device) == ("hccl", npu)
 with megatron_on(device), FakeTensorMode():
-    assert torch.cuda.current_device() == npu
+    assert torch.cuda.current_device() == 1
+    assert torch.zeros(1, device=torch.cuda.current_device()).device == npu
     assert torch.zeros(1, device="cuda").device == npu
     assert torch.ones(1).cuda().device == torch.ones(1).to("cuda:0").device == npu
     assert torch.ones(1, device=npu).type() == "torch.cuda.FloatTensor"

@@ -60,6 +60,31 @@ def test_unwritable_path_is_named(tmp_path: Path) -> None:
         files.atomic_write_bytes(tmp_path, b"")
 
 
+@pytest.mark.parametrize("name", ["n" * 248, "n" * 255, "é" * 127, "視" * 85], ids=["248", "255", "two", "three"])
+def test_any_name_that_a_file_can_have_is_written(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for text in ("old", "new"):
+        files.atomic_write_text(path, text)
+    assert path.read_text() == "new" and names(tmp_path) == [name]
+
+
+def test_names_beside_others() -> None:
+    assert files.name_beside("run", ".", ".partial") == ".run.partial"
+    long = [files.name_beside(f"{'視' * 84}{last}", ".", ".partial") for last in "abb"]
+    assert long[0] != long[1] == long[2], "names that differ at their end stay apart"
+    assert all(name.startswith(".視") and name.endswith(".partial") for name in long)
+    assert all(200 < len(os.fsencode(name)) <= 255 for name in long)
+
+
+def test_what_could_not_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    files.require_writable(tmp_path / "new" / "report.json", "--report")
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.json", "is no folder")):
+        with pytest.raises(UserError, match=f"--report {path}.*{words}"):
+            files.require_writable(path, "--report")
+    assert names(tmp_path) == ["file"]
+
+
 def test_read_json_errors_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model_config.json"
     with pytest.raises(CheckpointError, match=f"{path}: there is no such file"):

@@ -104,6 +104,14 @@ def test_overwrite_swaps_whole_folders(tmp_path: Path) -> None:
     assert names(final) == ["new"] and names(tmp_path) == ["export"]
 
 
+@pytest.mark.parametrize("name", ["n" * 248, "視" * 85])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    for text in ("old", "new"):
+        with staged_folder(tmp_path / name, overwrite=True) as folder:
+            (folder / "a").write_text(text)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name / "a").read_text() == "new"
+
+
 def test_killed_runs_leftovers_are_cleared(tmp_path: Path) -> None:
     final = tmp_path / "export"
     (tmp_path / ".export.partial").mkdir()

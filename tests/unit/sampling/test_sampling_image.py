@@ -6,7 +6,7 @@ import torch
 from helpers.tiny_models import frame_pattern, make_video
 from PIL import Image
 
-from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.data.transforms import resize_and_crop
 from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.sampling.image import fit_image, load_image
@@ -122,9 +122,11 @@ def test_fit_keeps_an_image_of_the_right_size():
     assert torch.equal(fit_image(frame, 16, 24), frame)
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(3, 4, 4), torch.zeros(4, 4, dtype=torch.uint8)])
-def test_malformed_tensors_are_refused(tensor):
-    with pytest.raises(ValueError, match="uint8"):
+@pytest.mark.parametrize(("tensor", "words"), [
+    (torch.zeros(3, 4, 4, dtype=torch.int16), "uint8"), (torch.zeros(4, 4, dtype=torch.uint8), "shape"),
+])  # fmt: skip
+def test_malformed_tensors_are_refused(tensor, words):
+    with pytest.raises(ConfigError, match=words):
         fit_image(tensor, 16, 24)
 
 

@@ -24,13 +24,17 @@ class FakeProfiler:
     """Writes the iterations at which it was started and stopped."""
 
     def __init__(self, now: list[int]) -> None:
-        self.now, self.span = now, []
+        self.now, self.span, self.marks = now, [], 0
 
     def start(self) -> None:
         self.span.append(self.now[0])
 
+    def step(self) -> None:
+        self.marks += 1
+
     def stop(self) -> None:
         self.span.append(self.now[0])
+        assert self.marks in (self.span[1] - self.span[0] - 1, self.span[1] - self.span[0])  # the last may be marked
 
     def export_chrome_trace(self, path: str) -> None:
         Path(path).write_text(json.dumps(self.span))
