@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_flashi2v.config.convert import ConvertConfig
+from megatron_flashi2v.config.convert import ENCODERS, ConvertConfig
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.release.convert import convert
 
@@ -15,10 +15,16 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a path or a flag is wrong, or a file is damaged.
     """
-    convert(parse(
+    config = parse(
         ConvertConfig,
         argv,
         prog=ConvertConfig.command,
         description="Convert weights between training checkpoints, diffusers, Wan and FlashI2V's releases.",
-    ))
+    )
+    if config.target[0] == ENCODERS:
+        from megatron_flashi2v.release.encoders import convert_encoders
+
+        convert_encoders(config)
+    else:
+        convert(config)
     return 0

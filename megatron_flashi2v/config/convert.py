@@ -13,6 +13,8 @@ from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
 
 FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu", "comfyui")
+ENCODERS = "encoders"
+"""In place of a target's format: Wan's own VAE and T5 as the folders that other commands take."""
 _ONE_FILE = ("flashi2v-npu", "flashi2v-gpu", "comfyui")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -33,8 +35,9 @@ class ConvertConfig(FlagNames):
     one iter_* in it), `diffusers` (a folder), or `wan`, `flashi2v-npu`, `flashi2v-gpu`, `comfyui` (a .safetensors,
     .pt, .pth or .bin file; a folder with one, with shards, of another trainer, or of torch's distributed
     checkpoint)."""
-    target: Annotated[tuple[Annotated[str, OneOf(*FORMAT_NAMES)], Path], Named("to", "FORMAT PATH")]
-    """Weights to write: a format, and a folder that does not exist yet."""
+    target: Annotated[tuple[Annotated[str, OneOf(*FORMAT_NAMES, ENCODERS)], Path], Named("to", "FORMAT PATH")]
+    """Weights to write: a format, and a folder that does not exist yet. `encoders` writes the VAE, text encoder and
+    tokenizer that lie in a folder as Wan released it (`--from wan FOLDER`), for --vae, --text-encoder, --tokenizer."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of all tensors written; float32 takes a bf16 run's fp32 master weights."""
     weights: Literal["model", "ema"] = "model"
@@ -73,6 +76,11 @@ class ConvertConfig(FlagNames):
         for flag, value in (self.parts | {"license": self.license, "base_model": self.base_model}).items():
             if value is not None and self.target[0] != "diffusers":
                 raise ConfigError(f"--{flag.replace('_', '-')} {value}: only `--to diffusers` makes a release folder")
+        if self.target[0] == ENCODERS and (self.source[0] not in ("wan", "auto") or self.dtype != "keep"):
+            raise ConfigError(
+                f"--to {ENCODERS} takes `--from wan FOLDER`, as Wan released it, and keeps its dtypes; not --from "
+                f"{self.source[0]} with --dtype {self.dtype}"
+            )
         if self.max_shard_size is not None and self.target[0] in _ONE_FILE:
             raise ConfigError(
                 f"--max-shard-size {self.max_shard_size}: {self.target[0]} is read as one file; leave out the flag"

@@ -64,11 +64,11 @@ _OTHERS = (
     ),
     _Other(
         r"decoder\.(middle\.0\.residual\.2|conv_in|mid_block\.resnets\.0\.conv1)\.weight", "a VAE",
-        "give it as --vae, a folder of diffusers' AutoencoderKLWan, and the transformer's weights here",
+        "give the transformer's weights here; `convert --to encoders` makes the folder that --vae takes",
     ),
     _Other(
         r"blocks?\.0\.(attn\.q|layer\.0\.SelfAttention\.q)\.weight", "a T5 text encoder",
-        "give it as --text-encoder, a folder of transformers' UMT5EncoderModel, and the transformer's weights here",
+        "give the transformer's weights here; `convert --to encoders` makes the folder that --text-encoder takes",
     ),
     _Other(
         r"visual\.(transformer\.0\.attn\.to_qkv|conv1|patch_embedding)\.weight|embeddings\.patch_embedding\.weight",

@@ -1,4 +1,4 @@
-"""Tensors of a folder that ``torch.distributed.checkpoint`` (DCP) wrote, such as an FSDP run's or megatron-core's.
+"""Tensors of a folder that ``torch.distributed.checkpoint`` (DCP) wrote, such as an FSDP run's.
 
 :mod:`restricted_pickle` reads ``.metadata``, a pickle, and makes inert records of DCP's metadata classes. They say
 which stretch of which ``.distcp`` file holds each chunk of each tensor; a chunk is a torch archive of its own.
@@ -34,10 +34,6 @@ _ALLOWED: tuple[Name, ...] = (
         "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
     )),
     (f"{_PACKAGE}.filesystem", "_StorageInfo"),
-    # megatron-core keeps the plans by which its ranks saved, to use them again.
-    *((f"{_PACKAGE}.planner", name) for name in (
-        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
-    )),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     *(("torch", name) for name in _DTYPES),
@@ -110,7 +106,7 @@ def open_distributed(folder: Path) -> tuple[dict[str, SourceTensor], tuple[str, 
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    metadata = load_restricted(data, _ALLOWED, source=path, packages=("megatron",))
+    metadata = load_restricted(data, _ALLOWED, source=path)
     described = metadata.field("state_dict_metadata") if isinstance(metadata, Record) else None
     stored = metadata.field("storage_data") if isinstance(metadata, Record) else None
     if not isinstance(described, dict) or not isinstance(stored, dict):

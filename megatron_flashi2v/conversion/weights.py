@@ -207,7 +207,7 @@ def cast(label: str, tensor: torch.Tensor, dtype: torch.dtype, options: ReadOpti
         count = int(tensor.numel() - finite.sum())
         raise CheckpointError(
             f"{label} holds {count} of {tensor.numel()} values that are NaN or infinite; use another copy, or a "
-            "checkpoint from before (--keep-non-finite converts them as they are)"
+            "checkpoint from before (convert --keep-non-finite takes them as they are)"
         )
     converted = tensor.to(dtype)
     if dtype == torch.float16 and bool((converted.isinf() & finite).any()):

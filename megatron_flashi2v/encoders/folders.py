@@ -9,6 +9,7 @@ from typing import Any
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime.files import read_json_object
 
+_WAN_FILES = ("Wan*_VAE.pth", "models_t5_*.pth")
 _REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<subfolder>\w[\w./-]*)")
 _FETCHED_ENDINGS = (".json", ".safetensors", ".model", ".txt")
 """Configurations, vocabularies and weights; never a pickle."""
@@ -60,12 +61,21 @@ def require_files(folder: Path, what: str, *names: str) -> None:
         ConfigError: the folder or a file is missing.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{what} folder {folder} does not exist; it must hold {', '.join(names)}")
+        fault = "is a file" if folder.is_file() else "does not exist"
+        hint = _made_by(folder.parent) if folder.suffix == ".pth" else ""
+        raise ConfigError(f"{what} folder {folder} {fault}; it must hold {', '.join(names)}{hint}")
     for name in names:
         if not any(folder.glob(name)):
             inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and any(child.glob(name)))
-            hint = f"; did you mean its subfolder {' or '.join(inside)}?" if inside else ""
+            hint = f"; did you mean its subfolder {' or '.join(inside)}?" if inside else _made_by(folder)
             raise ConfigError(f"{what} folder {folder}: no {name} in it{hint}")
+
+
+def _made_by(folder: Path) -> str:
+    """For a message: how folders are made of encoders as Wan released them; empty if there are none."""
+    if not any(any(folder.glob(name)) for name in _WAN_FILES):
+        return ""
+    return f"; make folders of Wan's own files: flashi2v convert --from wan {folder} --to encoders OUT"
 
 
 def read_model_config(folder: Path, what: str) -> dict[str, Any]:

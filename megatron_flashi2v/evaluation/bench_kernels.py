@@ -47,6 +47,7 @@ class KernelBenchmark:
         models: presets whose widths are taken.
         latent_shape: latent frames, rows and columns; 13 60 104 is 49 frames of 480x832 pixels.
         operators: names, or all.
+        skip: implementations to leave out; inductor compiles for minutes on CPUs.
         dtypes: dtypes of the activations.
         device: auto, cuda, npu or cpu.
         rounds: measurements of each, interleaved; the table has medians.
@@ -56,6 +57,7 @@ class KernelBenchmark:
     models: tuple[str, ...] = ("1.3b", "14b")
     latent_shape: tuple[int, int, int] = (13, 60, 104)
     operators: tuple[str, ...] = OPERATORS
+    skip: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("bfloat16",)
     device: str = "auto"
     rounds: int = 5
@@ -94,7 +96,9 @@ def run(options: KernelBenchmark) -> str:
         for model in options.models:
             for operator in options.operators:
                 case = make_case(operator, PRESETS[model], options.latent_shape, dtype, device)
-                for row in measure(operator, PRESETS[model], case, dtype, device, options.rounds, ceilings[case.unit]):
+                for row in measure(
+                    operator, PRESETS[model], case, dtype, device, options.rounds, ceilings[case.unit], options.skip
+                ):
                     rows.append({"model": model, "operator": operator, "dtype": dtype_name, **row})
                 del case
                 device.empty_cache()
@@ -106,12 +110,13 @@ def run(options: KernelBenchmark) -> str:
 
 
 def measure(
-    operator: str, config: ModelConfig, case: Case, dtype: torch.dtype, device: Device, rounds: int, ceiling: float
+    operator: str, config: ModelConfig, case: Case, dtype: torch.dtype, device: Device, rounds: int, ceiling: float,
+    skip: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows of one operator: forward and backward of what runs here, and the reason for what does not."""
     functions: dict[str, Callable[..., Any]] = {}
     for name in [spec.name for spec in specs_of(operator)]:
-        if name == "reference" and operator in SLOW_DEFINITIONS:
+        if name in skip or (name == "reference" and operator in SLOW_DEFINITIONS):
             continue
         try:
             functions[name] = resolve(

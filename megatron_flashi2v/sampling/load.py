@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
-from megatron_flashi2v.checkpoint.model_state import holds_weights, load_parameters
+from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
@@ -23,6 +23,7 @@ from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+from megatron_flashi2v.models.weight_shards import whole_weights
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.placement import shard_grid
 from megatron_flashi2v.parallel.world import single_process
@@ -104,11 +105,12 @@ def load_stages(
     config, _ = describe(folder)
     spec = make_spec(config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend)
     stages = [stage.eval() for stage in build_stages(spec, parallel)]
-    parameters = [named for stage in stages for named in stage.named_parameters()]
+    parameters = (named for stage in stages for named in stage.named_parameters())
+    shards = whole_weights(parameters, shard_grid(groups))
     if is_release(folder):
-        load_initial_weights(open_initial_weights(("diffusers", folder), config), parameters, shard_grid(groups))
+        load_initial_weights(open_initial_weights(("diffusers", folder), config), shards)
     else:
-        load_parameters(folder, parameters, shard_grid(groups), weights=weights)
+        load_weights(folder, shards, weights=weights)
     return stages
 
 

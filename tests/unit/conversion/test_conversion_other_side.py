@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -157,34 +156,6 @@ def test_a_divided_model_of_megatrons_fork_is_named(tmp_path: Path, trainer: arg
     (tmp_path / "mp_rank_01").mkdir()
     with pytest.raises(UserError, match=r"divided over 2 model-parallel ranks \(mp_rank_00 to mp_rank_01\)"):
         open_weights("flashi2v-npu", tmp_path, FLAGS)
-
-
-CORE = """
-import sys, torch, torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor, save
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=0, world_size=1)
-model = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in torch.load(sys.argv[1]).items()}
-strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
-for folder in sys.argv[2].split(":"):  # the second save keeps the plan of the first
-    save({"model": model, "iteration": 7}, folder, strategy)
-dist.destroy_process_group()
-"""
-
-
-def test_megatron_cores_own_checkpoints(tmp_path: Path) -> None:
-    """``torch_dist``, as plain megatron-core writes it; with the plans that it keeps among the metadata."""
-    torch.save(npu_tensors(), tmp_path / "plain.pt")
-    folders = [tmp_path / f"iter_{number:07d}" for number in (1, 2)]
-    for folder in folders:
-        folder.mkdir()
-    command = [sys.executable, "-c", CORE, str(tmp_path / "plain.pt"), ":".join(map(str, folders)), str(tmp_path / "r")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert b"SavePlan" in (folders[1] / ".metadata").read_bytes()
-    (tmp_path / "plain.pt").unlink()
-    assert_holds(open_weights("auto", tmp_path, FLAGS), 1.0)
-    assert_holds(open_weights("flashi2v-npu", folders[0], FLAGS), 1.0)
 
 
 def test_the_newest_iteration_of_flashi2v_main(tmp_path: Path) -> None:

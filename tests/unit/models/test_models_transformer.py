@@ -112,7 +112,7 @@ def test_recomputation_changes_no_bit(
         assert torch.equal(found[name], gradient), name
 
 
-@pytest.mark.parametrize("inside, saved", [("selective", 0.8), ("skip_attention", 0.5)])
+@pytest.mark.parametrize("inside, saved", [("selective", 0.81), ("skip_attention", 0.5)])
 def test_recomputation_keeps_less(make: Callable[..., DiffusionTransformer], inside: str, saved: float) -> None:
     """Bytes that live between forward and backward, storages that were emptied not counted."""
 
