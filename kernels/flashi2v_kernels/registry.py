@@ -156,7 +156,7 @@ def resolve(
         head_dim=head_dim,
         features=frozenset(features),
         gradient=needs_gradient,
-        compute_capability=compute_capability or _compute_capability(device_type),
+        compute_capability=compute_capability or compute_capability_of(device_type),
         soc=soc or _soc(device_type),
     )
     obstacles = {spec.name: _obstacle(spec, need) for spec in specs}
@@ -262,7 +262,8 @@ def _is_at_least(installed: str, wanted: str) -> bool:
         return False
 
 
-def _compute_capability(device_type: str) -> tuple[int, int] | None:
+def compute_capability_of(device_type: str) -> tuple[int, int] | None:
+    """Of the CUDA device in use; None where there is none."""
     if device_type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_capability()
     return None

@@ -87,7 +87,7 @@ def open_vae(path: Path) -> EncoderWeights:
         )
     tensors = convert_wan_vae_to_diffusers(dict(held))
     with torch.device("meta"):
-        model = AutoencoderKLWan(base_dim=first[0], z_dim=channels)
+        model: Any = AutoencoderKLWan(base_dim=first[0], z_dim=channels)
     _require(path, model, tensors)
     return EncoderWeights(
         stem="diffusion_pytorch_model", tensors=tensors, save_config=lambda folder: model.save_config(folder)

@@ -155,15 +155,18 @@ def _theirs(
 
         def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **options: Any) -> None:
             even = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist()
-            super().set_timesteps(sigmas=even, device=device, **options)
+            cast("Any", super()).set_timesteps(sigmas=even, device=device, **options)
 
     pipeline: Any = WanPipeline(
         tokenizer=cast("Any", AutoTokenizer.from_pretrained(str(options.tokenizer), local_files_only=True)),
-        text_encoder=UMT5EncoderModel.from_pretrained(str(options.text_encoder), local_files_only=True).to(dtype),
+        text_encoder=UMT5EncoderModel.from_pretrained(
+            str(options.text_encoder), local_files_only=True, dtype=dtype
+        ),
         transformer=as_diffusers(model, config, dtype),
         vae=AutoencoderKLWan.from_pretrained(str(options.vae), local_files_only=True),
         scheduler=cast("Any", EvenScheduler(shift=DEFAULT_SHIFT)),
-    ).to(device.torch_device)
+    )
+    pipeline.to(device.torch_device)
     pipeline.set_progress_bar_config(disable=True)
 
     def video(decode: bool = False) -> Any:

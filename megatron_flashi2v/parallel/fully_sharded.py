@@ -201,7 +201,8 @@ def _largest(stage: nn.Module, unit: type[nn.Module]) -> int:
 
 def flat_local(value: Tensor) -> Tensor:
     """This rank's values of a DTensor, 1-D, sharing its memory."""
-    return value.detach().to_local().view(-1)
+    local: Tensor = value.detach().to_local()  # type: ignore[attr-defined]
+    return local.view(-1)
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ class FlashI2VImageConditioning(ModelMixin, ConfigMixin):
         )
         dtype = next((dtype for dtype in wanted if isinstance(dtype, torch.dtype)), None)
         if dtype is not None:
-            component.place = component.place.to(dtype)
+            component.register_buffer("place", component.get_buffer("place").to(dtype), persistent=False)
             for entry in component._entries:
                 parameter = component.get_parameter(*entry.external)
                 parameter.data = parameter.data.to(torch.float32 if entry.ours in component._exact else dtype)

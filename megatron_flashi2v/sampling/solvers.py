@@ -6,7 +6,7 @@ Shape suffixes: N steps, B samples, C latent channels, T latent frames, H and W 
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, cast, get_args
 
 import torch
 
@@ -119,7 +119,7 @@ def exact_euler(scheduler: Any) -> Any:
 
     if not isinstance(scheduler, DPMSolverMultistepScheduler):
         return scheduler
-    config = scheduler.config
+    config: Any = cast("Any", scheduler).config
     if config.solver_order != 1 or config.algorithm_type != "dpmsolver++" or not config.use_flow_sigmas:
         return scheduler
     kept = {name: config[name] for name in ("prediction_type", "use_flow_sigmas", "flow_shift")}

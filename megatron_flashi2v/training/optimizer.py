@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed
@@ -30,7 +30,7 @@ from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.fully_sharded import FullyShardedStage, flat_local
 
-DataParallelStage = DistributedDataParallel | FullyShardedStage
+DataParallelStage: TypeAlias = DistributedDataParallel | FullyShardedStage
 """A stage whose gradients are reduced over replicas and context shards."""
 
 

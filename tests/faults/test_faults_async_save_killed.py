@@ -38,6 +38,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+# They say how long the run is that wrote them, which one does once more after the flipped byte.
+SETTINGS = ("state.json", "manifest.json")
+
+
 def launch(module: list[str], data: Path, save: Path, iterations: int = 8) -> subprocess.CompletedProcess:
     flags = {**FLAGS, "data-path": data, "save": save, "load": save, "save-interval": 2, "train-iters": iterations}
     command = [
@@ -78,7 +82,7 @@ def assert_same_run(run: Path, straight: Path, *, checkpoints: int) -> None:
     rows = [[(row["loss"], row["grad_norm"]) for row in metrics(save)] for save in (run, straight)]
     assert rows[0] == rows[1] and len(rows[0]) == 2 * checkpoints
     files = [
-        {str(path.relative_to(save)): path.read_bytes() for path in save.glob("*iter_*/*")}
+        {str(path.relative_to(save)): path.read_bytes() for path in save.glob("*iter_*/*") if path.name not in SETTINGS}
         for save in (run, straight)
     ]
-    assert files[0] == files[1] and len(files[0]) == 6 * checkpoints
+    assert files[0] == files[1] and len(files[0]) == 4 * checkpoints

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flashi2v_kernels.registry import compute_capability_of
+
 
 def backends_of(compute_capability: tuple[int, int]) -> list[SDPBackend]:
     """torch's kernels for a CUDA device, the fastest first; torch takes the first that fits.
@@ -38,11 +40,11 @@ def attention(
     # [B, 1, 1, K] broadcasts over heads and queries; without padding there is no mask, which flash kernels refuse
     mask = None if key_padding_mask_BK is None else key_padding_mask_BK[:, None, None, :]
     if not return_log_sum_exp:
-        if query.device.type != "cuda":
+        capability = compute_capability_of(query.device.type)
+        if capability is None:
             output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
         else:
-            order = backends_of(torch.cuda.get_device_capability(query.device))
-            with sdpa_kernel(order, set_priority=True):
+            with sdpa_kernel(backends_of(capability), set_priority=True):
                 output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
         return output.transpose(1, 2)
     if query.device.type != "cpu":

@@ -135,8 +135,8 @@ def test_folders_that_hold_no_vae(folders: dict[int, Path], tmp_path: Path) -> N
 
     with pytest.raises(ConfigError, match="does not exist"):
         VideoVAE.load(tmp_path / "absent", "cpu")
-    shutil.copytree(folders[2], tmp_path / "pipeline" / "vae")
-    with pytest.raises(ConfigError, match="did you mean its subfolder vae"):
+    shutil.copytree(folders[2], tmp_path / "pipeline" / "autoencoder")
+    with pytest.raises(ConfigError, match="did you mean its subfolder autoencoder"):
         VideoVAE.load(tmp_path / "pipeline", "cpu")
     weights = "diffusion_pytorch_model.safetensors"
     (copy("none") / weights).unlink()
