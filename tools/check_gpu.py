@@ -285,9 +285,9 @@ def step_speed(check: Check) -> str:
 
 
 STEPS: dict[str, tuple[Callable[[Check], str], int]] = {
-    "kernels": (kernels, 90), "cpu_losses": (cpu_losses, 60), "deterministic": (deterministic, 60),
+    "kernels": (kernels, 150), "cpu_losses": (cpu_losses, 60), "deterministic": (deterministic, 60),
     "resume": (resume, 45), "sampling": (sampling, 60), "host_reads": (host_reads, 45), "ranks": (ranks, 120),
-    "kernel_speed": (kernel_speed, 90), "step_speed": (step_speed, 150),
+    "kernel_speed": (kernel_speed, 120), "step_speed": (step_speed, 150),
 }  # fmt: skip
 """Steps with their limits in seconds."""
 
