@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 
 TOOL = Path(__file__).parents[3] / "tools" / "check_gpu.py"
@@ -72,14 +73,23 @@ def check(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def ended(pid: int) -> bool:
+    try:
+        psutil.Process(pid).wait(10)  # a process that was killed may still be there for a moment
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.TimeoutExpired:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # where no one asks how it ended
+    return True
+
+
 def test_what_fails_does_not_stop_the_rest(tmp_path: Path) -> None:
     done = check(tmp_path)
     assert done.returncode == 1, done.stderr
     rows = {row["step"]: row for row in json.loads((tmp_path / "report.json").read_text())["steps"]}
     assert [row["passed"] for row in rows.values()] == [False, False, False, True, True]
     assert rows["hangs"]["found"] == "took longer than its limit"
-    with pytest.raises(ProcessLookupError):  # what it started ended with it
-        os.kill(int(rows["hangs"]["log"]), 0)
+    assert ended(int(rows["hangs"]["log"]))  # what it started, with it
     assert rows["breaks"]["found"] == "exit code 3: what it said" == f"exit code 3: {rows['breaks']['log']}"
     assert "differs by 0.048" in rows["differs"]["found"]
     assert rows["forked"]["found"] == "forked"
