@@ -66,7 +66,7 @@ class SampleConfig(FlagNames):
 
     load: Path
     """Checkpoint: the folder given to `train --save` (its latest iteration), one of its iter_* folders, or a
-    release; a release is an answer to the next three too."""
+    release; one release can be given to the next three too."""
     vae: Path
     """Folder of the video VAE that prepared the training data (diffusers' layout), or of a release with it, or
     OWNER/NAME:SUBFOLDER of a Hub repository."""

@@ -144,6 +144,7 @@ def convert(
         UserError: the source is missing or damaged, the target exists, the disk is full or too small, or verifying
             found a difference. Then nothing stands under the target's name, and an earlier output there is unchanged.
     """
+    source = source_with_format(*source)
     write = format_named(target[0])
     _check_target(source[1], target[1], write, overwrite)
     opened = open_weights(
@@ -196,8 +197,7 @@ def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
     Raises:
         UserError: as the format's own ``open``; or names the right format, where the path is in another one.
     """
-    if format_name == AUTO:
-        format_name = require_format(path)
+    format_name, path = source_with_format(format_name, path)
     opened = format_named(format_name)
     try:
         return opened.open(path, options)
@@ -208,6 +208,15 @@ def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
         raise CheckpointError(
             f"{path} is in the format {found}, not {format_name}; give {found} in its place, or {AUTO}"
         ) from error
+
+
+def source_with_format(format_name: str, path: Path) -> tuple[str, Path]:
+    """A source whose format is named: the one that is recognised in place of ``auto``.
+
+    Raises:
+        UserError: none is recognised.
+    """
+    return (require_format(path) if format_name == AUTO else format_name), path
 
 
 def format_named(name: str) -> Format:

@@ -34,17 +34,19 @@ def convert(config: ConvertConfig) -> Converted:
     import torch
 
     from megatron_flashi2v.conversion.convert import convert as convert_weights
+    from megatron_flashi2v.conversion.convert import source_with_format
     from megatron_flashi2v.runtime.files import atomic_write_json, require_writable
     from megatron_flashi2v.runtime.logging import logging_to_stderr
 
     with logging_to_stderr():
         if config.report is not None:
             require_writable(config.report, "--report")
-        on_open, finish, extra_bytes = _release(config)
+        source = source_with_format(*config.source)
+        on_open, finish, extra_bytes = _release(config, source[0])
         with contextlib.ExitStack() as stack:
             bars = _Bars(stack)
             done = convert_weights(
-                config.source,
+                source,
                 config.target,
                 dtype=None if config.dtype == "keep" else getattr(torch, config.dtype),
                 weights=config.weights,
@@ -70,7 +72,7 @@ def convert(config: ConvertConfig) -> Converted:
     return done
 
 
-def _release(config: ConvertConfig) -> tuple[OnOpen | None, Finish | None, int]:
+def _release(config: ConvertConfig, source_format: str) -> tuple[OnOpen | None, Finish | None, int]:
     """What checks a release's parts and makes a folder of the format diffusers one, and the bytes that it copies."""
     if config.target[0] != "diffusers":
         return None, None, 0
@@ -84,7 +86,7 @@ def _release(config: ConvertConfig) -> tuple[OnOpen | None, Finish | None, int]:
 
     def finish(folder: Path, weights: Weights) -> None:
         finish_release(
-            folder, weights, components, copied=copied, source_format=config.source[0],
+            folder, weights, components, copied=copied, source_format=source_format,
             origin=Origin(license=config.license, base_model=config.base_model),
         )
 

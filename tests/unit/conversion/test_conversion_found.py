@@ -372,6 +372,9 @@ def test_command_line_takes_auto(exports: dict[str, Path], tmp_path: Path, capsy
     assert main(["convert", "--from", "wan", str(exports["diffusers"]), *target]) == 1
     assert "is in the format diffusers, not wan" in capsys.readouterr().err and not names(tmp_path)
     assert main(["convert", "--from", "auto", str(exports["diffusers"]), *target]) == 0
+    release = tmp_path / "release"
+    assert main(["convert", "--from", "auto", str(tmp_path / "out"), "--to", "diffusers", str(release)]) == 0
+    assert "exported from the format megatron" in " ".join((release / "README.md").read_text().split())
 
 
 # --- values -------------------------------------------------------------------------------------------------------
