@@ -15,7 +15,7 @@ from megatron_flashi2v.config.bounds import nearest
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import Flag, Named, spelling
 from megatron_flashi2v.config.help import metavar
-from megatron_flashi2v.config.megatron_flags import megatron_flag
+from megatron_flashi2v.config.megatron_flags import habitual_flag
 
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?=$|[ =])")
 _RULE = re.compile(r"[─-]{4,}")
@@ -118,11 +118,11 @@ def _given(flags: Sequence[Flag], words: Sequence[str], prog: str) -> set[str]:
 
 def _unknown(flag: str, known: Sequence[str], prog: str) -> str:
     name = flag.removeprefix("--").replace("-", "_")
-    instead = megatron_flag(name, prog)
+    instead = habitual_flag(name, prog)
     if instead is not None:
-        return f"unknown flag {flag} (Megatron-LM's); {instead}"
+        return f"unknown flag {flag}{instead}"
     close = nearest(name, known)
-    return f"unknown flag {flag}" + (f"; did you mean {spelling(close)}?" if close else "")
+    return f"unknown flag {flag}" + (f"; did you mean {spelling(close)}?" if close else f" (see {prog} --help)")
 
 
 def _hint(word: str) -> str:

@@ -1,4 +1,4 @@
-"""Flags of Megatron-LM that people type by habit, and what each is here. A flag of the same name is not listed."""
+"""Flags of Megatron-LM and other trainers that people type by habit, and what each is here; none of the same name."""
 
 from __future__ import annotations
 
@@ -166,17 +166,71 @@ CONVERT = {
     "target_tensor_parallel_size": _ANY_LAYOUT,
 }
 
+_BATCH = "--micro-batch-size counts samples of one device at a time, --global-batch-size those of an update"
+_ACCUMULATION = "--global-batch-size, over the replicas times --micro-batch-size, sets the number of microbatches"
+_EPOCHS = "--train-iters counts iterations; an epoch has as many as --global-batch-size goes into the samples"
+_PRECISION = "--bf16; without it everything is fp32"
+_CLIPPING = "--clip-grad"
+_INTERVAL = "--save-interval counts iterations"
+_WORKERS = "leave it out: start it under torchrun, one process for each device"
+
+OTHER_TRAINERS = {
+    "batch_size": _BATCH,
+    "ckpt_path": "--load resumes the whole run; --load-weights FORMAT:PATH takes weights alone",
+    "checkpointing_steps": _INTERVAL,
+    "checkpoints_total_limit": "--keep-last",
+    "dataset": "--data-path",
+    "epochs": _EPOCHS,
+    "gpus": _WORKERS,
+    "gradient_accumulation_steps": _ACCUMULATION,
+    "gradient_checkpointing": "--recompute-granularity selective or full",
+    "instance_data_root": "--data-path",
+    "learning_rate": "--lr",
+    "lr_scheduler": "--lr-decay-style",
+    "lr_scheduler_type": "--lr-decay-style",
+    "lr_warmup_steps": _WARMUP,
+    "max_epochs": _EPOCHS,
+    "max_grad_norm": _CLIPPING,
+    "max_steps": "--train-iters",
+    "max_train_steps": "--train-iters",
+    "mixed_precision": _PRECISION,
+    "model_name_or_path": "--load-weights FORMAT:PATH",
+    "num_epochs": _EPOCHS,
+    "num_gpus": _WORKERS,
+    "num_train_epochs": _EPOCHS,
+    "output_dir": "--save",
+    "per_device_train_batch_size": _BATCH,
+    "precision": _PRECISION,
+    "pretrained_model_name_or_path": "--load-weights FORMAT:PATH",
+    "report_to": "--tensorboard-dir or --wandb-project",
+    "resume": "leave it out: a run goes on from the checkpoints under --save; --load names others",
+    "resume_from_checkpoint": "leave it out: a run goes on from the checkpoints under --save; --load names others",
+    "save_steps": _INTERVAL,
+    "save_total_limit": "--keep-last",
+    "steps": "--train-iters",
+    "total_steps": "--train-iters",
+    "train_batch_size": _BATCH,
+    "train_data_dir": "--data-path",
+    "warmup_steps": _WARMUP,
+}  # fmt: skip
+"""Flags of ``train`` as diffusers' scripts, transformers, Lightning and accelerate spell them."""
+
 TABLES = {"train": TRAIN, "prepare": PREPARE, "convert": CONVERT}
 
 
-def megatron_flag(name: str, command: str) -> str | None:
-    """Explain a flag of Megatron-LM.
+def habitual_flag(name: str, command: str) -> str | None:
+    """Explain a flag of Megatron-LM or of another trainer.
 
     Args:
         name: of the flag, with underscores.
         command: ``flashi2v train``, say.
 
     Returns:
-        The replacement, or why there is none; None for a flag that is not in the table.
+        Whose it is and the replacement, or why there is none, as an error goes on; None for a flag of neither table.
     """
-    return TABLES.get(command.split()[-1] if command else "", {}).get(name)
+    word = command.split()[-1] if command else ""
+    if name in TABLES.get(word, {}):
+        return f" (Megatron-LM's); {TABLES[word][name]}"
+    if word == "train" and name in OTHER_TRAINERS:
+        return f" (other trainers'); {OTHER_TRAINERS[name]}"
+    return None

@@ -17,7 +17,7 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import Flag, HoldsPath, flags_of, nested_dataclasses
 from megatron_flashi2v.config.flags import convert, parse_words, word_count
 from megatron_flashi2v.config.help import help_text, show
-from megatron_flashi2v.config.megatron_flags import megatron_flag
+from megatron_flashi2v.config.megatron_flags import habitual_flag
 
 Config = TypeVar("Config")
 
@@ -138,8 +138,7 @@ def typed_values(cls: type, values: Mapping[Any, Any]) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            instead = megatron_flag(name, getattr(cls, "command", ""))
-            hint = suggestion(name, known) if instead is None else f" (Megatron-LM's); {instead}"
+            hint = habitual_flag(name, getattr(cls, "command", "")) or suggestion(name, known)
             raise ConfigError(f"unknown key {key!r}{hint}")
         flag = known[name]
         _check_kind(name, value, flag.kind)

@@ -155,7 +155,7 @@ def _json_entries(root: Path, path: Path) -> Iterator[RawEntry]:
         raise DataError(f"annotation file {path}: not valid JSON ({error}); it must be {SCHEMA}") from error
     if not isinstance(values, list):
         found = f"an object with {', '.join(list(values)[:4])}" if isinstance(values, dict) else type(values).__name__
-        raise DataError(f"annotation file {path}: is {found}; it must be a JSON list of clips, or {SCHEMA}")
+        raise DataError(f"annotation file {path}: is {found}; it must be {SCHEMA}")
     for number, value in enumerate(values):
         yield RawEntry(root=root, source=f"{path} entry {number}", value=value)
 

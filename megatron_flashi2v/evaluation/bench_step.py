@@ -39,6 +39,7 @@ from megatron_flashi2v.models.spec import ModelSpec, make_spec
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import Device, resolve_device
+from megatron_flashi2v.runtime.host_reads import HostReads
 from megatron_flashi2v.runtime.peaks import peak_tflops
 from megatron_flashi2v.training.batch import Microbatch
 from megatron_flashi2v.training.clipping import make_clipper
@@ -144,6 +145,22 @@ def run(options: StepBenchmark) -> str:
     if options.json is not None:
         write_json(options.json, report)
     return _text(report)
+
+
+def host_reads(options: StepBenchmark) -> int:
+    """How often the host reads the device in our step: once, for the loss, the norm and all counts together.
+
+    Raises:
+        RuntimeError: where a second read happens.
+    """
+    device = resolve_device(options.device)
+    config = dataclasses.replace(PRESETS[options.model], conditioning=options.conditioning)
+    with single_process(device) as groups:
+        step = OurStep(options, config, groups, device)
+        step()  # what is made once: the optimizer's state, compiled kernels
+        with HostReads(device, allowed=1) as reads:
+            step()
+    return reads.count
 
 
 class OurStep:

@@ -30,9 +30,8 @@ from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.runtime.files import atomic_write_text, name_beside, read_jsonl
 from megatron_flashi2v.training.metrics import METRICS_FILE
-from megatron_flashi2v.training.run_state import Provenance, load_training_state
+from megatron_flashi2v.training.run_state import CONFIG_FILE, Provenance, load_training_state
 
-CONFIG_FILE = "config.yaml"
 CONFIG_FILE_BESIDE = "config.resolved.yaml"
 """Where the flags go if ``config.yaml`` is the user's own."""
 CONFIG_HEAD = "# Written by flashi2v train at the latest start of this run: all of its flags, as a recipe.\n"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_state
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.recipe import flat_values
@@ -23,6 +25,8 @@ SETTINGS_OF_A_START = frozenset({
     *(field.name for field in dataclasses.fields(CheckpointArguments)), "dry_run", "world_size", "log_interval",
 })
 """Flags of one start of a run, which a resumed run may change without a word; checkpoints do not record them."""
+
+CONFIG_FILE = "config.yaml"
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +95,7 @@ def settle_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None
     """
     if not state["iteration"]:  # converted weights know no run
         return
-    before = state.get("config", {})  # version 0.1 did not record it
+    before = state.get("config") or _config_beside(folder)
     changed = {
         name: (before[name], value) for name, value in now.config.items()
         if name in before and before[name] != value
@@ -112,6 +116,15 @@ def settle_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None
                        folder, state["seed"], extra=AGREED)
     if state["data"]["fingerprint"] != now.data["fingerprint"]:
         logger.warning("%s was trained on other data than %s", folder, now.data_name, extra=AGREED)
+
+
+def _config_beside(folder: Path) -> dict[str, Any]:
+    """Flags of a checkpoint of version 0.1, which kept them in its run's config.yaml alone; none where that is gone."""
+    try:
+        stored = yaml.safe_load((folder.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
 
 
 def _schedule_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:

@@ -88,7 +88,7 @@ def test_dry_run_shows_configuration_parameters_and_layout(
     report = capsys.readouterr().out
     assert f"model: {model}" in report and "# layout" in report
     assert total is None or f"total: {total}" in report
-    assert "\n# kernels: all 7 kernels are the default ones of a CPU (attention: torch_sdpa)\n" in report
+    assert "\n# kernels: all 8 kernels are the default ones of a CPU (attention: torch_sdpa)\n" in report
     order = [report.index(part) for part in ("# layout", "state_gb", "# kernels", "# model", "# resolved")]
     assert order == sorted(order) and order[0] == 0
     assert "null" not in report and "[]" not in report

@@ -56,7 +56,7 @@ def test_types_defaults_and_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_docstrings_are_read_from_the_class_that_has_them() -> None:
-    assert field_docstrings(SampleConfig)["tokenizer"] == "Folder of the text encoder's tokenizer."
+    assert field_docstrings(SampleConfig)["tokenizer"] == "Folder of the text encoder's tokenizer, likewise."
     assert "command" not in field_docstrings(SampleConfig)
 
 

@@ -115,9 +115,9 @@ def test_every_suggestion_leads_to_a_layout_that_is_accepted(name: str, text_len
     model = dataclasses.replace(PRESETS[name], text_length=text_length)
     followed = [
         follow(parallel, global_batch, model, replicas, frozenset())
-        for parallel, global_batch, replicas in bad_layouts(name, 300)
+        for parallel, global_batch, replicas in bad_layouts(name, 100)
     ]
-    assert sum(map(bool, followed)) > 200
+    assert sum(map(bool, followed)) > 66
 
 
 @pytest.mark.parametrize("model", [
@@ -126,7 +126,7 @@ def test_every_suggestion_leads_to_a_layout_that_is_accepted(name: str, text_len
     ModelConfig(num_layers=7, hidden_size=420, ffn_hidden_size=1001, num_attention_heads=21, text_length=33),
 ])
 def test_suggestions_for_dimensions_with_little_in_common(model: ModelConfig) -> None:
-    for parallel, global_batch, replicas in bad_layouts(str(model), 300):
+    for parallel, global_batch, replicas in bad_layouts(str(model), 100):
         follow(parallel, global_batch, model, replicas, frozenset())
 
 

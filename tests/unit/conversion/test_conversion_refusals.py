@@ -124,7 +124,9 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     assert names(tmp_path) == {"run"} and sum(tensor.nbytes for tensor in tensors.values()) < 10**6
 
 
-@pytest.mark.parametrize("name", ANY_PARADIGM)
+@pytest.mark.parametrize("name", [
+    name if name in ("megatron", "diffusers") else pytest.param(name, marks=pytest.mark.long) for name in ANY_PARADIGM
+])
 def test_a_disk_that_fills_meanwhile(tmp_path: Path, name: str) -> None:
     """A real one: a write past the process's limit of a file's size fails as one on a full disk does."""
     checkpoint(tmp_path / "run")

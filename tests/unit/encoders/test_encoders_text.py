@@ -50,6 +50,7 @@ def test_a_prompt_longer_than_the_rows_is_told_once(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = TextEncoder.load(*folders, LENGTH, "cpu")
+    capsys.readouterr()
     with logging_to_stderr():
         encoder.encode(PROMPTS[:2] + PROMPTS[3:])
         assert capsys.readouterr().err == ""

@@ -111,6 +111,15 @@ def test_step_report(tmp_path: Path) -> None:
         bench_step.run(bench_step.StepBenchmark(model="2b"))
 
 
+def test_the_host_reads_a_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench_step.StepBenchmark(model="tiny", num_layers=1, latent_shape=SHAPE, bf16=False, device="cpu")
+    assert bench_step.host_reads(options) == 1
+    update = bench_step.OurStep.update
+    monkeypatch.setattr(bench_step.OurStep, "update", lambda step: step.report.numbers.sum().item() and update(step))
+    with pytest.raises(RuntimeError, match="the host reads cpu by tolist: read 2"):
+        bench_step.host_reads(options)
+
+
 def test_kinds_of_operators() -> None:
     assert bench_step.kind_of("aten::addmm") == "matrix products"
     assert bench_step.kind_of("void flash_fwd_kernel<cutlass>") == "attention"

@@ -25,3 +25,10 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "PARTIAL_SUMS", 3)
     if (gelu := sys.modules.get("flashi2v_kernels.bias_gelu_tanh.triton")) is not None:
         monkeypatch.setattr(gelu, "COLUMNS", 64)
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew() -> None:
+    """Let each test compile for itself: the tests' many shapes are more than torch compiles one function for."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()

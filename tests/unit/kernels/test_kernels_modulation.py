@@ -118,7 +118,9 @@ def test_residual_norm(name, shape, gated, dtype, other):
     expected = outputs_and_gradients(defined, inputs, torch.float64 if wide else None)
     assert [tensor.dtype for tensor in actual[1:]] == [tensor.dtype for tensor in inputs]
     total, normed = expected[0]
-    for ours, wanted in zip(actual[0].to(other if dtype == FP32 else actual[0].dtype), (total, normed), strict=True):
+    # Triton's interpreter cuts bf16 off where a card rounds.
+    told = other if dtype == FP32 else BF16 if name.startswith("triton") else actual[0].dtype
+    for ours, wanted in zip(actual[0].to(told), (total, normed), strict=True):
         assert_near(ours, wanted)
     # the gradient of a normalised row is a difference of numbers of this size
     spread = 4 * (1 + inputs[-1].double().abs().max()) / total.double().std(dim=-1, correction=0).min()

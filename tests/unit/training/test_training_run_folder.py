@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from helpers.layouts import metrics
 from helpers.synthetic_data import write_synthetic
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 
+from megatron_flashi2v.checkpoint.manifest import write_manifest
 from megatron_flashi2v.training.watching.observer import Observer
 
 Train = Callable[..., int]
@@ -192,6 +194,21 @@ def test_what_differs_is_listed_once(train: Train, tmp_path: Path, capfd: pytest
     assert train("--save", tmp_path, *flags) == 0
     told = capfd.readouterr().err
     assert told.count("text_drop_probability") == 1 and "0.1" in told and "log_interval" not in told
+
+
+def test_a_run_of_version_0_1_keeps_its_schedule_too(
+    train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoints hold no flags; its config.yaml does."""
+    assert train("--save", tmp_path, "--train-iters", 2) == 0
+    for path in tmp_path.glob("iter_*/state.json"):
+        state = json.loads(path.read_text())
+        del state["config"]
+        path.write_text(json.dumps(state))
+        write_manifest(path.parent, ["model_config.json", "state.json"])
+    assert train("--save", tmp_path, "--train-iters", 3, "--lr", 2e-2) == 2
+    assert "--lr is 0.02 and was 0.01" in capfd.readouterr().err
+    assert train("--save", tmp_path, "--train-iters", 3) == 0
 
 
 class Interrupts(Observer):
