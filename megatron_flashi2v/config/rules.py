@@ -96,7 +96,7 @@ def _check_saving(checkpoint: CheckpointArguments) -> None:
     save, load = checkpoint.save, checkpoint.load
     if checkpoint.fresh and save is None:
         raise ConfigError("--fresh sets the --save folder aside, and there is none; give --save, or leave --fresh out")
-    if checkpoint.fresh and save is not None and load is not None and load.resolve() == save.resolve():
+    if checkpoint.fresh and save is not None and load is not None and load.resolve().is_relative_to(save.resolve()):
         raise ConfigError(
             f"--fresh starts anew, and --load {load} goes on from the same --save folder; give one of them"
         )

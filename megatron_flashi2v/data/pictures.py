@@ -173,7 +173,8 @@ def _float_levels(levels_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Floating grey levels, white being 1, 255 or 65535, whichever first holds the brightest, to 8 bits."""
     low, high = float(levels_HW.min()), float(levels_HW.max())
     top = next((white for white in (1.0, 255.0, 65535.0) if high <= white + _SLACK), None)
-    if top is None or not low >= -_SLACK * top:  # the comparison with a NaN fails
+    too_dark = top is not None and top > 1 and high < top / 16  # such as 1.2, a highlight, which would come out black
+    if top is None or too_dark or not low >= -_SLACK * top:  # the comparison with a NaN fails
         raise UnreadableModeError(
             f"the picture has floating levels of {low:g} to {high:g}; black must be 0 and white 1, 255 or 65535: save "
             "it as an 8-bit PNG"

@@ -38,6 +38,8 @@ CONFIG_HEAD = "# Written by flashi2v train at the latest start of this run: all 
 LAYOUT_FIELDS = frozenset({"load", "fresh", "log_interval", "dry_run", "world_size", "device"})
 """Flags by which two starts of one run may differ before it has a checkpoint."""
 
+_FLAGS_OF_NO_RECIPE = frozenset({"dry_run", "world_size", "load", "log_interval"})
+
 logger = logging.getLogger(__name__)
 
 
@@ -104,6 +106,7 @@ def choose_start(config: TrainConfig, peers: Peers) -> Start:
     if peers.rank == 0:
         try:
             arguments = config.checkpoint
+            _require_loadable(arguments.load, arguments.save)
             if arguments.fresh and arguments.save is not None:
                 _set_aside(arguments.save)
             source = _source(config)
@@ -116,8 +119,8 @@ def choose_start(config: TrainConfig, peers: Peers) -> Start:
     if source is None:
         return Start(checkpoint=None, continues=False, started_from=None)
     found = find_checkpoint(Path(source), peers=peers)
-    if found is None:
-        raise CheckpointError(f"--load {source} holds no checkpoint; {_WHERE_TO_LOAD_FROM}")
+    if found is None:  # it was there a moment ago
+        raise CheckpointError(f"{source} holds no checkpoint; {_WHERE_TO_LOAD_FROM}")
     save = config.checkpoint.save
     if save is not None and _is_same(found.parent, save):
         earlier = load_training_state(found).get("started_from")
@@ -138,13 +141,21 @@ _WHERE_TO_LOAD_FROM = (
 )
 
 
+def _require_loadable(load: Path | None, save: Path | None) -> None:
+    """Refuse a ``--load`` without a checkpoint before anything is set aside; the ``--save`` folder may hold none."""
+    if load is None or (save is not None and _is_same(load, save)):
+        return
+    if not load.exists():
+        raise CheckpointError(f"--load {load} does not exist; {_WHERE_TO_LOAD_FROM}")
+    if find_checkpoint(load, needs=lambda key: False) is None:
+        raise CheckpointError(f"--load {load} holds no checkpoint; {_WHERE_TO_LOAD_FROM}")
+
+
 def _source(config: TrainConfig) -> str | None:
     """The folder to look for a checkpoint in, or None."""
     save, load = config.checkpoint.save, config.checkpoint.load
     own = save is not None and (has_checkpoint(save) or any(save.glob(".iter_*.replaced")))
     if load is not None and not (save is not None and _is_same(load, save)):
-        if not load.exists():
-            raise CheckpointError(f"--load {load} does not exist; {_WHERE_TO_LOAD_FROM}")
         if save is None or _is_inside(load, save):
             return str(load)
         if not own:
@@ -240,10 +251,20 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a ``config.yaml`` was written by :func:`write_config`, also by version 0.1, which did not mark it."""
+    """Whether a ``config.yaml`` was written by :func:`write_config`, also by version 0.1, which did not mark it.
+
+    That version wrote every flag, those among them that no recipe holds.
+    """
     try:
         text = path.read_text(encoding="utf-8")
-        return text.startswith(CONFIG_HEAD) or text == yaml.safe_dump(yaml.safe_load(text), sort_keys=False)
+        if text.startswith(CONFIG_HEAD):
+            return True
+        values = yaml.safe_load(text)
+        return (
+            isinstance(values, dict)
+            and values.keys() >= _FLAGS_OF_NO_RECIPE
+            and text == yaml.safe_dump(values, sort_keys=False)
+        )
     except (UnicodeDecodeError, yaml.YAMLError):
         return False
 

@@ -297,3 +297,12 @@ def test_no_format_calls_other_programs() -> None:
     assert "EPS" not in FORMATS and "WMF" not in FORMATS  # Ghostscript, GDI
     with io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n") as data:
         assert Image.open(data).format == "EPS"
+
+
+@pytest.mark.parametrize("brightest", [1.2, 7.0, 1023.0])
+def test_floats_that_would_come_out_black_are_refused(tmp_path: Path, brightest: float) -> None:
+    """Highlights above a white of 1, and levels of 10 bits."""
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.linspace(0, brightest, 64, dtype=np.float32).reshape(8, 8)).save(path)
+    with pytest.raises(PictureError, match="white 1, 255 or 65535"):
+        read_picture(path)

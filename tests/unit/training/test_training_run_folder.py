@@ -114,7 +114,12 @@ def test_fresh_sets_the_old_run_aside_whole(train: Train, tmp_path: Path) -> Non
     (aside,) = tmp_path.glob("run.before-*")
     assert contents(aside) == before and iterations(save) == [1]
     assert train("--fresh") == 2
-    assert train("--save", save, "--load", save, "--fresh") == 2
+    for inside in (save, save / "iter_0000001"):
+        assert train("--save", save, "--load", inside, "--fresh") == 2
+    (tmp_path / "empty").mkdir()
+    for load in ("typo", "empty"):  # refused before the run is set aside
+        assert train("--save", save, "--load", tmp_path / load, "--fresh") == 1
+    assert list(tmp_path.glob("run.before-*")) == [aside] and iterations(save) == [1]
 
 
 def test_load_must_hold_a_checkpoint(train: Train, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +129,8 @@ def test_load_must_hold_a_checkpoint(train: Train, tmp_path: Path, capfd: pytest
     assert train("--save", tmp_path / "run", "--load", tmp_path / "empty") == 1
     assert "empty holds no checkpoint" in capfd.readouterr().err
     assert train("--save", tmp_path / "run", "--load", tmp_path / "run", "--train-iters", 1) == 0
+    assert train("--save", tmp_path / "run", "--load", tmp_path / "empty") == 1
+    assert "empty holds no checkpoint" in capfd.readouterr().err
 
 
 def test_a_recipe_in_the_folder_keeps_its_comments(
@@ -138,6 +145,12 @@ def test_a_recipe_in_the_folder_keeps_its_comments(
     assert run_command("--config", save / "config.yaml") == 0
     assert (save / "config.yaml").read_text() == mine
     assert yaml.safe_load((save / "config.resolved.yaml").read_text())["train_iters"] == 1
+    # A short one without comments has the form that version 0.1 gave its own.
+    plain = tmp_path / "plain" / "config.yaml"
+    plain.parent.mkdir()
+    plain.write_text("model: tiny\n")
+    assert train("--save", plain.parent, "--train-iters", 1) == 0
+    assert plain.read_text() == "model: tiny\n"
     # Ours is written anew at each start, also where version 0.1 left it without the first line.
     ours = tmp_path / "template" / "config.yaml"
     ours.write_text(yaml.safe_dump(values, sort_keys=False))
