@@ -61,23 +61,6 @@ def require_ema(folder: Path, index: Index) -> None:
         )
 
 
-def load_parameters(
-    folder: Path, named_parameters: NamedParameters, grid: ShardGrid, *, weights: str = "model"
-) -> None:
-    """Fill this rank's parameters in place, as :func:`load_weights` does.
-
-    Args:
-        folder: a checkpoint.
-        named_parameters: global names and this rank's parameters.
-        grid: this rank's place.
-        weights: ``model``, or ``ema`` for the averaged ones.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape, or a file is damaged.
-    """
-    load_weights(folder, whole_weights(named_parameters, grid), weights=weights)
-
-
 def load_weights(folder: Path, shards: Iterable[WeightShard], *, weights: str = "model") -> None:
     """Fill this rank's weights in place from a checkpoint of any layout.
 

@@ -24,7 +24,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_flashi2v.checkpoint.index import write_index
-from megatron_flashi2v.checkpoint.model_state import load_parameters, model_pieces
+from megatron_flashi2v.checkpoint.model_state import load_weights, model_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import (
     load_optimizer,
     optimizer_common_state,
@@ -33,6 +33,7 @@ from megatron_flashi2v.checkpoint.optimizer_state import (
 )
 from megatron_flashi2v.checkpoint.storage import keys, merge_parts, write_rank_file
 from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.models.weight_shards import whole_weights
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.runtime.redirect import megatron_on
@@ -176,7 +177,7 @@ def carried_over(source: Path, target: Path, layout: Layout, common: dict[str, o
     parts = []
     for rank in range(layout.world):
         with on_rank(layout, rank) as (stage, optimizer, grid):
-            load_parameters(source, stage.named(), grid)
+            load_weights(source, whole_weights(stage.named(), grid))
             load_optimizer(source, optimizer, stage.named(), grid, common)
             assert optimizer_common_state(optimizer) == common or not optimizer_pieces(
                 optimizer, stage.named(), grid
@@ -238,7 +239,7 @@ def test_the_distributed_optimizer_continues_bit_for_bit(tmp_path: Path) -> None
     plain = Layout("plain", bf16=True)
     for name, resumed in (("distributed", layout), ("plain", plain)):
         with on_rank(resumed, 0) as (stage, optimizer, grid):
-            load_parameters(tmp_path / "after-3", stage.named(), grid)
+            load_weights(tmp_path / "after-3", whole_weights(stage.named(), grid))
             load_optimizer(tmp_path / "after-3", optimizer, stage.named(), grid, common)
             for number in (3, 4):
                 step(stage, optimizer, number)
@@ -287,7 +288,7 @@ def test_a_checkpoint_without_moments_starts_the_optimizer_anew(tmp_path: Path) 
     assert common == {"step": None}
     assert not any(key.startswith("optimizer.") for key in keys(tmp_path / "a"))
     with on_rank(Layout("b", bf16=True, distributed=True), 0) as (stage, optimizer, grid):
-        load_parameters(tmp_path / "a", stage.named(), grid)
+        load_weights(tmp_path / "a", whole_weights(stage.named(), grid))
         load_optimizer(tmp_path / "a", optimizer, stage.named(), grid, common)
         for shard in optimizer_shards(optimizer, stage.named(), grid):
             # The master copies have the stored precision, not that of the bf16 parameters.

@@ -11,12 +11,13 @@ from diffusers import WanTransformer3DModel
 from helpers.checkpoints import save_checkpoint
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import load_parameters
+from megatron_flashi2v.checkpoint.model_state import load_weights
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import convert
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.models.weight_shards import whole_weights
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
@@ -57,7 +58,7 @@ def test_forward_of_the_export(tmp_path: Path, conditioning: str) -> None:
         model = build_model(config, groups, device)
         names = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         assert names == parameter_shapes(config)
-        load_parameters(checkpoint, model.named_parameters(), ShardGrid())
+        load_weights(checkpoint, whole_weights(model.named_parameters(), ShardGrid()))
         ours = predict_velocity(model, latents_BCTHW, timestep_B, text_BLD, image_BC1HW, extras)
         input_BCTHW = model.conditioning(latents_BCTHW, image_BC1HW, extras).latents_BCTHW
         theirs = exported(input_BCTHW, timestep_B, text_BLD, return_dict=False)[0]
