@@ -20,36 +20,36 @@ from megatron_flashi2v.data.transforms import to_model_range
 from megatron_flashi2v.runtime.files import atomic_write_bytes
 from megatron_flashi2v.runtime.progress import progress
 from megatron_flashi2v.runtime.random import keyed_seed
-from paradigms.world import DIRECTIONS, DOMAINS, OBJECTS, Board, Clip, make_clip
+from paradigms.world import CELL, DIRECTIONS, DOMAINS, OBJECTS, Board, Clip, make_clip
 
 FEATURES = 32
 STEPS = ((0, 0), *DIRECTIONS.values())
 """Steps that the network tells apart; the first is none, which real clips never show and frozen ones do."""
 BATCH = 64
-POOL = 2048
-"""Real clips of each domain that it learns from; they are none of those that the paradigms see or are tested on."""
 STILL_SHARE = 0.15
 EVALUATION_BATCH = 512
 
 
 class Classifier(nn.Module):
-    """Two frames to 32 features, and from them the object's and the step's logits."""
+    """Two frames to 32 features, and from them the object's and the step's logits.
 
-    def __init__(self, cells: int) -> None:
+    Cells become tokens, a 3 x 3 convolution over both frames' sees any step from its cell, and the strongest response
+    over the board counts: where on the board it happens does not matter.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(6, 24, 3, padding=1), nn.GELU(),
-            nn.Conv2d(24, 48, 4, stride=4), nn.GELU(),  # cell by cell
-            nn.Conv2d(48, 48, 3, padding=1), nn.GELU(),
-            nn.Flatten(), nn.Linear(48 * cells**2, 96), nn.GELU(),
-            nn.Linear(96, FEATURES),
+        self.cells = nn.Sequential(
+            nn.Conv2d(6, 96, CELL, stride=CELL), nn.GELU(), nn.Conv2d(96, 64, 1), nn.GELU(),
+            nn.Conv2d(64, 128, 3, padding=1), nn.GELU(), nn.Conv2d(128, 128, 1), nn.GELU(),
         )  # fmt: skip
+        self.features = nn.Linear(128, FEATURES)
         self.object = nn.Linear(FEATURES, len(OBJECTS))
         self.step = nn.Linear(FEATURES, len(STEPS))
 
     def forward(self, pairs_N6HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Features ``[N, 32]``, logits of the object and of the step."""
-        features_ND = self.body(pairs_N6HW)
+        features_ND = self.features(self.cells(pairs_N6HW).amax((2, 3)))
         return features_ND, self.object(F.gelu(features_ND)), self.step(F.gelu(features_ND))
 
 
@@ -66,18 +66,18 @@ def true_steps(clip: Clip) -> NDArray[np.int64]:
     return np.array([STEPS.index(tuple(step)) for step in np.diff(clip.path_T2, axis=0).tolist()])
 
 
-def train_classifier(board: Board, steps: int, seed: int) -> tuple[Classifier, dict[str, float]]:
+def train_classifier(board: Board, clips: int, steps: int, seed: int) -> tuple[Classifier, dict[str, float]]:
     """Train on real clips; returns the network and its accuracies on other real clips, by domain.
 
-    A share of the pairs shows one frame twice, for the step none; noise on the pixels makes the network robust to
+    It learns from so many clips of each domain, none of those that the paradigms see or are tested on. A share of the pairs shows one frame twice, for the step none; noise on the pixels makes the network robust to
     what samples look like.
     """
     generator = torch.Generator().manual_seed(keyed_seed(seed, "classifier"))
     with torch.random.fork_rng():
         torch.manual_seed(keyed_seed(seed, "classifier-weights"))
-        network = Classifier(board.cells)
+        network = Classifier()
     pairs_N6HW, objects_N, steps_N = _real_pairs([
-        make_clip(board, domain, seed, f"classifier-{number}") for domain in DOMAINS for number in range(POOL)
+        make_clip(board, domain, seed, f"classifier-{number}") for domain in DOMAINS for number in range(clips)
     ])
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -117,9 +117,9 @@ def save_classifier(network: Classifier, path: Path) -> None:
     atomic_write_bytes(path, safetensors.torch.save(network.state_dict()))
 
 
-def load_classifier(path: Path, board: Board) -> Classifier:
+def load_classifier(path: Path) -> Classifier:
     """The reverse of :func:`save_classifier`."""
-    network = Classifier(board.cells)
+    network = Classifier()
     network.load_state_dict(safetensors.torch.load_file(path))
     return network.eval()
 

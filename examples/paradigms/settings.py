@@ -30,6 +30,7 @@ class Settings:
         seeds: of training; each is a run of every paradigm.
         solver_steps: of sampling.
         shift: of the noise levels, in training and in sampling.
+        classifier_clips: real clips of each domain that the classifier learns from.
         classifier_steps: optimizer steps of the classifier.
         resamples: of the bootstrap.
     """
@@ -52,6 +53,7 @@ class Settings:
     seeds: tuple[int, ...] = (1,)
     solver_steps: int = 25
     shift: float = 3.0
+    classifier_clips: int = 4096
     classifier_steps: int = 1500
     resamples: int = 200
     world_seed: int = 0
@@ -70,7 +72,7 @@ OPTIMIZER = (
 SMOKE = Settings(
     cells=4, frames=5, chunk_frames=2, train_clips=64, test_clips={"trained": 48, "held": 48, "out": 48},
     layers=2, hidden=64, ffn=128, heads=2, batch=16, iterations=(100, 200), train_flags=OPTIMIZER,
-    solver_steps=8, classifier_steps=400, resamples=100,
+    solver_steps=8, classifier_clips=1024, classifier_steps=400, resamples=100,
 )  # fmt: skip
 TINY = Settings(
     cells=6, frames=7, chunk_frames=2, train_clips=128, test_clips={"trained": 128, "held": 256, "out": 256},

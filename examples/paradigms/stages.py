@@ -29,7 +29,8 @@ STAGES = ("world", "classifier", "start", "train", "sample", "measure", "page")
 WORLD = ("cells", "frames", "train_clips", "world_seed")
 MODEL = ("layers", "hidden", "ffn", "heads", "batch", "shift", "train_flags", "start_iterations")
 TESTS = ("test_clips", "solver_steps")
-MEASURES = ("chunk_frames", "resamples", "classifier_steps")
+CLASSIFIER = ("classifier_clips", "classifier_steps")
+MEASURES = ("chunk_frames", "resamples", *CLASSIFIER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ class Run:
         return [Task(stage="world", key="world", settings=self.settings.to_json(*WORLD), run=run)]
 
     def _classifier(self) -> list[Task]:
-        settings = self.settings.to_json("cells", "frames", "world_seed", "classifier_steps")
+        settings = self.settings.to_json("cells", "frames", "world_seed", *CLASSIFIER)
         return [Task(stage="classifier", key="classifier", settings=settings, run=partial(write_classifier, self))]
 
     def _start(self) -> list[Task]:
@@ -174,7 +175,10 @@ def write_classifier(run: Run) -> None:
     """The classifier's weights, and its accuracies on real clips."""
     folder = run.folder / "classifier"
     folder.mkdir(parents=True, exist_ok=True)
-    network, accuracies = train_classifier(run.board, run.settings.classifier_steps, run.settings.world_seed)
+    settings = run.settings
+    network, accuracies = train_classifier(
+        run.board, settings.classifier_clips, settings.classifier_steps, settings.world_seed
+    )
     save_classifier(network, folder / "weights.safetensors")
     atomic_write_json(folder / "accuracies.json", accuracies)
 
@@ -190,7 +194,7 @@ def write_samples(run: Run, paradigm: str, seed: int, iteration: int, name: str)
 
 def write_figures(run: Run, paradigm: str, seed: int, iteration: int) -> None:
     """Figures of one checkpoint's samples, of all sets."""
-    network = load_classifier(run.folder / "classifier" / "weights.safetensors", run.board)
+    network = load_classifier(run.folder / "classifier" / "weights.safetensors")
     figures = {}
     for name in SETS:
         frames, errors = read_samples(run.samples_file(paradigm, seed, iteration, name))
@@ -205,7 +209,7 @@ def write_figures(run: Run, paradigm: str, seed: int, iteration: int) -> None:
 
 def real_figures(run: Run) -> dict[str, Any]:
     """By set: the distance between real clips and as many other real ones, and the chance of a right step."""
-    network = load_classifier(run.folder / "classifier" / "weights.safetensors", run.board)
+    network = load_classifier(run.folder / "classifier" / "weights.safetensors")
     found = {}
     for name in SETS:
         clips = run.test_clips(name)

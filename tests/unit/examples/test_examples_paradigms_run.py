@@ -31,7 +31,7 @@ from paradigms.world import Board  # noqa: E402
 TOY = dataclasses.replace(
     SMOKE, cells=3, frames=3, train_clips=8, test_clips={"trained": 8, "held": 8, "out": 8}, layers=1, hidden=16,
     ffn=24, heads=1, batch=4, iterations=(2,), train_flags=("--lr", "2e-3"), paradigms=("flashi2v",), solver_steps=2,
-    classifier_steps=4, resamples=10,
+    classifier_clips=16, classifier_steps=4, resamples=10,
 )  # fmt: skip
 
 

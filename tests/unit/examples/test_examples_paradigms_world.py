@@ -37,7 +37,7 @@ BOARD = Board(cells=5, frames=8)
 
 @pytest.fixture(scope="module")
 def clips() -> list[Clip]:
-    return [make_clip(BOARD, domain, 3, f"clip-{number}") for domain in DOMAINS for number in range(60)]
+    return [make_clip(BOARD, domain, 3, f"{domain}-{number}") for domain in DOMAINS for number in range(60)]
 
 
 def walked(start: tuple[int, int], law: str, board: Board) -> list[list[int]]:
