@@ -69,8 +69,9 @@ def true_steps(clip: Clip) -> NDArray[np.int64]:
 def train_classifier(board: Board, clips: int, steps: int, seed: int) -> tuple[Classifier, dict[str, float]]:
     """Train on real clips; returns the network and its accuracies on other real clips, by domain.
 
-    It learns from so many clips of each domain, none of those that the paradigms see or are tested on. A share of the pairs shows one frame twice, for the step none; noise on the pixels makes the network robust to
-    what samples look like.
+    It learns from so many clips of each domain, none of those that the paradigms see or are tested on. A share of the
+    pairs shows one frame twice, for the step none; noise on the pixels makes the network robust to what samples look
+    like.
     """
     generator = torch.Generator().manual_seed(keyed_seed(seed, "classifier"))
     with torch.random.fork_rng():
