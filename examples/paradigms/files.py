@@ -6,10 +6,9 @@ A recipe (``1.3b.yaml``) names folders of clips, encoders and flags. The generat
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,13 @@ from typing import Any
 
 import yaml
 
-from megatron_flashi2v.config.errors import ConfigError, DataError, UserError
+from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.evaluation.videos import common_shape, find_videos
 from megatron_flashi2v.runtime.files import atomic_write_text, read_json_object
+from paradigms.commands import FLASHI2V, UNFINISHED, checkpoint_of, iterations_done, run_command
 from paradigms.ledger import Task
 from paradigms.page import write_page
 from paradigms.settings import PARADIGMS, SETS
-from paradigms.training import checkpoint_of, iterations_done
 
 STAGES = ("prepare", "train", "sample", "evaluate", "page")
 
@@ -56,7 +55,7 @@ class Recipe:
     evaluate_flags: list[str]
     seeds: list[int] = field(default_factory=lambda: [1])
     paradigms: list[str] = field(default_factory=lambda: list(PARADIGMS))
-    launcher: list[str] = field(default_factory=lambda: [sys.executable, "-m", "megatron_flashi2v"])
+    launcher: list[str] = field(default_factory=lambda: list(FLASHI2V))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,25 +79,25 @@ class FilesRun:
         """Of a stage."""
         recipe = self.recipe
         runs = [(paradigm, seed) for seed in recipe.seeds for paradigm in recipe.paradigms]
-        trained = {"train": recipe.train, "prepare": recipe.prepare_flags, "flags": recipe.train_flags,
-                   "end": recipe.iterations[-1]}  # fmt: skip
         if stage == "prepare":
-            return [self._command("prepare", "prepare", {k: trained[k] for k in ("train", "prepare")}, [
+            return [self._command("prepare", "prepare", {key: self._trained[key] for key in ("train", "prepare")}, [
                 "prepare", "--annotations", recipe.train, "--output", self.folder / "data", *recipe.prepare_flags,
             ])]  # fmt: skip
         if stage == "train":
             return [
-                self._command(stage, f"train/{paradigm}-{seed}", trained, [
+                self._command(stage, f"train/{paradigm}-{seed}", self._trained, [
                     "train", *recipe.train_flags, "--data-path", self.folder / "data", "--conditioning", paradigm,
                     "--seed", seed, "--train-iters", recipe.iterations[-1], "--save-interval", recipe.iterations[0],
-                    "--exit-code-when-unfinished", 75, "--save", self.folder / "train" / f"{paradigm}-{seed}",
+                    "--exit-code-when-unfinished", UNFINISHED, "--save", self.folder / "train" / f"{paradigm}-{seed}",
                 ])
                 for paradigm, seed in runs
             ]  # fmt: skip
         if stage == "page":
-            return [Task(stage=stage, key=stage, settings=vars(recipe), run=partial(make_page, self))]
+            run = partial(make_page, self)
+            return [Task(stage=stage, key=stage, settings=vars(recipe), run=run, is_cheap=True)]
+        make = self._sample if stage == "sample" else self._evaluate
         return [
-            self._measured(stage, paradigm, seed, iteration, name, trained)
+            make(paradigm, seed, iteration, name)
             for paradigm, seed in runs for iteration in recipe.iterations for name in SETS
         ]  # fmt: skip
 
@@ -113,36 +112,48 @@ class FilesRun:
         """Folder of one set's samples or measures."""
         return self.folder / stage / f"{paradigm}-{seed}" / f"{iteration:07d}" / name
 
-    def _measured(
-        self, stage: str, paradigm: str, seed: int, iteration: int, name: str, trained: dict[str, Any]
-    ) -> Task:
+    def _sample(self, paradigm: str, seed: int, iteration: int, name: str) -> Task:
+        """Samples from the pictures of one set."""
+        recipe, videos = self.recipe, self.part("sample", paradigm, seed, iteration, name)
+        requests = videos.with_suffix(".jsonl")
+        words = [
+            "sample", *recipe.sample_flags, "--requests", requests, "--output", videos, "--load",
+            checkpoint_of(self.folder / "train" / f"{paradigm}-{seed}", iteration),
+        ]  # fmt: skip
+        task = self._command("sample", self._key("sample", paradigm, seed, iteration, name), self._sampled(name), words)
+        return dataclasses.replace(task, run=partial(_sample_clips, Path(getattr(recipe, name)), requests, task.run))
+
+    def _evaluate(self, paradigm: str, seed: int, iteration: int, name: str) -> Task:
+        """Measures of those samples; one process makes them."""
+        recipe, place = self.recipe, (paradigm, seed, iteration, name)
+        words = [
+            "evaluate", *recipe.evaluate_flags, "--videos", self.part("sample", *place), "--references",
+            getattr(recipe, name), "--output", self.part("evaluate", *place),
+        ]  # fmt: skip
+        settings = {**self._sampled(name), "evaluate": recipe.evaluate_flags}
+        task = self._command("evaluate", self._key("evaluate", *place), settings, words, launcher=FLASHI2V)
+        return dataclasses.replace(task, is_cheap=True)
+
+    @property
+    def _trained(self) -> dict[str, Any]:
+        """What decides a trained model."""
         recipe = self.recipe
-        place = (paradigm, seed, iteration, name)
-        settings = {**trained, "clips": getattr(recipe, name), "sample": recipe.sample_flags}
-        key = f"{stage}/{paradigm}-{seed}/{iteration}/{name}"
-        videos = self.part("sample", *place)
-        if stage == "sample":
-            requests = videos.with_suffix(".jsonl")
-            words = [
-                "sample", *recipe.sample_flags, "--requests", requests, "--output", videos, "--load",
-                checkpoint_of(self.folder / "train" / f"{paradigm}-{seed}", iteration),
-            ]
-            return self._command(
-                stage, key, settings, words, before=partial(write_requests, Path(getattr(recipe, name)), requests)
-            )
-        settings["evaluate"] = recipe.evaluate_flags
-        return self._command(stage, key, settings, [
-            "evaluate", *recipe.evaluate_flags, "--videos", videos, "--references", getattr(recipe, name),
-            "--output", self.part("evaluate", *place),
-        ], launcher=Recipe.__dataclass_fields__["launcher"].default_factory())  # one process measures
+        return {"train": recipe.train, "prepare": recipe.prepare_flags, "flags": recipe.train_flags,
+                "end": recipe.iterations[-1]}  # fmt: skip
+
+    def _sampled(self, name: str) -> dict[str, Any]:
+        return {**self._trained, "clips": getattr(self.recipe, name), "sample": self.recipe.sample_flags}
+
+    def _key(self, stage: str, paradigm: str, seed: int, iteration: int, name: str) -> str:
+        return f"{stage}/{paradigm}-{seed}/{iteration}/{name}"
 
     def _command(
-        self, stage: str, key: str, settings: dict[str, Any], words: Sequence[object], *, before: Any = None,
+        self, stage: str, key: str, settings: dict[str, Any], words: Sequence[object],
         launcher: Sequence[str] | None = None,
     ) -> Task:  # fmt: skip
         command = [*(launcher or self.recipe.launcher), *map(str, words)]
         log = self.folder / "logs" / f"{key.replace('/', '-')}.log"
-        return Task(stage=stage, key=key, settings=settings, run=partial(run_command, command, log, before))
+        return Task(stage=stage, key=key, settings=settings, run=partial(run_command, command, log))
 
 
 def read_recipe(path: Path, folder: Path) -> FilesRun:
@@ -177,6 +188,11 @@ def read_recipe(path: Path, folder: Path) -> FilesRun:
     return FilesRun(recipe=recipe, folder=folder)
 
 
+def _sample_clips(clips: Path, requests: Path, sample: Callable[[], None]) -> None:
+    write_requests(clips, requests)
+    sample()
+
+
 def write_requests(clips: Path, requests: Path) -> None:
     """One request for each clip of a folder."""
     rows = [
@@ -189,22 +205,6 @@ def write_requests(clips: Path, requests: Path) -> None:
     ]
     requests.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(requests, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def run_command(command: Sequence[str], log: Path, before: Any = None) -> None:
-    """Run a command of ``flashi2v``, which resumes by itself; what it says goes into the log.
-
-    Raises:
-        UserError: it failed, or was stopped.
-    """
-    if before is not None:
-        before()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        said = log.read_text(errors="replace").strip().splitlines()[-1:] or [""]
-        raise UserError(f"{log}: exit code {code} ({said[0].strip()})")
 
 
 def make_page(run: FilesRun) -> None:

@@ -24,12 +24,14 @@ class Task:
         key: its name, unique in the run.
         settings: all that decides its result, JSON-ready.
         run: does it, and may be called again after a kill.
+        is_cheap: where settings have changed, it is done again, instead of refused.
     """
 
     stage: str
     key: str
     settings: dict[str, Any]
     run: Callable[[], None]
+    is_cheap: bool = False
 
 
 class Ledger:
@@ -63,13 +65,15 @@ class Ledger:
         """
         for task in tasks:
             recorded = self._done.get(task.key, task.settings)
+            if task.is_cheap:
+                continue
             for name in sorted({*recorded, *task.settings}):
                 if recorded.get(name) != task.settings.get(name):
                     raise ConfigError(
                         f"{self._path}: {task.key} was made with {name} {recorded.get(name)!r}, not "
                         f"{task.settings.get(name)!r}; give another --output, or --fresh to start over"
                     )
-        return [task for task in tasks if task.key not in self._done]
+        return [task for task in tasks if self._done.get(task.key) != task.settings]
 
     def finish(self, task: Task) -> None:
         """Record that a task is done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,8 @@ class Settings:
 
     def to_json(self, *names: str) -> dict[str, Any]:
         """These fields, JSON-ready; all without names."""
-        values = dataclasses.asdict(self)
-        chosen = {name: values[name] for name in names or values}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: values[name] for name in names or values}
 
 
 OPTIMIZER = (

@@ -1,7 +1,8 @@
 """The stages in pixels, each a list of tasks with the settings that decide them.
 
 Everything lies in the run's folder: ``data/`` (shards), ``classifier/``, ``start/`` (text-to-video), ``train/RUN/``,
-``samples/RUN/ITERATION/SET.safetensors``, ``figures/RUN/ITERATION.json`` and the page; a RUN is PARADIGM-SEED.
+``samples/RUN/ITERATION/SET.safetensors``, ``figures/RUN/ITERATION.json``, ``logs/`` and the page; a RUN is
+PARADIGM-SEED.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import numpy as np
 
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 from paradigms.classifier import load_classifier, save_classifier, train_classifier
+from paradigms.commands import FLASHI2V, checkpoint_of, iterations_done, run_command
 from paradigms.ledger import Task
 from paradigms.measure import chance, frechet_chunks, measure_samples
 from paradigms.page import write_page
 from paradigms.pixels import write_shards
 from paradigms.sampling import read_samples, sample_set
 from paradigms.settings import SETS, Settings
-from paradigms.training import checkpoint_of, iterations_done, train_flags, train_run
+from paradigms.training import train_flags
 from paradigms.world import Board, Clip, make_clip
 
 STAGES = ("world", "classifier", "start", "train", "sample", "measure", "page")
@@ -111,11 +113,13 @@ class Run:
     def _training(self, stage: str, paradigm: str, seed: int) -> Task:
         start = self.run_folder("text_to_video", self.settings.seeds[0]) if self.settings.start_iterations else None
         flags = train_flags(self.settings, self.folder / "data", paradigm, seed, start)
+        command = [*FLASHI2V, "train", *flags, "--save", str(self.run_folder(paradigm, seed))]
+        name = f"{paradigm}-{seed}"
         return Task(
             stage=stage,
-            key=f"{stage}/{paradigm}-{seed}",
+            key=f"{stage}/{name}",
             settings=self._trained(paradigm),
-            run=partial(train_run, flags, self.run_folder(paradigm, seed)),
+            run=partial(run_command, command, self.folder / "logs" / f"{stage}-{name}.log"),
         )
 
     def _sample(self) -> list[Task]:
@@ -136,12 +140,14 @@ class Run:
                 key=f"measure/{paradigm}-{seed}/{iteration}",
                 settings={**self._trained(paradigm), **self.settings.to_json(*TESTS, *MEASURES)},
                 run=partial(write_figures, self, paradigm, seed, iteration),
+                is_cheap=True,
             )
             for paradigm, seed in self.training_runs() for iteration in self.settings.iterations
         ]  # fmt: skip
 
     def _page(self) -> list[Task]:
-        return [Task(stage="page", key="page", settings=self.settings.to_json(), run=partial(make_page, self))]
+        settings, run = self.settings.to_json(), partial(make_page, self)
+        return [Task(stage="page", key="page", settings=settings, run=run, is_cheap=True)]
 
     def _trained(self, paradigm: str) -> dict[str, Any]:
         """What decides a trained model; the last iteration ends the learning rate's decay."""

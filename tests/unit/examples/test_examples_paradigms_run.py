@@ -54,6 +54,8 @@ def test_the_ledger_keeps_what_is_done(tmp_path: Path) -> None:
         Ledger(folder).missing([task("one", [], size=2)])
     with pytest.raises(ConfigError, match="one was made with size 1, not None"):
         Ledger(folder).missing([task("one", [])])
+    cheap = dataclasses.replace(task("one", [], size=2), is_cheap=True)
+    assert Ledger(folder).missing([cheap]) == [cheap]
     start_over(folder)
     assert not folder.exists()
 
@@ -107,16 +109,18 @@ def test_all_stages_and_again(tmp_path: Path, paths: None) -> None:
     (folder / LEDGER_FILE).write_text(json.dumps(record))
     run_stages(run, ["sample"], jobs=1)
     assert (read_samples(run.samples_file("flashi2v", 1, 2, "out"))[0] == frames).all()
-    for name, value in {"hidden": 32, "solver_steps": 3, "resamples": 20, "cells": 4}.items():
+    for name, value in {"hidden": 32, "solver_steps": 3, "classifier_steps": 5, "cells": 4}.items():
         changed = Run(settings=dataclasses.replace(TOY, **{name: value}), folder=folder)
         with pytest.raises(ConfigError, match=f"was made with {name} "):
             run_stages(changed, [], jobs=1)
+    run_stages(Run(settings=dataclasses.replace(TOY, resamples=20), folder=folder), [], jobs=1)  # measured again
+    assert json.loads((folder / "report.json").read_text())["settings"]["resamples"] == 20
 
 
 def test_a_failed_run_is_told(tmp_path: Path, paths: None) -> None:
     run = Run(settings=dataclasses.replace(TOY, train_flags=("--lr", "fast")), folder=tmp_path / "run")
     run_stages(run, ["world", "classifier"], jobs=1)
-    with pytest.raises(UserError, match=r"training ended with exit code 2 \(.*--lr.*see .*train.log"):
+    with pytest.raises(UserError, match=r"exit code 2: .*--lr.* \(all of it stands in .*flashi2v-1.log\)"):
         run_stages(run, ["train"], jobs=1)
     assert "train/flashi2v-1" not in json.loads((tmp_path / "run" / LEDGER_FILE).read_text())["done"]
 
