@@ -28,16 +28,17 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"--jobs is {jobs}; it must be at least 1")
     if (arguments.scale == "1.3b") != (arguments.recipe is not None):
         parser.error("--scale 1.3b takes --recipe FILE, and no other scale does; see examples/paradigms/README.md")
-    # The heavy imports: --help needs none of them.
+    # The heavy imports, which --help does not need, come after the filters of their warnings.
     from megatron_flashi2v.cli.errors import tell_error
     from megatron_flashi2v.config.errors import UserError
     from megatron_flashi2v.runtime.logging import setup_logging
+
+    setup_logging()
     from paradigms.driver import run_stages
     from paradigms.files import read_recipe
     from paradigms.settings import SCALES
     from paradigms.stages import Run
 
-    setup_logging()
     output = arguments.output or Path("runs/paradigms") / arguments.scale
     try:
         run = (

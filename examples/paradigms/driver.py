@@ -73,6 +73,10 @@ def run_stages(run: Experiment, only: Sequence[str], *, jobs: int, fresh: bool =
 
 
 def _run_tasks(run: Experiment, ledger: Ledger, stage: str, tasks: list[Task], jobs: int) -> None:
+    if len(tasks) == 1 and run.iterations_of(tasks[0]) is None:  # which tells its progress itself, or in its log
+        tasks[0].run()
+        ledger.finish(tasks[0])
+        return
     work = [run.iterations_of(task) or (0, 1) for task in tasks]
     unit = "iterations" if any(total > 1 for _, total in work) else "tasks"
     before = sum(done for done, _ in work)

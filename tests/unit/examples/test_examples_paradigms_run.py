@@ -173,6 +173,7 @@ def test_the_recipe_of_1_3b_has_the_keys() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_world_as_files(tmp_path: Path, paths: None) -> None:
     """mp4 files, and nothing but the commands: what --scale 1.3b does, at toy size."""
     make_tiny_vae(tmp_path / "models" / "vae", dim_mult=(1, 1, 1, 2), temporal=(False, True, True))
@@ -193,10 +194,11 @@ def test_the_world_as_files(tmp_path: Path, paths: None) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_whole_smoke(tmp_path: Path, paths: None) -> None:
     """`bash examples/paradigms.sh --scale smoke`, but for the environment that it sets up."""
     command = [sys.executable, "-m", "paradigms", "--scale", "smoke", "--output", tmp_path / "run"]
-    subprocess.run(command, check=True, timeout=900)
+    subprocess.run(command, check=True)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {row["paradigm"] for row in report["runs"]} == set(PARADIGMS) and len(report["runs"]) == 8
     assert min(report["classifier"].values()) > 0.8
