@@ -53,7 +53,7 @@ class Settings:
     paradigms: tuple[str, ...] = PARADIGMS
     seeds: tuple[int, ...] = (1,)
     solver_steps: int = 25
-    shift: float = 3.0
+    shift: float = 7.0
     classifier_clips: int = 4096
     classifier_steps: int = 1500
     resamples: int = 200
