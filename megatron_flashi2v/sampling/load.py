@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
 from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
-from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.config.fields import spelling
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.formats import diffusers
@@ -58,6 +60,49 @@ def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
 def is_release(folder: Path) -> bool:
     """Whether a folder is a diffusers pipeline's, such as ``flashi2v convert --to diffusers`` writes."""
     return (folder / diffusers.PIPELINE_NAME).is_file()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFolders:
+    """Where the frozen models lie: folders, or OWNER/NAME:SUBFOLDER of Hub repositories."""
+
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+
+    @classmethod
+    def find(
+        cls, checkpoint: Path, *, vae: Path | None, text_encoder: Path | None, tokenizer: Path | None
+    ) -> FrozenFolders:
+        """Those that are given, and of the others those that a release holds or names.
+
+        Args:
+            checkpoint: see :func:`resolve_checkpoint`.
+            vae: None takes the release's.
+            text_encoder: likewise.
+            tokenizer: likewise.
+
+        Raises:
+            ConfigError: one is neither given nor in the release, or there is no release.
+        """
+        given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        missing = [name for name, place in given.items() if place is None]
+        held: Mapping[str, Path] = _parts_of_release(checkpoint, missing) if missing else {}
+        absent = [spelling(name) for name in missing if name not in held]
+        if absent:
+            why = "is a release without these parts" if is_release(checkpoint) else "is no release, which holds them"
+            raise ConfigError(f"{', '.join(absent)} must be given: --load {checkpoint} {why}")
+        return cls(**{name: held[name] if place is None else place for name, place in given.items()})
+
+
+def _parts_of_release(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Those of the named parts that a release holds, or says where they lie; none of what is no release."""
+    if not is_release(folder):
+        return {}
+    references = read_json_object(folder / diffusers.PIPELINE_NAME, error=CheckpointError).get(diffusers.REFERENCES)
+    references = references if isinstance(references, dict) else {}
+    parts = {name: folder / name for name in names if (folder / name).is_dir()}
+    return {name: Path(str(references[name])) for name in names if name in references} | parts
 
 
 def describe(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
@@ -139,9 +184,9 @@ def velocity_of(model: DiffusionTransformer | Sequence[DiffusionTransformer]) ->
 def open_pipeline(
     checkpoint: Path,
     *,
-    vae: Path,
-    text_encoder: Path,
-    tokenizer: Path,
+    vae: Path | None = None,
+    text_encoder: Path | None = None,
+    tokenizer: Path | None = None,
     device: str = "auto",
     weights: str = "model",
     bf16: bool = False,
@@ -152,13 +197,14 @@ def open_pipeline(
 
     Arguments and errors as for :meth:`~megatron_flashi2v.sampling.pipeline.ImageToVideoPipeline.from_checkpoint`.
     """
+    frozen = FrozenFolders.find(checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
     folder = resolve_checkpoint(checkpoint, weights)
     config, _ = describe(folder)
     target = resolve_device(device)
     where = target.torch_device
     dtype = torch.bfloat16 if bf16 else torch.float32
-    decoder = VideoVAE.load(vae, where)
-    rows = TextEncoder.load(text_encoder, tokenizer, config.text_length, where, dtype)
+    decoder = VideoVAE.load(frozen.vae, where)
+    rows = TextEncoder.load(frozen.text_encoder, frozen.tokenizer, config.text_length, where, dtype)
     with single_process(target) as groups:
         stages = load_stages(
             folder, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,

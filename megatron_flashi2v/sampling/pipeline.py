@@ -136,19 +136,19 @@ class ImageToVideoPipeline:
         cls,
         checkpoint: str | Path,
         *,
-        vae: str | Path,
-        text_encoder: str | Path,
-        tokenizer: str | Path,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         device: str = "auto",
         **options: Any,
     ) -> AbstractContextManager[ImageToVideoPipeline]:
         """Load a checkpoint's model for sampling in this process; the pipeline can be called inside the context.
 
         Args:
-            checkpoint: folder of ``train --save`` (its newest checkpoint), or one of its ``iter_*``.
-            vae: folder of the VAE that prepared the training data.
-            text_encoder: folder of the text encoder that prepared them.
-            tokenizer: folder of its tokenizer.
+            checkpoint: folder of ``train --save`` (its newest checkpoint), one of its ``iter_*``, or a release.
+            vae: folder of the VAE that prepared the training data; None takes the release's.
+            text_encoder: folder of the text encoder that prepared them, likewise.
+            tokenizer: folder of its tokenizer, likewise.
             device: auto, cuda, npu or cpu.
             options: ``weights`` (model or ema), ``bf16``, ``attention_backend`` and ``batched_guidance``, as the flags
                 of ``flashi2v sample``.
@@ -158,10 +158,9 @@ class ImageToVideoPipeline:
         """
         from megatron_flashi2v.sampling.load import open_pipeline
 
-        return open_pipeline(
-            Path(checkpoint), vae=Path(vae), text_encoder=Path(text_encoder), tokenizer=Path(tokenizer), device=device,
-            **options,
-        )
+        frozen = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        places = {name: None if place is None else Path(place) for name, place in frozen.items()}
+        return open_pipeline(Path(checkpoint), **places, device=device, **options)
 
     @torch.no_grad()
     def __call__(

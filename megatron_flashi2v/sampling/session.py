@@ -22,7 +22,7 @@ from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.replicas import Replica
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
+from megatron_flashi2v.sampling.load import FrozenFolders, describe, load_stages, resolve_checkpoint, velocity_of
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
 DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
@@ -43,11 +43,13 @@ class Source:
     """The checkpoint that is sampled from.
 
     Attributes:
+        frozen: where the frozen models lie.
         folder: an ``iter_*``, whose weights are verified.
         model: resolved dimensions.
         state: what training recorded.
     """
 
+    frozen: FrozenFolders
     folder: Path
     model: ModelConfig
     state: Mapping[str, Any]
@@ -57,11 +59,15 @@ class Source:
         """The checkpoint that the flags name.
 
         Raises:
+            ConfigError: a frozen model is neither given nor in a release.
             CheckpointError: there is none, or it is damaged.
         """
+        frozen = FrozenFolders.find(
+            config.load, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer
+        )
         folder = resolve_checkpoint(config.load, config.weights)
         model, state = describe(folder)
-        return cls(folder=folder, model=model, state=state)
+        return cls(frozen=frozen, folder=folder, model=model, state=state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +79,20 @@ class Encoders:
     text: TextEncoder
 
     @classmethod
-    def load(cls, config: SampleConfig, model: ModelConfig, launch: LaunchEnvironment) -> Encoders:
-        """Those that the flags name.
+    def load(cls, config: SampleConfig, source: Source, launch: LaunchEnvironment) -> Encoders:
+        """Those of the source, as the flags want them.
 
         Raises:
             ConfigError: a folder is missing or damaged, or there is no such device.
         """
         device = resolve_device(config.device, launch.local_rank)
         where, dtype = device.torch_device, torch.bfloat16 if config.bf16 else torch.float32
-        vae = VideoVAE.load(config.vae, where)
+        vae = VideoVAE.load(source.frozen.vae, where)
         if config.vae_tiling:
             vae.enable_tiling()
-        text = TextEncoder.load(config.text_encoder, config.tokenizer, model.text_length, where, dtype)
+        text = TextEncoder.load(
+            source.frozen.text_encoder, source.frozen.tokenizer, source.model.text_length, where, dtype
+        )
         return cls(device=device, vae=vae, text=text)
 
     def latent_shape(self, model: ModelConfig, shape: VideoShape) -> tuple[int, int, int, int]:

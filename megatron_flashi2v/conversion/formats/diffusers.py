@@ -40,6 +40,8 @@ PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
 """Keys of the training data's description in a checkpoint, by the pipeline's argument."""
+REFERENCES = "_component_sources"
+"""Key of ``model_index.json`` for components that lie elsewhere; diffusers ignores keys that begin with ``_``."""
 RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "README.md")
 """Further entries of a release's folder."""
 TRANSFORMER_CLASS, CONDITIONING_CLASS = "WanTransformer3DModel", "FlashI2VImageConditioning"
@@ -157,25 +159,34 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
             if key in _CLIP_BRANCH:
                 raise CheckpointError(f"{path} ({key} is {stored[key]!r}) is {WAN_I2V}")
             raise CheckpointError(f"{path}: {key} is {stored[key]!r}, this model family has {value!r}")
+    beside = conditioning / "config.json"
+    if not beside.exists():
+        return _from_transformer(path, stored)
+    settings = read_json_object(beside, error=CheckpointError)
     try:
-        beside = conditioning / "config.json"
-        if not beside.exists():
-            return _from_transformer(stored)
-        settings = read_json_object(beside, error=CheckpointError)
         config = read_model_config(
             {key: value for key, value in settings.items() if not key.startswith("_")}, source=str(beside)
         )
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        reason = f"{path}: no key {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(reason) from error
+    except ConfigError as error:  # it names the file
+        raise CheckpointError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{beside}: {error}") from error
     for key, value in transformer_config(config).items():
         if not key.startswith("_") and key not in _FIXED and stored.get(key, value) != value:
             raise CheckpointError(f"{path}: {key} is {stored[key]!r}, but {beside} makes it {value!r}")
     return config
 
 
-def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
-    """The model of a plain transformer folder, whose paradigm its input channels tell."""
+def _from_transformer(path: Path, stored: Mapping[str, Any]) -> ModelConfig:
+    """The model of a plain transformer folder, whose paradigm its input channels tell; ``path`` is for messages."""
+    try:
+        return _model_of(stored)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _model_of(stored: Mapping[str, Any]) -> ModelConfig:
     channels = stored["in_channels"]
     latents = stored["out_channels"] or channels  # diffusers reads None as equal to in_channels
     paradigm = recognise(ForeignModel(latent_channels=latents, input_channels=channels))

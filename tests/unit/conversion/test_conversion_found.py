@@ -262,6 +262,9 @@ def test_control_models_are_no_inpainting(tmp_path: Path, extra: int) -> None:
         return
     assert "is a control model" not in (text := refusal(tmp_path / "a.safetensors"))
     assert f"takes {4 + extra} channels, the latents have 4: a control model, such as Wan2.1-Fun-Control" in text
+    small_transformer(tmp_path / "b", in_channels=4 + extra)
+    text = refusal(tmp_path / "b")
+    assert f"{tmp_path}/b/config.json: in_channels is {4 + extra} and out_channels 4: a control model" in text
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
@@ -393,4 +396,6 @@ def test_a_value_that_is_no_number_is_named(tmp_path: Path, form: str, value: fl
     with pytest.raises(UserError, match=r"tensor \S*blocks.1.\S+ holds \d+ of \d+ values that are NaN"):
         convert(source, target, num_attention_heads=3)
     assert not target[1].exists()
-    convert(source, target, keep_non_finite=True, verify=True, num_attention_heads=3)
+    done = convert(source, target, keep_non_finite=True, verify=True, num_attention_heads=3)
+    (name,), (count,) = done.report.non_finite.keys(), done.report.non_finite.values()
+    assert count == 900 and f"900 values that are NaN or infinite kept ({name})" in done.report.lines()
