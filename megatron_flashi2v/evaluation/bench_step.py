@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile, supported_activities
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments
+from megatron_flashi2v.evaluation import step_parts
 from megatron_flashi2v.evaluation.benchmark import (
-    device_events,
+    copy_ceiling,
     interleaved_seconds,
     machine,
     matmul_ceiling,
@@ -48,13 +48,6 @@ from megatron_flashi2v.training.step import TrainingStep, forward_step
 
 COLUMNS = ("implementation", "seconds", "tflops", "mfu", "of_matmul", "peak_gib", "forward_s", "backward_s",
            "optimizer_s")
-KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "conv", "gemm", "nvjet", "cutlass"),
-    "attention": ("attention", "flash", "fmha"),
-    "optimizer and clipping": ("_foreach", "_fused_adam", "adam", "multi_tensor"),
-    "copies and casts": ("aten::copy_", "Memcpy", "aten::cat"),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepBenchmark:
@@ -74,7 +67,8 @@ class StepBenchmark:
         elementwise_backend: implementation of norms, modulation and activation, or auto.
         peer: diffusers' model with torch's AdamW, in the same run, step by step in turn; compiled block by block if
             asked for, as its users do to make it faster.
-        profile: also break one step down by kinds of operators.
+        profile: also break one step down by kinds of work: launches, time and its distance from the least that copies
+            and products of this run's speed would take; and count how often the host reads the device.
         json: file for the report.
     """
 
@@ -120,7 +114,7 @@ def run(options: StepBenchmark) -> str:
         peaks = {name: _peak(step, device) for name, step in steps.items()}
         seconds = interleaved_seconds(steps, device, options.rounds)
         breakdown = ours.breakdown(device, options.rounds)
-        kinds = profile_kinds(ours, device) if options.profile else {}
+        profiled = _profile(ours, device, ceiling * 1e12) if options.profile else {}
         kernels = describe(ours.spec.kernels.chosen)
     rows = []
     for name, values in seconds.items():
@@ -138,13 +132,29 @@ def run(options: StepBenchmark) -> str:
         "micro_batch_size": options.micro_batch_size, "recompute": dataclasses.asdict(options.recompute),
         "matmul_ceiling_tflops": ceiling, "peak_tflops": peak_tflops(device, dtype), "rows": rows,
         "forward_flops": forward_flops(config, options.latent_shape, options.micro_batch_size),
-        "kinds": kinds, "kernels": kernels,
+        "kernels": kernels, **profiled,
     }
     if options.peer in seconds:
         report["ratio_to_peer"] = median_ratio(seconds["megatron_flashi2v"], seconds[options.peer])
     if options.json is not None:
         write_json(options.json, report)
     return _text(report)
+
+
+def _profile(ours: OurStep, device: Device, flops_per_second: float) -> dict[str, Any]:
+    """What one step of ours launches and reads, and its parts beside their floors."""
+    options, copied = ours.options, copy_ceiling(device, ours.options.rounds)
+    parts = step_parts.profile_parts(ours, device)
+    least = step_parts.floors(
+        ours.spec.config, options.latent_shape, options.micro_batch_size, ours.spec.dtype, ours.parameters,
+        flops_per_second=flops_per_second, bytes_per_second=copied,
+    )
+    with HostReads(device, allowed=None) as reads:
+        ours()
+    return {
+        "copy_ceiling_gb_s": copied / 1e9, "parts": step_parts.part_rows(parts, least), "host_reads": reads.count,
+        "launches": sum(launches for launches, _ in parts.values()),
+    }
 
 
 def host_reads(options: StepBenchmark) -> int:
@@ -183,6 +193,7 @@ class OurStep:
         stages = build_stages(self.spec, parallel, options.recompute)
         for stage in stages:
             _fill(stage)
+        self.parameters = sum(parameter.numel() for stage in stages for parameter in stage.parameters())
         models = wrap_data_parallel(stages, parallel)
         for model in models:
             model.train()
@@ -320,27 +331,6 @@ def _peak(step: Callable[[], object], device: Device) -> int:
     return device.max_memory_allocated()
 
 
-def profile_kinds(step: Callable[[], object], device: Device) -> dict[str, float]:
-    """Share of one step's time by kind of operator, each operator counted without what it calls."""
-    activities = list(supported_activities())  # the CPU, and an accelerator if there is one
-    with profile(activities=activities) as recorded:
-        step()
-        device.synchronize()
-    shares: dict[str, float] = {}
-    for name, seconds, _ in device_events(recorded, device):
-        shares[kind_of(name)] = shares.get(kind_of(name), 0.0) + seconds
-    total = sum(shares.values()) or 1.0
-    return {kind: time / total for kind, time in sorted(shares.items(), key=lambda item: -item[1])}
-
-
-def kind_of(operator: str) -> str:
-    """A kind of work by an operator's or a kernel's name."""
-    for kind in ("attention", *KINDS):  # attention first: its kernels' names tell of products, too
-        if any(part in operator for part in KINDS[kind]):
-            return kind
-    return "elementwise, norms and the rest"
-
-
 def _text(report: Mapping[str, Any]) -> str:
     layers = report["model"]["num_layers"]
     lines = [
@@ -350,8 +340,12 @@ def _text(report: Mapping[str, Any]) -> str:
     ]
     if "ratio_to_peer" in report:
         lines.append(f"\ntime over the peer's, median of rounds: {report['ratio_to_peer']:.3f}\n")
-    if report["kinds"]:
-        lines.append("\n" + table([{"kind": k, "share": v} for k, v in report["kinds"].items()], ("kind", "share")))
+    if "parts" in report:
+        lines.append(
+            f"\none step: {report['launches']} launches (on CPUs calls of operators), {report['host_reads']} reads by "
+            f"the host; measured copy {report['copy_ceiling_gb_s']:.4g} GB/s; floors without recomputation\n"
+        )
+        lines.append(table(report["parts"], step_parts.COLUMNS))
     rows = [dict(zip(("operator", "implementation", "why_not"), row, strict=True)) for row in report["kernels"]]
     lines.append("\n" + table(rows, ("operator", "implementation", "why_not")))
     return "".join(lines)
