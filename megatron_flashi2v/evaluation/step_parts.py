@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.profiler import profile, supported_activities
 
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.evaluation.benchmark import device_events
+from megatron_flashi2v.evaluation.communication import Communication, communication
 from megatron_flashi2v.models.flops import BACKWARD, forward_flops
 from megatron_flashi2v.models.patches import token_grid
 from megatron_flashi2v.runtime.device import Device
@@ -32,16 +34,20 @@ names of attention's kernels tell of products too."""
 COLUMNS = ("part", "launches", "ms", "share", "floor_ms", "over_floor")
 
 
-def profile_parts(step: Callable[[], object], device: Device) -> dict[str, tuple[int, float]]:
-    """(launches, seconds) of one step by kind; on CPUs of its operators, without those that they call."""
+def profile_step(
+    step: Callable[[], object], device: Device
+) -> tuple[dict[str, tuple[int, float]], Communication]:
+    """(launches, seconds) of one step by kind, and what it exchanges; on CPUs of operators without what they call."""
     with profile(activities=list(supported_activities())) as recorded:
+        start = time.perf_counter()
         step()
         device.synchronize()
+        step_s = time.perf_counter() - start
     parts: dict[str, tuple[int, float]] = {}
     for name, seconds, count in device_events(recorded, device):
         launches, total = parts.get(kind_of(name), (0, 0.0))
         parts[kind_of(name)] = launches + count, total + seconds
-    return parts
+    return parts, communication(recorded, step_s)
 
 
 def kind_of(name: str) -> str:
@@ -101,7 +107,7 @@ def part_rows(parts: Mapping[str, tuple[int, float]], least: Mapping[str, float]
     """The table's rows, the longest first.
 
     Args:
-        parts: from :func:`profile_parts`.
+        parts: from :func:`profile_step`.
         least: from :func:`floors`.
     """
     total = sum(seconds for _, seconds in parts.values()) or 1.0
