@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from megatron_flashi2v.models.fused_gradient import unbind
 from megatron_flashi2v.models.norms import FullWidthRMSNorm, norm_queries_and_keys
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.context import ContextAttention
@@ -52,8 +53,9 @@ class SelfAttention(nn.Module):
     def queries_keys_values(self, hidden_SBD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised and rotated queries and keys, and values, each [S, B, h, D]."""
         qkv, _ = self.linear_qkv(hidden_SBD)
-        query, key, value = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(dim=-2)
-        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key, (rotary.cos_SR, rotary.sin_SR))
+        (query, key, value), places = unbind(qkv.unflatten(-1, (-1, 3, self.head_dim)), dim=-2)
+        tables = rotary.cos_SR, rotary.sin_SR
+        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key, tables, places)
         return query, key, value
 
     def project(self, attended_SBhD: Tensor) -> Tensor:

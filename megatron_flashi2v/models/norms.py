@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
+from megatron_flashi2v.models.fused_gradient import GradientMemory
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.regions import sum_both_ways
 
@@ -64,7 +65,11 @@ class FullWidthRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.full_width // self.group.size()))
 
     def forward(
-        self, heads_SBhD: Tensor, squares_SB: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+        self,
+        heads_SBhD: Tensor,
+        squares_SB: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        place: GradientMemory | None = None,
     ) -> Tensor:
         """Normalised and turned heads, same shape and dtype.
 
@@ -72,11 +77,14 @@ class FullWidthRMSNorm(nn.Module):
             heads_SBhD: this rank's heads.
             squares_SB: sums of squares over the heads of all ranks, fp32; None where this rank holds all heads.
             rotary: cos and sin [S, D/2] of the heads' tokens; None for heads that are not turned (cross-attention).
+            place: of the gradient of heads that are turned.
         """
         shared = {} if squares_SB is None else {"sum_of_squares": squares_SB, "full_width": self.full_width}
         if rotary is None:
             return self.kernels.rms_norm(heads_SBhD, self.weight, self.eps, **shared)
-        return self.kernels.qk_norm_rope(heads_SBhD, self.weight, *rotary, self.eps, **shared)
+        return self.kernels.qk_norm_rope(
+            heads_SBhD, self.weight, *rotary, self.eps, gradient_memory=place, **shared
+        )
 
 
 def norm_queries_and_keys(
@@ -85,10 +93,12 @@ def norm_queries_and_keys(
     query_SBhD: Tensor,
     key_TBhD: Tensor,
     rotary: tuple[Tensor, Tensor] | None = None,
+    places: Sequence[GradientMemory | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """Normalise and turn both with one sum over the tensor-parallel group, in forward and in backward."""
+    place_q, place_k, *_ = places
     if norm_q.group.size() == 1:
-        return norm_q(query_SBhD, rotary=rotary), norm_k(key_TBhD, rotary=rotary)
+        return norm_q(query_SBhD, None, rotary, place_q), norm_k(key_TBhD, None, rotary, place_k)
     local = [local_sum_of_squares(query_SBhD, 2), local_sum_of_squares(key_TBhD, 2)]
     squares_q, squares_k = sum_both_ways(torch.cat(local), norm_q.group).split([len(part) for part in local])
-    return norm_q(query_SBhD, squares_q, rotary), norm_k(key_TBhD, squares_k, rotary)
+    return norm_q(query_SBhD, squares_q, rotary, place_q), norm_k(key_TBhD, squares_k, rotary, place_k)
