@@ -80,6 +80,10 @@ class DataArguments:
     """Standard deviation of logit(sigma)."""
     sigma_shift: Annotated[float | None, Above(0)] = None
     """Fixed shift of the training sigmas; by default it follows the resolution."""
+    sigma_min: Annotated[float, Within(0, 1)] = 0.0
+    """Lowest noise level to train on, after the shift, such as Wan2.2's boundary for its expert of high noise."""
+    sigma_max: Annotated[float, Within(0, 1)] = 1.0
+    """Highest noise level to train on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,8 @@ def recognise_format(path: Path) -> str | None:
                 return "megatron"
             if (path / TRANSFORMER / "config.json").is_file() or _names_diffusers(path / "config.json"):
                 return "diffusers"
-        return format_of_names(open_container(path).tensors)
+        found = format_of_names(open_container(path).tensors)
+        return "torch-dist" if found == "megatron" and path.is_dir() else found
     except (UserError, OSError):
         return None
 

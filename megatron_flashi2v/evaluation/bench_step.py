@@ -1,11 +1,13 @@
-"""A training step of one process, with the model-defined FLOP count, beside diffusers' model if asked for."""
+"""A training step, with the model-defined FLOP count: beside diffusers' model if asked for, or over several ranks."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
+import os
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch.profiler import profile, supported_activities
 
 from flashi2v_kernels.registry import describe
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.layout import check_layout, is_fully_sharded
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments
 from megatron_flashi2v.evaluation.benchmark import (
@@ -28,6 +31,7 @@ from megatron_flashi2v.evaluation.benchmark import (
     table,
     write_json,
 )
+from megatron_flashi2v.evaluation.communication import Communication, communication
 from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
 from megatron_flashi2v.flow.sigmas import timesteps_of
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
@@ -36,10 +40,13 @@ from megatron_flashi2v.models.flops import forward_flops, training_flops
 from megatron_flashi2v.models.patches import token_grid
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.parallel.agreement import share_numbers
+from megatron_flashi2v.parallel.fully_sharded import FullyShardedStage
 from megatron_flashi2v.parallel.groups import Groups
-from megatron_flashi2v.parallel.world import single_process
+from megatron_flashi2v.parallel.world import single_process, world
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.host_reads import HostReads
+from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 from megatron_flashi2v.runtime.peaks import peak_tflops
 from megatron_flashi2v.training.batch import Microbatch
 from megatron_flashi2v.training.clipping import make_clipper
@@ -68,6 +75,7 @@ class StepBenchmark:
         micro_batch_size: samples in the step.
         bf16: matrix products in bf16 with fp32 master weights; the peer holds its weights in bf16 alone.
         recompute: what is computed again in backward, as in training; the peer can do all blocks or none.
+        parallel: the layout, where a launcher such as torchrun starts several ranks; without a pipeline.
         attention_backend: implementation, or auto.
         device: auto, cuda, npu or cpu.
         rounds: measured steps.
@@ -85,6 +93,7 @@ class StepBenchmark:
     micro_batch_size: int = 1
     bf16: bool = True
     recompute: RecomputeArguments = RecomputeArguments()
+    parallel: ParallelArguments = ParallelArguments()
     attention_backend: str = "auto"
     elementwise_backend: str = "auto"
     device: str = "auto"
@@ -94,20 +103,27 @@ class StepBenchmark:
     json: Path | None = None
 
 
-def run(options: StepBenchmark) -> str:
-    """Measure, write the report if asked for, and return the tables.
+def run(options: StepBenchmark, launch: LaunchEnvironment | None = None) -> str:
+    """Measure, write the report if asked for, and return the tables; nothing on other ranks than the first.
+
+    Args:
+        options: what to measure.
+        launch: this process's place; by default as the launcher's variables tell.
 
     Raises:
-        ConfigError: an unknown preset, or a device or implementation that is not there.
+        ConfigError: an unknown preset, a layout that does not fit the ranks, a device or implementation that is not
+            there, or a peer beside several ranks.
     """
+    launch = launch or detect_launch(os.environ)
     if options.model not in PRESETS:
         raise ConfigError(f"--model {options.model}: choose one of {', '.join(PRESETS)}")
     config = dataclasses.replace(PRESETS[options.model], conditioning=options.conditioning)
     config = dataclasses.replace(config, num_layers=options.num_layers or config.num_layers)
-    device = resolve_device(options.device)
+    _check_ranks(options, config, launch.world_size)
+    device = resolve_device(options.device, launch.local_rank, backend=options.parallel.distributed_backend)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     ceiling = matmul_ceiling(device, dtype) / 1e12
-    with single_process(device) as groups:
+    with world(device, launch, options.parallel) as groups:
         ours = OurStep(options, config, groups, device)
         steps: dict[str, Callable[[], object]] = {"megatron_flashi2v": ours}
         configs = {"megatron_flashi2v": config}
@@ -118,13 +134,16 @@ def run(options: StepBenchmark) -> str:
                 compiled=options.peer == "diffusers-compiled",
             )
         peaks = {name: _peak(step, device) for name, step in steps.items()}
-        seconds = interleaved_seconds(steps, device, options.rounds)
+        seconds = interleaved_seconds(steps, device, options.rounds, agree=_agreed(device))
         breakdown = ours.breakdown(device, options.rounds)
-        kinds = profile_kinds(ours, device) if options.profile else {}
+        kinds, exchanged = profile_step(ours, device) if options.profile else ({}, None)
         kernels = describe(ours.spec.kernels.chosen)
+    if launch.rank != 0:
+        return ""
+    sharers = groups.tp.size() * groups.cp.size()  # of one sample's work
     rows = []
     for name, values in seconds.items():
-        flops = training_flops(configs[name], options.latent_shape, options.micro_batch_size)
+        flops = training_flops(configs[name], options.latent_shape, options.micro_batch_size) / sharers
         tflops = flops / statistics.median(values) / 1e12
         peak = peak_tflops(device, dtype)
         rows.append({
@@ -138,8 +157,12 @@ def run(options: StepBenchmark) -> str:
         "micro_batch_size": options.micro_batch_size, "recompute": dataclasses.asdict(options.recompute),
         "matmul_ceiling_tflops": ceiling, "peak_tflops": peak_tflops(device, dtype), "rows": rows,
         "forward_flops": forward_flops(config, options.latent_shape, options.micro_batch_size),
-        "kinds": kinds, "kernels": kernels,
+        "kinds": kinds, "kernels": kernels, "world_size": launch.world_size,
     }
+    if launch.world_size > 1:
+        report["parallel"] = dataclasses.asdict(options.parallel)
+    if launch.world_size > 1 and exchanged is not None:
+        report["communication"] = {**dataclasses.asdict(exchanged), "exposed_share": exchanged.exposed_share}
     if options.peer in seconds:
         report["ratio_to_peer"] = median_ratio(seconds["megatron_flashi2v"], seconds[options.peer])
     if options.json is not None:
@@ -175,16 +198,16 @@ class OurStep:
 
     def __init__(self, options: StepBenchmark, config: ModelConfig, groups: Groups, device: Device) -> None:
         self.options = options
-        parallel, optimizer = ParallelArguments(), OptimizerArguments(lr=1e-5)
+        parallel, optimizer = options.parallel, OptimizerArguments(lr=1e-5)
         self.spec = make_spec(
             config, groups, device.torch_device, bf16=options.bf16, attention_backend=options.attention_backend,
             elementwise_backend=options.elementwise_backend,
         )
-        stages = build_stages(self.spec, parallel, options.recompute)
-        for stage in stages:
-            _fill(stage)
+        sharded = is_fully_sharded(parallel, torch.distributed.get_world_size())
+        stages = build_stages(self.spec, parallel, options.recompute, hollow=sharded)
         models = wrap_data_parallel(stages, parallel)
         for model in models:
+            _fill(model)
             model.train()
         self.step = TrainingStep(
             self.spec, stages, models, make_optimizer(models, optimizer, parallel, self.spec), make_clipper(optimizer),
@@ -216,7 +239,7 @@ class OurStep:
         parts: dict[str, Callable[[], object]] = {
             "forward": self.forward, "both": self.losses_and_gradients, "optimizer": self.update,
         }
-        seconds = interleaved_seconds(parts, device, rounds)
+        seconds = interleaved_seconds(parts, device, rounds, agree=_agreed(device))
         forward, both, optimizer = (statistics.median(seconds[name]) for name in parts)
         return {"forward_s": forward, "backward_s": both - forward, "optimizer_s": optimizer}
 
@@ -284,8 +307,30 @@ class PeerStep:
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
     """Small random weights: zeros would make some products trivial, and drawing them keyed takes minutes."""
+    if isinstance(model, FullyShardedStage):
+        for shard in model.parameters_of_rank():
+            shard.held_weights.normal_(std=0.02)
+        model.take_weights()
+        return
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
+
+
+def _agreed(device: Device) -> Callable[[float], float]:
+    """The first rank's seconds for all, so that all ranks call collectives as often."""
+    return lambda seconds: share_numbers(torch.tensor([seconds], device=device.torch_device))[0]
+
+
+def _check_ranks(options: StepBenchmark, config: ModelConfig, world_size: int) -> None:
+    """Refuse what several ranks cannot measure."""
+    check_layout(options.parallel, config, world_size)
+    if options.parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {options.parallel.pipeline_model_parallel_size}: a step of one microbatch "
+            "is no pipeline's; measure with tensor, context and data parallelism"
+        )
+    if options.peer != "none" and world_size > 1:
+        raise ConfigError(f"--peer {options.peer} runs in one process, and {world_size} were started; start one")
 
 
 def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: int) -> Microbatch:
@@ -320,17 +365,20 @@ def _peak(step: Callable[[], object], device: Device) -> int:
     return device.max_memory_allocated()
 
 
-def profile_kinds(step: Callable[[], object], device: Device) -> dict[str, float]:
-    """Share of one step's time by kind of operator, each operator counted without what it calls."""
+def profile_step(step: Callable[[], object], device: Device) -> tuple[dict[str, float], Communication]:
+    """Share of one step's time by kind of operator, each counted without what it calls; and the communication in it."""
     activities = list(supported_activities())  # the CPU, and an accelerator if there is one
     with profile(activities=activities) as recorded:
+        start = time.perf_counter()
         step()
         device.synchronize()
+        step_s = time.perf_counter() - start
     shares: dict[str, float] = {}
     for name, seconds, _ in device_events(recorded, device):
         shares[kind_of(name)] = shares.get(kind_of(name), 0.0) + seconds
     total = sum(shares.values()) or 1.0
-    return {kind: time / total for kind, time in sorted(shares.items(), key=lambda item: -item[1])}
+    kinds = {kind: time / total for kind, time in sorted(shares.items(), key=lambda item: -item[1])}
+    return kinds, communication(recorded, step_s)
 
 
 def kind_of(operator: str) -> str:
@@ -343,13 +391,19 @@ def kind_of(operator: str) -> str:
 
 def _text(report: Mapping[str, Any]) -> str:
     layers = report["model"]["num_layers"]
+    ranks = f"{report['world_size']} ranks, figures of the first; " if report["world_size"] > 1 else ""
     lines = [
-        f"{report['machine']}\n{report['tokens']} tokens, {report['dtype']}, {layers} layers; "
+        f"{report['machine']}\n{ranks}{report['tokens']} tokens, {report['dtype']}, {layers} layers; "
         f"measured matrix product {report['matmul_ceiling_tflops']:.4g} TFLOP/s\n",
         table(report["rows"], COLUMNS),
     ]
     if "ratio_to_peer" in report:
         lines.append(f"\ntime over the peer's, median of rounds: {report['ratio_to_peer']:.3f}\n")
+    if "communication" in report:
+        lines.append(
+            "\n{total_s:.4g} s of {step_s:.4g} s communicate; {exposed_s:.4g} s, {exposed_share:.1%} of the step, "
+            "beside no computation\n".format(**report["communication"])
+        )
     if report["kinds"]:
         lines.append("\n" + table([{"kind": k, "share": v} for k, v in report["kinds"].items()], ("kind", "share")))
     rows = [dict(zip(("operator", "implementation", "why_not"), row, strict=True)) for row in report["kernels"]]

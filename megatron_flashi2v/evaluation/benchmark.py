@@ -28,6 +28,7 @@ def interleaved_seconds(
     rounds: int = 5,
     clock: Callable[[], float] = time.perf_counter,
     measure: Callable[[Callable[[], object], Device, int], float] | None = None,
+    agree: Callable[[float], float] = float,
 ) -> dict[str, list[float]]:
     """Seconds of one call, by name and round; every round runs all of them once.
 
@@ -40,11 +41,12 @@ def interleaved_seconds(
         rounds: measurements of each.
         clock: seconds; ``time.process_time`` leaves out what other processes take, for one thread on a busy CPU.
         measure: seconds of a call from the function, the device and a number of calls; by ``clock`` when None.
+        agree: makes this process's seconds of a call the same on all ranks, where functions are collective.
     """
     calls: dict[str, int] = {}
     for name, function in functions.items():
         function()
-        calls[name] = min(max(math.ceil(SHORTEST_S / _seconds(function, device, 1, clock)), 1), 200)
+        calls[name] = min(max(math.ceil(SHORTEST_S / agree(_seconds(function, device, 1, clock))), 1), 200)
     rows: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
