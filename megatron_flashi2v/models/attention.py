@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from megatron_flashi2v.models.fused_gradient import unbind
-from megatron_flashi2v.models.norms import FullWidthRMSNorm, norm_queries_and_keys
+from megatron_flashi2v.models.norms import FullWidthRMSNorm, norm_heads, norm_queries_and_keys
 from megatron_flashi2v.models.spec import ModelSpec
+from megatron_flashi2v.models.text_memory import Known
 from megatron_flashi2v.parallel.context import ContextAttention
 from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
 
@@ -77,11 +78,16 @@ class CrossAttention(nn.Module):
         self.norm_k = FullWidthRMSNorm(spec)
         self.linear_proj = row_parallel(spec.row_linear, width, width, spec.megatron, spec.groups)
 
-    def forward(self, hidden_SBD: Tensor, text_TBD: Tensor) -> Tensor:
-        """Update of the residual stream, [S, B, d] on this rank's tokens."""
+    def forward(self, hidden_SBD: Tensor, text_TBD: Tensor, known: Known | None = None) -> Tensor:
+        """Update of the residual stream, [S, B, d] on this rank's tokens; ``known`` of the text where it is kept."""
         query = self.linear_q(hidden_SBD)[0].unflatten(-1, (-1, self.head_dim))
-        key, value = self.linear_kv(text_TBD)[0].unflatten(-1, (-1, 2, self.head_dim)).unbind(dim=-2)
-        query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
+        if known is None or self not in known:
+            key, value = self.linear_kv(text_TBD)[0].unflatten(-1, (-1, 2, self.head_dim)).unbind(dim=-2)
+            query, key = norm_queries_and_keys(self.norm_q, self.norm_k, query, key)
+            if known is not None:
+                known[self] = key, value.contiguous()  # a view would keep the fused rows
+        else:
+            (key, value), query = known[self], norm_heads(self.norm_q, query)
         # Kernels are batch first, megatron-core's layers token first.
         out_BShD = self.attention(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
         return self.linear_proj(out_BShD.transpose(0, 1).flatten(-2))[0]

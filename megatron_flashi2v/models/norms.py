@@ -87,6 +87,13 @@ class FullWidthRMSNorm(nn.Module):
         )
 
 
+def norm_heads(norm: FullWidthRMSNorm, heads_SBhD: Tensor) -> Tensor:
+    """Normalise one of the two alone, where the other is known."""
+    if norm.group.size() == 1:
+        return norm(heads_SBhD)
+    return norm(heads_SBhD, sum_both_ways(local_sum_of_squares(heads_SBhD, 2), norm.group))
+
+
 def norm_queries_and_keys(
     norm_q: FullWidthRMSNorm,
     norm_k: FullWidthRMSNorm,

@@ -28,6 +28,7 @@ from megatron_flashi2v.models.placement import mark_parameters
 from megatron_flashi2v.models.recompute import Recompute, build_block, run_blocks
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.stages import Stage, whole_model
+from megatron_flashi2v.models.text_memory import Known
 from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
 from megatron_flashi2v.parallel.regions import (
     context_block,
@@ -53,6 +54,7 @@ class DiTInputs:
         text_BLX: text rows, zero-padded to the model's text length.
         image_latents_BC1HW: normalised latents of the condition image, fp32.
         extras: the paradigm's own draws and settings by name, one row per sample.
+        known: what the model's layers have found of the text, where that is kept; without gradients only.
     """
 
     noisy_BCTHW: Tensor
@@ -60,6 +62,7 @@ class DiTInputs:
     text_BLX: Tensor
     image_latents_BC1HW: Tensor
     extras: Extras
+    known: Known | None = None
 
 
 class DiffusionTransformer(MegatronModule):
@@ -117,7 +120,9 @@ class DiffusionTransformer(MegatronModule):
             hidden_SBD, text_TBD, conditioning_7BD = unpack(packed, self.packed_shape(grid))
         time_BD, modulation_6BD = time_and_modulation(conditioning_7BD)
         rotary = self.rotary(grid, hidden_SBD.device)
-        hidden_SBD = self.run_blocks(hidden_SBD, text_TBD.to(self.spec.dtype), modulation_6BD, rotary)
+        hidden_SBD = self.run_blocks(
+            hidden_SBD, text_TBD.to(self.spec.dtype), modulation_6BD, rotary, inputs.known
+        )
         if self.post_process:
             return self.head(hidden_SBD, time_BD)
         return pack(hidden_SBD, text_TBD.to(hidden_SBD.dtype), conditioning_7BD)
@@ -131,15 +136,26 @@ class DiffusionTransformer(MegatronModule):
         if conditioned.guidance_BCTHW is not None:
             guidance = shard_tokens(patchify(conditioned.guidance_BCTHW, patch_size), groups)
             hidden_SBD = hidden_SBD + self.conditioning.embed_guidance(guidance)
-        text_TBD = self.text_embedding(shard_rows(inputs.text_BLX.transpose(0, 1), groups))
+        text_TBD = self.embed_text(inputs)
         conditioning_7BD = sum_in_backward(self.time_embedding(inputs.sinusoid_BF), groups)
         return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
 
-    def run_blocks(self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary) -> Tensor:
+    def embed_text(self, inputs: DiTInputs) -> Tensor:
+        """This rank's embedded text rows [T, B, d]."""
+        known = {} if inputs.known is None else inputs.known
+        if self.text_embedding not in known:
+            rows_TBX = shard_rows(inputs.text_BLX.transpose(0, 1), self.spec.groups)
+            known[self.text_embedding] = self.text_embedding(rows_TBX)
+        text_TBD: Tensor = known[self.text_embedding]
+        return text_TBD
+
+    def run_blocks(
+        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary, known: Known | None = None
+    ) -> Tensor:
         """The residual stream after this stage's blocks."""
         blocks = list(self.blocks.values())
         with block_precision(self.spec.megatron):
-            return run_blocks(blocks, self.recompute, hidden_SBD, text_TBD, modulation_6BD, rotary)
+            return run_blocks(blocks, self.recompute, hidden_SBD, text_TBD, modulation_6BD, rotary, known)
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Tokens along time, height and width of latents (T, H, W)."""

@@ -24,6 +24,7 @@ from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec
+from megatron_flashi2v.models.text_memory import TextMemory
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.models.weight_shards import whole_weights
 from megatron_flashi2v.parallel.groups import Groups
@@ -175,9 +176,10 @@ def load_model(
 def velocity_of(model: DiffusionTransformer | Sequence[DiffusionTransformer]) -> VelocityFunction:
     """The model, or this rank's stages of it, as the function that the pipeline takes.
 
-    Every rank of a divided model must call it with the same arguments, and gets the same velocity.
+    Every rank of a divided model must call it with the same arguments, and gets the same velocity. It remembers what
+    the model makes of the last texts: weights and the texts' tensors must stay as they are while it is used.
     """
-    return torch.no_grad()(partial(predict_velocity, model))
+    return torch.no_grad()(partial(predict_velocity, model, memory=TextMemory()))
 
 
 @contextlib.contextmanager

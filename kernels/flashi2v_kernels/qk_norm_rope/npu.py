@@ -13,6 +13,7 @@ import torch
 import torch_npu
 from torch import Tensor
 
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.qk_norm_rope.reference import weight_of_heads
 from flashi2v_kernels.qk_norm_rope.tables import require_tables
 
@@ -37,10 +38,10 @@ def qk_norm_rope(
         raise ValueError("give both sum_of_squares and full_width, or neither")
     weight_hD = weight_of_heads(heads_SBhD, weight)
     if sum_of_squares is None:
-        return _NormAndTurn.apply(heads_SBhD, weight_hD, cos_SR, sin_SR, eps)
+        return call(_NormAndTurn, heads_SBhD, weight_hD, cos_SR, sin_SR, eps)
     if sum_of_squares.shape != heads_SBhD.shape[:2]:
         raise ValueError(f"sums {tuple(sum_of_squares.shape)} do not fit heads {tuple(heads_SBhD.shape)}")
-    return _NormOfSumAndTurn.apply(heads_SBhD, weight_hD, sum_of_squares, cos_SR, sin_SR, full_width, eps)
+    return call(_NormOfSumAndTurn, heads_SBhD, weight_hD, sum_of_squares, cos_SR, sin_SR, full_width, eps)
 
 
 def turn(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:

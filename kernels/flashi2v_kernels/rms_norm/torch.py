@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.chunks import row_chunks, wide_dtype
 from flashi2v_kernels.rms_norm.statistics import weight_like_tail
 
@@ -46,10 +47,8 @@ def norm_and_turn(
     cos, sin = tables or (None, None)
     if x.ndim == weight.ndim:  # a single row
         sums = None if sum_of_squares is None else sum_of_squares[None]
-        return _NormAndTurn.apply(x[None], weight, sums, cos, sin, full_width or weight.numel(), eps, None)[0]
-    return _NormAndTurn.apply(
-        x, weight, sum_of_squares, cos, sin, full_width or weight.numel(), eps, gradient_memory
-    )
+        return call(_NormAndTurn, x[None], weight, sums, cos, sin, full_width or weight.numel(), eps, None)[0]
+    return call(_NormAndTurn, x, weight, sum_of_squares, cos, sin, full_width or weight.numel(), eps, gradient_memory)
 
 
 def _turn(heads_SBhD: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None, *, back: bool = False) -> Tensor:
@@ -100,13 +99,15 @@ class _NormAndTurn(torch.autograd.Function):
         inverse_rms = torch.empty((*x.shape[: -weight.ndim], *[1] * weight.ndim), dtype=wide, device=x.device)
         if sum_of_squares is not None:
             torch.rsqrt(sum_of_squares.to(wide).view_as(inverse_rms) / width + eps, out=inverse_rms)
-        output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        pieces = []
         for rows in row_chunks(x):
             piece = x[rows].to(wide).contiguous()  # a reduction of a strided view takes several times as long
             if sum_of_squares is None:
                 norm = torch.linalg.vector_norm(piece, dim=tail, keepdim=True)
                 inverse_rms[rows] = torch.rsqrt(norm.square() / width + eps)
-            output[rows] = _turn(piece * inverse_rms[rows] * factor, *_rows_of((cos, sin), rows))
+            normed = (piece * inverse_rms[rows]).mul_(factor)
+            pieces.append(_turn(normed, *_rows_of((cos, sin), rows)).to(x.dtype))
+        output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         ctx.save_for_backward(x, weight, inverse_rms, cos, sin)
         ctx.gradient_memory = gradient_memory or partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
         ctx.width, ctx.sum_dtype = width, None if sum_of_squares is None else sum_of_squares.dtype

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashi2v_kernels import triton_launch
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.rms_norm.statistics import weight_like_tail
 from flashi2v_kernels.triton_launch import block_of, few_warps_of, runs_of, warps_of, with_unit_stride
 
@@ -40,8 +41,8 @@ def norm_and_turn(
     heads_SBhD = with_unit_stride(x) if as_it_is else x.reshape(-1, 1, 1, weight.numel())
     sums = None if sum_of_squares is None else sum_of_squares.reshape(heads_SBhD.shape[:2])
     cos, sin = (None, None) if tables is None else (table.float().contiguous() for table in tables)
-    output = _NormAndTurn.apply(
-        heads_SBhD, weight, sums, cos, sin, full_width or weight.numel(), eps, gradient_memory
+    output = call(
+        _NormAndTurn, heads_SBhD, weight, sums, cos, sin, full_width or weight.numel(), eps, gradient_memory
     )
     return output.view(x.shape)
 
