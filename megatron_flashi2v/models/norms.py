@@ -79,16 +79,18 @@ class FullWidthRMSNorm(nn.Module):
         return self.kernels.qk_norm_rope(heads_SBhD, self.weight, *rotary, self.eps, **shared)
 
 
-def norm_queries_and_keys(
-    norm_q: FullWidthRMSNorm,
-    norm_k: FullWidthRMSNorm,
-    query_SBhD: Tensor,
-    key_TBhD: Tensor,
-    rotary: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Normalise and turn both with one sum over the tensor-parallel group, in forward and in backward."""
-    if norm_q.group.size() == 1:
-        return norm_q(query_SBhD, rotary=rotary), norm_k(key_TBhD, rotary=rotary)
-    local = [local_sum_of_squares(query_SBhD, 2), local_sum_of_squares(key_TBhD, 2)]
-    squares_q, squares_k = sum_both_ways(torch.cat(local), norm_q.group).split([len(part) for part in local])
-    return norm_q(query_SBhD, squares_q, rotary), norm_k(key_TBhD, squares_k, rotary)
+def norm_heads(
+    *pairs: tuple[FullWidthRMSNorm, Tensor], rotary: tuple[Tensor, Tensor] | None = None
+) -> list[Tensor]:
+    """Normalise and turn queries and keys with one sum over the tensor-parallel group, in forward and in backward.
+
+    Args:
+        pairs: norms, each with its heads [S, B, h, D].
+        rotary: cos and sin of the heads' tokens, for all of them.
+    """
+    group = pairs[0][0].group
+    if group.size() == 1:
+        return [norm(heads_SBhD, rotary=rotary) for norm, heads_SBhD in pairs]
+    local = [local_sum_of_squares(heads_SBhD, 2) for _, heads_SBhD in pairs]
+    squares = sum_both_ways(torch.cat(local), group).split([len(part) for part in local])
+    return [norm(heads_SBhD, whole, rotary) for (norm, heads_SBhD), whole in zip(pairs, squares, strict=True)]

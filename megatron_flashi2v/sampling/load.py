@@ -12,11 +12,13 @@ import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
 from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
-from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
+from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.build import build_stages
@@ -135,6 +137,22 @@ def velocity_of(model: DiffusionTransformer | Sequence[DiffusionTransformer]) ->
     return torch.no_grad()(partial(predict_velocity, model))
 
 
+def load_image_encoder(folder: Path | None, model: ModelConfig, device: torch.device) -> ImageEncoder | None:
+    """The image encoder whose rows the model attends to; None for a model that attends to none.
+
+    Raises:
+        ConfigError: the model needs one and ``folder`` is None, or the folder is missing or damaged.
+    """
+    if not paradigm_of(model).image_rows(model):
+        return None
+    if folder is None:
+        raise ConfigError(
+            f"--image-encoder must be given: the model's conditioning is {model.conditioning}, which attends to an "
+            "image encoder's rows"
+        )
+    return ImageEncoder.load(folder, device)
+
+
 @contextlib.contextmanager
 def open_pipeline(
     checkpoint: Path,
@@ -147,6 +165,7 @@ def open_pipeline(
     bf16: bool = False,
     attention_backend: str = "auto",
     batched_guidance: bool = False,
+    image_encoder: str | Path | None = None,
 ) -> Iterator[ImageToVideoPipeline]:
     """The pipeline of a checkpoint in this process alone; it can be called only inside.
 
@@ -159,6 +178,7 @@ def open_pipeline(
     dtype = torch.bfloat16 if bf16 else torch.float32
     decoder = VideoVAE.load(vae, where)
     rows = TextEncoder.load(text_encoder, tokenizer, config.text_length, where, dtype)
+    image_rows = load_image_encoder(None if image_encoder is None else Path(image_encoder), config, where)
     with single_process(target) as groups:
         stages = load_stages(
             folder, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
@@ -166,5 +186,5 @@ def open_pipeline(
         )
         yield ImageToVideoPipeline(
             velocity=velocity_of(stages), vae=decoder, text_encoder=rows, model_config=config, device=where,
-            batched_guidance=batched_guidance,
+            batched_guidance=batched_guidance, image_encoder=image_rows,
         )

@@ -53,7 +53,9 @@ class PlannedVideo:
 def deciding_settings(config: SampleConfig, checkpoint: Path) -> dict[str, Any]:
     """The flags that decide every video, by name."""
     values = {name: value for name, value in flat_values(config).items() if name not in FREE}
-    for name in ("vae", "text_encoder", "tokenizer", "noise"):
+    if values["image_encoder"] is None:  # records of earlier versions do not have it
+        del values["image_encoder"]
+    for name in values.keys() & {"vae", "text_encoder", "tokenizer", "image_encoder", "noise"}:
         values[name] = None if values[name] is None else str(Path(values[name]).resolve())
     written = {name: getattr(config, name) is not None for name in ("strip", "latents")}
     return {**values, **written, "load": str(checkpoint.resolve())}
