@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flashi2v_kernels.registry import describe
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.layout import check_layout, is_fully_sharded
 from megatron_flashi2v.config.model import ModelConfig
@@ -294,6 +295,7 @@ def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: i
     config = spec.config
     image = (samples, config.latent_channels, 1, *latent_shape[1:])
     sigma_B = torch.full((samples,), 0.5)
+    stored = paradigm_of(config).stored_inputs(config, (config.latent_channels, *latent_shape))
     return Microbatch(
         latents_BCTHW=normal(samples, config.latent_channels, *latent_shape),
         noise_BCTHW=normal(samples, config.latent_channels, *latent_shape),
@@ -304,6 +306,7 @@ def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: i
             "cutoff_ratio": torch.full((samples,), 0.1, device=spec.device),
             "image_noise_level": torch.full((samples,), 0.05, device=spec.device),
             "image_noise": normal(*image),
+            **{name: normal(samples, *shape) for name, shape in stored.items()},
         },
     )
 

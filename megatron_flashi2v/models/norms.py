@@ -87,25 +87,24 @@ class FullWidthRMSNorm(nn.Module):
         )
 
 
-def norm_heads(norm: FullWidthRMSNorm, heads_SBhD: Tensor) -> Tensor:
-    """Normalise one of the two alone, where the other is known."""
-    if norm.group.size() == 1:
-        return norm(heads_SBhD)
-    return norm(heads_SBhD, sum_both_ways(local_sum_of_squares(heads_SBhD, 2), norm.group))
-
-
-def norm_queries_and_keys(
-    norm_q: FullWidthRMSNorm,
-    norm_k: FullWidthRMSNorm,
-    query_SBhD: Tensor,
-    key_TBhD: Tensor,
+def norm_heads(
+    *pairs: tuple[FullWidthRMSNorm, Tensor],
     rotary: tuple[Tensor, Tensor] | None = None,
-    places: Sequence[GradientMemory | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
-    """Normalise and turn both with one sum over the tensor-parallel group, in forward and in backward."""
-    place_q, place_k, *_ = places
-    if norm_q.group.size() == 1:
-        return norm_q(query_SBhD, None, rotary, place_q), norm_k(key_TBhD, None, rotary, place_k)
-    local = [local_sum_of_squares(query_SBhD, 2), local_sum_of_squares(key_TBhD, 2)]
-    squares_q, squares_k = sum_both_ways(torch.cat(local), norm_q.group).split([len(part) for part in local])
-    return norm_q(query_SBhD, squares_q, rotary, place_q), norm_k(key_TBhD, squares_k, rotary, place_k)
+    places: Sequence[GradientMemory | None] = (),
+) -> list[Tensor]:
+    """Normalise and turn queries and keys with one sum over the tensor-parallel group, in forward and in backward.
+
+    Args:
+        pairs: norms, each with its heads [S, B, h, D].
+        rotary: cos and sin of the heads' tokens, for all of them.
+        places: where the gradients of the heads go, for all or for none.
+    """
+    group, places = pairs[0][0].group, places or [None] * len(pairs)
+    if group.size() == 1:
+        return [norm(heads, None, rotary, place) for (norm, heads), place in zip(pairs, places, strict=True)]
+    local = [local_sum_of_squares(heads_SBhD, 2) for _, heads_SBhD in pairs]
+    squares = sum_both_ways(torch.cat(local), group).split([len(part) for part in local])
+    return [
+        norm(heads, whole, rotary, place)
+        for (norm, heads), whole, place in zip(pairs, squares, places, strict=True)
+    ]

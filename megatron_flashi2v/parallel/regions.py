@@ -100,6 +100,11 @@ def shard_tokens(rows_SBX: Tensor, groups: Groups) -> Tensor:
     return shard_rows(context_block(rows_SBX, groups), groups)
 
 
+def pad_rows(rows_RBX: Tensor, groups: Groups) -> Tensor:
+    """Rows that every rank holds with zero rows after them, so that they divide for :func:`shard_rows`."""
+    return zero_pad(rows_RBX, -(-len(rows_RBX) // groups.token_shards) * groups.token_shards)
+
+
 def shard_rows(rows_RBX: Tensor, groups: Groups) -> Tensor:
     """This rank's rows [R/TP, B, X] under sequence parallelism (backward gathers); all rows otherwise."""
     return scatter_to_sequence_parallel_region(rows_RBX, group=groups.tp) if groups.sequence_parallel else rows_RBX
