@@ -50,14 +50,14 @@ class Kept(Observer):
 
 
 def decoded(vae: object, latents_BCTHW: torch.Tensor) -> np.ndarray:
-    """8-bit frames [T, H, W, C] by diffusers alone, in fp64 after the VAE."""
+    """8-bit frames [T, H, W, C] by diffusers alone."""
     from diffusers import AutoencoderKLWan
 
     model = AutoencoderKLWan.from_pretrained(str(vae), local_files_only=True)
     mean, std = (torch.tensor(model.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     with torch.no_grad():
-        pixels = model.decode(latents_BCTHW * std + mean).sample[0].double().clamp(-1, 1)
-    return ((pixels + 1) * 127.5 + 0.5).floor().permute(1, 2, 3, 0).numpy()
+        pixels = model.decode(latents_BCTHW * std + mean).sample[0].clamp(-1, 1)
+    return ((pixels + 1) / 2 * 255 + 0.5).floor().double().permute(1, 2, 3, 0).numpy()
 
 
 def test_figures_are_the_videos_and_training_does_not_notice(
