@@ -48,9 +48,12 @@ class Classifier(nn.Module):
         self.step = nn.Linear(FEATURES, len(STEPS))
 
     def forward(self, pairs_N6HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Features ``[N, 32]``, logits of the object and of the step."""
-        features_ND = self.features(self.cells(pairs_N6HW).amax((2, 3)))
-        return features_ND, self.object(F.gelu(features_ND)), self.step(F.gelu(features_ND))
+        """Features ``[N, 32]`` of unit length, logits of the object and of the step.
+
+        With their length bounded, a few broken samples do not decide a distance, which is at most 4.
+        """
+        features_ND = F.layer_norm(self.features(self.cells(pairs_N6HW).amax((2, 3))), (FEATURES,))
+        return features_ND / FEATURES**0.5, self.object(features_ND), self.step(features_ND)
 
 
 def frame_pairs(frames_NTHWC: NDArray[np.uint8], first: int) -> torch.Tensor:
