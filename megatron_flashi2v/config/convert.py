@@ -12,7 +12,7 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
 
-FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu", "comfyui")
+FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu", "comfyui", "torch-dist")
 ENCODERS = "encoders"
 """In place of a target's format: Wan's own VAE and T5 as the folders that other commands take."""
 _ONE_FILE = ("flashi2v-npu", "flashi2v-gpu", "comfyui")
@@ -32,9 +32,9 @@ class ConvertConfig(FlagNames):
 
     source: Annotated[tuple[Annotated[str, OneOf(*SOURCE_NAMES)], Path], Named("from", "FORMAT PATH")]
     """Weights to read: `auto` (whichever of the following is recognised), `megatron` (a folder of `train --save`, or
-    one iter_* in it), `diffusers` (a folder), or `wan`, `flashi2v-npu`, `flashi2v-gpu`, `comfyui` (a .safetensors,
-    .pt, .pth or .bin file; a folder with one, with shards, of another trainer, or of torch's distributed
-    checkpoint)."""
+    one iter_* in it), `torch-dist` (a folder of megatron-core's dist_checkpointing), `diffusers` (a folder), or `wan`,
+    `flashi2v-npu`, `flashi2v-gpu`, `comfyui` (a .safetensors, .pt, .pth or .bin file; a folder with one, with shards,
+    of another trainer, or of torch's distributed checkpoint)."""
     target: Annotated[tuple[Annotated[str, OneOf(*FORMAT_NAMES, ENCODERS)], Path], Named("to", "FORMAT PATH")]
     """Weights to write: a format, and a folder that does not exist yet. `encoders` writes the VAE, text encoder and
     tokenizer that lie in a folder as Wan released it (`--from wan FOLDER`), for --vae, --text-encoder, --tokenizer."""

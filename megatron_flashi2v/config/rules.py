@@ -176,6 +176,12 @@ def _check_fully_sharded(config: TrainConfig) -> None:
 
 def _check_optimizer(config: TrainConfig) -> None:
     data, optimizer = config.data, config.optimizer
+    if data.sigma_min >= data.sigma_max:
+        raise ConfigError(f"--sigma-min {data.sigma_min} must be below --sigma-max {data.sigma_max}")
+    if (data.sigma_min, data.sigma_max) != (0.0, 1.0) and data.sigma_logit_std == 0:
+        raise ConfigError(
+            "--sigma-logit-std 0 draws one noise level, which no --sigma-min and --sigma-max divide; leave these out"
+        )
     if data.cutoff_ratio_min > data.cutoff_ratio_max:
         raise ConfigError(
             f"--cutoff-ratio-min {data.cutoff_ratio_min} must be at most --cutoff-ratio-max {data.cutoff_ratio_max}"

@@ -14,7 +14,7 @@ from megatron_flashi2v.checkpoint.key_table import parameter_count
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.comparison import require_equal_weights
-from megatron_flashi2v.conversion.formats import comfyui, diffusers, megatron
+from megatron_flashi2v.conversion.formats import comfyui, diffusers, megatron, torch_dist
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
 from megatron_flashi2v.conversion.recognition import recognise_format, require_format
 from megatron_flashi2v.conversion.report import ConversionReport, make_report
@@ -42,7 +42,7 @@ class Format:
         write: fills an empty folder with weights, in files of at most so many bytes.
         is_ours: whether a folder holds what ``write`` wrote and nothing else, so that it may be replaced.
         names: gives the format's names of each of our tensors.
-        column: the key table's column of its names; "" for our own names. Formats that share it read each other.
+        column: the key table's column of its names; "" for our own names. Formats that share one read each other.
         caveats: lists what other software gets wrong about such a model in this format.
         one_file: whether its readers take one file, of one dtype.
         require: refuses a model that its readers would compute wrongly.
@@ -77,6 +77,10 @@ FORMATS: Mapping[str, Format] = {
     "comfyui": Format(
         open=comfyui.open_weights, write=comfyui.write_weights, is_ours=comfyui.is_ours, names=comfyui.names,
         column="wan", caveats=comfyui.caveats, one_file=True, require=comfyui.require_runnable,
+    ),
+    "torch-dist": Format(
+        open=torch_dist.open_weights, write=torch_dist.write_weights, is_ours=torch_dist.is_ours,
+        names=torch_dist.names, column="",
     ),
 }  # fmt: skip
 
@@ -203,7 +207,7 @@ def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
         return opened.open(path, options)
     except UserError as error:
         found = recognise_format(path)
-        if found is None or FORMATS[found].column == opened.column:
+        if found is None or found == format_name or FORMATS[found].column == opened.column != "":
             raise
         raise CheckpointError(
             f"{path} is in the format {found}, not {format_name}; give {found} in its place, or {AUTO}"

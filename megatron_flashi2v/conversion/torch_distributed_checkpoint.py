@@ -33,7 +33,9 @@ _ALLOWED: tuple[Name, ...] = (
         "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
         "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
     )),
-    (f"{_PACKAGE}.filesystem", "_StorageInfo"),
+    # The plans of a save, which megatron-core keeps for the next one.
+    *((f"{_PACKAGE}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    *((f"{_PACKAGE}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     *(("torch", name) for name in _DTYPES),

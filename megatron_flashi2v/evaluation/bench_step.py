@@ -1,10 +1,11 @@
-"""A training step of one process, with the model-defined FLOP count, beside diffusers' model if asked for."""
+"""A training step, with the model-defined FLOP count: beside diffusers' model if asked for, or over several ranks."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile, supported_activities
 
 from flashi2v_kernels.registry import describe
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.layout import check_layout, is_fully_sharded
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments
+from megatron_flashi2v.evaluation import step_parts
 from megatron_flashi2v.evaluation.benchmark import (
-    device_events,
+    copy_ceiling,
     interleaved_seconds,
     machine,
     matmul_ceiling,
@@ -28,7 +31,8 @@ from megatron_flashi2v.evaluation.benchmark import (
     table,
     write_json,
 )
-from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
+from megatron_flashi2v.evaluation.communication import Communication
+from megatron_flashi2v.evaluation.step_peer import PeerStep
 from megatron_flashi2v.flow.sigmas import timesteps_of
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.build import build_stages
@@ -36,10 +40,13 @@ from megatron_flashi2v.models.flops import forward_flops, training_flops
 from megatron_flashi2v.models.patches import token_grid
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
+from megatron_flashi2v.parallel.agreement import share_numbers
+from megatron_flashi2v.parallel.fully_sharded import FullyShardedStage
 from megatron_flashi2v.parallel.groups import Groups
-from megatron_flashi2v.parallel.world import single_process
+from megatron_flashi2v.parallel.world import single_process, world
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.host_reads import HostReads
+from megatron_flashi2v.runtime.launch import LaunchEnvironment, detect_launch
 from megatron_flashi2v.runtime.peaks import peak_tflops
 from megatron_flashi2v.training.batch import Microbatch
 from megatron_flashi2v.training.clipping import make_clipper
@@ -48,12 +55,6 @@ from megatron_flashi2v.training.step import TrainingStep, forward_step
 
 COLUMNS = ("implementation", "seconds", "tflops", "mfu", "of_matmul", "peak_gib", "forward_s", "backward_s",
            "optimizer_s")
-KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "conv", "gemm", "nvjet", "cutlass"),
-    "attention": ("attention", "flash", "fmha"),
-    "optimizer and clipping": ("_foreach", "_fused_adam", "adam", "multi_tensor"),
-    "copies and casts": ("aten::copy_", "Memcpy", "aten::cat"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,15 @@ class StepBenchmark:
         micro_batch_size: samples in the step.
         bf16: matrix products in bf16 with fp32 master weights; the peer holds its weights in bf16 alone.
         recompute: what is computed again in backward, as in training; the peer can do all blocks or none.
+        parallel: the layout, where a launcher such as torchrun starts several ranks; without a pipeline.
         attention_backend: implementation, or auto.
         device: auto, cuda, npu or cpu.
         rounds: measured steps.
         elementwise_backend: implementation of norms, modulation and activation, or auto.
         peer: diffusers' model with torch's AdamW, in the same run, step by step in turn; compiled block by block if
             asked for, as its users do to make it faster.
-        profile: also break one step down by kinds of operators.
+        profile: also break one step down by kinds of work: launches, time and its distance from the least that copies
+            and products of this run's speed would take; and count how often the host reads the device.
         json: file for the report.
     """
 
@@ -85,6 +88,7 @@ class StepBenchmark:
     micro_batch_size: int = 1
     bf16: bool = True
     recompute: RecomputeArguments = RecomputeArguments()
+    parallel: ParallelArguments = ParallelArguments()
     attention_backend: str = "auto"
     elementwise_backend: str = "auto"
     device: str = "auto"
@@ -94,20 +98,27 @@ class StepBenchmark:
     json: Path | None = None
 
 
-def run(options: StepBenchmark) -> str:
-    """Measure, write the report if asked for, and return the tables.
+def run(options: StepBenchmark, launch: LaunchEnvironment | None = None) -> str:
+    """Measure, write the report if asked for, and return the tables; nothing on other ranks than the first.
+
+    Args:
+        options: what to measure.
+        launch: this process's place; by default as the launcher's variables tell.
 
     Raises:
-        ConfigError: an unknown preset, or a device or implementation that is not there.
+        ConfigError: an unknown preset, a layout that does not fit the ranks, a device or implementation that is not
+            there, or a peer beside several ranks.
     """
+    launch = launch or detect_launch(os.environ)
     if options.model not in PRESETS:
         raise ConfigError(f"--model {options.model}: choose one of {', '.join(PRESETS)}")
     config = dataclasses.replace(PRESETS[options.model], conditioning=options.conditioning)
     config = dataclasses.replace(config, num_layers=options.num_layers or config.num_layers)
-    device = resolve_device(options.device)
+    _check_ranks(options, config, launch.world_size)
+    device = resolve_device(options.device, launch.local_rank, backend=options.parallel.distributed_backend)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     ceiling = matmul_ceiling(device, dtype) / 1e12
-    with single_process(device) as groups:
+    with world(device, launch, options.parallel) as groups:
         ours = OurStep(options, config, groups, device)
         steps: dict[str, Callable[[], object]] = {"megatron_flashi2v": ours}
         configs = {"megatron_flashi2v": config}
@@ -118,13 +129,16 @@ def run(options: StepBenchmark) -> str:
                 compiled=options.peer == "diffusers-compiled",
             )
         peaks = {name: _peak(step, device) for name, step in steps.items()}
-        seconds = interleaved_seconds(steps, device, options.rounds)
+        seconds = interleaved_seconds(steps, device, options.rounds, agree=_agreed(device))
         breakdown = ours.breakdown(device, options.rounds)
-        kinds = profile_kinds(ours, device) if options.profile else {}
+        profiled, exchanged = _profile(ours, device, ceiling * 1e12) if options.profile else ({}, None)
         kernels = describe(ours.spec.kernels.chosen)
+    if launch.rank != 0:
+        return ""
+    sharers = groups.tp.size() * groups.cp.size()  # of one sample's work
     rows = []
     for name, values in seconds.items():
-        flops = training_flops(configs[name], options.latent_shape, options.micro_batch_size)
+        flops = training_flops(configs[name], options.latent_shape, options.micro_batch_size) / sharers
         tflops = flops / statistics.median(values) / 1e12
         peak = peak_tflops(device, dtype)
         rows.append({
@@ -138,13 +152,34 @@ def run(options: StepBenchmark) -> str:
         "micro_batch_size": options.micro_batch_size, "recompute": dataclasses.asdict(options.recompute),
         "matmul_ceiling_tflops": ceiling, "peak_tflops": peak_tflops(device, dtype), "rows": rows,
         "forward_flops": forward_flops(config, options.latent_shape, options.micro_batch_size),
-        "kinds": kinds, "kernels": kernels,
+        "kernels": kernels, "world_size": launch.world_size, **profiled,
     }
+    if launch.world_size > 1:
+        report["parallel"] = dataclasses.asdict(options.parallel)
+    if launch.world_size > 1 and exchanged is not None:
+        report["communication"] = {**dataclasses.asdict(exchanged), "exposed_share": exchanged.exposed_share}
     if options.peer in seconds:
         report["ratio_to_peer"] = median_ratio(seconds["megatron_flashi2v"], seconds[options.peer])
     if options.json is not None:
         write_json(options.json, report)
     return _text(report)
+
+
+def _profile(ours: OurStep, device: Device, flops_per_second: float) -> tuple[dict[str, Any], Communication]:
+    """What one step of ours launches and reads, with its parts beside their floors; and what it exchanges."""
+    options, copied = ours.options, copy_ceiling(device, ours.options.rounds)
+    parts, exchanged = step_parts.profile_step(ours, device)
+    alone = torch.distributed.get_world_size() == 1  # what ranks share has floors of its own
+    least = step_parts.floors(
+        ours.spec.config, options.latent_shape, options.micro_batch_size, ours.spec.dtype, ours.parameters,
+        flops_per_second=flops_per_second, bytes_per_second=copied,
+    ) if alone else {}
+    with HostReads(device, allowed=None) as reads:
+        ours()
+    return {
+        "copy_ceiling_gb_s": copied / 1e9, "parts": step_parts.part_rows(parts, least), "host_reads": reads.count,
+        "launches": sum(launches for launches, _ in parts.values()),
+    }, exchanged
 
 
 def host_reads(options: StepBenchmark) -> int:
@@ -175,16 +210,17 @@ class OurStep:
 
     def __init__(self, options: StepBenchmark, config: ModelConfig, groups: Groups, device: Device) -> None:
         self.options = options
-        parallel, optimizer = ParallelArguments(), OptimizerArguments(lr=1e-5)
+        parallel, optimizer = options.parallel, OptimizerArguments(lr=1e-5)
         self.spec = make_spec(
             config, groups, device.torch_device, bf16=options.bf16, attention_backend=options.attention_backend,
             elementwise_backend=options.elementwise_backend,
         )
-        stages = build_stages(self.spec, parallel, options.recompute)
-        for stage in stages:
-            _fill(stage)
+        sharded = is_fully_sharded(parallel, torch.distributed.get_world_size())
+        stages = build_stages(self.spec, parallel, options.recompute, hollow=sharded)
+        self.parameters = sum(parameter.numel() for stage in stages for parameter in stage.parameters())
         models = wrap_data_parallel(stages, parallel)
         for model in models:
+            _fill(model)
             model.train()
         self.step = TrainingStep(
             self.spec, stages, models, make_optimizer(models, optimizer, parallel, self.spec), make_clipper(optimizer),
@@ -216,76 +252,38 @@ class OurStep:
         parts: dict[str, Callable[[], object]] = {
             "forward": self.forward, "both": self.losses_and_gradients, "optimizer": self.update,
         }
-        seconds = interleaved_seconds(parts, device, rounds)
+        seconds = interleaved_seconds(parts, device, rounds, agree=_agreed(device))
         forward, both, optimizer = (statistics.median(seconds[name]) for name in parts)
         return {"forward_s": forward, "backward_s": both - forward, "optimizer_s": optimizer}
-
-
-class PeerStep:
-    """The same sizes in diffusers' WanTransformer3DModel: text to video, torch's AdamW, clipping to 1.
-
-    Args:
-        config: the model, without image conditioning.
-        batch: the same latents, noise, sigmas and text.
-        dtype: of the weights, but for what diffusers keeps in fp32.
-        device: where it runs.
-        recompute: all blocks are recomputed if ours recompute anything.
-        compiled: whether torch compiles its blocks, all by one compilation.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: Microbatch,
-        dtype: torch.dtype,
-        device: Device,
-        recompute: RecomputeArguments,
-        *,
-        compiled: bool = False,
-    ) -> None:
-        from diffusers import WanTransformer3DModel
-
-        self.model: Any  # diffusers' annotations hide that it is a module
-        with device.torch_device:
-            self.model = WanTransformer3DModel(
-                patch_size=config.patch_size, num_attention_heads=config.num_attention_heads,
-                attention_head_dim=config.head_dim, in_channels=config.latent_channels,
-                out_channels=config.latent_channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
-                ffn_dim=config.ffn_hidden_size, num_layers=config.num_layers,
-            )
-        kept = tuple(self.model._keep_in_fp32_modules or ())
-        for name, parameter in self.model.named_parameters():
-            if not any(part in name for part in kept):
-                parameter.data = parameter.data.to(dtype)
-        _fill(self.model)
-        if recompute.recompute_granularity is not None:
-            self.model.enable_gradient_checkpointing()
-        self.model.train()
-        if compiled:
-            self.model.compile_repeated_blocks(fullgraph=True)
-        self.dtype, self.batch = dtype, batch
-        fused = device.name != "cpu"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.01, fused=fused or None)
-
-    def __call__(self) -> None:
-        """Forward, backward and update."""
-        batch = self.batch
-        noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B).to(self.dtype)
-        velocity = self.model(
-            noisy, timesteps_of(batch.sigma_B), batch.text_BLX.to(self.dtype), return_dict=False
-        )[0]
-        target = velocity_target(batch.latents_BCTHW, batch.noise_BCTHW)
-        (velocity.float() - target).square().mean().backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
     """Small random weights: zeros would make some products trivial, and drawing them keyed takes minutes."""
+    if isinstance(model, FullyShardedStage):
+        for shard in model.parameters_of_rank():
+            shard.held_weights.normal_(std=0.02)
+        model.take_weights()
+        return
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
+
+
+def _agreed(device: Device) -> Callable[[float], float]:
+    """The first rank's seconds for all, so that all ranks call collectives as often."""
+    return lambda seconds: share_numbers(torch.tensor([seconds], device=device.torch_device))[0]
+
+
+def _check_ranks(options: StepBenchmark, config: ModelConfig, world_size: int) -> None:
+    """Refuse what several ranks cannot measure."""
+    check_layout(options.parallel, config, world_size)
+    if options.parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {options.parallel.pipeline_model_parallel_size}: a step of one microbatch "
+            "is no pipeline's; measure with tensor, context and data parallelism"
+        )
+    if options.peer != "none" and world_size > 1:
+        raise ConfigError(f"--peer {options.peer} runs in one process, and {world_size} were started; start one")
 
 
 def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: int) -> Microbatch:
@@ -297,6 +295,7 @@ def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: i
     config = spec.config
     image = (samples, config.latent_channels, 1, *latent_shape[1:])
     sigma_B = torch.full((samples,), 0.5)
+    stored = paradigm_of(config).stored_inputs(config, (config.latent_channels, *latent_shape))
     return Microbatch(
         latents_BCTHW=normal(samples, config.latent_channels, *latent_shape),
         noise_BCTHW=normal(samples, config.latent_channels, *latent_shape),
@@ -307,6 +306,7 @@ def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: i
             "cutoff_ratio": torch.full((samples,), 0.1, device=spec.device),
             "image_noise_level": torch.full((samples,), 0.05, device=spec.device),
             "image_noise": normal(*image),
+            **{name: normal(samples, *shape) for name, shape in stored.items()},
         },
     )
 
@@ -320,38 +320,27 @@ def _peak(step: Callable[[], object], device: Device) -> int:
     return device.max_memory_allocated()
 
 
-def profile_kinds(step: Callable[[], object], device: Device) -> dict[str, float]:
-    """Share of one step's time by kind of operator, each operator counted without what it calls."""
-    activities = list(supported_activities())  # the CPU, and an accelerator if there is one
-    with profile(activities=activities) as recorded:
-        step()
-        device.synchronize()
-    shares: dict[str, float] = {}
-    for name, seconds, _ in device_events(recorded, device):
-        shares[kind_of(name)] = shares.get(kind_of(name), 0.0) + seconds
-    total = sum(shares.values()) or 1.0
-    return {kind: time / total for kind, time in sorted(shares.items(), key=lambda item: -item[1])}
-
-
-def kind_of(operator: str) -> str:
-    """A kind of work by an operator's or a kernel's name."""
-    for kind in ("attention", *KINDS):  # attention first: its kernels' names tell of products, too
-        if any(part in operator for part in KINDS[kind]):
-            return kind
-    return "elementwise, norms and the rest"
-
-
 def _text(report: Mapping[str, Any]) -> str:
     layers = report["model"]["num_layers"]
+    ranks = f"{report['world_size']} ranks, figures of the first; " if report["world_size"] > 1 else ""
     lines = [
-        f"{report['machine']}\n{report['tokens']} tokens, {report['dtype']}, {layers} layers; "
+        f"{report['machine']}\n{ranks}{report['tokens']} tokens, {report['dtype']}, {layers} layers; "
         f"measured matrix product {report['matmul_ceiling_tflops']:.4g} TFLOP/s\n",
         table(report["rows"], COLUMNS),
     ]
     if "ratio_to_peer" in report:
         lines.append(f"\ntime over the peer's, median of rounds: {report['ratio_to_peer']:.3f}\n")
-    if report["kinds"]:
-        lines.append("\n" + table([{"kind": k, "share": v} for k, v in report["kinds"].items()], ("kind", "share")))
+    if "communication" in report:
+        lines.append(
+            "\n{total_s:.4g} s of {step_s:.4g} s communicate; {exposed_s:.4g} s, {exposed_share:.1%} of the step, "
+            "beside no computation\n".format(**report["communication"])
+        )
+    if "parts" in report:
+        lines.append(
+            f"\none step: {report['launches']} launches (on CPUs calls of operators), {report['host_reads']} reads by "
+            f"the host; measured copy {report['copy_ceiling_gb_s']:.4g} GB/s; floors without recomputation\n"
+        )
+        lines.append(table(report["parts"], step_parts.COLUMNS))
     rows = [dict(zip(("operator", "implementation", "why_not"), row, strict=True)) for row in report["kernels"]]
     lines.append("\n" + table(rows, ("operator", "implementation", "why_not")))
     return "".join(lines)

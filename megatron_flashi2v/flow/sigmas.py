@@ -38,6 +38,37 @@ def uniform_sigmas(uniform_draws_B: Tensor) -> Tensor:
     return uniform_draws_B.float()
 
 
+def sigmas_between(
+    uniform_draws_B: Tensor, low: float, high: float, *, logit: tuple[float, float] | None, shift: float
+) -> Tensor:
+    """Shifted sigmas of the part of their distribution that lies in [low, high], by its quantiles.
+
+    So an expert of a pair trains on its own noise levels, each as often as a model of all levels meets it there.
+
+    Args:
+        uniform_draws_B: draws from [0, 1), [B].
+        low: lowest sigma, after the shift.
+        high: highest sigma, above ``low``.
+        logit: mean and standard deviation of :func:`logit_normal_sigmas`; None for :func:`uniform_sigmas`.
+        shift: as in :func:`shift_sigmas`.
+
+    Returns:
+        fp32 [B], in [low, high].
+    """
+    # fp64: far from the middle, fp32 has no quantiles left. The shift by 1 / a undoes the shift by a.
+    ends = torch.tensor([low, high], dtype=torch.float64)
+    ends = ends / (shift + (1.0 - shift) * ends)
+    if logit is None:
+        below, above = ends
+        sigmas_B = below + uniform_draws_B.double() * (above - below)
+    else:
+        mean, std = logit
+        below, above = torch.special.ndtr((torch.logit(ends) - mean) / std)
+        quantiles_B = torch.special.ndtri(below + uniform_draws_B.double() * (above - below))
+        sigmas_B = torch.sigmoid(mean + std * quantiles_B)
+    return shift_sigmas(sigmas_B, shift).clamp(low, high)
+
+
 def dynamic_shift(latent_height: int, latent_width: int) -> float:
     """The resolution's shift ``exp(mu)``, where ``mu`` is linear in the tokens of one latent frame.
 

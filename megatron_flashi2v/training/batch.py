@@ -20,7 +20,14 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BatchArguments, DataArguments
 from megatron_flashi2v.data.blend import BadPosition, Blend
 from megatron_flashi2v.data.prepared import PreparedSample, pad_text_rows
-from megatron_flashi2v.flow.sigmas import dynamic_shift, logit_normal_sigmas, shift_sigmas, timesteps_of, uniform_sigmas
+from megatron_flashi2v.flow.sigmas import (
+    dynamic_shift,
+    logit_normal_sigmas,
+    shift_sigmas,
+    sigmas_between,
+    timesteps_of,
+    uniform_sigmas,
+)
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.runtime.device import bind_thread
 from megatron_flashi2v.runtime.random import keyed_generator
@@ -40,7 +47,7 @@ class Microbatch:
         sigma_B: noise levels after the shift, fp32.
         sinusoid_BF: features of the timesteps 1000 * sigma, fp32.
         text_BLX: text rows, zero-padded, bf16.
-        extras: the paradigm's own draws by name, one row per sample, fp32.
+        extras: the paradigm's own draws and stored inputs by name, one row per sample.
     """
 
     latents_BCTHW: Tensor
@@ -192,6 +199,7 @@ class MicrobatchSource:
         shape = samples[0].latents_CTHW.shape
         channels, _, height, width = shape
         image_shape = (channels, 1, height, width)
+        stored = self.paradigm.stored_inputs(self.model, shape)
         sigma_B = self.sigmas(positions, (height, width))
         return Microbatch(
             latents_BCTHW=torch.stack([sample.latents_CTHW for sample in samples]),
@@ -200,7 +208,10 @@ class MicrobatchSource:
             # Here, where the sigmas are on the host anyway: made in the forward pass, the device would be waited for.
             sinusoid_BF=timestep_sinusoid(timesteps_of(sigma_B), self.model.freq_dim),
             text_BLX=torch.stack(text),
-            extras=stack_extras([self._extras(position, image_shape) for position in positions]),
+            extras=stack_extras([
+                {**self._extras(position, image_shape), **{name: sample.inputs[name] for name in stored}}
+                for position, sample in zip(positions, samples, strict=True)
+            ]),
         )
 
     def sigmas(self, positions: Sequence[int], latent_size: tuple[int, int]) -> Tensor:
@@ -211,7 +222,7 @@ class MicrobatchSource:
             latent_size: rows and columns of the latents, which the shift follows.
         """
         shift = dynamic_shift(*latent_size) if self.flow.sigma_shift is None else self.flow.sigma_shift
-        return shift_sigmas(torch.cat([self._sigma(position) for position in positions]), shift)
+        return torch.cat([self._sigma(position, shift) for position in positions])
 
     def _taken(self, loaded: Iterator[LoadedMicrobatch], count: int) -> Iterator[Microbatch]:
         for _ in range(count):
@@ -258,10 +269,12 @@ class MicrobatchSource:
         draw = torch.rand(1, generator=self._generator("text-drop", position))
         return draw.item() < self.flow.text_drop_probability
 
-    def _sigma(self, position: int) -> Tensor:
-        generator = self._generator("sigma", position)
-        if self.flow.sigma_distribution == "uniform":
-            return uniform_sigmas(torch.rand(1, generator=generator))
-        return logit_normal_sigmas(
-            torch.randn(1, generator=generator), self.flow.sigma_logit_mean, self.flow.sigma_logit_std
-        )
+    def _sigma(self, position: int, shift: float) -> Tensor:
+        flow, generator = self.flow, self._generator("sigma", position)
+        logit = (flow.sigma_logit_mean, flow.sigma_logit_std) if flow.sigma_distribution == "logit_normal" else None
+        if (flow.sigma_min, flow.sigma_max) != (0.0, 1.0):
+            draw = torch.rand(1, generator=generator, dtype=torch.float64)
+            return sigmas_between(draw, flow.sigma_min, flow.sigma_max, logit=logit, shift=shift)
+        if logit is None:
+            return shift_sigmas(uniform_sigmas(torch.rand(1, generator=generator)), shift)
+        return shift_sigmas(logit_normal_sigmas(torch.randn(1, generator=generator), *logit), shift)

@@ -28,6 +28,7 @@ CP2 = ("--context-parallel-size", "2")
 RING = (*CP2, "--context-parallel-algo", "ring")
 RECOMPUTE, LAYERS = "--recompute-granularity", "--recompute-num-layers"
 BF16, EMA = "--bf16", ("--ema-decay", "0.9")
+ADAPTIVE = ("--clip-grad-method", "adaptive-npu", "--clip-grad", "0.33", "--clip-grad-ema-decay", "0.5")
 STANDING = ("--lr", "0", "--exit-interval", "1")  # an iteration that changes no weight
 
 LAYOUTS = [
@@ -58,6 +59,14 @@ LONG_LAYOUTS = [
     Layout("params-skip-attention", 2, (*PARAMS, RECOMPUTE, "skip_attention")),
     Layout("params-selective", 2, (*PARAMS, RECOMPUTE, "selective")),
 ]
+BF16_LAYOUTS = [
+    Layout("bf16-optim", 2, (BF16, *OPTIM)),
+    Layout("bf16-grads", 2, (BF16, *GRADS)),
+    Layout("bf16-params-4", 4, (BF16, *PARAMS)),
+    Layout("bf16-params-hsdp", 4, (BF16, *PARAMS, *HSDP)),
+    Layout("bf16-params-tp2-sp", 4, (BF16, *PARAMS, *TP2_SP)),
+    Layout("bf16-params-ring", 4, (BF16, *PARAMS, *RING)),
+]
 
 
 def common_flags(data: Path, iterations: int) -> list[str]:
@@ -79,6 +88,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     half, rest = ("--exit-interval", "2"), ("--load", str(folder / "bf16-half"))
     layouts = [
         Layout("single", 1), *LAYOUTS,
+        Layout("adaptive", 1, ADAPTIVE),
+        Layout("adaptive-params", 2, (*PARAMS, *ADAPTIVE)),
         Layout("bf16", 1, (BF16,)),
         Layout("bf16-half", 2, (BF16, *PARAMS, *half)),
         Layout("initial", 1, (BF16, *STANDING)),
@@ -114,6 +125,12 @@ def assert_trains_like(run: Path, single: Path) -> None:
 @pytest.mark.parametrize("name", [layout.name for layout in LAYOUTS])
 def test_sharded_replicas_train_like_one_process(runs: dict[str, Path], name: str) -> None:
     assert_trains_like(runs[name], runs["single"])
+
+
+def test_adaptive_clipping_takes_the_norm_of_all_shards(runs: dict[str, Path]) -> None:
+    assert_trains_like(runs["adaptive-params"], runs["adaptive"])
+    clipped, plain = (tensors(find_checkpoint(runs[name])) for name in ("adaptive", "single"))
+    assert any(not torch.equal(clipped[key], plain[key]) for key in plain), "nothing was clipped, which proves nothing"
 
 
 @pytest.mark.parametrize("name", ["initial-params", "loaded"])
@@ -152,7 +169,7 @@ def test_every_rank_writes_its_share_alone(runs: dict[str, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def long_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    layouts = [Layout("single", 1), *LAYOUTS, *LONG_LAYOUTS]
+    layouts = [Layout("single", 1), Layout("bf16", 1, (BF16,)), *LAYOUTS, *LONG_LAYOUTS, *BF16_LAYOUTS]
     return run_layouts(layouts, tmp_path_factory.mktemp("long"), common_flags(data, 10), timeout=3000)
 
 
@@ -161,6 +178,13 @@ def long_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_every_sharded_layout_trains_like_one_process(long_runs: dict[str, Path], name: str) -> None:
     assert len(metrics(long_runs[name])) == 10
     assert_trains_like(long_runs[name], long_runs["single"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [layout.name for layout in BF16_LAYOUTS])
+def test_every_sharded_layout_trains_like_one_process_in_bf16(long_runs: dict[str, Path], name: str) -> None:
+    assert len(metrics(long_runs[name])) == 10
+    assert_same_metrics(long_runs[name], long_runs["bf16"], relative=2e-2)
 
 
 CHAIN = [

@@ -162,9 +162,10 @@ def test_verify_notices_what_was_written_wrongly(
 
     def spoiling(folder: Path, *arguments: object) -> None:
         write(folder, *arguments)
-        path = max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+        paths = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".distcp"))
+        path = max(paths, key=lambda path: path.stat().st_size)
         data = bytearray(path.read_bytes())
-        data[-1000] ^= 1
+        data[len(data) // 2] ^= 1
         path.write_bytes(data)
 
     monkeypatch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], write=spoiling))

@@ -50,6 +50,11 @@ def test_absent_and_null_fields_are_unknown() -> None:
         assert entry.start_frame == 0
 
 
+def test_captions_have_a_mark_for_what_cannot_be_encoded() -> None:
+    entry = parse(cap=["a \ud83d b", "caf\udce9"])
+    assert isinstance(entry, Entry) and entry.captions == ("a \ufffd b", "caf\ufffd")
+
+
 @pytest.mark.parametrize("resolution", [{}, {"height": 720}, {"height": 0, "width": 1280}])
 def test_half_a_resolution_is_none(resolution: dict[str, int]) -> None:
     entry = parse(resolution=resolution)

@@ -11,6 +11,7 @@ from megatron_flashi2v.flow.sigmas import (
     inference_sigmas,
     logit_normal_sigmas,
     shift_sigmas,
+    sigmas_between,
     timesteps_of,
     uniform_sigmas,
 )
@@ -28,6 +29,28 @@ def test_uniform():
     draws = torch.tensor([0.0, 0.25], dtype=torch.float64)
     assert uniform_sigmas(draws).dtype == torch.float32
     assert uniform_sigmas(draws).tolist() == [0.0, 0.25]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 1.0), (0.0, 0.9), (0.3, 0.35), (0.0, 1.0)])
+@pytest.mark.parametrize("logit", [None, (0.0, 1.0), (0.5, 0.7)])
+def test_part_of_a_distribution_is_what_rejection_leaves(low, high, logit):
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.rand(2_000_000, generator=generator) if logit is None else logit_normal_sigmas(
+        torch.randn(2_000_000, generator=generator), *logit
+    )
+    plain = shift_sigmas(plain, 3.0)
+    left = plain[(plain >= low) & (plain <= high)].sort().values
+    ranks = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99])
+    found = sigmas_between(ranks, low, high, logit=logit, shift=3.0)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, left[(ranks * len(left)).long()], atol=0.03 * (high - low))
+
+
+def test_part_of_a_distribution_stays_in_its_range():
+    ends = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
+    for low, high in ((0.9, 1.0), (0.0, 0.875), (0.999, 1.0)):
+        found = sigmas_between(ends, low, high, logit=(0.0, 1.0), shift=5.0)
+        assert low <= found[0] < found[1] <= high and found.isfinite().all()
 
 
 def test_dynamic_shift_is_a_line_in_the_tokens_of_a_frame():

@@ -147,6 +147,14 @@ def test_shift_follows_the_resolution_unless_it_is_given(dataset: PreparedDatase
     assert torch.equal(fixed, shift_sigmas(unshifted, 3.0)) and not torch.equal(fixed, unshifted)
 
 
+def test_a_range_of_sigmas_is_kept_whoever_draws(dataset: PreparedDataset) -> None:
+    source = make_source(dataset, sigma_min=0.6, sigma_max=0.9)
+    sigma_B = source.load(MANY).batch.sigma_B
+    assert 0.6 <= sigma_B.min() < 0.62 and 0.88 < sigma_B.max() <= 0.9
+    alone = torch.cat([source.load([position]).batch.sigma_B for position in MANY[:5]])
+    assert torch.equal(alone, sigma_B[:5])  # by position, not by microbatch
+
+
 def test_sinusoids_are_those_of_the_timesteps(dataset: PreparedDataset) -> None:
     batch = make_source(dataset).load(range(5)).batch
     assert torch.equal(batch.sinusoid_BF, timestep_sinusoid(1000 * batch.sigma_B, MODEL.freq_dim))
