@@ -69,7 +69,7 @@ def test_chance_is_what_other_laws_give(clips: list[Clip]) -> None:
 
 
 def test_the_classifier_learns_object_and_step() -> None:
-    found, accuracies = train_classifier(BOARD, clips=512, steps=200, seed=0)
+    found, accuracies = train_classifier(BOARD, clips=256, steps=150, seed=0)
     assert set(accuracies) == {"object_in", "object_out", "step_in", "step_out"}
     assert min(accuracies.values()) > 0.5, "of 8 objects and 9 steps"
     clips = [make_clip(BOARD, "in", 0, f"frozen-{number}") for number in range(48)]
