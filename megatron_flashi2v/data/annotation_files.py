@@ -198,8 +198,8 @@ def _csv_entries(root: Path, path: Path) -> Iterator[RawEntry]:
     names = [name.strip() for name in header]
     if not {"path", "cap"} <= set(names):
         raise DataError(
-            f"annotation file {path}: its columns are {excerpt(', '.join(names))}; it must have path and cap, and may have "
-            "fps, num_frames, height, width, cut, crop and motion; rename them in its first line"
+            f"annotation file {path}: its columns are {excerpt(', '.join(names))}; it must have path and cap, and may "
+            "have fps, num_frames, height, width, cut, crop and motion; rename them in its first line"
         )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
