@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_flashi2v.config.sample import SampleConfig
     from megatron_flashi2v.config.train import TrainConfig
     from megatron_flashi2v.data.run import prepare
+    from megatron_flashi2v.evaluation.in_training import EvaluationInTraining
     from megatron_flashi2v.release.convert import convert
     from megatron_flashi2v.release.pipeline import FlashI2VImageConditioning, FlashI2VPipeline
     from megatron_flashi2v.sampling.many import sample_requests
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConvertConfig",
+    "EvaluationInTraining",
     "FlashI2VImageConditioning",
     "FlashI2VPipeline",
     "ImageToVideoPipeline",
@@ -49,6 +51,7 @@ __all__ = [
 
 _MODULES = {
     "ConvertConfig": "config.convert",
+    "EvaluationInTraining": "evaluation.in_training",
     "FlashI2VImageConditioning": "release.pipeline",
     "FlashI2VPipeline": "release.pipeline",
     "ImageToVideoPipeline": "sampling.pipeline",

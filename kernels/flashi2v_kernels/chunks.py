@@ -20,7 +20,9 @@ def row_chunks(x: Tensor) -> tuple[slice, ...]:
     if x.device.type != "cpu" or rows == 0:
         return (slice(0, rows),)
     numbers = BYTES_PER_CHUNK * x.element_size() // 16
-    step = max(1, numbers * rows // max(1, x.numel()))
+    if x.numel() <= numbers:
+        return (slice(0, rows),)
+    step = max(1, numbers * rows // x.numel())
     return tuple(slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

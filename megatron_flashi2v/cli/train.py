@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_flashi2v.config.help import show
 from megatron_flashi2v.config.layout import model_ranks
@@ -15,6 +16,9 @@ from megatron_flashi2v.runtime.launch import detect_launch
 from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.training.run import train
 
+if TYPE_CHECKING:
+    from megatron_flashi2v.training.watching.observer import Observer
+
 
 def main(argv: Sequence[str]) -> int:
     """Train, or with ``--dry-run`` print the plan; the exit code."""
@@ -24,8 +28,17 @@ def main(argv: Sequence[str]) -> int:
     if config.runtime.dry_run:
         dry_run(config)
         return 0
-    finished = train(config).iteration >= config.batch.train_iters
+    finished = train(config, observers_of(config)).iteration >= config.batch.train_iters
     return 0 if finished else config.checkpoint.exit_code_when_unfinished
+
+
+def observers_of(config: TrainConfig) -> list[Observer]:
+    """Observers that flags ask for and that training does not know."""
+    if config.watch.evaluation_interval is None:
+        return []
+    from megatron_flashi2v.evaluation.in_training import EvaluationInTraining  # imports torch
+
+    return [EvaluationInTraining()]
 
 
 def dry_run(config: TrainConfig) -> None:

@@ -74,6 +74,8 @@ class SampleConfig(FlagNames):
     """Folder of the text encoder that prepared the training data (transformers' layout), likewise."""
     tokenizer: Path | None = None
     """Folder of the text encoder's tokenizer, likewise."""
+    image_encoder: Path | None = None
+    """Folder of the image encoder, where the model attends to its rows (wan_i2v), likewise."""
     image: Path | None = None
     """First frame: a png or jpg, or a video whose first frame is taken; only a text-to-video model needs none."""
     prompt: str | None = None

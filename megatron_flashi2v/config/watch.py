@@ -26,13 +26,16 @@ class WatchArguments:
     sample_interval: Annotated[int | None, AtLeast(1)] = None
     """Iterations between previews: videos sampled from the first images of --valid-data-path; by default never."""
     sample_count: Annotated[int, AtLeast(1)] = 2
-    """Previews each time, under --save in samples/."""
+    """Videos each time: previews lie under --save in samples/."""
     sample_num_steps: Annotated[int, AtLeast(1)] = 20
     """Euler steps of each preview."""
     sample_guidance_scale: Annotated[float, AtLeast(0)] = 5.0
     """Classifier-free guidance against the empty prompt; 1 turns it off and halves the time."""
     sample_vae: Path | None = None
     """VAE that decodes previews to mp4 and strips of frames; without it their latents are written."""
+    evaluation_interval: Annotated[int | None, AtLeast(1)] = None
+    """Iterations between measures of videos that are sampled as previews are: fidelity to the image, and motion beside
+    the validation clips'; under --save in evaluation/. By default never."""
     profile: bool = False
     """Write profiler traces of some iterations to traces/ under --save; `touch SAVE/profile` does so at any time."""
     profile_step_start: Annotated[int, AtLeast(0)] = 10
@@ -61,13 +64,19 @@ def check_watch(watch: WatchArguments, save: Path | None, world_size: int) -> No
     _check_validation_data(watch)
     if watch.sample_interval is not None and save is None:
         raise ConfigError("--sample-interval writes its videos under --save, which is not set; give a folder")
-    if watch.sample_vae is not None and watch.sample_interval is None:
-        raise ConfigError(f"--sample-vae {watch.sample_vae} requires --sample-interval; add it")
+    _check_evaluation(watch, save)
+    if watch.sample_vae is not None and watch.sample_interval is None and watch.evaluation_interval is None:
+        raise ConfigError(
+            f"--sample-vae {watch.sample_vae} requires --sample-interval or --evaluation-interval; add one of them"
+        )
     _check_profile(watch, save, world_size)
 
 
 def _check_validation_data(watch: WatchArguments) -> None:
-    intervals = {"--eval-interval": watch.eval_interval, "--sample-interval": watch.sample_interval}
+    intervals = {
+        "--eval-interval": watch.eval_interval, "--sample-interval": watch.sample_interval,
+        "--evaluation-interval": watch.evaluation_interval,
+    }
     for flag, interval in intervals.items():
         if interval is not None and not watch.valid_data_path:
             raise ConfigError(
@@ -77,6 +86,16 @@ def _check_validation_data(watch: WatchArguments) -> None:
         raise ConfigError(
             f"--valid-data-path {' '.join(watch.valid_data_path)} requires {' or '.join(intervals)}; add one of them"
         )
+
+
+def _check_evaluation(watch: WatchArguments, save: Path | None) -> None:
+    given = f"--evaluation-interval {watch.evaluation_interval}"
+    if watch.evaluation_interval is None:
+        return
+    if save is None:
+        raise ConfigError(f"{given} writes its measures under --save, which is not set; give a folder")
+    if watch.sample_vae is None:
+        raise ConfigError(f"{given} measures decoded videos; give --sample-vae, the VAE that prepared the data")
 
 
 def _check_profile(watch: WatchArguments, save: Path | None, world_size: int) -> None:

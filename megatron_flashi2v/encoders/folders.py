@@ -22,7 +22,7 @@ def model_folder(place: Path, what: str) -> Path:
     Args:
         place: a folder, a release's folder with the model in its usual subfolder, or ``OWNER/NAME:SUBFOLDER`` of a Hub
             repository, whose files are fetched into the Hub's cache, or found there.
-        what: it should hold: "VAE", "text encoder" or "tokenizer".
+        what: it should hold: "VAE", "text encoder", "tokenizer" or "image encoder".
 
     Raises:
         ConfigError: the Hub cannot be reached and its cache does not hold the files.

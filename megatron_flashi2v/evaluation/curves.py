@@ -1,4 +1,4 @@
-"""Curves of training from ``metrics.jsonl``: loss, learning rate and gradient norm of one run or of several."""
+"""Curves of training: loss, learning rate and gradient norm of one run or of several, and a run's evaluations."""
 
 from __future__ import annotations
 
@@ -115,6 +115,48 @@ def draw_training_curves(
     if title:
         figure.suptitle(title)
     return figure
+
+
+EVALUATION_PANELS = (
+    ("psnr", "PSNR to the image, dB"), ("ssim", "SSIM to the image"), ("similarity", "feature similarity to the image"),
+    ("flow", "optical flow, share of the longer side"), ("differences", "difference between frames, 8-bit levels"),
+    ("frozen", "share of frozen videos"),
+)
+
+
+def write_evaluation_curves(figures: Mapping[int, Mapping[str, Mapping[str, float] | None]], path: Path) -> None:
+    """Write the figures of ``evaluation/iter_*.json`` over iterations as a PNG, atomically.
+
+    Args:
+        figures: of each iteration, by name, with ``mean``, ``low`` and ``high``; those of the references, where there
+            are any, are drawn dashed.
+        path: the PNG.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, title) in zip(figure.subplots(2, 3).flat, EVALUATION_PANELS, strict=True):
+        for key, label, style in ((name, "videos", "o-C0"), (f"reference_{name}", "references", "--C7")):
+            points = [(iteration, row.get(key)) for iteration, row in sorted(figures.items())]
+            drawn = [(iteration, point) for iteration, point in points if point and point["mean"] is not None]
+            if drawn:
+                iterations = [iteration for iteration, _ in drawn]
+                axes.plot(iterations, [point["mean"] for _, point in drawn], style, markersize=3, label=label)
+                bounds = ([point[bound] for _, point in drawn] for bound in ("low", "high"))
+                axes.fill_between(iterations, *bounds, color=style[-2:], alpha=0.12, linewidth=0)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("iteration")
+        axes.grid(True, color="0.9", linewidth=0.7)
+        axes.set_axisbelow(True)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _panels(figure: Figure) -> dict[str, Axes]:

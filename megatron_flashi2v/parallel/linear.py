@@ -23,6 +23,13 @@ class FusedColumnParallelLinear(ColumnParallelLinear):
 
     add_weight_gradient: AddWeightGradient = staticmethod(add_weight_gradient)
 
+    def forward(self, input_: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        """Outputs, and the bias where it is left to the caller; alone, a rank has nothing to exchange or to gather."""
+        if self.tp_group.size() > 1 or rest:
+            return super().forward(input_, *rest)
+        own, left = (None, self.bias) if self.skip_bias_add else (self.bias, None)
+        return linear(input_, self.weight, own, Exchange(), self.add_weight_gradient), left
+
     def _forward_impl(
         self,
         input: Tensor,

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from flashi2v_kernels.autograd import call
+
 AddWeightGradient = Callable[[Tensor, Tensor, Tensor], None]
 """Adds dY^T X to a buffer in place: (buffer [O, I], dY [N, O], X [N, I])."""
 Arriving = Callable[[], Tensor]
@@ -80,7 +82,7 @@ def linear(
         exchange: with the other ranks.
         add_weight_gradient: adds to the gradient buffer.
     """
-    return _Linear.apply(rows, weight_OI, bias_O, exchange, add_weight_gradient)
+    return call(_Linear, rows, weight_OI, bias_O, exchange, add_weight_gradient)
 
 
 class _Linear(torch.autograd.Function):
@@ -101,7 +103,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight_OI)
         whole = exchange.gather(rows)()
         # On two axes the bias is added by the product itself.
-        return F.linear(whole.flatten(0, -2), weight_OI, bias_O).unflatten(0, whole.shape[:-1])
+        return F.linear(whole.reshape(-1, whole.shape[-1]), weight_OI, bias_O).view(*whole.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable

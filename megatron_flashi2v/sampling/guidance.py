@@ -59,7 +59,7 @@ def with_guidance(
     """
     if not is_guided(guidance_scale):
         return velocity
-    passes = partial(_divided, group) if group is not None else _batched if batched else _sequential
+    passes = partial(_divided, group) if group is not None else _Batched() if batched else _sequential
 
     def guided(
         latents_BCTHW: torch.Tensor,
@@ -85,20 +85,27 @@ def _sequential(
     )
 
 
-def _batched(
-    velocity: VelocityFunction, text: torch.Tensor, negative_text: torch.Tensor, latents: torch.Tensor,
-    timestep: torch.Tensor, image_latents: torch.Tensor, extras: Extras,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Both velocities in one call."""
-    both = velocity(
-        torch.cat([latents, latents]),
-        torch.cat([timestep, timestep]),
-        torch.cat([text, negative_text]),
-        torch.cat([image_latents, image_latents]),
-        {name: torch.cat([value, value]) for name, value in extras.items()},
-    )
-    conditional, unconditional = both.chunk(2)
-    return conditional, unconditional
+class _Batched:
+    """Both velocities in one call, with one tensor of both texts for all steps, by which a model knows them again."""
+
+    def __init__(self) -> None:
+        self._texts: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(
+        self, velocity: VelocityFunction, text: torch.Tensor, negative_text: torch.Tensor, latents: torch.Tensor,
+        timestep: torch.Tensor, image_latents: torch.Tensor, extras: Extras,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        if self._texts is None or self._texts[0] is not text:
+            self._texts = text, torch.cat([text, negative_text])
+        both = velocity(
+            torch.cat([latents, latents]),
+            torch.cat([timestep, timestep]),
+            self._texts[1],
+            torch.cat([image_latents, image_latents]),
+            {name: torch.cat([value, value]) for name, value in extras.items()},
+        )
+        conditional, unconditional = both.chunk(2)
+        return conditional, unconditional
 
 
 def _divided(

@@ -13,15 +13,18 @@ import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
 from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.fields import spelling
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
+from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.build import build_stages
+from megatron_flashi2v.models.context_memory import ContextMemory
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
@@ -69,10 +72,12 @@ class FrozenFolders:
     vae: Path
     text_encoder: Path
     tokenizer: Path
+    image_encoder: Path | None = None
 
     @classmethod
     def find(
-        cls, checkpoint: Path, *, vae: Path | None, text_encoder: Path | None, tokenizer: Path | None
+        cls, checkpoint: Path, *, vae: Path | None, text_encoder: Path | None, tokenizer: Path | None,
+        image_encoder: Path | None,
     ) -> FrozenFolders:
         """Those that are given, and of the others those that a release holds or names.
 
@@ -81,6 +86,7 @@ class FrozenFolders:
             vae: None takes the release's.
             text_encoder: likewise.
             tokenizer: likewise.
+            image_encoder: likewise; few models have one.
 
         Raises:
             ConfigError: one is neither given nor in the release, or there is no release.
@@ -88,11 +94,14 @@ class FrozenFolders:
         given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         missing = [name for name, place in given.items() if place is None]
         held: Mapping[str, Path] = _parts_of_release(checkpoint, missing) if missing else {}
+        if image_encoder is None:
+            image_encoder = _parts_of_release(checkpoint, ["image_encoder"]).get("image_encoder")
         absent = [spelling(name) for name in missing if name not in held]
         if absent:
             why = "is a release without these parts" if is_release(checkpoint) else "is no release, which holds them"
             raise ConfigError(f"{', '.join(absent)} must be given: --load {checkpoint} {why}")
-        return cls(**{name: held[name] if place is None else place for name, place in given.items()})
+        places = {name: held[name] if place is None else place for name, place in given.items()}
+        return cls(**places, image_encoder=image_encoder)
 
 
 def _parts_of_release(folder: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -175,9 +184,26 @@ def load_model(
 def velocity_of(model: DiffusionTransformer | Sequence[DiffusionTransformer]) -> VelocityFunction:
     """The model, or this rank's stages of it, as the function that the pipeline takes.
 
-    Every rank of a divided model must call it with the same arguments, and gets the same velocity.
+    Every rank of a divided model must call it with the same arguments, and gets the same velocity. It remembers what
+    the model makes of the last texts: weights and the texts' tensors must stay as they are while it is used.
     """
-    return torch.no_grad()(partial(predict_velocity, model))
+    return torch.no_grad()(partial(predict_velocity, model, memory=ContextMemory()))
+
+
+def load_image_encoder(folder: Path | None, model: ModelConfig, device: torch.device) -> ImageEncoder | None:
+    """The image encoder whose rows the model attends to; None for a model that attends to none.
+
+    Raises:
+        ConfigError: the model needs one and ``folder`` is None, or the folder is missing or damaged.
+    """
+    if not paradigm_of(model).image_rows(model):
+        return None
+    if folder is None:
+        raise ConfigError(
+            f"--image-encoder must be given: the model's conditioning is {model.conditioning}, which attends to an "
+            "image encoder's rows"
+        )
+    return ImageEncoder.load(folder, device)
 
 
 @contextlib.contextmanager
@@ -192,12 +218,15 @@ def open_pipeline(
     bf16: bool = False,
     attention_backend: str = "auto",
     batched_guidance: bool = False,
+    image_encoder: Path | None = None,
 ) -> Iterator[ImageToVideoPipeline]:
     """The pipeline of a checkpoint in this process alone; it can be called only inside.
 
     Arguments and errors as for :meth:`~megatron_flashi2v.sampling.pipeline.ImageToVideoPipeline.from_checkpoint`.
     """
-    frozen = FrozenFolders.find(checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+    frozen = FrozenFolders.find(
+        checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, image_encoder=image_encoder
+    )
     folder = resolve_checkpoint(checkpoint, weights)
     config, _ = describe(folder)
     target = resolve_device(device)
@@ -205,6 +234,7 @@ def open_pipeline(
     dtype = torch.bfloat16 if bf16 else torch.float32
     decoder = VideoVAE.load(frozen.vae, where)
     rows = TextEncoder.load(frozen.text_encoder, frozen.tokenizer, config.text_length, where, dtype)
+    image_rows = load_image_encoder(frozen.image_encoder, config, where)
     with single_process(target) as groups:
         stages = load_stages(
             folder, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
@@ -212,5 +242,5 @@ def open_pipeline(
         )
         yield ImageToVideoPipeline(
             velocity=velocity_of(stages), vae=decoder, text_encoder=rows, model_config=config, device=where,
-            batched_guidance=batched_guidance,
+            batched_guidance=batched_guidance, image_encoder=image_rows,
         )

@@ -16,6 +16,7 @@ from megatron_flashi2v.config.layout import check_layout, model_ranks
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import POLICIES, lost_most, require_words
 from megatron_flashi2v.encoders.video_vae import VideoVAE
@@ -25,7 +26,14 @@ from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED, ONCE
 from megatron_flashi2v.runtime.text import excerpt
-from megatron_flashi2v.sampling.load import FrozenFolders, describe, load_stages, resolve_checkpoint, velocity_of
+from megatron_flashi2v.sampling.load import (
+    FrozenFolders,
+    describe,
+    load_image_encoder,
+    load_stages,
+    resolve_checkpoint,
+    velocity_of,
+)
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
 logger = logging.getLogger(__name__)
@@ -68,7 +76,8 @@ class Source:
             CheckpointError: there is none, or it is damaged.
         """
         frozen = FrozenFolders.find(
-            config.load, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer
+            config.load, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
+            image_encoder=config.image_encoder,
         )
         folder = resolve_checkpoint(config.load, config.weights)
         model, state = describe(folder)
@@ -82,6 +91,7 @@ class Encoders:
     device: Device
     vae: VideoVAE
     text: TextEncoder
+    image: ImageEncoder | None
 
     @classmethod
     def load(cls, config: SampleConfig, source: Source, launch: LaunchEnvironment) -> Encoders:
@@ -98,7 +108,8 @@ class Encoders:
         text = TextEncoder.load(
             source.frozen.text_encoder, source.frozen.tokenizer, source.model.text_length, where, dtype
         )
-        return cls(device=device, vae=vae, text=text)
+        image = load_image_encoder(source.frozen.image_encoder, source.model, where)
+        return cls(device=device, vae=vae, text=text, image=image)
 
     def latent_shape(self, model: ModelConfig, shape: VideoShape) -> tuple[int, int, int, int]:
         """(C, T, H, W) of a video's latents.
@@ -205,7 +216,7 @@ def load_pipeline(
     return ImageToVideoPipeline(
         velocity=velocity_of(stages), vae=encoders.vae, text_encoder=RecentRows(encoders.text),
         model_config=source.model, device=encoders.device.torch_device, batched_guidance=config.batched_guidance,
-        guidance_group=replica.models,
+        guidance_group=replica.models, image_encoder=encoders.image,
     )
 
 

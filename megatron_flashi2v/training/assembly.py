@@ -70,12 +70,13 @@ def open_trainer(
         step = build_step(config, state, launch.world_size)
         source = training_source(config, data.training, state, step)
         begin_part = LongWork(interrupts, hang_watch).begin_part
+        user = Observers(observers)
         watching = Observers([
             *figure_observers(config, state, source, device, clock),
-            *observers,
-            *recording_observers(config, state, step, data.validation, device, begin_part),
+            user,
+            *recording_observers(config, state, step, data.validation, device, begin_part, user),
         ])
-        with contextlib.closing(watching):
+        with contextlib.closing(state), contextlib.closing(watching):
             announce(config, state, data.training, launch, device, num_microbatches=step.num_microbatches)
             saver = CheckpointSaver(config.checkpoint, data.model, peers, device)
             yield Trainer(

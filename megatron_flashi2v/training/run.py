@@ -52,6 +52,7 @@ def train(config: TrainConfig, observers: Sequence[Observer] = ()) -> TrainResul
     Raises:
         UserError: the configuration, the data or a checkpoint cannot be used; the message names the flag or the file.
     """
+    require_served(config, observers)
     if config.runtime.dry_run:
         raise ConfigError("--dry-run is on, which plans a run with `flashi2v train` and trains nothing; turn it off")
     launch, model = detect_launch(os.environ), resolve_model(config.model)
@@ -69,6 +70,20 @@ def train(config: TrainConfig, observers: Sequence[Observer] = ()) -> TrainResul
         row = trainer.train()
         return TrainResult(
             iteration=trainer.state.iteration, metrics=row, checkpoint=trainer.checkpoints.published
+        )
+
+
+def require_served(config: TrainConfig, observers: Sequence[Observer]) -> None:
+    """Refuse flags that have no effect without an observer that ``flashi2v train`` brings and Python code may forget.
+
+    Raises:
+        ConfigError: names the flag and the observer.
+    """
+    flag = "--evaluation-interval"
+    if config.watch.evaluation_interval is not None and all(observer.serves != flag for observer in observers):
+        raise ConfigError(
+            f"{flag} {config.watch.evaluation_interval} is served by an observer: call "
+            "train(config, observers=[megatron_flashi2v.EvaluationInTraining()])"
         )
 
 

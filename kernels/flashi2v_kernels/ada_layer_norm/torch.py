@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashi2v_kernels.ada_layer_norm.reference import require_rows
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.chunks import wide_dtype
 
 
@@ -19,7 +20,7 @@ def ada_layer_norm(
 ) -> Tensor:
     """See :func:`flashi2v_kernels.ada_layer_norm.reference.ada_layer_norm`."""
     require_rows(hidden_SBD, shift_BD, scale_BD)
-    output_SBD = _AdaLayerNorm.apply(hidden_SBD, shift_BD, scale_BD, eps, dtype)
+    output_SBD = call(_AdaLayerNorm, hidden_SBD, shift_BD, scale_BD, eps, dtype)
     return output_SBD if out is None else out.copy_(output_SBD)
 
 

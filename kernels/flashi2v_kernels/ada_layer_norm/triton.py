@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashi2v_kernels import triton_launch
 from flashi2v_kernels.ada_layer_norm.reference import require_rows
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.triton_launch import block_of, few_warps_of, runs_of, warps_of, with_unit_stride
 
 
@@ -19,7 +20,7 @@ def ada_layer_norm(
 ) -> Tensor:
     """See :func:`flashi2v_kernels.ada_layer_norm.reference.ada_layer_norm`; fp32 inside for every dtype."""
     require_rows(hidden_SBD, shift_BD, scale_BD)
-    return _AdaLayerNorm.apply(hidden_SBD, shift_BD, scale_BD, eps, dtype, out)
+    return call(_AdaLayerNorm, hidden_SBD, shift_BD, scale_BD, eps, dtype, out)
 
 
 class _AdaLayerNorm(torch.autograd.Function):

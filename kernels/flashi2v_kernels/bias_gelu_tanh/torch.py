@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.bias_gelu_tanh.reference import require_bias
 from flashi2v_kernels.chunks import row_chunks, wide_dtype
 
@@ -15,7 +16,7 @@ from flashi2v_kernels.chunks import row_chunks, wide_dtype
 def bias_gelu_tanh(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """See :func:`flashi2v_kernels.bias_gelu_tanh.reference.bias_gelu_tanh`."""
     require_bias(x, bias)
-    return _BiasGelu.apply(x, bias, out)
+    return call(_BiasGelu, x, bias, out)
 
 
 def _value(rows: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashi2v_kernels import triton_launch
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.bias_gelu_tanh.reference import require_bias
 from flashi2v_kernels.triton_launch import block_of, runs_of, warps_of
 
@@ -20,7 +21,7 @@ COLUMNS = 1024
 def bias_gelu_tanh(x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """See :func:`flashi2v_kernels.bias_gelu_tanh.reference.bias_gelu_tanh`; fp32 inside for every dtype."""
     require_bias(x, bias)
-    return _BiasGelu.apply(x, bias, out)
+    return call(_BiasGelu, x, bias, out)
 
 
 class _BiasGelu(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.chunks import row_chunks, wide_dtype
 from flashi2v_kernels.gate_residual.reference import require_update
 
@@ -14,7 +15,7 @@ from flashi2v_kernels.gate_residual.reference import require_update
 def gate_residual(hidden_SBD: Tensor, update_SBD: Tensor, gate_BD: Tensor) -> Tensor:
     """See :func:`flashi2v_kernels.gate_residual.reference.gate_residual`."""
     require_update(hidden_SBD, update_SBD, gate_BD)
-    return _GateResidual.apply(hidden_SBD, update_SBD, gate_BD)
+    return call(_GateResidual, hidden_SBD, update_SBD, gate_BD)
 
 
 class _GateResidual(torch.autograd.Function):

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashi2v_kernels import triton_launch
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.gate_residual.reference import require_update
 from flashi2v_kernels.triton_launch import block_of, runs_of, warps_of, with_unit_stride
 
@@ -17,7 +18,7 @@ from flashi2v_kernels.triton_launch import block_of, runs_of, warps_of, with_uni
 def gate_residual(hidden_SBD: Tensor, update_SBD: Tensor, gate_BD: Tensor) -> Tensor:
     """See :func:`flashi2v_kernels.gate_residual.reference.gate_residual`; fp32 inside for every dtype."""
     require_update(hidden_SBD, update_SBD, gate_BD)
-    return _GateResidual.apply(hidden_SBD, update_SBD, gate_BD)
+    return call(_GateResidual, hidden_SBD, update_SBD, gate_BD)
 
 
 class _GateResidual(torch.autograd.Function):

@@ -6,12 +6,14 @@ computes the norm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch_npu
 from torch import Tensor
 
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.qk_norm_rope.reference import weight_of_heads
 from flashi2v_kernels.qk_norm_rope.tables import require_tables
 
@@ -25,6 +27,7 @@ def qk_norm_rope(
     *,
     sum_of_squares: Tensor | None = None,
     full_width: int | None = None,
+    gradient_memory: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """See :func:`flashi2v_kernels.qk_norm_rope.reference.qk_norm_rope`.
 
@@ -35,10 +38,10 @@ def qk_norm_rope(
         raise ValueError("give both sum_of_squares and full_width, or neither")
     weight_hD = weight_of_heads(heads_SBhD, weight)
     if sum_of_squares is None:
-        return _NormAndTurn.apply(heads_SBhD, weight_hD, cos_SR, sin_SR, eps)
+        return call(_NormAndTurn, heads_SBhD, weight_hD, cos_SR, sin_SR, eps)
     if sum_of_squares.shape != heads_SBhD.shape[:2]:
         raise ValueError(f"sums {tuple(sum_of_squares.shape)} do not fit heads {tuple(heads_SBhD.shape)}")
-    return _NormOfSumAndTurn.apply(heads_SBhD, weight_hD, sum_of_squares, cos_SR, sin_SR, full_width, eps)
+    return call(_NormOfSumAndTurn, heads_SBhD, weight_hD, sum_of_squares, cos_SR, sin_SR, full_width, eps)
 
 
 def turn(x_SBhD: Tensor, cos_SR: Tensor, sin_SR: Tensor) -> Tensor:

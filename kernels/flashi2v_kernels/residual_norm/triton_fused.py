@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashi2v_kernels import triton_launch
 from flashi2v_kernels.ada_layer_norm.reference import require_rows
+from flashi2v_kernels.autograd import call
 from flashi2v_kernels.gate_residual.reference import require_update
 from flashi2v_kernels.triton_launch import block_of, few_warps_of, runs_of, warps_of, with_unit_stride
 
@@ -30,7 +31,7 @@ def residual_norm(
     """See :func:`flashi2v_kernels.residual_norm.reference.residual_norm`; fp32 inside for every dtype."""
     require_rows(hidden_SBD, shift_BD, scale_BD)
     require_update(hidden_SBD, update_SBD, shift_BD if gate_BD is None else gate_BD)
-    return _ResidualNorm.apply(hidden_SBD, update_SBD, gate_BD, shift_BD, scale_BD, eps, dtype)
+    return call(_ResidualNorm, hidden_SBD, update_SBD, gate_BD, shift_BD, scale_BD, eps, dtype)
 
 
 class _ResidualNorm(torch.autograd.Function):

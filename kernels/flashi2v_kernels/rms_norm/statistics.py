@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashi2v_kernels.autograd import call
+
 
 def weight_like_tail(x: Tensor, weight: Tensor, sum_of_squares: Tensor | None = None) -> Tensor:
     """View ``weight`` in the shape of the trailing dimensions of ``x`` that are normalised.
@@ -49,7 +51,7 @@ def local_sum_of_squares(x: Tensor, dims: int) -> Tensor:
         [...] in fp32 (fp64 for fp64 inputs). The sum over ranks must pass gradients back summed over ranks,
         too: every rank's output depends on every rank's part.
     """
-    return _SumOfSquares.apply(x, dims)
+    return call(_SumOfSquares, x, dims)
 
 
 class _SumOfSquares(torch.autograd.Function):

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from megatron_flashi2v.config.train import TrainConfig
+    from megatron_flashi2v.runtime.device import Device
     from megatron_flashi2v.training.state import TrainState
+    from megatron_flashi2v.training.watching.videos import ValidationVideos
 
 Row = dict[str, Any]
 """Figures of one iteration by name: a line of metrics.jsonl, with at least ``iteration``, ``consumed_samples``,
 ``loss``, ``grad_norm`` and ``lr`` (see :mod:`~megatron_flashi2v.training.metrics`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What an observer may use of a run that begins.
+
+    Attributes:
+        config: flags and recipe, checked.
+        device: what this rank runs on.
+        videos: makes videos of validation images; None without ``--sample-interval`` and ``--evaluation-interval``.
+        begin_part: called, by all ranks, before a part of work that takes long, with what begins; False, on all ranks
+            alike, where the run is to leave.
+        record: takes the kind of a row (``writers.FILES``) and the row, with its ``iteration``; rank 0 writes it. For
+            the run's time, not before: files are opened when no observer has refused.
+        last_recorded: the last iteration of that kind that an earlier run left, 0 where it left none; likewise, and
+            collective.
+    """
+
+    config: TrainConfig
+    device: Device
+    videos: ValidationVideos | None
+    begin_part: Callable[[str], bool]
+    record: Callable[[str, Row], None]
+    last_recorded: Callable[[str], int]
 
 
 class Observer:
@@ -23,7 +51,18 @@ class Observer:
                 print(row["iteration"], row["loss"])
 
         train(config, observers=[PrintLoss()])
+
+    Attributes:
+        serves: flag that has no effect without this observer; ``train`` refuses it then.
     """
+
+    serves: ClassVar[str | None] = None
+
+    def begin_run(self, run: Run) -> None:
+        """Take what is needed of a run, before its first iteration; a ``UserError`` refuses the run.
+
+        Called for the observers that are passed to ``train``; all that may be refused of the data was refused before.
+        """
 
     def between_iterations(self, state: TrainState) -> None:
         """Do what takes long, such as a validation.
@@ -76,6 +115,11 @@ class Observers(Observer):
             if not isinstance(observer, Observer):
                 raise TypeError(f"{observer!r} is no Observer: derive its class from megatron_flashi2v.Observer")
         self._observers = tuple(observers)
+
+    def begin_run(self, run: Run) -> None:
+        """See :meth:`Observer.begin_run`."""
+        for observer in self._observers:
+            observer.begin_run(run)
 
     def between_iterations(self, state: TrainState) -> None:
         """See :meth:`Observer.between_iterations`."""

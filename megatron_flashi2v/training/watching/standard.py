@@ -15,13 +15,14 @@ from megatron_flashi2v.training.metrics import ProgressLine
 from megatron_flashi2v.training.state import TrainState
 from megatron_flashi2v.training.step import TrainingStep
 from megatron_flashi2v.training.watching.norms import NormsByPart
-from megatron_flashi2v.training.watching.observer import Observer
+from megatron_flashi2v.training.watching.observer import Observer, Run
 from megatron_flashi2v.training.watching.previews import Previews, preview_folder
 from megatron_flashi2v.training.watching.profiling import Profiling
 from megatron_flashi2v.training.watching.schedule import Schedule
 from megatron_flashi2v.training.watching.stragglers import ReplicaClock, StragglerWatch
 from megatron_flashi2v.training.watching.throughput import ThroughputMeter, ThroughputWatch
 from megatron_flashi2v.training.watching.validation import Validation, validation_source
+from megatron_flashi2v.training.watching.videos import ValidationVideos
 from megatron_flashi2v.training.watching.writers import VALIDATION, Writers
 
 
@@ -57,6 +58,7 @@ def recording_observers(
     validation_data: Blend | None,
     device: Device,
     begin_part: Callable[[str], bool],
+    user: Observer,
 ) -> list[Observer]:
     """Those that use validation data, and those that write; collective.
 
@@ -69,18 +71,26 @@ def recording_observers(
         validation_data: what is not trained on; None without any.
         device: what this rank runs on.
         begin_part: see :meth:`~megatron_flashi2v.training.interrupts.LongWork.begin_part`.
+        user: the user's observers, which begin here.
 
     Raises:
         ConfigError: the VAE of previews cannot be loaded, or is not that of the data.
+        UserError: an observer of the user's refuses the run.
     """
     watch, save, spec, train_iters = config.watch, config.checkpoint.save, state.spec, config.batch.train_iters
     found: list[Observer] = []
-    if watch.sample_interval is not None and save is not None and validation_data is not None:
+    videos = None
+    if validation_data is not None and (watch.sample_interval or watch.evaluation_interval):
+        videos = ValidationVideos(watch, validation_data, spec.config, spec.groups, device, begin_part)
+    if watch.sample_interval is not None and save is not None and videos is not None:
         made = share_json(preview_folder(save, state.iteration).exists())
         schedule = Schedule(watch.sample_interval, train_iters, done_at=state.iteration if made else None)
-        found.append(
-            Previews(watch, save, validation_data, spec.config, spec.groups, device, schedule, begin_part)
-        )
+        found.append(Previews(videos, watch.sample_vae, save, device, schedule))
+    user.begin_run(Run(
+        config=config, device=device, videos=videos, begin_part=begin_part,
+        record=lambda kind, row: writers.write(kind, row),
+        last_recorded=lambda kind: share_json(writers.last_iteration(kind)),
+    ))
     writers = Writers(config, state.iteration, writes=torch.distributed.get_rank() == 0)
     if watch.eval_interval is not None and validation_data is not None:
         source = validation_source(validation_data, spec.config, config.data, config.batch, step,

@@ -1,4 +1,4 @@
-"""Rows of figures to metrics.jsonl, validation.jsonl, TensorBoard and Weights & Biases.
+"""Rows of figures to metrics.jsonl, validation.jsonl, evaluation.jsonl, TensorBoard and Weights & Biases.
 
 A service that fails is left out from then on, and the run goes on.
 """
@@ -23,9 +23,9 @@ from megatron_flashi2v.training.metrics import METRICS_FILE, MetricsLog
 from megatron_flashi2v.training.sigma_buckets import BUCKETS
 from megatron_flashi2v.training.watching.observer import Observer, Row
 
-TRAINING, VALIDATION = "train", "validation"
+TRAINING, VALIDATION, EVALUATION = "train", "validation", "evaluation"
 """Kinds of rows, as curves name them."""
-FILES = {TRAINING: METRICS_FILE, VALIDATION: "validation.jsonl"}
+FILES = {TRAINING: METRICS_FILE, VALIDATION: "validation.jsonl", EVALUATION: "evaluation.jsonl"}
 """Under ``--save``."""
 WANDB_RUN_FILE = "wandb_run_id.txt"
 """Under ``--save``: the run that a resumed one goes on with."""

@@ -167,15 +167,21 @@ def test_again_and_beside(folders: Path, evaluated: Path, tmp_path: Path) -> Non
     assert not other.output.exists()
 
 
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def refused(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The one line with which the command refuses before it measures anything."""
+    """The one line with which the command refuses before it measures or writes anything."""
 
     def work(*arguments: object) -> None:
         raise AssertionError("work has begun")
 
     monkeypatch.setattr(command, "measure_image", work)
+    before = contents(config.output)
     with pytest.raises(UserError) as caught:
         evaluate(config)
+    assert contents(config.output) == before
     message = str(caught.value)
     assert "\n" not in message
     return message
