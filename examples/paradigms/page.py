@@ -25,7 +25,7 @@ from paradigms.settings import SET_NAMES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STRIP_ENLARGE = 3
+STRIP_ENLARGE = 4
 STRIP_GAP = 2
 COLUMNS = {
     "frozen": "frozen", "law": "steps by the law", "cells": "frames in the right cell", "object": "object named right",

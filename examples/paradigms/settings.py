@@ -30,7 +30,8 @@ class Settings:
         paradigm_flags: and those of one paradigm.
         seeds: of training; each is a run of every paradigm.
         solver_steps: of sampling.
-        shift: of the noise levels, in training and in sampling.
+        train_shift: of the noise levels in training; see the record in README.md.
+        shift: of those in sampling.
         classifier_clips: real clips of each domain that the classifier learns from.
         classifier_steps: optimizer steps of the classifier.
         resamples: of the bootstrap.
@@ -53,7 +54,8 @@ class Settings:
     paradigms: tuple[str, ...] = PARADIGMS
     seeds: tuple[int, ...] = (1,)
     solver_steps: int = 25
-    shift: float = 3.0
+    train_shift: float = 15.0
+    shift: float = 7.0
     classifier_clips: int = 4096
     classifier_steps: int = 1500
     resamples: int = 200

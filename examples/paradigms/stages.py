@@ -29,8 +29,8 @@ from paradigms.world import Board, Clip, make_clip
 
 STAGES = ("world", "classifier", "start", "train", "sample", "measure", "page")
 WORLD = ("cells", "frames", "train_clips", "world_seed")
-MODEL = ("layers", "hidden", "ffn", "heads", "batch", "shift", "train_flags", "start_iterations")
-TESTS = ("test_clips", "solver_steps")
+MODEL = ("layers", "hidden", "ffn", "heads", "batch", "train_shift", "train_flags", "start_iterations")
+TESTS = ("test_clips", "solver_steps", "shift")
 CLASSIFIER = ("classifier_clips", "classifier_steps")
 MEASURES = ("chunk_frames", "resamples", *CLASSIFIER)
 

@@ -19,8 +19,8 @@ def train_flags(settings: Settings, data: Path, paradigm: str, seed: int, start:
         "--num-layers": settings.layers, "--hidden-size": settings.hidden, "--ffn-hidden-size": settings.ffn,
         "--num-attention-heads": settings.heads, "--latent-channels": LATENT_CHANNELS, "--text-dim": TEXT_DIM,
         "--text-length": TEXT_LENGTH, "--micro-batch-size": settings.batch, "--global-batch-size": settings.batch,
-        "--sigma-shift": settings.shift, "--train-iters": iterations[-1], "--save-interval": math.gcd(*iterations),
-        "--log-interval": 50, "--exit-code-when-unfinished": UNFINISHED,
+        "--sigma-shift": settings.train_shift, "--train-iters": iterations[-1],
+        "--save-interval": math.gcd(*iterations), "--log-interval": 50, "--exit-code-when-unfinished": UNFINISHED,
     }  # fmt: skip
     if start is not None and not is_start:
         flags["--load-weights"] = f"megatron:{start}"
