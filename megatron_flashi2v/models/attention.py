@@ -110,11 +110,12 @@ class CrossAttention(nn.Module):
 
     def _query_and_memories(self, query: Tensor, context_TBD: Tensor) -> tuple[Any, ...]:
         """The normalised query, and (key, value) of the text, then of the image if there are rows of it."""
-        text_TBD, image_RBD = context_TBD.split(self.context_rows)
-        key, value = self._keys_values(self.linear_kv, text_TBD)
         if not self.image_rows:
+            key, value = self._keys_values(self.linear_kv, context_TBD)
             query, key = norm_heads((self.norm_q, query), (self.norm_k, key))
             return query, (key, value)
+        text_TBD, image_RBD = context_TBD.split(self.context_rows)
+        key, value = self._keys_values(self.linear_kv, text_TBD)
         # Padding of the image's rows is at their end; it is cut off once all ranks' rows are together.
         key_image, value_image = (
             rows[: self.image_rows] for rows in self._keys_values(self.linear_kv_image, image_RBD)
