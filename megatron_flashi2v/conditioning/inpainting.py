@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Inpainting(ImageConditioning):
     """Mask channels and the image at latent frame 0, beside the latents' channels, in Wan's order."""
 
     name = "inpainting"
-    config_fields = ("mask_channels",)
+    config_fields: ClassVar[tuple[str, ...]] = ("mask_channels",)
     wan_model_type = "i2v"
 
     def __init__(self, config: ModelConfig, *unused: object) -> None:

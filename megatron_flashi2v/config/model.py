@@ -10,7 +10,7 @@ from megatron_flashi2v.config.bounds import AtLeast, check_bounds
 from megatron_flashi2v.config.errors import ConfigError
 
 PHI_ORDERS = ("conv_then_broadcast", "repeat_then_conv")
-FREE_OF_WEIGHTS = ("text_length", "text_cleaning")
+FREE_OF_WEIGHTS = ("text_length", "text_cleaning", "image_rows")
 """Fields that weights can be taken over from without being equal."""
 
 

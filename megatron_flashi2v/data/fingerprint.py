@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.clips import given
-from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.reasons import DroppedEntry
-from megatron_flashi2v.encoders.folders import model_folder
+from megatron_flashi2v.encoders.folders import model_folder, require_files
 from megatron_flashi2v.encoders.image import PROCESSOR_FILE, processor_folder
 
 PIPELINE_VERSION = 2
@@ -81,8 +80,7 @@ def folder_hash(folder: Path, what: str) -> str:
         ConfigError: the folder is missing.
     """
     folder = model_folder(folder, what)
-    if not folder.is_dir():
-        raise ConfigError(f"{what} folder {folder} does not exist")
+    require_files(folder, what)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

@@ -94,9 +94,9 @@ def check_sample(sample: PreparedSample, info: DataInfo, source: str) -> None:
         raise DataError(f"{source}: no text rows of width {info.text_dim}")
     if not 1 <= len(text_rows_LD) <= info.text_length:
         raise DataError(f"{source}: {len(text_rows_LD)} text rows, {DATASET_FILE} allows 1 to {info.text_length}")
-    found = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
-    if found != info.inputs:
-        raise DataError(f"{source}: further tensors are {found}, {DATASET_FILE} says {info.inputs}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
+    if shapes != info.inputs:
+        raise DataError(f"{source}: further tensors are {shapes}, {DATASET_FILE} says {info.inputs}")
     for name, tensor in sample.tensors.items():
         if not torch.isfinite(tensor).all():
             raise DataError(f"{source}: {name} are not finite")

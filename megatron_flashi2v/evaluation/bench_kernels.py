@@ -171,7 +171,7 @@ def start_up(
     functions, _ = _implementations(operator, config, dtype, device, True, options.skip)
     torch.compiler.reset()
     for name, function in functions.items():
-        before, seconds = compiled_graphs(), []
+        before, seconds = compiled_graphs(), list[float]()
         for shape in (options.latent_shape, *options.bucket_shapes):
             case = make_case(operator, config, shape, dtype, device)
             device.synchronize()
@@ -185,7 +185,7 @@ def start_up(
 
 def compiled_graphs() -> int:
     """Graphs that ``torch.compile`` has compiled in this process; a graph is compiled with its backward."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _forward(case: Case, function: Callable[..., Any]) -> Callable[[], object]:

@@ -166,18 +166,21 @@ def run(options: StepBenchmark, launch: LaunchEnvironment | None = None) -> str:
 
 
 def _profile(ours: OurStep, device: Device, flops_per_second: float) -> tuple[dict[str, Any], Communication]:
-    """What one step of ours launches and reads, with its parts beside their floors; and what it exchanges."""
+    """What one step of ours launches and exchanges; of one process also its host reads and its parts' floors."""
     options, copied = ours.options, copy_ceiling(device, ours.options.rounds)
     parts, exchanged = step_parts.profile_step(ours, device)
-    alone = torch.distributed.get_world_size() == 1  # what ranks share has floors of its own
-    least = step_parts.floors(
-        ours.spec.config, options.latent_shape, options.micro_batch_size, ours.spec.dtype, ours.parameters,
-        flops_per_second=flops_per_second, bytes_per_second=copied,
-    ) if alone else {}
-    with HostReads(device, allowed=None) as reads:
-        ours()
+    least: dict[str, float] = {}
+    reads: int | None = None
+    if torch.distributed.get_world_size() == 1:
+        least = step_parts.floors(
+            ours.spec.config, options.latent_shape, options.micro_batch_size, ours.spec.dtype, ours.parameters,
+            flops_per_second=flops_per_second, bytes_per_second=copied,
+        )
+        with HostReads(device, allowed=None) as watched:
+            ours()
+        reads = watched.count
     return {
-        "copy_ceiling_gb_s": copied / 1e9, "parts": step_parts.part_rows(parts, least), "host_reads": reads.count,
+        "copy_ceiling_gb_s": copied / 1e9, "parts": step_parts.part_rows(parts, least), "host_reads": reads,
         "launches": sum(launches for launches, _ in parts.values()),
     }, exchanged
 
@@ -337,8 +340,9 @@ def _text(report: Mapping[str, Any]) -> str:
         )
     if "parts" in report:
         lines.append(
-            f"\none step: {report['launches']} launches (on CPUs calls of operators), {report['host_reads']} reads by "
-            f"the host; measured copy {report['copy_ceiling_gb_s']:.4g} GB/s; floors without recomputation\n"
+            f"\none step: {report['launches']} launches (on CPUs calls of operators), reads by the host: "
+            f"{report['host_reads']}; measured copy {report['copy_ceiling_gb_s']:.4g} GB/s; "
+            "floors without recomputation\n"
         )
         lines.append(table(report["parts"], step_parts.COLUMNS))
     rows = [dict(zip(("operator", "implementation", "why_not"), row, strict=True)) for row in report["kernels"]]

@@ -88,7 +88,7 @@ def device_events(recorded: profile, device: Device) -> Iterator[tuple[str, floa
             if not str(average.device_type).endswith("CPU"):
                 yield average.key, average.self_device_time_total * 1e-6, average.count
         return
-    for event in recorded.events():
+    for event in recorded.events() or ():
         names, caller = [event.name], event.cpu_parent
         while caller is not None:
             names.append(caller.name)

@@ -137,6 +137,7 @@ def write_evaluation_curves(figures: Mapping[int, Mapping[str, Mapping[str, floa
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -150,6 +151,7 @@ def write_evaluation_curves(figures: Mapping[int, Mapping[str, Mapping[str, floa
                 bounds = ([point[bound] for _, point in drawn] for bound in ("low", "high"))
                 axes.fill_between(iterations, *bounds, color=style[-2:], alpha=0.12, linewidth=0)
         axes.set_title(title, fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("iteration")
         axes.grid(True, color="0.9", linewidth=0.7)
         axes.set_axisbelow(True)

@@ -36,7 +36,7 @@ class _WholeGradient:
     """The tensor of one backward pass, made when its first part is asked for. It keeps nothing of forward."""
 
     def __init__(self, fused: Tensor, dim: int) -> None:
-        self.shape, self.dim, self.options = fused.shape, dim, {"dtype": fused.dtype, "device": fused.device}
+        self.shape, self.dtype, self.device, self.dim = fused.shape, fused.dtype, fused.device, dim
         self.made: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def part(self, index: int) -> Tensor:
@@ -49,7 +49,7 @@ class _WholeGradient:
 
     def _make(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.made is None:
-            whole = torch.empty(self.shape, **self.options)
+            whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self.made = whole, whole.unbind(self.dim)
         return self.made
 

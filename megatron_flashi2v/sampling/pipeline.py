@@ -155,6 +155,7 @@ class ImageToVideoPipeline:
         vae: str | Path | None = None,
         text_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
+        image_encoder: str | Path | None = None,
         device: str = "auto",
         **options: Any,
     ) -> AbstractContextManager[ImageToVideoPipeline]:
@@ -165,17 +166,18 @@ class ImageToVideoPipeline:
             vae: folder of the VAE that prepared the training data; None takes the release's.
             text_encoder: folder of the text encoder that prepared them, likewise.
             tokenizer: folder of its tokenizer, likewise.
+            image_encoder: folder of the image encoder, for a model that attends to its rows.
             device: auto, cuda, npu or cpu.
-            options: ``weights`` (model or ema), ``bf16``, ``attention_backend``, ``batched_guidance`` and
-                ``image_encoder``, as the flags of ``flashi2v sample``.
+            options: ``weights`` (model or ema), ``bf16``, ``attention_backend`` and ``batched_guidance``, as the flags
+                of ``flashi2v sample``.
 
         Raises:
             UserError: a folder is missing or damaged, or the parts do not fit together.
         """
         from megatron_flashi2v.sampling.load import open_pipeline
 
-        frozen = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        places = {name: None if place is None else Path(place) for name, place in frozen.items()}
+        frozen = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
+        places: dict[str, Any] = {name: None if place is None else Path(place) for name, place in frozen.items()}
         return open_pipeline(Path(checkpoint), **places, device=device, **options)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
+from megatron_flashi2v.runtime.text import encodable
 from megatron_flashi2v.sampling.outputs import OutputFiles
 from megatron_flashi2v.sampling.requests import Job
 from megatron_flashi2v.sampling.session import Source, VideoShape
@@ -44,7 +45,7 @@ class PlannedVideo:
         request = self.job.request
         return {
             "id": request.id, "seed": self.job.seed,
-            "image": None if request.image is None else str(request.image.resolve()),
+            "image": None if request.image is None else encodable(str(request.image.resolve())),
             "prompt": request.prompt, "negative_prompt": self.negative_prompt, "num_frames": self.shape.num_frames,
             "height": self.shape.height, "width": self.shape.width, "fps": self.shape.fps,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
-from megatron_flashi2v.encoders.text_cleaning import POLICIES, require_words
+from megatron_flashi2v.encoders.text_cleaning import POLICIES, lost_most, require_words
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.replicas import Replica
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
+from megatron_flashi2v.runtime.logging import AGREED, ONCE
+from megatron_flashi2v.runtime.text import excerpt
 from megatron_flashi2v.sampling.load import (
     FrozenFolders,
     describe,
@@ -32,6 +35,8 @@ from megatron_flashi2v.sampling.load import (
     velocity_of,
 )
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
 
@@ -156,15 +161,21 @@ def require_processes(config: SampleConfig, model: ModelConfig, launch: LaunchEn
 
 
 def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str | None) -> None:
-    """Refuse, before the weights are read, prompts of which the model would see nothing.
+    """Refuse, before the weights are read, prompts of which the model would see nothing; warn once of little.
 
     Raises:
         ConfigError: text cleaning empties one of them.
     """
     policy = next((policy for policy in POLICIES if policy == model.text_cleaning), None)
-    if policy is not None:
-        require_words(prompt, policy)
-        require_words(negative_prompt or "", policy, "negative prompt")
+    if policy is None:
+        return
+    for text, what in ((prompt, "prompt"), (negative_prompt or "", "negative prompt")):
+        cleaned = require_words(text, policy, what)
+        if lost_most(text, cleaned):
+            logger.warning(
+                "text cleaning %s, with which the model was trained, takes more than half of the letters of the %s: "
+                "%r becomes %r (told once)", policy, what, excerpt(text), excerpt(cleaned), extra={**AGREED, **ONCE},
+            )
 
 
 def video_shape(config: SampleConfig, state: Mapping[str, Any], wanted: object = None) -> VideoShape:

@@ -14,9 +14,10 @@ from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.runtime.files import read_jsonl
 
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
-LAYOUTS = {"single": (1, []), "dp2-pp2": (4, [PP, "2"])}
+LAYOUTS = {"single": (1, []), "dp2": (2, [])}
 LONG = {
     "single": (1, []),
+    "dp2-pp2": (4, [PP, "2"]),
     "tp2-sp": (2, [TP, "2", "--sequence-parallel"]),
     "cp2": (2, [CP, "2"]),
     "fsdp2": (2, ["--data-parallel-sharding-strategy", "optim_grads_params"]),
@@ -49,7 +50,7 @@ def require_equal(layouts: dict[str, tuple[int, list[str]]], folder: Path) -> No
         assert (save / "evaluation" / "curves.png").is_file()
 
 
-def test_replicas_and_pipeline_stages(tmp_path: Path) -> None:
+def test_replicas(tmp_path: Path) -> None:
     require_equal(LAYOUTS, tmp_path)
 
 

@@ -108,6 +108,15 @@ def test_prompts_that_cleaning_empties_are_refused_before_work(models, tmp_path,
         assert f"the {name.replace('-', ' ')} '一只猫' is empty after text cleaning full" in capsys.readouterr().err
 
 
+def test_prompts_that_lose_most_of_their_letters_are_told(models, tmp_path, capsys):
+    arguments = flags(models, tmp_path / "a.mp4", prompt="一只猫在跑 cat", vae=tmp_path / "absent")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "more than half of the letters of the prompt: '一只猫在跑 cat' becomes 'cat'" in error
+    assert main(flags(models, tmp_path / "a.mp4", prompt="a cat 猫", vae=tmp_path / "absent")) == 2
+    assert "half of the letters" not in capsys.readouterr().err
+
+
 def test_flags_win_over_the_recorded_size_and_a_video_gives_the_image(models, tmp_path):
     video = make_video(tmp_path / "source.mp4", frames=2, height=32, width=32)
     arguments = flags(

@@ -110,7 +110,7 @@ def test_step_report(tmp_path: Path) -> None:
     assert theirs["flops"] < ours["flops"]  # it has no image conditioning
     assert report["ratio_to_peer"] == pytest.approx(ours["seconds"] / theirs["seconds"])
     assert report["tokens"] == 12 and sum(part["share"] for part in report["parts"]) == pytest.approx(1.0)
-    assert report["host_reads"] == 1 and "1 reads by the host" in told
+    assert report["host_reads"] == 1 and "reads by the host: 1;" in told
     assert report["launches"] == sum(part["launches"] for part in report["parts"])
     parts = {part["part"]: part for part in report["parts"]}
     assert set(parts) == {*step_parts.KINDS, step_parts.REST}

@@ -78,7 +78,7 @@ def test_what_is_stored_is_what_the_encoders_make(corpus: Path, prepared: dict[s
             levels_BCTHW = torch.cat([image_CHW[None, :, None] / 255 * 2 - 1, torch.zeros(1, 3, 4, 16, 24)], dim=2)
             expected = (vae.encode(levels_BCTHW).latent_dist.mode()[0] - mean) / std
         torch.testing.assert_close(rows.inputs["grey_clip"], expected, atol=1e-4, rtol=1e-4)
-        assert (expected - plain.latents_CTHW).abs().max() > 0.1  # the video goes on, grey does not
+        assert (expected - plain.latents_CTHW).abs().max() > 0.01  # the video goes on, grey does not
         assert rows.inputs["image_rows"].dtype == torch.bfloat16
         assert torch.equal(rows.inputs["image_rows"], states[-2][0].bfloat16())
         assert not torch.equal(states[-2], states[-1])
