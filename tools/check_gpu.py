@@ -1,5 +1,4 @@
-"""Check this checkout on a card: kernels, losses against the CPU, bits, resume, sampling, host reads, ranks that share
-the card, speed.
+"""Check this checkout on a card: kernels, losses, bits, resume, sampling, host reads, ranks that share it, speed.
 
 Every step has processes and a limit of its own, and what fails does not stop the rest. The exit code is 0 if all
 passed, 1 if one failed, and 2 if nothing could begin: no card, or a package is missing.
@@ -268,26 +267,30 @@ def ranks(check: Check) -> str:
 
 def kernel_speed(check: Check) -> str:
     """The kernels' device time."""
-    sizes = ["--models", "tiny", *TOY, "--dtypes", "float32", "--operators", "gate_residual", "--skip", "inductor"]
+    toy = ["--models", "tiny", "--dtypes", "float32", "--operators", "gate_residual", "--skip", "inductor",
+           "--bucket-shapes", "2", "6", "4", *TOY]
     report = check.folder / "kernels.json"
     check.python("tools/bench_kernels.py", "--device", check.device, "--json", str(report),
-                 *(sizes if check.rehearse else ["--models", "1.3b", "--rounds", "3"]))
-    return f"{sum('ms' in row for row in json.loads(report.read_text())['rows'])} times"
+                 *(toy if check.rehearse else ["--models", "1.3b", "--rounds", "3"]))
+    found = json.loads(report.read_text())
+    return f"{sum('ms' in row for row in found['rows'])} times, starts: {len(found['starts'])}"
 
 
 def step_speed(check: Check) -> str:
-    """A step of the 1.3b beside diffusers' with compiled blocks."""
+    """A step of the 1.3b beside diffusers' with compiled blocks, and its parts beside their floors."""
     report = check.folder / "step.json"
-    sizes = ["--model", "tiny", *TOY, "--no-bf16", "--peer", "diffusers"]
+    toy = ["--model", "tiny", *TOY, "--no-bf16", "--peer", "diffusers"]
     check.python("tools/bench_step.py", "--device", check.device, "--json", str(report),
-                 *(sizes if check.rehearse else ["--rounds", "3", "--peer", "diffusers-compiled"]))
-    return f"time over the peer's {json.loads(report.read_text())['ratio_to_peer']:.3f}"
+                 *(toy if check.rehearse else ["--rounds", "3", "--peer", "diffusers-compiled"]))
+    found = json.loads(report.read_text())
+    told = ", ".join(f"{row['part']} {row['over_floor']:.2f}" for row in found["parts"] if row["over_floor"])
+    return f"time over the peer's {found['ratio_to_peer']:.3f}, {found['launches']} launches; over the floor: {told}"
 
 
 STEPS: dict[str, tuple[Callable[[Check], str], int]] = {
     "kernels": (kernels, 150), "cpu_losses": (cpu_losses, 60), "deterministic": (deterministic, 60),
     "resume": (resume, 45), "sampling": (sampling, 60), "host_reads": (host_reads, 45), "ranks": (ranks, 120),
-    "kernel_speed": (kernel_speed, 120), "step_speed": (step_speed, 150),
+    "kernel_speed": (kernel_speed, 180), "step_speed": (step_speed, 150),
 }  # fmt: skip
 """Steps with their limits in seconds."""
 
@@ -326,6 +329,8 @@ def _is_there(module: str) -> bool:
 
 def conditions(rehearse: bool) -> dict[str, Any]:
     """What the figures are of: commit, card, versions and date."""
+    import torch
+
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -337,14 +342,8 @@ def conditions(rehearse: bool) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"commit": commit, "device": "CPU, a rehearsal" if rehearse else _card(), "versions": versions,
-            "date": time.strftime("%Y-%m-%d")}
-
-
-def _card() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()
+    device = "CPU, a rehearsal" if rehearse else torch.cuda.get_device_name()
+    return {"commit": commit, "device": device, "versions": versions, "date": time.strftime("%Y-%m-%d")}
 
 
 def run_step(check: Check, name: str, limit: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ imported only when chosen. Resolve once, when a model is built.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -55,6 +56,7 @@ class KernelSpec:
         features: optional abilities of the operator, with the device types that have them.
         differentiable: whether gradients flow through it.
         deterministic: whether its gradients have the same bits each time, or it obeys torch's switch for that.
+        takes_compute_capability: whether the choice gives the function the device's ``compute_capability``, a keyword.
         timed: whether its speed on a card is known, measured or published; ``auto`` never takes what was not timed.
     """
 
@@ -74,6 +76,7 @@ class KernelSpec:
     features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     differentiable: bool = True
     deterministic: bool = True
+    takes_compute_capability: bool = False
     timed: bool = True
 
 
@@ -176,7 +179,10 @@ def resolve(
     preferred = [spec.name for spec in specs[:position]]
     why_not = tuple(f"{name}: {obstacles[name]}" for name in preferred if obstacles[name])
     spec = specs[position]
-    return Kernel(spec=spec, function=load_entry_point(spec), backward=load_backward(spec), why_not=why_not)
+    function = load_entry_point(spec)
+    if spec.takes_compute_capability and need.compute_capability is not None:
+        function = functools.partial(function, compute_capability=need.compute_capability)
+    return Kernel(spec=spec, function=function, backward=load_backward(spec), why_not=why_not)
 
 
 def load_entry_point(spec: KernelSpec) -> Callable[..., Any]:

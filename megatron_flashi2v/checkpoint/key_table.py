@@ -7,7 +7,7 @@ the state dicts of diffusers' ``WanTransformer3DModel`` and of both FlashI2V bra
 
 Sizes in shapes are symbols that a :class:`ModelConfig` gives values: d hidden, f feed-forward, P values in a patch of
 latents, in and P_in channels and values in a patch of the patch embedding's input (wider in paradigms that
-concatenate), text and freq input widths, pt ph pw the patch.
+concatenate), text, freq and image input widths, pt ph pw the patch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Module:
     """One row of the table: a module's tensors and its names.
 
     ``{i}`` is the block's number and ``{part}`` one of the projections that our tensor fuses. A tensor's key "" is a
-    parameter outside any module.
+    parameter outside any module. ``of_image_rows`` marks modules that only models with an image encoder's rows have.
     """
 
     ours: str
@@ -62,6 +62,7 @@ class Module:
     diffusers: str
     flashi2v_npu: str
     tensors: Mapping[str, Tensor]
+    of_image_rows: bool = False
 
     @property
     def in_blocks(self) -> bool:
@@ -115,6 +116,24 @@ def _attention(ours: str, original: str, diffusers: str, fused: str) -> tuple[Mo
     return tuple(rows)
 
 
+def _image_embedding(ours: str, original: str, diffusers: str, tensors: Mapping[str, Tensor]) -> Module:
+    """A row of the embedding of an image encoder's rows, which FlashI2V's branches have not."""
+    wan = f"img_emb.proj.{original}"
+    return Module(
+        ours=f"image_embedding.{ours}", wan=wan, diffusers=f"condition_embedder.image_embedder.{diffusers}",
+        flashi2v_npu=wan, tensors=tensors, of_image_rows=True,
+    )
+
+
+def _image_keys(ours: str, original: str, diffusers: str, tensors: Mapping[str, Tensor]) -> Module:
+    """A row of the keys and values of an image encoder's rows, likewise."""
+    wan = f"blocks.{{i}}.cross_attn.{original}"
+    return Module(
+        ours=f"blocks.{{i}}.cross_attention.{ours}", wan=wan, diffusers=f"blocks.{{i}}.attn2.{diffusers}",
+        flashi2v_npu=wan, tensors=tensors, of_image_rows=True,
+    )
+
+
 BACKBONE: tuple[Module, ...] = (
     Module(
         ours="patch_embedding",
@@ -137,6 +156,10 @@ BACKBONE: tuple[Module, ...] = (
         flashi2v_npu="text_embedding.linear_2",
         tensors=_linear("d", "d"),
     ),
+    _image_embedding("norm_in", "0", "norm1", {"weight": Tensor(shape=("image",)), "bias": Tensor(shape=("image",))}),
+    _image_embedding("linear_1", "1", "ff.net.0.proj", _linear("image", "image")),
+    _image_embedding("linear_2", "3", "ff.net.2", _linear("d", "image")),
+    _image_embedding("norm_out", "4", "norm2", _vectors("weight", "bias")),
     Module(
         ours="time_embedding.linear_1",
         wan="time_embedding.0",
@@ -174,6 +197,8 @@ BACKBONE: tuple[Module, ...] = (
         tensors=_vectors("weight", "bias"),
     ),
     *_attention("cross_attention", "cross_attn", "attn2", "linear_kv"),
+    _image_keys("linear_kv_image", "{part}_img", "add_{part}_proj", _linear((2, "d"), "d", FusedHeads(("k", "v")))),
+    _image_keys("norm_k_image", "norm_k_img", "norm_added_k", _vectors("weight")),
     Module(
         ours="blocks.{i}.mlp.linear_fc1",
         wan="blocks.{i}.ffn.0",
@@ -318,10 +343,12 @@ def parameter_count(config: ModelConfig) -> int:
 
 def _instances(config: ModelConfig) -> Iterator[tuple[Module, int]]:
     """Yield the backbone's modules with their block's number (0 outside of blocks), in the model's order."""
-    first = next(index for index, row in enumerate(BACKBONE) if row.in_blocks)
-    yield from ((row, 0) for row in BACKBONE[:first])
-    yield from ((row, block) for block in range(config.num_layers) for row in BACKBONE if row.in_blocks)
-    yield from ((row, 0) for row in BACKBONE[first:] if not row.in_blocks)
+    has_image_rows = paradigm_of(config).image_rows(config) > 0
+    rows = [row for row in BACKBONE if has_image_rows or not row.of_image_rows]
+    first = next(index for index, row in enumerate(rows) if row.in_blocks)
+    yield from ((row, 0) for row in rows[:first])
+    yield from ((row, block) for block in range(config.num_layers) for row in rows if row.in_blocks)
+    yield from ((row, 0) for row in rows[first:] if not row.in_blocks)
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
@@ -335,6 +362,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
         "P_in": channels * pt * ph * pw,
         "text": config.text_dim,
         "freq": config.freq_dim,
+        "image": config.image_dim,
         "pt": pt,
         "ph": ph,
         "pw": pw,

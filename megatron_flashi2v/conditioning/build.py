@@ -13,12 +13,15 @@ from megatron_flashi2v.conditioning.inpainting import Inpainting
 from megatron_flashi2v.conditioning.interface import ForeignModel, ImageConditioning
 from megatron_flashi2v.conditioning.repeat_concat import RepeatConcat
 from megatron_flashi2v.conditioning.text_to_video import TextToVideo
+from megatron_flashi2v.conditioning.wan_i2v import WanI2V
 from megatron_flashi2v.conditioning.zero_pad_concat import ZeroPadConcat
 from megatron_flashi2v.config.bounds import suggestion
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 
-BUILT_IN: tuple[type[ImageConditioning], ...] = (FlashI2V, RepeatConcat, ZeroPadConcat, Inpainting, TextToVideo)
+BUILT_IN: tuple[type[ImageConditioning], ...] = (
+    FlashI2V, RepeatConcat, ZeroPadConcat, WanI2V, Inpainting, TextToVideo
+)
 
 BASE = TextToVideo
 """The paradigm that every other one extends."""

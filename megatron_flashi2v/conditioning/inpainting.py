@@ -7,34 +7,42 @@ channels: latent frame 0 holds video frame 0 M times (the causal VAE compresses 
 video frames M(t-1)+1 to Mt. With one image given, all M channels are 1 at latent frame 0, and 0 after it.
 
 Wan fills the frames that are not given with zero *pixels* and encodes the whole clip, so that its latents after frame 0
-are those of grey frames seen after the image. Here they are zero *latents*: prepared latents suffice, the VAE is not
-needed in the training loop, and the mask says as much. Latent frame 0 is the same in both, as the VAE is causal. The
-weights of Wan2.2's I2V models fit in shape, but were trained on the former.
+are those of grey frames seen after the image; ``wan_i2v.py`` does the same. Here they are zero *latents*: prepared
+latents suffice, the VAE is not needed in the training loop, and the mask says as much. Latent frame 0 is the same in
+both, as the VAE is causal. A run can start from the weights of Wan's I2V models, which were trained on the former.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, ForeignModel, ImageConditioning
+from megatron_flashi2v.conditioning.interface import ConditionedInput, Extras, ImageConditioning
 from megatron_flashi2v.config.model import ModelConfig
 
-WAN_TEMPORAL_STRIDE = 4
-"""Video frames for each latent frame of Wan's VAEs."""
+
+def over_frames(first_BC1HW: Tensor, frames: int) -> Tensor:
+    """The first latent frame with zeros after it, [B, C, T, H, W]."""
+    return F.pad(first_BC1HW, (0, 0, 0, 0, 0, frames - 1))
+
+
+def first_frame_mask(latents_BCTHW: Tensor, channels: int) -> Tensor:
+    """The folded mask of a clip whose first frame is given, fp32 [B, M, T, H, W]."""
+    batch, _, frames, height, width = latents_BCTHW.shape
+    return over_frames(latents_BCTHW.new_ones((batch, channels, 1, height, width), dtype=torch.float32), frames)
 
 
 class Inpainting(ImageConditioning):
     """Mask channels and the image at latent frame 0, beside the latents' channels, in Wan's order."""
 
     name = "inpainting"
-    config_fields = ("mask_channels",)
+    config_fields: ClassVar[tuple[str, ...]] = ("mask_channels",)
     wan_model_type = "i2v"
-    told_by = f"twice as many and {WAN_TEMPORAL_STRIDE}"
 
     def __init__(self, config: ModelConfig, *unused: object) -> None:
         super().__init__(config)
@@ -42,11 +50,9 @@ class Inpainting(ImageConditioning):
 
     def forward(self, noisy_BCTHW: Tensor, image_latents_BC1HW: Tensor, extras: Extras) -> ConditionedInput:
         """Concatenate the folded mask and the image, padded with zero latents to all frames."""
-        batch, _, frames, height, width = noisy_BCTHW.shape
-        given_BM1HW = noisy_BCTHW.new_ones((batch, self.mask_channels, 1, height, width), dtype=torch.float32)
-        known_BC1HW = torch.cat([given_BM1HW, image_latents_BC1HW.float()], dim=1)
-        known_BCTHW = F.pad(known_BC1HW, (0, 0, 0, 0, 0, frames - 1))
-        return ConditionedInput(torch.cat([noisy_BCTHW.float(), known_BCTHW], dim=1))
+        image_BCTHW = over_frames(image_latents_BC1HW.float(), noisy_BCTHW.shape[2])
+        mask_BMTHW = first_frame_mask(noisy_BCTHW, self.mask_channels)
+        return ConditionedInput(torch.cat([noisy_BCTHW.float(), mask_BMTHW, image_BCTHW], dim=1))
 
     @classmethod
     def added_channels(cls, config: ModelConfig) -> int:
@@ -54,15 +60,16 @@ class Inpainting(ImageConditioning):
         return config.mask_channels + config.latent_channels
 
     @classmethod
-    def fit_to_data(cls, config: ModelConfig, temporal_stride: int) -> ModelConfig:
+    def fit_to_data(
+        cls, config: ModelConfig, temporal_stride: int | None, inputs: Mapping[str, tuple[int, ...]]
+    ) -> ModelConfig:
         """The mask has as many channels as a latent frame has video frames."""
-        return dataclasses.replace(config, mask_channels=temporal_stride)
+        return config if temporal_stride is None else dataclasses.replace(config, mask_channels=temporal_stride)
 
     @classmethod
-    def recognise(cls, foreign: ForeignModel) -> dict[str, Any] | None:
-        """By the mask's channels, as many as Wan's VAEs have frames for each latent frame."""
-        mask_channels = foreign.input_channels - 2 * foreign.latent_channels
-        return {"mask_channels": mask_channels} if mask_channels == WAN_TEMPORAL_STRIDE else None
+    def starts_from(cls, other: type[ImageConditioning], config: ModelConfig) -> bool:
+        """From models of the latents alone, and from others with a mask in the same channels."""
+        return super().starts_from(other, config) or issubclass(other, Inpainting)
 
     @classmethod
     def card_rows(cls, config: ModelConfig) -> dict[str, str]:

@@ -7,7 +7,7 @@ the key table, converters, FLOP counts and model cards ask the class, and know n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,10 +37,13 @@ class ConditionedInput:
             come first.
         guidance_BCTHW: a second field over the same grid, embedded by the paradigm's ``embed_guidance`` and added to
             the tokens; None where the paradigm has none.
+        image_rows_BRX: rows of an image encoder, as many as the paradigm's ``image_rows``, that cross-attention reads
+            by keys and values of their own; None where the paradigm has none.
     """
 
     latents_BCTHW: Tensor
     guidance_BCTHW: Tensor | None = None
+    image_rows_BRX: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +69,14 @@ class ForeignModel:
         latent_channels: channels of the output.
         input_channels: channels of the patch embedding's input.
         column: the key table's column that the tensors are named by.
+        image_dim: width of the image encoder's rows that the model has a branch for; 0 without one.
         shape_of: shape of a tensor, by its name in that column and the number of its dimensions; None if there is none.
     """
 
     latent_channels: int
     input_channels: int
     column: str = "diffusers"
+    image_dim: int = 0
     shape_of: Callable[[str, int], tuple[int, ...] | None] = lambda name, dimensions: None
 
 
@@ -126,7 +131,7 @@ class ImageConditioning(nn.Module, ABC):
         Args:
             noisy_BCTHW: sigma * noise + (1 - sigma) * latents, fp32.
             image_latents_BC1HW: normalised latents of the condition image, fp32.
-            extras: rows of :meth:`training_extras` or :meth:`sampling_extras`.
+            extras: rows of :meth:`training_extras` or :meth:`sampling_extras`, and the :meth:`stored_inputs`.
         """
 
     def embed_guidance(self, patches_SBP: Tensor) -> Tensor:
@@ -154,17 +159,33 @@ class ImageConditioning(nn.Module, ABC):
         return {}
 
     @classmethod
+    def stored_inputs(cls, config: ModelConfig, latent_shape: Sequence[int]) -> Mapping[str, tuple[int, ...]]:
+        """Tensors that a sample must hold for this paradigm beside latents and text, by name, with their shapes.
+
+        They come to :meth:`forward` among the extras. ``latent_shape`` is the sample's (C, T, H, W).
+        """
+        return {}
+
+    @classmethod
+    def image_rows(cls, config: ModelConfig) -> int:
+        """Rows of an image encoder that every block attends to; 0 where there are none."""
+        return 0
+
+    @classmethod
     def added_channels(cls, config: ModelConfig) -> int:
         """Channels that the paradigm appends to the noisy latents."""
         return 0
 
     @classmethod
-    def fit_to_data(cls, config: ModelConfig, temporal_stride: int) -> ModelConfig:
+    def fit_to_data(
+        cls, config: ModelConfig, temporal_stride: int | None, inputs: Mapping[str, tuple[int, ...]]
+    ) -> ModelConfig:
         """The configuration, completed from the data.
 
         Args:
             config: as the flags made it.
-            temporal_stride: video frames for each latent frame after the first.
+            temporal_stride: video frames for each latent frame after the first; None where there is only the first.
+            inputs: shapes of what a sample holds beside latents and text, see :meth:`stored_inputs`.
         """
         return config
 

@@ -238,6 +238,8 @@ def _broken_type(kind: Any, value: Any) -> str | None:
 
 def _broken_path(path: str) -> str | None:
     """The rule that a path breaks where no file can have it: it would be found only when the file is wanted."""
+    if not path:
+        return "a path that is not empty"
     if "\0" in path:
         return "a path without the character of code 0"
     longest = max((len(os.fsencode(name)) for name in path.split("/")), default=0)

@@ -32,10 +32,16 @@ class EncodingSources:
     """Folder of transformers' UMT5EncoderModel, likewise."""
     tokenizer: Path | None = None
     """Folder of the text encoder's tokenizer, likewise."""
+    image_encoder: Path | None = None
+    """Folder of transformers' CLIPVisionModel, likewise, with its image processor: its rows of each condition image are
+    stored too, for --conditioning wan_i2v."""
 
     def missing(self) -> list[str]:
-        """Names of the fields that are not set."""
-        return [one.name for one in dataclasses.fields(self) if getattr(self, one.name) is None]
+        """Names of the fields that are not set and must be."""
+        return [
+            one.name for one in dataclasses.fields(self)
+            if one.name != "image_encoder" and getattr(self, one.name) is None
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,9 @@ class ClipSettings:
     picture: PictureReading = "shown"
     """Read the picture that players show (square pixels, mirrors, HDR and transparency resolved, BT.709 from 720 lines
     on), or pixels as they are stored, as FlashI2V's reference does."""
+    grey_clip: bool = False
+    """Store the latents of the clip that shows the image and then mid grey, for --conditioning wan_i2v without an image
+    encoder (Wan2.2); --image-encoder stores them as well."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the VAE; bfloat16 is faster and rounds the latents, which are stored in float32 either way."""
 

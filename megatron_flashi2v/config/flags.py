@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_flashi2v.config.bounds import nearest
@@ -19,6 +20,7 @@ from megatron_flashi2v.config.megatron_flags import habitual_flag
 
 _FLAG = re.compile(r"--([A-Za-z][\w-]*)(?=$|[ =])")
 _RULE = re.compile(r"[─-]{4,}")
+_NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def parse_words(
@@ -57,6 +59,7 @@ def convert(flags: Sequence[Flag], words: Sequence[str]) -> dict[str, Any]:
     """
     import tyro  # it takes longer to import than the help takes to print
 
+    _check_words(flags, words)
     fields: list[Any] = []
     for flag in flags:
         named = tyro.conf.arg(name=flag.spelling.removeprefix("--"), metavar=_metavar(flag))
@@ -73,10 +76,42 @@ def convert(flags: Sequence[Flag], words: Sequence[str]) -> dict[str, Any]:
     return {flag.name: getattr(found, f"{flag.name}_") for flag in flags}
 
 
-def word_count(kind: Any) -> int | None:
-    """Words that follow a flag of this type; None is any number."""
+def _check_words(flags: Sequence[Flag], words: Sequence[str]) -> None:
+    """Refuse what is no number, and an empty word in place of a path, which would mean the working directory."""
+    kinds = {flag.spelling: _given_kind(flag.kind) for flag in flags}
+    kind: Any = None
+    name = ""
+    for word in words:
+        found = _FLAG.match(word)
+        if found is not None:
+            name = found[0].replace("_", "-")
+            kind = kinds.get(name)
+        value = word if found is None else word[found.end() + 1 :] if "=" in word else None
+        if value is None:
+            continue
+        if not value and _takes_path(kind):
+            raise ConfigError(f"{name} is empty; it must be a path (a shell variable that is not set leaves it empty)")
+        if kind in _NUMBERS:
+            try:
+                kind(value)
+            except ValueError:
+                raise ConfigError(f"{name} is {value!r}; it must be {_NUMBERS[kind]}") from None
+
+
+def _takes_path(kind: Any) -> bool:
+    return kind is Path or any(map(_takes_path, typing.get_args(kind)))
+
+
+def _given_kind(kind: Any) -> Any:
+    """The type of a value that is given, without None."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         (kind,) = (one for one in typing.get_args(kind) if one is not type(None))
+    return kind
+
+
+def word_count(kind: Any) -> int | None:
+    """Words that follow a flag of this type; None is any number."""
+    kind = _given_kind(kind)
     if kind is bool:
         return 0
     if typing.get_origin(kind) is not tuple:

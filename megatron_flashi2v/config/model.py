@@ -10,7 +10,7 @@ from megatron_flashi2v.config.bounds import AtLeast, check_bounds
 from megatron_flashi2v.config.errors import ConfigError
 
 PHI_ORDERS = ("conv_then_broadcast", "repeat_then_conv")
-FREE_OF_WEIGHTS = ("text_length", "text_cleaning")
+FREE_OF_WEIGHTS = ("text_length", "text_cleaning", "image_rows")
 """Fields that weights can be taken over from without being equal."""
 
 
@@ -39,6 +39,9 @@ class ModelConfig:
         phi_order: whether the shift is computed on the single image frame and broadcast over time, or on the
             frame repeated over time (what the released 3x3x3 weights need); one of :data:`PHI_ORDERS`.
         mask_channels: channels of inpainting's mask: video frames for each latent frame (the VAE's temporal stride).
+        image_dim: width of the image encoder's rows that cross-attention reads, where the paradigm has such a branch; 0
+            without it, as in Wan2.2's models.
+        image_rows: how many such rows an image has: the encoder's patches and its class token.
         text_cleaning: how captions were cleaned before tokenising; inference must do the same.
     """
 
@@ -57,6 +60,8 @@ class ModelConfig:
     phi_hidden_channels: Count = 64
     phi_order: str = "conv_then_broadcast"
     mask_channels: Count = 4
+    image_dim: Annotated[int, AtLeast(0)] = 1280
+    image_rows: Count = 257
     text_cleaning: str = "full"
 
     def __post_init__(self) -> None:

@@ -231,6 +231,7 @@ def _shown(value: Any) -> str:
     """For a message: a few lines of YAML can hold one word a thousand million times."""
     short = reprlib.Repr()
     short.maxlevel = 2
+    short.maxstring = 1000  # cut in its middle, an address loses what tells that its end is a key
     return short.repr(value)
 
 

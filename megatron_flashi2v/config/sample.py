@@ -66,14 +66,16 @@ class SampleConfig(FlagNames):
 
     load: Path
     """Checkpoint: the folder given to `train --save` (its latest iteration), one of its iter_* folders, or a
-    release; one release can be given to the next three too."""
-    vae: Path
+    release, which holds what the next three name."""
+    vae: Path | None = None
     """Folder of the video VAE that prepared the training data (diffusers' layout), or of a release with it, or
-    OWNER/NAME:SUBFOLDER of a Hub repository."""
-    text_encoder: Path
+    OWNER/NAME:SUBFOLDER of a Hub repository; by default the one of the release that --load names."""
+    text_encoder: Path | None = None
     """Folder of the text encoder that prepared the training data (transformers' layout), likewise."""
-    tokenizer: Path
+    tokenizer: Path | None = None
     """Folder of the text encoder's tokenizer, likewise."""
+    image_encoder: Path | None = None
+    """Folder of the image encoder, where the model attends to its rows (wan_i2v), likewise."""
     image: Path | None = None
     """First frame: a png or jpg, or a video whose first frame is taken; only a text-to-video model needs none."""
     prompt: str | None = None

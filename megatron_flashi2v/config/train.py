@@ -39,7 +39,9 @@ class ModelArguments:
     latent_channels: Annotated[int | None, AtLeast(1)] = None
     """Override the channels of the VAE's latents."""
     conditioning: str = "flashi2v"
-    """Image-to-video paradigm: flashi2v, repeat_concat, zero_pad_concat, inpainting or text_to_video."""
+    """Image-to-video paradigm: flashi2v, repeat_concat, zero_pad_concat, wan_i2v, inpainting or text_to_video."""
+    image_embed_dim: Annotated[int, AtLeast(0)] = 1280
+    """Width of the image encoder's rows that wan_i2v attends to, as in Wan2.1; 0 has no such branch, as in Wan2.2."""
     phi_kernel: Literal["1x3x3", "3x3x3"] = "1x3x3"
     """Kernel of FlashI2V's latent shift."""
     phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] = "conv_then_broadcast"

@@ -73,6 +73,7 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
         conditioning = BASE.name
         if run.starts_from(paradigm, found):
             compared = dataclasses.replace(found, conditioning=BASE.name)
+            meaningful = tuple(set(run.meaningful_fields(model)) & set(paradigm.meaningful_fields(found)))
     # Fields that shape no weight that is taken over may differ.
     free = (*FREE_OF_WEIGHTS, *(field for field in paradigm_fields() if field not in meaningful))
     wanted = {name: getattr(compared, name) for name in free}

@@ -45,13 +45,12 @@ class _Other:
     step: str
 
 
-_BRANCH = "which no paradigm here has; give the weights of a text-to-video model or of Wan2.2-I2V-A14B"
+_BRANCH = "which no paradigm here has; give the weights of a text-to-video model or of Wan's I2V"
 
-_CLIP_BRANCH = _Other(
-    r"img_emb\.proj\.1\.weight|image_embedder\.ff\.net\.0\.proj\.weight|cross_attn\.k_img\.weight"
-    r"|attn2\.add_k_proj\.weight",
-    "Wan2.1's image-to-video model (I2V): it has a branch for CLIP's rows,", _BRANCH,
-)  # fmt: skip
+_FIRST_AND_LAST = _Other(
+    r"img_emb\.emb_pos|image_embedder\.pos_embed",
+    "Wan2.1's model of first and last frames (FLF2V): it has positions for the rows of two images,", _BRANCH,
+)
 
 _OTHERS = (
     _Other(
@@ -72,7 +71,7 @@ _OTHERS = (
     ),
     _Other(
         r"visual\.(transformer\.0\.attn\.to_qkv|conv1|patch_embedding)\.weight|embeddings\.patch_embedding\.weight",
-        "a CLIP image encoder", "no paradigm here uses one; give the transformer's weights",
+        "a CLIP image encoder", "give the transformer's weights here, and a folder of transformers' to --image-encoder",
     ),
     _Other(r"vace_patch_embedding\.weight", "Wan's VACE: it has blocks for a control video,", _BRANCH),
     _Other(r"(ref_conv|control_adapter\.conv)\.weight", "a control model: it has a branch for control,", _BRANCH),
@@ -81,15 +80,11 @@ _OTHERS = (
         r"|pose_patch_embedding)(\.weight)?",
         "Wan's model for speech or animation: it has a branch for sound or a face,", _BRANCH,
     ),
-    _Other(
-        r"img_emb\.emb_pos|image_embedder\.pos_embed",
-        "Wan2.1's model of first and last frames (FLF2V): it has a branch for CLIP's rows,", _BRANCH,
-    ),
-    _CLIP_BRANCH,
+    _FIRST_AND_LAST,
 )  # fmt: skip
 
-WAN_I2V = f"{_CLIP_BRANCH.what} {_CLIP_BRANCH.step}"
-"""For a message on Wan2.1's image-to-video models."""
+FIRST_AND_LAST = f"{_FIRST_AND_LAST.what} {_FIRST_AND_LAST.step}"
+"""For a message on Wan2.1's models of first and last frames."""
 
 
 def format_of_names(names: Collection[str]) -> str | None:

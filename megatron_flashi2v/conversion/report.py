@@ -52,6 +52,7 @@ class ConversionReport:
         model: the model's configuration.
         tensors: every tensor of the model, by our name.
         left_out: other entries of the source.
+        non_finite: numbers of values that are NaN or infinite and were kept, by the source's tensor.
         notes: assumptions and caveats.
         verified: whether both sides were read again and compared.
         forward: result of a forward pass on both sides, if there was one.
@@ -62,6 +63,7 @@ class ConversionReport:
     model: Mapping[str, Any]
     tensors: Mapping[str, TensorReport]
     left_out: tuple[str, ...]
+    non_finite: Mapping[str, int]
     notes: tuple[str, ...]
     verified: bool
     forward: str
@@ -80,6 +82,9 @@ class ConversionReport:
             lines.append(f"{len(cast)} tensors cast ({', '.join(pairs)})")
         if self.left_out:
             lines.append(f"{len(self.left_out)} entries of the source left out ({listed(self.left_out)})")
+        if self.non_finite:
+            total = sum(self.non_finite.values())
+            lines.append(f"{total} values that are NaN or infinite kept ({listed(list(self.non_finite))})")
         if self.verified:
             lines.append(f"verified: all {len(self.tensors)} tensors read again on both sides, equal bit for bit")
         if self.forward:
@@ -123,6 +128,7 @@ def make_report(
             for name, shape in parameter_shapes(weights.config).items()
         },
         left_out=weights.left_out,
+        non_finite=weights.non_finite,
         notes=(*weights.notes, *caveats),
         verified=bool(digests),
         forward=forward,

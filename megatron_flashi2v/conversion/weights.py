@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,11 @@ class Weights(ABC):
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = {}
 
+    @cached_property
+    def non_finite(self) -> dict[str, int]:
+        """Numbers of values that are NaN or infinite and were read all the same, by the source's tensor."""
+        return {}
+
     @abstractmethod
     def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
         """Dtypes of the source's tensors that hold our tensor ``name``."""
@@ -103,6 +108,32 @@ class Weights(ABC):
         Raises:
             CheckpointError: it cannot be read, or holds values that are NaN or infinite.
         """
+
+    def converted(self, key: str, label: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What was read, in another dtype; for :meth:`read`.
+
+        Args:
+            key: the tensor's name in the source.
+            label: the same with its file, for messages.
+            tensor: its values, or some of them.
+            dtype: to convert to.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, or a finite one is too large for the dtype.
+        """
+        finite = tensor.isfinite()
+        count = int(tensor.numel() - finite.sum())
+        if count and not self.options.keep_non_finite:
+            raise CheckpointError(
+                f"{label} holds {count} of {tensor.numel()} values that are NaN or infinite; use another copy, or a "
+                "checkpoint from before (convert --keep-non-finite takes them as they are)"
+            )
+        if count:
+            self.non_finite[key] = count
+        converted = tensor.to(dtype)
+        if dtype == torch.float16 and bool((converted.isinf() & finite).any()):
+            raise CheckpointError(f"{label} holds values too large for float16; choose bfloat16 or float32")
+        return converted
 
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -160,7 +191,7 @@ class ExternalWeights(Weights):
 
         def read(external: str, part: Box) -> torch.Tensor:
             tensor = self._tensors[external]
-            return cast(f"{tensor.path}: tensor {external}", tensor.read(part), dtype, self.options)
+            return self.converted(external, f"{tensor.path}: tensor {external}", tensor.read(part), dtype)
 
         return entry.read(read, whole_box(entry.shape) if box is None else box)
 
@@ -194,25 +225,6 @@ def external_groups(weights: Weights, entries: Sequence[Mapped], prefix: str = "
 
 def _split(weights: Weights, entry: Mapped) -> tuple[torch.Tensor, ...]:
     return entry.to_external(weights.read(entry.ours))
-
-
-def cast(label: str, tensor: torch.Tensor, dtype: torch.dtype, options: ReadOptions) -> torch.Tensor:
-    """Convert a tensor to another dtype.
-
-    Raises:
-        CheckpointError: a value is NaN or infinite, or a finite one is too large for the dtype.
-    """
-    finite = tensor.isfinite()
-    if not options.keep_non_finite and not bool(finite.all()):
-        count = int(tensor.numel() - finite.sum())
-        raise CheckpointError(
-            f"{label} holds {count} of {tensor.numel()} values that are NaN or infinite; use another copy, or a "
-            "checkpoint from before (convert --keep-non-finite takes them as they are)"
-        )
-    converted = tensor.to(dtype)
-    if dtype == torch.float16 and bool((converted.isinf() & finite).any()):
-        raise CheckpointError(f"{label} holds values too large for float16; choose bfloat16 or float32")
-    return converted
 
 
 def plan_shards(groups: Sequence[TensorGroup], max_bytes: int) -> list[list[TensorGroup]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.errors import DataError
+from megatron_flashi2v.runtime.text import excerpt
 
 MAX_LINE = 2**20
 """Bytes of one line of JSON lines or CSV."""
@@ -109,8 +110,17 @@ def _kind(path: Path) -> str:
         return "lines" if isinstance(value, dict) and (ending != ".json" or "path" in value) else "json"
     if ending == ".json" or re.match(r"\[\s*(\{|\]|$)", line):
         return "json"
-    columns = {name.strip() for name in re.split("[,\t]", line)}
-    return "csv" if {"path", "cap"} <= columns else "list"
+    return "list" if _delimiter(line) is None else "csv"
+
+
+def _delimiter(header: str) -> str | None:
+    """What divides the columns that a first line names; None where path and cap are not among them.
+
+    Spreadsheets write semicolons where a comma is the decimal sign.
+    """
+    return next(
+        (mark for mark in ",\t;" if {"path", "cap"} <= {name.strip(' "') for name in header.split(mark)}), None
+    )
 
 
 def _parsed(text: str) -> Any:
@@ -129,7 +139,7 @@ def _read_list(path: Path) -> list[tuple[Path, Path]]:
         parts = [part.strip() for part in row] if isinstance(row, list) else [row]
         if len(parts) != 2 or not all(parts):
             raise DataError(
-                f"--annotations {path}: line {number} is {','.join(parts)[:80]!r}; it must be root_dir,meta.json "
+                f"--annotations {path}: line {number} is {excerpt(','.join(parts))!r}; it must be root_dir,meta.json "
                 f'("..." around a name with a comma). Annotations are {SCHEMA}'
             )
         root, file = (_resolve(part, path.parent) for part in parts)
@@ -172,14 +182,15 @@ def _line_entries(root: Path, path: Path) -> Iterator[RawEntry]:
             continue
         if line.strip():
             value = _parsed(line)
-            problem = None if value is not None else f"is {line.strip()[:60]!r}; it must be a JSON object"
+            problem = None if value is not None else f"is {excerpt(line.strip())!r}; it must be a JSON object"
             yield RawEntry(root=root, source=f"{path} line {lines.number}", value=value, problem=problem)
 
 
 def _csv_entries(root: Path, path: Path) -> Iterator[RawEntry]:
     lines = _Lines(path)
     with path.open("rb") as file:
-        delimiter = "\t" if b"\t" in file.readline(MAX_LINE) else ","
+        first = file.readline(MAX_LINE).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
+    delimiter = _delimiter(first) or ","
     rows = _rows(csv.reader(lines, delimiter=delimiter, strict=True), lines)
     header = next((row for _, row in rows), "is empty")
     if not isinstance(header, list):
@@ -187,15 +198,20 @@ def _csv_entries(root: Path, path: Path) -> Iterator[RawEntry]:
     names = [name.strip() for name in header]
     if not {"path", "cap"} <= set(names):
         raise DataError(
-            f"annotation file {path}: its columns are {', '.join(names)[:80]}; it must have path and cap, and may have "
-            "fps, num_frames, height, width, cut, crop and motion; rename them in its first line"
+            f"annotation file {path}: its columns are {excerpt(', '.join(names))}; it must have path and cap, and may "
+            "have fps, num_frames, height, width, cut, crop and motion; rename them in its first line"
         )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"annotation file {path}: its first line names the column {twice!r} twice; keep one of them")
     for number, row in rows:
         source = f"{path} line {number}"
         if isinstance(row, str):
             yield RawEntry(root=root, source=source, problem=row)
         elif len(row) != len(names):
-            problem = f'has {len(row)} fields, the first line {len(names)}; "..." must enclose a field with a comma'
+            problem = (
+                f'has {len(row)} fields, the first line {len(names)}; "..." must enclose a field with a {delimiter!r}'
+            )
             yield RawEntry(root=root, source=source, problem=problem)
         else:
             yield RawEntry(root=root, source=source, value=_from_cells(dict(zip(names, row, strict=True))))
@@ -287,8 +303,8 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._file.readline(MAX_LINE + 1)
-        if not line:
+        line = b"" if self._file.closed else self._file.readline(MAX_LINE + 1)
+        if not line:  # a reader of CSV asks once more after quotes that are never closed
             self._file.close()
             raise StopIteration
         self.number += 1
@@ -312,8 +328,11 @@ def _rows(reader: Iterator[list[str]], lines: _Lines) -> Iterator[tuple[int, lis
             row = next(reader)
         except StopIteration:
             return
-        except (csv.Error, _LineError) as error:
+        except _LineError as error:
             yield number, str(error)
+            continue
+        except csv.Error as error:
+            yield number, f"is no CSV ({error}); mend its quotes, or shorten the cell"
             continue
         if any(cell.strip() for cell in row):
             yield number, row

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.annotation_files import MAX_FIELD, SCHEMA, raw_entries
 from megatron_flashi2v.data.reasons import Drop, DroppedEntry
-from megatron_flashi2v.runtime.text import encodable, shown
+from megatron_flashi2v.runtime.text import encodable, excerpt, shown
 
 MAX_PATH = 4096
 """Characters of a path; Linux takes no more bytes."""
@@ -247,5 +247,4 @@ def _number(name: str, value: Any, *, above: float | None = None) -> float | Non
 
 def _shown(value: Any) -> str:
     """The value as JSON, shortened."""
-    text = "missing" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return "missing" if value is None else excerpt(json.dumps(value, ensure_ascii=False))

@@ -19,7 +19,7 @@ MAX_SUBSTITUTES = 100
 """Samples that may be tried for one position before the data set is taken for unreadable."""
 
 _OF_BUCKET = ("latent_shape", "frames", "height", "width")
-_FREE = ("text_length",)
+_FREE = ("text_length", "inputs", "image_encoder")
 
 
 class SampleSource(Protocol):

@@ -9,6 +9,7 @@ from megatron_flashi2v.config.clips import CaptionSettings
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.encoders.text_cleaning import clean_text, lost_most
 from megatron_flashi2v.runtime.logging import AGREED
+from megatron_flashi2v.runtime.text import excerpt
 
 LOOKED_AT = 256
 """Annotations, evenly spread, whose captions are cleaned before work begins."""
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def example_of(raw: str, cleaned: str) -> str:
     """A caption before and after, shortened."""
-    return f"{_short(raw)!r} becomes {_short(cleaned)!r}"
+    return f"{excerpt(raw, _SHOWN)!r} becomes {excerpt(cleaned, _SHOWN)!r}"
 
 
 def warn_of_emptied(entries: Sequence[Entry], settings: CaptionSettings) -> None:
@@ -37,7 +38,3 @@ def warn_of_emptied(entries: Sequence[Entry], settings: CaptionSettings) -> None
             "--text-cleaning light keeps them",
             len(captions), len(emptied), example_of(*emptied[0]), extra=AGREED,
         )  # fmt: skip
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

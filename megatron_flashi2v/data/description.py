@@ -15,7 +15,8 @@ from megatron_flashi2v.data.shards import SHARD_PATTERN, ShardIndex, shard_name
 from megatron_flashi2v.runtime.files import atomic_write_bytes, atomic_write_json, read_json_object
 
 DATASET_FORMAT = "megatron_flashi2v-dataset"
-DATASET_VERSION = 1
+DATASET_VERSION, WITH_INPUTS_VERSION = 1, 2
+"""The latter's samples hold further tensors, see :attr:`DataInfo.inputs`."""
 DATASET_FILE = "dataset.json"
 EMPTY_TEXT_FILE = "empty_text.safetensors"
 
@@ -35,6 +36,9 @@ class DataInfo:
         width: pixels.
         vae: settings of the VAE that made the latents, JSON-ready.
         text_encoder: settings of the text encoder that made the rows, JSON-ready.
+        inputs: shapes of the tensors that each sample holds beside latents and text, for the paradigms that take them
+            (``ImageConditioning.stored_inputs``), by name.
+        image_encoder: settings of the image encoder that made some of them, JSON-ready.
     """
 
     latent_shape: tuple[int, int, int, int]
@@ -47,6 +51,8 @@ class DataInfo:
     width: int
     vae: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    image_encoder: dict[str, Any] = field(default_factory=dict)
 
     @property
     def temporal_stride(self) -> int | None:
@@ -55,14 +61,17 @@ class DataInfo:
         return None if latent_frames == 1 else (self.frames - 1) // (latent_frames - 1)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return {**asdict(self), "latent_shape": list(self.latent_shape)}
+        """A JSON-ready dictionary; what earlier versions did not have is left out where it is empty."""
+        values = {**asdict(self), "latent_shape": list(self.latent_shape)}
+        values["inputs"] = {name: list(shape) for name, shape in self.inputs.items()}
+        return {name: value for name, value in values.items() if value or name not in ("inputs", "image_encoder")}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DataInfo:
         """The reverse of :meth:`to_json`; malformed values raise KeyError, TypeError or ValueError."""
         channels, frames, height, width = (int(size) for size in values["latent_shape"])
-        return cls(**{**values, "latent_shape": (channels, frames, height, width)})
+        inputs = {name: tuple(map(int, shape)) for name, shape in values.get("inputs", {}).items()}
+        return cls(**{**values, "latent_shape": (channels, frames, height, width), "inputs": inputs})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +129,7 @@ def write_description(
     atomic_write_bytes(folder / EMPTY_TEXT_FILE, safetensors.torch.save(rows))
     values = {
         "format": DATASET_FORMAT,
-        "version": DATASET_VERSION,
+        "version": WITH_INPUTS_VERSION if info.inputs else DATASET_VERSION,
         "samples": sum(shard.samples for shard in shards),
         "bytes": sum(shard.bytes for shard in shards),
         "fingerprint": fingerprint,
@@ -148,8 +157,11 @@ def read_description(folder: Path) -> DatasetDescription:
     values = read_json_object(path, error=DataError)
     if values.get("format") != DATASET_FORMAT:
         raise DataError(f"{path}: not a data set's description (its format must be {DATASET_FORMAT!r})")
-    if values.get("version") != DATASET_VERSION:
-        raise DataError(f"{path}: version {values.get('version')!r}; this program reads version {DATASET_VERSION}")
+    known = (DATASET_VERSION, WITH_INPUTS_VERSION)
+    if values.get("version") not in known:
+        raise DataError(
+            f"{path}: version {values.get('version')!r}; this program reads {' and '.join(map(str, known))}"
+        )
     try:
         description = DatasetDescription(
             info=DataInfo.from_json(values["info"]),

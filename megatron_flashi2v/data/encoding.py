@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_flashi2v.conditioning.wan_i2v import GREY_CLIP, IMAGE_ROWS
 from megatron_flashi2v.config.clips import given
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.config.prepare import EncodingConfig
@@ -21,8 +22,11 @@ from megatron_flashi2v.data.captions import example_of
 from megatron_flashi2v.data.clips import Frames, choose_caption
 from megatron_flashi2v.data.decoder import Decoder
 from megatron_flashi2v.data.description import DataInfo
+from megatron_flashi2v.data.prepared import PreparedSample
 from megatron_flashi2v.data.reasons import Drop, DroppedEntry
 from megatron_flashi2v.data.shards import ShardIndex, ShardWriter
+from megatron_flashi2v.encoders.image import ImageEncoder
+from megatron_flashi2v.encoders.image_inputs import encode_image_inputs
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import clean_text, lost_most
 from megatron_flashi2v.encoders.video_vae import VideoVAE
@@ -41,7 +45,9 @@ def make_decoder(config: EncodingConfig) -> Decoder:
 
 
 class Encoders:
-    """The VAE and the text encoder, loaded when first needed (a run that finds everything done loads nothing).
+    """The VAE, the text encoder and, if asked for, the image encoder, loaded when first needed.
+
+    A run that finds everything done loads nothing.
 
     Args:
         config: checked.
@@ -74,11 +80,22 @@ class Encoders:
         )
 
     @functools.cached_property
+    def image(self) -> ImageEncoder | None:
+        """The image encoder; None where none is asked for."""
+        folder = self._sources.image_encoder
+        return None if folder is None else ImageEncoder.load(folder, self._device)
+
+    @functools.cached_property
     def info(self) -> DataInfo:
         """Properties common to all samples."""
-        wanted = self._wanted
+        wanted, image = self._wanted, self.image
+        latent_shape = self.vae.latent_shape(wanted.num_frames, wanted.height, wanted.width)
+        stores_clip = self._clips.grey_clip or image is not None
+        inputs: dict[str, tuple[int, ...]] = {GREY_CLIP: latent_shape} if stores_clip else {}
+        if image is not None:
+            inputs[IMAGE_ROWS] = image.shape
         return DataInfo(
-            latent_shape=self.vae.latent_shape(wanted.num_frames, wanted.height, wanted.width),
+            latent_shape=latent_shape,
             text_dim=self.text.text_dim,
             text_length=self._text_length,
             text_cleaning=self._captions.text_cleaning,
@@ -88,11 +105,21 @@ class Encoders:
             width=wanted.width,
             vae=self.vae.settings,
             text_encoder=self.text.settings,
+            inputs=inputs,
+            image_encoder={} if image is None else image.settings,
         )
 
     def latents(self, video_CTHW: torch.Tensor) -> torch.Tensor:
         """fp32 [C, T, H, W] on the host."""
         return self.vae.encode(video_CTHW[None])[0].cpu().contiguous()
+
+    def inputs(self, video_CTHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a sample holds beside latents and text, on the host: of its first frame, fp32; rows in bf16."""
+        first_BC1HW, names = video_CTHW[None, :, :1], self.info.inputs
+        found = encode_image_inputs(names, first_BC1HW, video_CTHW.shape[1], self.vae, self.image)
+        # As text rows are.
+        dtypes = {name: torch.bfloat16 if name == IMAGE_ROWS else torch.float32 for name in found}
+        return {name: rows[0].to(device="cpu", dtype=dtypes[name]).contiguous() for name, rows in found.items()}
 
     def text_rows(self, caption: str) -> torch.Tensor:
         """bf16 [L, text_dim] on the host, of a cleaned caption."""
@@ -104,15 +131,11 @@ class EncodedClip:
     """One sample as the encoders made it.
 
     Attributes:
-        latents_CTHW: fp32, normalised posterior means.
-        text_rows_LD: bf16, at their real length.
-        caption: cleaned, as it was tokenised.
+        sample: with the cleaned caption, as it was tokenised.
         caption_raw: as annotated.
     """
 
-    latents_CTHW: torch.Tensor
-    text_rows_LD: torch.Tensor
-    caption: str
+    sample: PreparedSample
     caption_raw: str
 
 
@@ -120,11 +143,15 @@ def encode_clip(config: EncodingConfig, encoders: Encoders, entry: Entry, frames
     """A clip's frames and one of its captions through the encoders."""
     raw = choose_caption(entry, seed=config.seed)
     caption = clean_text(raw, config.arguments.captions.text_cleaning)
-    latents_CTHW, text_rows_LD = encoders.latents(frames.clip().video_CTHW), encoders.text_rows(caption)
-    for name, tensor in (("latents", latents_CTHW), ("text rows", text_rows_LD)):
+    video_CTHW = frames.clip().video_CTHW
+    sample = PreparedSample(
+        latents_CTHW=encoders.latents(video_CTHW), text_rows_LD=encoders.text_rows(caption), caption=caption,
+        key=entry.key, inputs=encoders.inputs(video_CTHW),
+    )
+    for name, tensor in sample.tensors.items():
         if not torch.isfinite(tensor).all():
             return Drop("not_finite", f"{entry.source}: {name} of {entry.file} are not finite")
-    return EncodedClip(latents_CTHW=latents_CTHW, text_rows_LD=text_rows_LD, caption=caption, caption_raw=raw)
+    return EncodedClip(sample=sample, caption_raw=raw)
 
 
 class ShardWork:
@@ -195,10 +222,9 @@ class ShardWork:
         encoded = encode_clip(self._config, self._encoders, entry, found)
         if isinstance(encoded, Drop):
             return encoded
-        if lost_most(encoded.caption_raw, encoded.caption):
-            self._emptied.append(example_of(encoded.caption_raw, encoded.caption))
-        tensors = {"latents": encoded.latents_CTHW, "text": encoded.text_rows_LD}
-        writer.add(entry.key, tensors, self._record(entry, found, encoded))
+        if lost_most(encoded.caption_raw, encoded.sample.caption):
+            self._emptied.append(example_of(encoded.caption_raw, encoded.sample.caption))
+        writer.add(entry.key, encoded.sample.tensors, self._record(entry, found, encoded))
         return None
 
     def _refused(self, drop: Drop) -> Drop:
@@ -214,10 +240,10 @@ class ShardWork:
 
     def _record(self, entry: Entry, frames: Frames, encoded: EncodedClip) -> dict[str, Any]:
         return {
-            "caption": encoded.caption,
+            "caption": encoded.sample.caption,
             "caption_raw": encoded.caption_raw,
             "source": entry.shown_path,
-            "text_rows": len(encoded.text_rows_LD),
+            "text_rows": len(encoded.sample.text_rows_LD),
             "entry": entry.index,
             "frames": list(frames.indices),
             "fps": self._config.arguments.clips.wanted.fps,

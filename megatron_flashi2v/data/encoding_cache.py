@@ -45,12 +45,7 @@ class EncodingCache:
             with safetensors.safe_open(str(path), "pt") as file:
                 facts = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            sample = PreparedSample(
-                latents_CTHW=tensors["latents"],
-                text_rows_LD=tensors["text"],
-                caption=facts["caption"],
-                key=entry.key,
-            )
+            sample = PreparedSample.of_tensors(tensors, facts["caption"], entry.key)
             if facts["crc32"] != str(_checksum(tensors)):
                 raise DataError(f"{path}: damaged, its bytes do not match their checksum")
             check_sample(sample, self._info, str(path))
@@ -65,7 +60,7 @@ class EncodingCache:
         Raises:
             UserError: the disk is full or failing.
         """
-        tensors = {"latents": sample.latents_CTHW, "text": sample.text_rows_LD}
+        tensors = sample.tensors
         facts = {"caption": sample.caption, "crc32": str(_checksum(tensors))}
         atomic_write_bytes(self._path(entry), safetensors.torch.save(tensors, metadata=facts))
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.config.clips import given
-from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.data.annotations import Entry
 from megatron_flashi2v.data.reasons import DroppedEntry
-from megatron_flashi2v.encoders.folders import model_folder
+from megatron_flashi2v.encoders.folders import model_folder, require_files
+from megatron_flashi2v.encoders.image import PROCESSOR_FILE, processor_folder
 
 PIPELINE_VERSION = 2
 """To be raised whenever the same inputs would give other samples."""
@@ -24,7 +24,8 @@ WHOLE_FILE_BYTES = 16 * 2**20
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 2**18
 
-LATER_FIELDS: dict[str, Any] = {"frame_picking": "index", "picture": "stored", "vae_dtype": "float32"}
+LATER_FIELDS: dict[str, Any] = {"frame_picking": "index", "picture": "stored", "vae_dtype": "float32",
+                                "grey_clip": False}
 """Fields that older versions did not have, each with the value that means what those did. A field at that value is left
 out of the settings, so that data prepared by an older version stay whole; a new field gets a line here."""
 
@@ -49,6 +50,7 @@ def data_settings(
 def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
     """Return the settings that decide a sample besides its annotation, JSON-ready."""
     sources, clips = config.arguments.sources, config.arguments.clips
+    image = {} if sources.image_encoder is None else {"image_encoder": _image_encoder_hash(sources.image_encoder)}
     values = {**flat_values(clips), **flat_values(config.arguments.captions)}
     return {
         "pipeline_version": PIPELINE_VERSION,
@@ -59,6 +61,7 @@ def encoding_settings(config: EncodingConfig) -> dict[str, Any]:
         "vae": folder_hash(given(sources.vae, "--vae"), "VAE"),
         "text_encoder": folder_hash(given(sources.text_encoder, "--text-encoder"), "text encoder"),
         "tokenizer": folder_hash(given(sources.tokenizer, "--tokenizer"), "tokenizer"),
+        **image,
     }
 
 
@@ -77,8 +80,7 @@ def folder_hash(folder: Path, what: str) -> str:
         ConfigError: the folder is missing.
     """
     folder = model_folder(folder, what)
-    if not folder.is_dir():
-        raise ConfigError(f"{what} folder {folder} does not exist")
+    require_files(folder, what)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -86,6 +88,13 @@ def folder_hash(folder: Path, what: str) -> str:
             digest.update(os.fsencode(f"{name.as_posix()}\0{path.stat().st_size}\0"))
             _update_with_file(digest, path)
     return digest.hexdigest()
+
+
+def _image_encoder_hash(place: Path) -> str:
+    """Hash of the encoder and of what its processor does."""
+    folder = model_folder(place, "image encoder")
+    processor = (processor_folder(folder) / PROCESSOR_FILE).read_bytes()
+    return hashlib.sha256(folder_hash(place, "image encoder").encode() + processor).hexdigest()
 
 
 def _update_with_file(digest: Any, path: Path) -> None:

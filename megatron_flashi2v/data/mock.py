@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.data.description import DataInfo
@@ -19,11 +21,11 @@ SAMPLES = 1024
 
 
 class MockDataset:
-    """Latents and text rows of unit variance; a sample depends on (seed, index) alone.
+    """Latents, text rows and what the paradigm takes besides, of unit variance, by (seed, index) alone.
 
     Args:
         config: size and rate of a sample, and the seed; a VAE, if named, gives its strides, or else Wan's hold.
-        model: channels of the latents, width and number of text rows.
+        model: channels of the latents, width and number of text rows, and the paradigm.
 
     Raises:
         ConfigError: the size does not fit the strides, or the VAE's folder cannot be read.
@@ -42,6 +44,8 @@ class MockDataset:
             height=clip.height, width=clip.width,
         )
         self._seed = config.seed
+        inputs = dict(paradigm_of(model).stored_inputs(model, self.info.latent_shape))
+        self.info = dataclasses.replace(self.info, inputs=inputs)
         self.fingerprint = settings_hash({"mock": self.info.to_json(), "seed": self._seed})
         self.empty_text_rows_LD = self._draw("empty-text", 0, 1, model.text_dim).bfloat16()
 
@@ -55,6 +59,7 @@ class MockDataset:
                 latents_CTHW=self._draw("latents", index, *self.info.latent_shape),
                 text_rows_LD=self._draw("text", index, self.info.text_length, self.info.text_dim).bfloat16(),
                 caption=f"mock {index}", key=f"mock-{index:04d}",
+                inputs={name: self._draw(name, index, *shape) for name, shape in self.info.inputs.items()},
             )
             for index in indices
         ]

@@ -126,12 +126,7 @@ class OnlineDataset:
     def _sample(self, entry: Entry, encoded: Any) -> PreparedSample | BadSample:
         if isinstance(encoded, Drop):
             return BadSample(key=entry.key, reason=encoded.detail, damaged=encoded.is_error)
-        sample = PreparedSample(
-            latents_CTHW=encoded.latents_CTHW,
-            text_rows_LD=encoded.text_rows_LD,
-            caption=encoded.caption,
-            key=entry.key,
-        )
+        sample = encoded.sample
         if self._cache is not None:
             try:
                 self._cache.put(entry, sample)
@@ -142,7 +137,7 @@ class OnlineDataset:
 
 
 def _size(sample: PreparedSample | BadSample) -> int:
-    return 0 if isinstance(sample, BadSample) else sample.latents_CTHW.nbytes + sample.text_rows_LD.nbytes
+    return 0 if isinstance(sample, BadSample) else sum(tensor.nbytes for tensor in sample.tensors.values())
 
 
 def pack(samples: dict[int, PreparedSample | BadSample]) -> bytes:
@@ -153,8 +148,7 @@ def pack(samples: dict[int, PreparedSample | BadSample]) -> bytes:
             rows.append({"index": index, "bad": dataclasses.asdict(sample)})
             continue
         rows.append({"index": index, "key": sample.key, "caption": sample.caption})
-        tensors[f"latents {index}"] = sample.latents_CTHW
-        tensors[f"text {index}"] = sample.text_rows_LD
+        tensors.update({f"{name} {index}": tensor for name, tensor in sample.tensors.items()})
     header = json.dumps(rows).encode()
     return len(header).to_bytes(_HEADER_BYTES, "little") + header + safetensors.torch.save(tensors)
 
@@ -162,17 +156,15 @@ def pack(samples: dict[int, PreparedSample | BadSample]) -> bytes:
 def unpack(data: bytes) -> dict[int, PreparedSample | BadSample]:
     """The reverse of :func:`pack`."""
     end = _HEADER_BYTES + int.from_bytes(data[:_HEADER_BYTES], "little")
-    tensors = parse_tensors(data[end:], source="samples of another rank")
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in parse_tensors(data[end:], source="samples of another rank").items():
+        kind, _, index = name.rpartition(" ")
+        tensors.setdefault(index, {})[kind] = tensor
     samples: dict[int, PreparedSample | BadSample] = {}
     for row in json.loads(data[_HEADER_BYTES:end]):
         index = row["index"]
         if "bad" in row:
             samples[index] = BadSample(**row["bad"])
         else:
-            samples[index] = PreparedSample(
-                latents_CTHW=tensors[f"latents {index}"],
-                text_rows_LD=tensors[f"text {index}"],
-                caption=row["caption"],
-                key=row["key"],
-            )
+            samples[index] = PreparedSample.of_tensors(tensors[str(index)], row["caption"], row["key"])
     return samples

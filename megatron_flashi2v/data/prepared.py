@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,27 @@ class PreparedSample:
         text_rows_LD: bf16, the caption's rows at their real length, L <= text_length.
         caption: the caption as it was tokenised.
         key: the sample's name in its shard.
+        inputs: further tensors by name, those of :attr:`DataInfo.inputs`.
     """
 
     latents_CTHW: torch.Tensor
     text_rows_LD: torch.Tensor
     caption: str
     key: str
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors, as they are stored, by name."""
+        return {"latents": self.latents_CTHW, "text": self.text_rows_LD, **self.inputs}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor], caption: str, key: str) -> PreparedSample:
+        """The reverse of :attr:`tensors`."""
+        inputs = {name: tensor for name, tensor in tensors.items() if name not in ("latents", "text")}
+        return cls(
+            latents_CTHW=tensors["latents"], text_rows_LD=tensors["text"], caption=caption, key=key, inputs=inputs
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +94,10 @@ def check_sample(sample: PreparedSample, info: DataInfo, source: str) -> None:
         raise DataError(f"{source}: no text rows of width {info.text_dim}")
     if not 1 <= len(text_rows_LD) <= info.text_length:
         raise DataError(f"{source}: {len(text_rows_LD)} text rows, {DATASET_FILE} allows 1 to {info.text_length}")
-    for name, tensor in (("latents", latents_CTHW), ("text rows", text_rows_LD)):
+    shapes = {name: tuple(tensor.shape) for name, tensor in sample.inputs.items()}
+    if shapes != info.inputs:
+        raise DataError(f"{source}: further tensors are {shapes}, {DATASET_FILE} says {info.inputs}")
+    for name, tensor in sample.tensors.items():
         if not torch.isfinite(tensor).all():
             raise DataError(f"{source}: {name} are not finite")
 
@@ -153,12 +171,7 @@ class PreparedDataset:
         missing = [name for name in ("latents", "text") if name not in tensors]
         if missing:
             raise DataError(f"{source}: holds no {' and no '.join(missing)}")
-        sample = PreparedSample(
-            latents_CTHW=tensors["latents"],
-            text_rows_LD=tensors["text"],
-            caption=str(self.record(index).get("caption", "")),
-            key=member.key,
-        )
+        sample = PreparedSample.of_tensors(tensors, str(self.record(index).get("caption", "")), member.key)
         check_sample(sample, self.info, source)
         return sample
 

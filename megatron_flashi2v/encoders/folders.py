@@ -11,6 +11,7 @@ from megatron_flashi2v.runtime.files import read_json_object
 
 _WAN_FILES = ("Wan*_VAE.pth", "models_t5_*.pth")
 _REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<subfolder>\w[\w./-]*)")
+_OWNER_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FETCHED_ENDINGS = (".json", ".safetensors", ".model", ".txt")
 """Configurations, vocabularies and weights; never a pickle."""
 
@@ -21,7 +22,7 @@ def model_folder(place: Path, what: str) -> Path:
     Args:
         place: a folder, a release's folder with the model in its usual subfolder, or ``OWNER/NAME:SUBFOLDER`` of a Hub
             repository, whose files are fetched into the Hub's cache, or found there.
-        what: it should hold: "VAE", "text encoder" or "tokenizer".
+        what: it should hold: "VAE", "text encoder", "tokenizer" or "image encoder".
 
     Raises:
         ConfigError: the Hub cannot be reached and its cache does not hold the files.
@@ -37,9 +38,15 @@ def model_folder(place: Path, what: str) -> Path:
 
 def _fetched(repository: str, subfolder: str, what: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         root = snapshot_download(repository, allow_patterns=[f"{subfolder}/*{ending}" for ending in _FETCHED_ENDINGS])
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"{what} {repository}:{subfolder}: there is no such folder, the Hugging Face Hub's cache does not hold it, "
+            "and the Hub cannot be asked (HF_HUB_OFFLINE, or no connection); fetch it elsewhere and give the folder"
+        ) from error
     except Exception as error:  # of the Hub's client, and of the HTTP library under it, which differs by version
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -63,7 +70,10 @@ def require_files(folder: Path, what: str, *names: str) -> None:
     if not folder.is_dir():
         fault = "is a file" if folder.is_file() else "does not exist"
         hint = _made_by(folder.parent) if folder.suffix == ".pth" else ""
-        raise ConfigError(f"{what} folder {folder} {fault}; it must hold {', '.join(names)}{hint}")
+        if _OWNER_NAME.fullmatch(str(folder)) and not folder.parent.exists():
+            hint = f"; a part of a Hub repository is given as {folder}:SUBFOLDER"
+        rule = f"; it must hold {', '.join(names)}" if names else ""
+        raise ConfigError(f"{what} folder {folder} {fault}{rule}{hint}")
     for name in names:
         if not any(folder.glob(name)):
             inside = sorted(child.name for child in folder.iterdir() if child.is_dir() and any(child.glob(name)))

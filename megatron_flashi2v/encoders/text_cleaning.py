@@ -20,6 +20,7 @@ import ftfy
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime.logging import AGREED
+from megatron_flashi2v.runtime.text import excerpt
 
 CleaningPolicy = Literal["full", "light"]
 POLICIES: tuple[CleaningPolicy, ...] = ("full", "light")
@@ -86,8 +87,8 @@ def require_words(prompt: str, policy: CleaningPolicy, what: str = "prompt") -> 
     said = any(map(str.isalnum, prompt))
     if (said and not any(map(str.isalnum, cleaned))) or (prompt.strip() and not cleaned):
         raise ConfigError(
-            f"the {what} {prompt[:80]!r} is empty after text cleaning {policy}, with which the model was trained: "
-            f"{cleaned[:80]!r} is left; word it in a script that the model knows, such as English"
+            f"the {what} {excerpt(prompt)!r} is empty after text cleaning {policy}, with which the model was trained: "
+            f"{excerpt(cleaned)!r} is left; word it in a script that the model knows, such as English"
         )
     return cleaned
 

@@ -181,6 +181,15 @@ class VideoVAE:
         mean_BCTHW = self._model.encode(video_BCTHW).latent_dist.mode()[:, :, : shape[1]].float()
         return (mean_BCTHW - self._mean_C111) / self._std_C111
 
+    def encode_with_grey(self, image_BC1HW: torch.Tensor, frames: int) -> torch.Tensor:
+        """Normalised latents [B, C, T, H, W] of clips that show an image and then mid grey, as :meth:`encode`'s.
+
+        Args:
+            image_BC1HW: RGB in [-1, 1].
+            frames: of the clip, with the image.
+        """
+        return self.encode(torch.nn.functional.pad(image_BC1HW, (0, 0, 0, 0, 0, frames - 1)))
+
     @torch.no_grad()
     def decode(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
         """The reverse of :meth:`encode`: RGB in [-1, 1], fp32, ``1 + (T - 1) * temporal_stride`` frames."""

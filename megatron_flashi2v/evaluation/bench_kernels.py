@@ -1,11 +1,13 @@
 """Every implementation of every operator that runs here, at the shapes of the models that we train.
 
 On CUDA the time is that of the kernels alone: the host takes longer to launch a short one than the device to run it.
+What compiles is timed at its start too, over the shapes of several buckets, with the caches that the disk has.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +31,12 @@ from megatron_flashi2v.evaluation.benchmark import (
 )
 from megatron_flashi2v.models.patches import token_grid
 from megatron_flashi2v.models.presets import PRESETS
+from megatron_flashi2v.models.spec import ELEMENTWISE
 from megatron_flashi2v.runtime.device import Device, resolve_device
 
 COLUMNS = ("model", "operator", "implementation", "dtype", "direction", "ms", "rate", "unit", "of_ceiling",
            "of_eager", "why_not")
+START_COLUMNS = ("model", "operator", "implementation", "dtype", "first_s", "other_shapes", "others_s", "compilations")
 EAGER = {"attention": "torch_sdpa", "fourier_highpass": "torch_fft"}
 """What counts as eager torch; elsewhere the reference, which is a line or two of it."""
 SLOW_DEFINITIONS = ("attention", "fourier_highpass")
@@ -51,6 +55,7 @@ class KernelBenchmark:
         dtypes: dtypes of the activations.
         device: auto, cuda, npu or cpu.
         rounds: measurements of each, interleaved; the table has medians.
+        bucket_shapes: other latent shapes, whose first calls are timed after that of latent_shape.
         json: file for the report.
     """
 
@@ -61,6 +66,7 @@ class KernelBenchmark:
     dtypes: tuple[str, ...] = ("bfloat16",)
     device: str = "auto"
     rounds: int = 5
+    bucket_shapes: tuple[tuple[int, int, int], ...] = ((13, 104, 60), (13, 80, 80), (9, 60, 104), (21, 40, 64))
     json: Path | None = None
 
 
@@ -89,12 +95,16 @@ def run(options: KernelBenchmark) -> str:
     """
     device = resolve_device(options.device)
     rows: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
     ceilings: dict[str, float] = {"GB/s": copy_ceiling(device, options.rounds) / 1e9}
     for dtype_name in options.dtypes:
         dtype = getattr(torch, dtype_name)
         ceilings["TFLOP/s"] = ceilings[dtype_name] = matmul_ceiling(device, dtype, options.rounds) / 1e12
         for model in options.models:
             for operator in options.operators:
+                if operator in ELEMENTWISE:  # before anything else compiles them
+                    starts += [{"model": model, "operator": operator, "dtype": dtype_name, **row}
+                               for row in start_up(operator, PRESETS[model], dtype, device, options)]
                 case = make_case(operator, PRESETS[model], options.latent_shape, dtype, device)
                 for row in measure(
                     operator, PRESETS[model], case, dtype, device, options.rounds, ceilings[case.unit], options.skip
@@ -102,11 +112,13 @@ def run(options: KernelBenchmark) -> str:
                     rows.append({"model": model, "operator": operator, "dtype": dtype_name, **row})
                 del case
                 device.empty_cache()
-    report = {"machine": machine(device), "latent_shape": options.latent_shape, "ceilings": ceilings, "rows": rows}
+    report = {"machine": machine(device), "latent_shape": options.latent_shape, "ceilings": ceilings, "rows": rows,
+              "bucket_shapes": options.bucket_shapes, "starts": starts}
     if options.json is not None:
         write_json(options.json, report)
     reached = ", ".join(f"{value:.4g} {name}" for name, value in ceilings.items() if name != "TFLOP/s")
-    return f"{report['machine']}\nceilings (copy in GB/s, matrix product in TFLOP/s): {reached}\n{table(rows, COLUMNS)}"
+    told = f"{report['machine']}\nceilings (copy in GB/s, matrix product in TFLOP/s): {reached}\n{table(rows, COLUMNS)}"
+    return f"{told}\nfirst calls, forward and backward\n{table(starts, START_COLUMNS)}" if starts else told
 
 
 def measure(
@@ -114,18 +126,8 @@ def measure(
     skip: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows of one operator: forward and backward of what runs here, and the reason for what does not."""
-    functions: dict[str, Callable[..., Any]] = {}
-    for name in [spec.name for spec in specs_of(operator)]:
-        if name in skip or (name == "reference" and operator in SLOW_DEFINITIONS):
-            continue
-        try:
-            functions[name] = resolve(
-                operator, device.name, torch.float32 if operator == "fourier_highpass" else dtype, name,
-                head_dim=config.head_dim, needs_gradient=bool(case.leaves),
-            ).function
-        except KernelUnavailable as error:
-            reason = str(error).partition("cannot run here: ")[2].partition("; available")[0]
-            yield {"implementation": name, "why_not": reason}
+    functions, reasons = _implementations(operator, config, dtype, device, bool(case.leaves), skip)
+    yield from ({"implementation": name, "why_not": reason} for name, reason in reasons.items())
     directions: dict[str, dict[str, Callable[[], object]]] = {
         "forward": {name: _forward(case, function) for name, function in functions.items()}
     }
@@ -141,6 +143,49 @@ def measure(
             yield {"implementation": name, "direction": direction, "ms": 1e3 * statistics.median(values),
                    "rate": rate, "unit": case.unit, "of_ceiling": rate / ceiling,
                    "of_eager": median_ratio(values, eager), "seconds": values}
+
+
+def _implementations(
+    operator: str, config: ModelConfig, dtype: torch.dtype, device: Device, needs_gradient: bool, skip: Sequence[str]
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
+    """What runs here, and why the rest does not."""
+    functions: dict[str, Callable[..., Any]] = {}
+    reasons: dict[str, str] = {}
+    for name in [spec.name for spec in specs_of(operator)]:
+        if name in skip or (name == "reference" and operator in SLOW_DEFINITIONS):
+            continue
+        try:
+            functions[name] = resolve(
+                operator, device.name, torch.float32 if operator == "fourier_highpass" else dtype, name,
+                head_dim=config.head_dim, needs_gradient=needs_gradient,
+            ).function
+        except KernelUnavailable as error:
+            reasons[name] = str(error).partition("cannot run here: ")[2].partition("; available")[0]
+    return functions, reasons
+
+
+def start_up(
+    operator: str, config: ModelConfig, dtype: torch.dtype, device: Device, options: KernelBenchmark
+) -> Iterator[dict[str, Any]]:
+    """Rows of what the first calls cost, in one shape and then in others, and how often torch compiled for them."""
+    functions, _ = _implementations(operator, config, dtype, device, True, options.skip)
+    torch.compiler.reset()
+    for name, function in functions.items():
+        before, seconds = compiled_graphs(), list[float]()
+        for shape in (options.latent_shape, *options.bucket_shapes):
+            case = make_case(operator, config, shape, dtype, device)
+            device.synchronize()
+            start = time.perf_counter()
+            _backward(case, function)()
+            device.synchronize()
+            seconds.append(time.perf_counter() - start)
+        yield {"implementation": name, "first_s": seconds[0], "other_shapes": len(seconds) - 1,
+               "others_s": sum(seconds[1:]), "compilations": compiled_graphs() - before, "seconds": seconds}
+
+
+def compiled_graphs() -> int:
+    """Graphs that ``torch.compile`` has compiled in this process; a graph is compiled with its backward."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _forward(case: Case, function: Callable[..., Any]) -> Callable[[], object]:

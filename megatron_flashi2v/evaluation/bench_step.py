@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile, supported_activities
 
 from flashi2v_kernels.registry import describe
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.layout import check_layout, is_fully_sharded
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments
+from megatron_flashi2v.evaluation import step_parts
 from megatron_flashi2v.evaluation.benchmark import (
-    device_events,
+    copy_ceiling,
     interleaved_seconds,
     machine,
     matmul_ceiling,
@@ -31,8 +31,8 @@ from megatron_flashi2v.evaluation.benchmark import (
     table,
     write_json,
 )
-from megatron_flashi2v.evaluation.communication import Communication, communication
-from megatron_flashi2v.flow.interpolation import interpolate, velocity_target
+from megatron_flashi2v.evaluation.communication import Communication
+from megatron_flashi2v.evaluation.step_peer import PeerStep
 from megatron_flashi2v.flow.sigmas import timesteps_of
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
 from megatron_flashi2v.models.build import build_stages
@@ -55,12 +55,6 @@ from megatron_flashi2v.training.step import TrainingStep, forward_step
 
 COLUMNS = ("implementation", "seconds", "tflops", "mfu", "of_matmul", "peak_gib", "forward_s", "backward_s",
            "optimizer_s")
-KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "conv", "gemm", "nvjet", "cutlass"),
-    "attention": ("attention", "flash", "fmha"),
-    "optimizer and clipping": ("_foreach", "_fused_adam", "adam", "multi_tensor"),
-    "copies and casts": ("aten::copy_", "Memcpy", "aten::cat"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +76,8 @@ class StepBenchmark:
         elementwise_backend: implementation of norms, modulation and activation, or auto.
         peer: diffusers' model with torch's AdamW, in the same run, step by step in turn; compiled block by block if
             asked for, as its users do to make it faster.
-        profile: also break one step down by kinds of operators.
+        profile: also break one step down by kinds of work: launches, time and its distance from the least that copies
+            and products of this run's speed would take; and count how often the host reads the device.
         json: file for the report.
     """
 
@@ -136,7 +131,7 @@ def run(options: StepBenchmark, launch: LaunchEnvironment | None = None) -> str:
         peaks = {name: _peak(step, device) for name, step in steps.items()}
         seconds = interleaved_seconds(steps, device, options.rounds, agree=_agreed(device))
         breakdown = ours.breakdown(device, options.rounds)
-        kinds, exchanged = profile_step(ours, device) if options.profile else ({}, None)
+        profiled, exchanged = _profile(ours, device, ceiling * 1e12) if options.profile else ({}, None)
         kernels = describe(ours.spec.kernels.chosen)
     if launch.rank != 0:
         return ""
@@ -157,7 +152,7 @@ def run(options: StepBenchmark, launch: LaunchEnvironment | None = None) -> str:
         "micro_batch_size": options.micro_batch_size, "recompute": dataclasses.asdict(options.recompute),
         "matmul_ceiling_tflops": ceiling, "peak_tflops": peak_tflops(device, dtype), "rows": rows,
         "forward_flops": forward_flops(config, options.latent_shape, options.micro_batch_size),
-        "kinds": kinds, "kernels": kernels, "world_size": launch.world_size,
+        "kernels": kernels, "world_size": launch.world_size, **profiled,
     }
     if launch.world_size > 1:
         report["parallel"] = dataclasses.asdict(options.parallel)
@@ -168,6 +163,26 @@ def run(options: StepBenchmark, launch: LaunchEnvironment | None = None) -> str:
     if options.json is not None:
         write_json(options.json, report)
     return _text(report)
+
+
+def _profile(ours: OurStep, device: Device, flops_per_second: float) -> tuple[dict[str, Any], Communication]:
+    """What one step of ours launches and exchanges; of one process also its host reads and its parts' floors."""
+    options, copied = ours.options, copy_ceiling(device, ours.options.rounds)
+    parts, exchanged = step_parts.profile_step(ours, device)
+    least: dict[str, float] = {}
+    reads: int | None = None
+    if torch.distributed.get_world_size() == 1:
+        least = step_parts.floors(
+            ours.spec.config, options.latent_shape, options.micro_batch_size, ours.spec.dtype, ours.parameters,
+            flops_per_second=flops_per_second, bytes_per_second=copied,
+        )
+        with HostReads(device, allowed=None) as watched:
+            ours()
+        reads = watched.count
+    return {
+        "copy_ceiling_gb_s": copied / 1e9, "parts": step_parts.part_rows(parts, least), "host_reads": reads,
+        "launches": sum(launches for launches, _ in parts.values()),
+    }, exchanged
 
 
 def host_reads(options: StepBenchmark) -> int:
@@ -205,6 +220,7 @@ class OurStep:
         )
         sharded = is_fully_sharded(parallel, torch.distributed.get_world_size())
         stages = build_stages(self.spec, parallel, options.recompute, hollow=sharded)
+        self.parameters = sum(parameter.numel() for stage in stages for parameter in stage.parameters())
         models = wrap_data_parallel(stages, parallel)
         for model in models:
             _fill(model)
@@ -242,66 +258,6 @@ class OurStep:
         seconds = interleaved_seconds(parts, device, rounds, agree=_agreed(device))
         forward, both, optimizer = (statistics.median(seconds[name]) for name in parts)
         return {"forward_s": forward, "backward_s": both - forward, "optimizer_s": optimizer}
-
-
-class PeerStep:
-    """The same sizes in diffusers' WanTransformer3DModel: text to video, torch's AdamW, clipping to 1.
-
-    Args:
-        config: the model, without image conditioning.
-        batch: the same latents, noise, sigmas and text.
-        dtype: of the weights, but for what diffusers keeps in fp32.
-        device: where it runs.
-        recompute: all blocks are recomputed if ours recompute anything.
-        compiled: whether torch compiles its blocks, all by one compilation.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: Microbatch,
-        dtype: torch.dtype,
-        device: Device,
-        recompute: RecomputeArguments,
-        *,
-        compiled: bool = False,
-    ) -> None:
-        from diffusers import WanTransformer3DModel
-
-        self.model: Any  # diffusers' annotations hide that it is a module
-        with device.torch_device:
-            self.model = WanTransformer3DModel(
-                patch_size=config.patch_size, num_attention_heads=config.num_attention_heads,
-                attention_head_dim=config.head_dim, in_channels=config.latent_channels,
-                out_channels=config.latent_channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
-                ffn_dim=config.ffn_hidden_size, num_layers=config.num_layers,
-            )
-        kept = tuple(self.model._keep_in_fp32_modules or ())
-        for name, parameter in self.model.named_parameters():
-            if not any(part in name for part in kept):
-                parameter.data = parameter.data.to(dtype)
-        _fill(self.model)
-        if recompute.recompute_granularity is not None:
-            self.model.enable_gradient_checkpointing()
-        self.model.train()
-        if compiled:
-            self.model.compile_repeated_blocks(fullgraph=True)
-        self.dtype, self.batch = dtype, batch
-        fused = device.name != "cpu"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.01, fused=fused or None)
-
-    def __call__(self) -> None:
-        """Forward, backward and update."""
-        batch = self.batch
-        noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B).to(self.dtype)
-        velocity = self.model(
-            noisy, timesteps_of(batch.sigma_B), batch.text_BLX.to(self.dtype), return_dict=False
-        )[0]
-        target = velocity_target(batch.latents_BCTHW, batch.noise_BCTHW)
-        (velocity.float() - target).square().mean().backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 @torch.no_grad()
@@ -342,6 +298,7 @@ def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: i
     config = spec.config
     image = (samples, config.latent_channels, 1, *latent_shape[1:])
     sigma_B = torch.full((samples,), 0.5)
+    stored = paradigm_of(config).stored_inputs(config, (config.latent_channels, *latent_shape))
     return Microbatch(
         latents_BCTHW=normal(samples, config.latent_channels, *latent_shape),
         noise_BCTHW=normal(samples, config.latent_channels, *latent_shape),
@@ -352,6 +309,7 @@ def random_batch(spec: ModelSpec, latent_shape: tuple[int, int, int], samples: i
             "cutoff_ratio": torch.full((samples,), 0.1, device=spec.device),
             "image_noise_level": torch.full((samples,), 0.05, device=spec.device),
             "image_noise": normal(*image),
+            **{name: normal(samples, *shape) for name, shape in stored.items()},
         },
     )
 
@@ -363,30 +321,6 @@ def _peak(step: Callable[[], object], device: Device) -> int:
     step()
     device.synchronize()
     return device.max_memory_allocated()
-
-
-def profile_step(step: Callable[[], object], device: Device) -> tuple[dict[str, float], Communication]:
-    """Share of one step's time by kind of operator, each counted without what it calls; and the communication in it."""
-    activities = list(supported_activities())  # the CPU, and an accelerator if there is one
-    with profile(activities=activities) as recorded:
-        start = time.perf_counter()
-        step()
-        device.synchronize()
-        step_s = time.perf_counter() - start
-    shares: dict[str, float] = {}
-    for name, seconds, _ in device_events(recorded, device):
-        shares[kind_of(name)] = shares.get(kind_of(name), 0.0) + seconds
-    total = sum(shares.values()) or 1.0
-    kinds = {kind: time / total for kind, time in sorted(shares.items(), key=lambda item: -item[1])}
-    return kinds, communication(recorded, step_s)
-
-
-def kind_of(operator: str) -> str:
-    """A kind of work by an operator's or a kernel's name."""
-    for kind in ("attention", *KINDS):  # attention first: its kernels' names tell of products, too
-        if any(part in operator for part in KINDS[kind]):
-            return kind
-    return "elementwise, norms and the rest"
 
 
 def _text(report: Mapping[str, Any]) -> str:
@@ -404,8 +338,13 @@ def _text(report: Mapping[str, Any]) -> str:
             "\n{total_s:.4g} s of {step_s:.4g} s communicate; {exposed_s:.4g} s, {exposed_share:.1%} of the step, "
             "beside no computation\n".format(**report["communication"])
         )
-    if report["kinds"]:
-        lines.append("\n" + table([{"kind": k, "share": v} for k, v in report["kinds"].items()], ("kind", "share")))
+    if "parts" in report:
+        lines.append(
+            f"\none step: {report['launches']} launches (on CPUs calls of operators), reads by the host: "
+            f"{report['host_reads']}; measured copy {report['copy_ceiling_gb_s']:.4g} GB/s; "
+            "floors without recomputation\n"
+        )
+        lines.append(table(report["parts"], step_parts.COLUMNS))
     rows = [dict(zip(("operator", "implementation", "why_not"), row, strict=True)) for row in report["kernels"]]
     lines.append("\n" + table(rows, ("operator", "implementation", "why_not")))
     return "".join(lines)

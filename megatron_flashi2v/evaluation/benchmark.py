@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -76,13 +77,37 @@ def kernel_seconds(function: Callable[[], object], device: Device, calls: int) -
 
 
 def device_events(recorded: profile, device: Device) -> Iterator[tuple[str, float, int]]:
-    """(name, seconds, how often) of a profile's kernels; on CPUs of its operators, without those that they call."""
-    for event in recorded.key_averages():
-        # On an accelerator only kernels count: operators repeat the time of the kernels that they launch.
-        on_device = not str(event.device_type).endswith("CPU")
-        if (device.name != "cpu") == on_device:
-            microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total
-            yield event.key, microseconds * 1e-6, event.count
+    """(name, seconds, launches) of a profile's kernels.
+
+    On CPUs of its operators, without those that they call: the name has those that called it behind it, and a launch is
+    one that computes and calls none that does.
+    """
+    if device.name != "cpu":
+        # Only kernels count: operators repeat the time of the kernels that they launch.
+        for average in recorded.key_averages():
+            if not str(average.device_type).endswith("CPU"):
+                yield average.key, average.self_device_time_total * 1e-6, average.count
+        return
+    for event in recorded.events() or ():
+        names, caller = [event.name], event.cpu_parent
+        while caller is not None:
+            names.append(caller.name)
+            caller = caller.cpu_parent
+        yield " < ".join(names), event.self_cpu_time_total * 1e-6, int(_computes(event.name) and not _calls_more(event))
+
+
+def _calls_more(event: Any) -> bool:
+    """Whether an operator leaves the computation to others."""
+    return any(_computes(child.name) or _calls_more(child) for child in event.cpu_children)
+
+
+@functools.cache
+def _computes(name: str) -> bool:
+    """Whether an event is of an operator of torch that makes neither a view nor empty memory."""
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None) if name.startswith("aten::") else None
+    if packet is None or "empty" in name or name in ("aten::resize_", "aten::result_type"):
+        return False
+    return not any(getattr(packet, overload).is_view for overload in packet.overloads())
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

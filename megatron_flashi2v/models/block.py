@@ -1,4 +1,4 @@
-"""One transformer block: modulated self-attention, cross-attention to text, modulated feed-forward."""
+"""One transformer block: modulated self-attention, cross-attention to text (and image rows), modulated feed-forward."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_flashi2v.models.attention import CrossAttention, Rotary, SelfAttention
+from megatron_flashi2v.models.context_memory import Known
 from megatron_flashi2v.models.norms import AffineLayerNorm, ResidualNorm
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.models.text_memory import Known
 from megatron_flashi2v.parallel.linear import column_parallel, row_parallel
 
 
@@ -33,7 +33,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x += g1 * SA(LN(x) * (1 + a1) + b1);  x += CA(LN'(x), text);  x += g2 * FF(LN(x) * (1 + a2) + b2).
+    """x += g1 * SA(LN(x) * (1 + a1) + b1);  x += CA(LN'(x), context);  x += g2 * FF(LN(x) * (1 + a2) + b2).
 
     Shifts b, scales a and gates g are the block's table plus the projected time embedding, in fp32.
     """
@@ -51,28 +51,29 @@ class TransformerBlock(nn.Module):
         self.add_gated = spec.kernels.gate_residual
 
     def forward(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary, known: Known | None = None
+        self, hidden_SBD: Tensor, context_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary,
+        known: Known | None = None,
     ) -> Tensor:
         """The residual stream after the block, same shape and dtype.
 
         Args:
             hidden_SBD: residual stream on this rank's tokens.
-            text_TBD: embedded text rows (this rank's, under sequence parallelism).
+            context_TBD: embedded text rows, then image rows if any (this rank's, under sequence parallelism).
             modulation_6BD: projected time embedding, fp32.
             rotary: positions of the visual tokens.
-            known: of the text, where it is kept.
+            known: of the context, where it is kept.
         """
         shift_1, scale_1, *rest = (self.modulation.unsqueeze(1) + modulation_6BD).unbind()
         attended_SBD = self.self_attention(self.norm_self(hidden_SBD, shift_1, scale_1), rotary)
-        return self.after_attention(hidden_SBD, attended_SBD, text_TBD, *rest, known=known)
+        return self.after_attention(hidden_SBD, attended_SBD, context_TBD, *rest, known=known)
 
     def after_attention(
-        self, hidden_SBD: Tensor, attended_SBD: Tensor, text_TBD: Tensor, *modulation_4BD: Tensor,
+        self, hidden_SBD: Tensor, attended_SBD: Tensor, context_TBD: Tensor, *modulation_4BD: Tensor,
         known: Known | None = None,
     ) -> Tensor:
         """The rest of the block. Each layer's update is added in the norm before the next one, the last on its own."""
         gate_1, shift_2, scale_2, gate_2 = modulation_4BD
         hidden_SBD, normed_SBD = self.norm_cross(hidden_SBD, attended_SBD, gate_1)
-        crossed_SBD = self.cross_attention(normed_SBD, text_TBD, known)
+        crossed_SBD = self.cross_attention(normed_SBD, context_TBD, known)
         hidden_SBD, normed_SBD = self.norm_mlp(hidden_SBD, crossed_SBD, None, shift_2, scale_2)
         return self.add_gated(hidden_SBD, self.mlp(normed_SBD), gate_2)

@@ -1,4 +1,4 @@
-"""Embeddings of text rows and of the timestep, on the first stage."""
+"""Embeddings of text rows, of an image encoder's rows and of the timestep, on the first stage."""
 
 from __future__ import annotations
 
@@ -29,6 +29,22 @@ class TextEmbedding(nn.Module):
     def forward(self, text_TBX: Tensor) -> Tensor:
         """Text rows [T, B, d] of this rank."""
         return self.linear_2(self.activation(*self.linear_1(text_TBX.to(self.dtype))))[0]
+
+
+class ImageEmbedding(nn.Module):
+    """LayerNorm, Linear, exact GELU, Linear, LayerNorm on an image encoder's rows, in fp32 on every rank."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        inner, width = spec.config.image_dim, spec.config.hidden_size
+        self.norm_in = nn.LayerNorm(inner, dtype=torch.float32)
+        self.linear_1 = nn.Linear(inner, inner, dtype=torch.float32)
+        self.linear_2 = nn.Linear(inner, width, dtype=torch.float32)
+        self.norm_out = nn.LayerNorm(width, dtype=torch.float32)
+
+    def forward(self, rows_RBX: Tensor) -> Tensor:
+        """Image rows [R, B, d] of this rank, fp32."""
+        return self.norm_out(self.linear_2(F.gelu(self.linear_1(self.norm_in(rows_RBX.float())))))
 
 
 class TimeEmbedding(nn.Module):

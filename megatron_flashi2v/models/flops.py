@@ -28,6 +28,7 @@ def forward_flops(config: ModelConfig, latent_shape: tuple[int, int, int], batch
     """
     tokens = math.prod(token_grid(latent_shape, config.patch_size))
     text, width, layers = config.text_length, config.hidden_size, config.num_layers
+    image = paradigm_of(config).image_rows(config)
     patch_volume = math.prod(config.patch_size)
     # multiplications with an addition, of one sample
     parts = {
@@ -37,8 +38,9 @@ def forward_flops(config: ModelConfig, latent_shape: tuple[int, int, int], batch
         "time_embedding": config.freq_dim * width + width**2 + 6 * width**2,
         "self_attention_linears": layers * tokens * 4 * width**2,
         "self_attention": layers * 2 * tokens**2 * width,
-        "cross_attention_linears": layers * (2 * tokens + 2 * text) * width**2,
-        "cross_attention": layers * 2 * tokens * text * width,
+        "cross_attention_linears": layers * (2 * tokens + 2 * (text + image)) * width**2,
+        "cross_attention": layers * 2 * tokens * (text + image) * width,
+        "image_embedding": image * (config.image_dim**2 + config.image_dim * width),
         "feed_forward": layers * 2 * tokens * width * config.ffn_hidden_size,
         "head": tokens * width * config.patch_dim,
     }

@@ -3,7 +3,8 @@
 Each full tensor is drawn on the host from a generator keyed by the seed and the parameter's name; a tensor-parallel
 rank keeps its slice, and of that a rank of sharded weights its stretch. The distributions are Wan's (Xavier-uniform
 matrices, normal text and time embeddings, scaled normal modulation, zero head) and FlashI2V's for what it adds. Columns
-of the patch embedding for channels that a paradigm appends to the latents start at zero: whatever the paradigm, the
+of the patch embedding for channels that a paradigm appends to the latents, and the values of an image encoder's rows in
+cross-attention, start at zero: whatever the paradigm, the
 first step is the text-to-video model's.
 """
 
@@ -25,6 +26,7 @@ from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.runtime.random import keyed_generator
 
 ZERO = "head.linear.weight"
+IMAGE_VALUES = "cross_attention.linear_kv_image.weight"
 SMALL_NORMAL = ("text_embedding.linear_", "time_embedding.linear_")
 
 
@@ -56,6 +58,9 @@ def initialize_shards(shards: Iterable[WeightShard], config: ModelConfig, seed: 
             full[:, : config.patch_dim] = _draw(name, (len(full), config.patch_dim), seed)
         elif name not in zero:
             full = _draw(name, box.global_shape, seed)
+        if name.endswith(IMAGE_VALUES):
+            # Rows are (head, {k, v}, D).
+            full.unflatten(0, (config.num_attention_heads, len(fused_parts(name)), -1))[:, 1] = 0
         shard.data.copy_(shard.part_of(full[box.slices]))
 
 

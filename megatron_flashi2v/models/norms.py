@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from flashi2v_kernels.rms_norm.statistics import local_sum_of_squares
+from megatron_flashi2v.models.fused_gradient import GradientMemory
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.regions import sum_both_ways
 
@@ -64,7 +65,11 @@ class FullWidthRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.full_width // self.group.size()))
 
     def forward(
-        self, heads_SBhD: Tensor, squares_SB: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None
+        self,
+        heads_SBhD: Tensor,
+        squares_SB: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        place: GradientMemory | None = None,
     ) -> Tensor:
         """Normalised and turned heads, same shape and dtype.
 
@@ -72,30 +77,34 @@ class FullWidthRMSNorm(nn.Module):
             heads_SBhD: this rank's heads.
             squares_SB: sums of squares over the heads of all ranks, fp32; None where this rank holds all heads.
             rotary: cos and sin [S, D/2] of the heads' tokens; None for heads that are not turned (cross-attention).
+            place: of the gradient of heads that are turned.
         """
         shared = {} if squares_SB is None else {"sum_of_squares": squares_SB, "full_width": self.full_width}
         if rotary is None:
             return self.kernels.rms_norm(heads_SBhD, self.weight, self.eps, **shared)
-        return self.kernels.qk_norm_rope(heads_SBhD, self.weight, *rotary, self.eps, **shared)
+        return self.kernels.qk_norm_rope(
+            heads_SBhD, self.weight, *rotary, self.eps, gradient_memory=place, **shared
+        )
 
 
-def norm_heads(norm: FullWidthRMSNorm, heads_SBhD: Tensor) -> Tensor:
-    """Normalise one of the two alone, where the other is known."""
-    if norm.group.size() == 1:
-        return norm(heads_SBhD)
-    return norm(heads_SBhD, sum_both_ways(local_sum_of_squares(heads_SBhD, 2), norm.group))
-
-
-def norm_queries_and_keys(
-    norm_q: FullWidthRMSNorm,
-    norm_k: FullWidthRMSNorm,
-    query_SBhD: Tensor,
-    key_TBhD: Tensor,
+def norm_heads(
+    *pairs: tuple[FullWidthRMSNorm, Tensor],
     rotary: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Normalise and turn both with one sum over the tensor-parallel group, in forward and in backward."""
-    if norm_q.group.size() == 1:
-        return norm_q(query_SBhD, rotary=rotary), norm_k(key_TBhD, rotary=rotary)
-    local = [local_sum_of_squares(query_SBhD, 2), local_sum_of_squares(key_TBhD, 2)]
-    squares_q, squares_k = sum_both_ways(torch.cat(local), norm_q.group).split([len(part) for part in local])
-    return norm_q(query_SBhD, squares_q, rotary), norm_k(key_TBhD, squares_k, rotary)
+    places: Sequence[GradientMemory | None] = (),
+) -> list[Tensor]:
+    """Normalise and turn queries and keys with one sum over the tensor-parallel group, in forward and in backward.
+
+    Args:
+        pairs: norms, each with its heads [S, B, h, D].
+        rotary: cos and sin of the heads' tokens, for all of them.
+        places: where the gradients of the heads go, for all or for none.
+    """
+    group, places = pairs[0][0].group, places or [None] * len(pairs)
+    if group.size() == 1:
+        return [norm(heads, None, rotary, place) for (norm, heads), place in zip(pairs, places, strict=True)]
+    local = [local_sum_of_squares(heads_SBhD, 2) for _, heads_SBhD in pairs]
+    squares = sum_both_ways(torch.cat(local), group).split([len(part) for part in local])
+    return [
+        norm(heads, whole, rotary, place)
+        for (norm, heads), whole, place in zip(pairs, squares, places, strict=True)
+    ]

@@ -26,8 +26,8 @@ class Placement:
     Attributes:
         sharded_dim: dimension that tensor-parallel ranks divide; None: each holds the whole.
         fused: projections whose rows the tensor holds in turn, head by head; empty for a single one.
-        on_tokens: whether it acts on single tokens or text rows. Under sequence parallelism a rank's gradient then
-            covers its own rows alone, and is summed over the tensor-parallel group.
+        on_tokens: whether it acts on single tokens, text or image rows. Under sequence parallelism a rank's gradient
+            then covers its own rows alone, and is summed over the tensor-parallel group.
     """
 
     sharded_dim: int | None = None
@@ -51,6 +51,10 @@ _MODULES: Mapping[str, Mapping[str, Placement]] = {
     "patch_embedding": _LINEAR_ON_TOKENS,
     "text_embedding.linear_1": _column(),
     "text_embedding.linear_2": _ROW,
+    "image_embedding.norm_in": _LINEAR_ON_TOKENS,
+    "image_embedding.linear_1": _LINEAR_ON_TOKENS,
+    "image_embedding.linear_2": _LINEAR_ON_TOKENS,
+    "image_embedding.norm_out": _LINEAR_ON_TOKENS,
     "time_embedding.linear_1": _LINEAR,
     "time_embedding.linear_2": _LINEAR,
     "time_embedding.projection": _column(),
@@ -64,6 +68,8 @@ _MODULES: Mapping[str, Mapping[str, Placement]] = {
     "blocks.{i}.cross_attention.linear_kv": _column("k", "v"),
     "blocks.{i}.cross_attention.norm_q": _NORM_OF_HEADS,
     "blocks.{i}.cross_attention.norm_k": _NORM_OF_HEADS,
+    "blocks.{i}.cross_attention.linear_kv_image": _column("k", "v"),
+    "blocks.{i}.cross_attention.norm_k_image": _NORM_OF_HEADS,
     "blocks.{i}.cross_attention.linear_proj": _ROW,
     "blocks.{i}.mlp.linear_fc1": _column(),
     "blocks.{i}.mlp.linear_fc2": _ROW,
@@ -74,7 +80,7 @@ _MODULES: Mapping[str, Mapping[str, Placement]] = {
 PLACEMENTS: dict[str, Placement] = {
     f"{module}.{tensor}": placement for module, tensors in _MODULES.items() for tensor, placement in tensors.items()
 }
-"""Every parameter but a paradigm's own, ``{i}`` for the block's number."""
+"""Every parameter but a paradigm's own, ``{i}`` for the block's number; those of the image's rows are not in all."""
 
 
 def _backbone(name: str) -> Placement:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.flow.sinusoid import timestep_sinusoid
+from megatron_flashi2v.models.context_memory import ContextMemory
 from megatron_flashi2v.models.patches import unpatchify
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.models.text_memory import TextMemory
 from megatron_flashi2v.models.transformer import DiffusionTransformer, DiTInputs
 from megatron_flashi2v.parallel.regions import gather_tokens
 
@@ -25,7 +25,7 @@ def predict_velocity(
     text_BLX: Tensor,
     image_latents_BC1HW: Tensor,
     extras: Extras,
-    memory: TextMemory | None = None,
+    memory: ContextMemory | None = None,
 ) -> Tensor:
     """Velocity [B, C, T, H, W] in fp32, the same on every rank of the replica.
 
@@ -39,11 +39,11 @@ def predict_velocity(
         text_BLX: text rows, zero-padded to the model's text length.
         image_latents_BC1HW: normalised latents of the condition image, fp32.
         extras: the paradigm's own settings.
-        memory: of this model's texts, where no gradient is wanted.
+        memory: of this model's contexts, where no gradient is wanted.
     """
     stages = [stages] if isinstance(stages, DiffusionTransformer) else stages
     spec = stages[0].spec
-    known = None if memory is None else memory.of(text_BLX)
+    known = None if memory is None else memory.of(text_BLX, extras)
     inputs = DiTInputs(latents_BCTHW, _sinusoid(spec, timestep_B), text_BLX, image_latents_BC1HW, extras, known)
     grid = stages[0].grid(tuple(latents_BCTHW.shape[2:]))
     for model in stages:

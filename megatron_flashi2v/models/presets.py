@@ -46,5 +46,6 @@ def resolve_model(arguments: ModelArguments) -> ModelConfig:
         conditioning=arguments.conditioning,
         phi_kernel_size=[int(side) for side in arguments.phi_kernel.split("x")],
         phi_order=arguments.phi_order,
+        image_dim=arguments.image_embed_dim,
     )
     return ModelConfig.from_json(values, source="--model")

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.block import TransformerBlock
+from megatron_flashi2v.models.context_memory import Known
 from megatron_flashi2v.models.spec import ModelSpec
-from megatron_flashi2v.models.text_memory import Known
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,16 @@ class AttentionKeepingBlock(TransformerBlock):
     """The block in three parts, of which backward computes the first and the last again, but not self-attention."""
 
     def forward(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary, known: Known | None = None
+        self, hidden_SBD: Tensor, context_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary,
+        known: Known | None = None,
     ) -> Tensor:
         """As :meth:`TransformerBlock.forward`."""
         if not torch.is_grad_enabled():
-            return super().forward(hidden_SBD, text_TBD, modulation_6BD, rotary, known)
+            return super().forward(hidden_SBD, context_TBD, modulation_6BD, rotary, known)
         shift_1, scale_1, *rest = (self.modulation.unsqueeze(1) + modulation_6BD).unbind()
         query, key, value = recomputed(self._before_attention, hidden_SBD, shift_1, scale_1, rotary)
         attended_SBhD = self.self_attention.attend(query, key, value, rotary.tokens)
-        return recomputed(self._project_and_go_on, hidden_SBD, attended_SBhD, text_TBD, *rest)
+        return recomputed(self._project_and_go_on, hidden_SBD, attended_SBhD, context_TBD, *rest)
 
     def _before_attention(
         self, hidden_SBD: Tensor, shift_BD: Tensor, scale_BD: Tensor, rotary: Rotary

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve, specs_of
 from flashi2v_kernels.rms_norm import PARTIAL_SUMS
+from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BackendArguments
@@ -124,6 +125,17 @@ class ModelSpec:
     row_linear: type[nn.Module]
     residual_dtype: torch.dtype
     device: torch.device
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of the condition image that cross-attention reads beside the text's; 0 where the paradigm has none."""
+        return paradigm_of(self.config).image_rows(self.config)
+
+    @property
+    def context_rows(self) -> list[int]:
+        """This rank's rows of what cross-attention reads: the text's, and the image's with their padding."""
+        shards = self.groups.token_shards
+        return [self.config.text_length // shards, -(-self.image_rows // shards)]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,8 +16,10 @@ from megatron_flashi2v.conditioning.build import build_conditioning, paradigm_of
 from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.backend import block_precision
+from megatron_flashi2v.models.context_memory import Known
 from megatron_flashi2v.models.embeddings import (
     CONDITIONING_ROWS,
+    ImageEmbedding,
     TextEmbedding,
     TimeEmbedding,
     time_and_modulation,
@@ -28,10 +30,10 @@ from megatron_flashi2v.models.placement import mark_parameters
 from megatron_flashi2v.models.recompute import Recompute, build_block, run_blocks
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.stages import Stage, whole_model
-from megatron_flashi2v.models.text_memory import Known
 from megatron_flashi2v.parallel.packing import PackedShape, pack, unpack
 from megatron_flashi2v.parallel.regions import (
     context_block,
+    pad_rows,
     rows_per_rank,
     shard_rows,
     shard_tokens,
@@ -97,6 +99,8 @@ class DiffusionTransformer(MegatronModule):
                 self.conditioning.input_channels * patch_volume, spec.config.hidden_size, dtype=spec.dtype
             )
             self.text_embedding = TextEmbedding(spec)
+            if spec.image_rows:
+                self.image_embedding = ImageEmbedding(spec)
             self.time_embedding = TimeEmbedding(spec)
         # Keys are global indices: a parameter's name is the same at every layout.
         self.blocks = nn.ModuleDict({str(index): build_block(spec, self.recompute) for index in self.stage.layers})
@@ -112,23 +116,23 @@ class DiffusionTransformer(MegatronModule):
         """Velocity as patches [S, B, P] on the last stage, the packed hop [rows, B, d] on the others."""
         grid = self.grid(tuple(inputs.noisy_BCTHW.shape[2:]))
         if self.pre_process:
-            hidden_SBD, text_TBD, conditioning_7BD = self.embed(inputs)
+            hidden_SBD, context_TBD, conditioning_7BD = self.embed(inputs)
         else:
             assert self.input_tensor is not None, "a later stage needs the previous stage's output"
             # Not kept here: the received hop would otherwise outlive the backward pass.
             packed, self.input_tensor = self.input_tensor, None
-            hidden_SBD, text_TBD, conditioning_7BD = unpack(packed, self.packed_shape(grid))
+            hidden_SBD, context_TBD, conditioning_7BD = unpack(packed, self.packed_shape(grid))
         time_BD, modulation_6BD = time_and_modulation(conditioning_7BD)
         rotary = self.rotary(grid, hidden_SBD.device)
         hidden_SBD = self.run_blocks(
-            hidden_SBD, text_TBD.to(self.spec.dtype), modulation_6BD, rotary, inputs.known
+            hidden_SBD, context_TBD.to(self.spec.dtype), modulation_6BD, rotary, inputs.known
         )
         if self.post_process:
             return self.head(hidden_SBD, time_BD)
-        return pack(hidden_SBD, text_TBD.to(hidden_SBD.dtype), conditioning_7BD)
+        return pack(hidden_SBD, context_TBD.to(hidden_SBD.dtype), conditioning_7BD)
 
     def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, text rows and conditioning rows from latents, text and the timestep's sinusoid."""
+        """Tokens, rows for cross-attention (text, then image) and conditioning rows, from the inputs."""
         groups, patch_size = self.spec.groups, self.spec.config.patch_size
         conditioned = self.conditioning(inputs.noisy_BCTHW, inputs.image_latents_BC1HW, inputs.extras)
         patches = shard_tokens(patchify(conditioned.latents_BCTHW, patch_size), groups)
@@ -136,26 +140,34 @@ class DiffusionTransformer(MegatronModule):
         if conditioned.guidance_BCTHW is not None:
             guidance = shard_tokens(patchify(conditioned.guidance_BCTHW, patch_size), groups)
             hidden_SBD = hidden_SBD + self.conditioning.embed_guidance(guidance)
-        text_TBD = self.embed_text(inputs)
+        context_TBD = self.embed_context(inputs, conditioned.image_rows_BRX)
         conditioning_7BD = sum_in_backward(self.time_embedding(inputs.sinusoid_BF), groups)
-        return hidden_SBD.to(self.spec.residual_dtype), text_TBD, conditioning_7BD
+        return hidden_SBD.to(self.spec.residual_dtype), context_TBD, conditioning_7BD
 
-    def embed_text(self, inputs: DiTInputs) -> Tensor:
-        """This rank's embedded text rows [T, B, d]."""
+    def embed_context(self, inputs: DiTInputs, image_rows_BRX: Tensor | None) -> Tensor:
+        """This rank's embedded text rows, then rows of the image if there are any: [T, B, d]."""
         known = {} if inputs.known is None else inputs.known
         if self.text_embedding not in known:
-            rows_TBX = shard_rows(inputs.text_BLX.transpose(0, 1), self.spec.groups)
-            known[self.text_embedding] = self.text_embedding(rows_TBX)
-        text_TBD: Tensor = known[self.text_embedding]
-        return text_TBD
+            known[self.text_embedding] = self._embed_rows(inputs.text_BLX, image_rows_BRX)
+        context_TBD: Tensor = known[self.text_embedding]
+        return context_TBD
+
+    def _embed_rows(self, text_BLX: Tensor, image_rows_BRX: Tensor | None) -> Tensor:
+        groups = self.spec.groups
+        text_TBD: Tensor = self.text_embedding(shard_rows(text_BLX.transpose(0, 1), groups))
+        if image_rows_BRX is None:
+            return text_TBD
+        image_RBD = self.image_embedding(shard_rows(pad_rows(image_rows_BRX.transpose(0, 1), groups), groups))
+        return torch.cat([text_TBD, image_RBD.to(text_TBD.dtype)])
 
     def run_blocks(
-        self, hidden_SBD: Tensor, text_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary, known: Known | None = None
+        self, hidden_SBD: Tensor, context_TBD: Tensor, modulation_6BD: Tensor, rotary: Rotary,
+        known: Known | None = None,
     ) -> Tensor:
         """The residual stream after this stage's blocks."""
         blocks = list(self.blocks.values())
         with block_precision(self.spec.megatron):
-            return run_blocks(blocks, self.recompute, hidden_SBD, text_TBD, modulation_6BD, rotary, known)
+            return run_blocks(blocks, self.recompute, hidden_SBD, context_TBD, modulation_6BD, rotary, known)
 
     def grid(self, latent_shape: tuple[int, ...]) -> Grid:
         """Tokens along time, height and width of latents (T, H, W)."""
@@ -167,7 +179,7 @@ class DiffusionTransformer(MegatronModule):
         groups = self.spec.groups
         return PackedShape(
             tokens=rows_per_rank(math.prod(grid), groups),
-            text=self.spec.config.text_length // groups.token_shards,
+            context=sum(self.spec.context_rows),
             conditioning=CONDITIONING_ROWS,
             dtype=self.spec.residual_dtype,
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_flashi2v.parallel.padding import zero_pad
+from megatron_flashi2v.parallel.padding import without_padding, zero_pad
 from megatron_flashi2v.parallel.ring import Ring, ring_attention
 from megatron_flashi2v.parallel.ulysses import heads_for_tokens, tokens_for_heads
 
@@ -59,5 +59,6 @@ class ContextAttention:
             assert self.attention_backward is not None, "ring attention needs the kernel's own backward"
             ring = Ring(self.attention, self.attention_backward, self.ring, tokens)
             return ring_attention(query_SBhD, key_SBhD, value_SBhD, ring)
-        real = (part_SBhD[:tokens].transpose(0, 1) for part_SBhD in (query_SBhD, key_SBhD, value_SBhD))
+        parts = (query_SBhD, key_SBhD, value_SBhD)
+        real = (without_padding(part_SBhD, tokens).transpose(0, 1) for part_SBhD in parts)
         return zero_pad(self.attention(*real).transpose(0, 1), len(query_SBhD))

@@ -152,6 +152,12 @@ class FullyShardedStage(FullyShardedDataParallel):
         self.module.start_param_sync()
         self.module._replace_param_with_raw_if_needed()
 
+    def close(self) -> None:
+        """Take back the hooks of the parameters, whose cycle Python's collector does not see: it would keep the stage,
+        its buffers and the groups as long as the process lives."""
+        for handle in self.module.grad_acc_hooks.values():
+            handle.remove()
+
     def _init_dist_index(self, pg_collection: ProcessGroupCollection) -> FSDPDistributedIndex:
         """The mesh of all ranks; megatron-core's is always of CUDA."""
         sharding, outer = {"dp_cp": pg_collection.dp_cp}, None

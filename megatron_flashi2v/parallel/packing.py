@@ -1,4 +1,4 @@
-"""One tensor per pipeline hop: tokens, text rows and conditioning rows, packed.
+"""One tensor per pipeline hop: tokens, rows for cross-attention and conditioning rows, packed.
 
 The conditioning rows (time embedding and modulation) are fp32 also when the hop is bf16: rounding them at a stage
 boundary would make the result depend on the layout. They cross bit-cast, as twice as many bf16 rows; gradients come
@@ -20,13 +20,13 @@ class PackedShape:
 
     Attributes:
         tokens: visual tokens of this rank.
-        text: text rows of this rank.
+        context: text rows of this rank, and image rows with their padding.
         conditioning: fp32 conditioning rows.
         dtype: dtype of the hop.
     """
 
     tokens: int
-    text: int
+    context: int
     conditioning: int
     dtype: torch.dtype
 
@@ -38,7 +38,7 @@ class PackedShape:
     @property
     def rows(self) -> int:
         """Rows of the packed tensor."""
-        return self.tokens + self.text + self.conditioning_rows
+        return self.tokens + self.context + self.conditioning_rows
 
 
 def _cast_rows(rows_RBD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,41 +52,41 @@ def _cast_rows(rows_RBD: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens_SBD: Tensor, text_TBD: Tensor, conditioning_RBD: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens_SBD: Tensor, context_TBD: Tensor, conditioning_RBD: Tensor) -> Tensor:
         dtype = tokens_SBD.dtype
-        ctx.split = [tokens_SBD.shape[0], text_TBD.shape[0]]
-        return torch.cat([tokens_SBD, text_TBD, _cast_rows(conditioning_RBD, dtype)])
+        ctx.split = [tokens_SBD.shape[0], context_TBD.shape[0]]
+        return torch.cat([tokens_SBD, context_TBD, _cast_rows(conditioning_RBD, dtype)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, text = ctx.split
-        grad_tokens, grad_text, grad_rows = grad.split([tokens, text, grad.shape[0] - tokens - text])
-        return grad_tokens, grad_text, _cast_rows(grad_rows, torch.float32)
+        tokens, context = ctx.split
+        grad_tokens, grad_context, grad_rows = grad.split([tokens, context, grad.shape[0] - tokens - context])
+        return grad_tokens, grad_context, _cast_rows(grad_rows, torch.float32)
 
 
 class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, text, rows = packed.split([shape.tokens, shape.text, shape.conditioning_rows])
-        return tokens.contiguous(), text.contiguous(), _cast_rows(rows, torch.float32)
+        tokens, context, rows = packed.split([shape.tokens, shape.context, shape.conditioning_rows])
+        return tokens.contiguous(), context.contiguous(), _cast_rows(rows, torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad_tokens: Tensor, grad_text: Tensor, grad_rows: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_tokens: Tensor, grad_context: Tensor, grad_rows: Tensor) -> tuple[Tensor, None]:
         dtype = grad_tokens.dtype
-        return torch.cat([grad_tokens, grad_text.to(dtype), _cast_rows(grad_rows.float(), dtype)]), None
+        return torch.cat([grad_tokens, grad_context.to(dtype), _cast_rows(grad_rows.float(), dtype)]), None
 
 
-def pack(tokens_SBD: Tensor, text_TBD: Tensor, conditioning_RBD: Tensor) -> Tensor:
+def pack(tokens_SBD: Tensor, context_TBD: Tensor, conditioning_RBD: Tensor) -> Tensor:
     """Concatenate along rows: [S + T + R', B, D] in the tokens' dtype.
 
     Args:
         tokens_SBD: the residual stream, in the hop's dtype.
-        text_TBD: text rows, in the same dtype.
+        context_TBD: text and image rows, in the same dtype.
         conditioning_RBD: fp32 rows; R' is R in fp32 and 2R in a 16-bit dtype.
     """
-    return _Pack.apply(tokens_SBD, text_TBD, conditioning_RBD)
+    return _Pack.apply(tokens_SBD, context_TBD, conditioning_RBD)
 
 
 def unpack(packed: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor, Tensor]:
-    """The reverse of :func:`pack`: tokens_SBD, text_TBD, and conditioning_RBD in fp32, bit for bit."""
+    """The reverse of :func:`pack`: tokens_SBD, context_TBD, and conditioning_RBD in fp32, bit for bit."""
     return _Unpack.apply(packed, shape)

@@ -90,12 +90,19 @@ def own_tokens(tokens: int, groups: Groups) -> range:
 def context_block(rows_SX: Tensor, groups: Groups) -> Tensor:
     """Rows [S', ...] of the tokens of this context-parallel rank, zero rows for padding; before any split over TP."""
     length = rows_per_rank(len(rows_SX), groups) * groups.token_shards
-    return zero_pad(rows_SX[groups.cp.rank() * length :][:length], length)
+    start = groups.cp.rank() * length
+    block_SX = rows_SX if groups.cp.size() == 1 else rows_SX[start : start + length]  # a slice's gradient is a copy
+    return zero_pad(block_SX, length)
 
 
 def shard_tokens(rows_SBX: Tensor, groups: Groups) -> Tensor:
     """This rank's rows of all visual tokens, zero rows for padding: [:func:`rows_per_rank`, B, X]."""
     return shard_rows(context_block(rows_SBX, groups), groups)
+
+
+def pad_rows(rows_RBX: Tensor, groups: Groups) -> Tensor:
+    """Rows that every rank holds with zero rows after them, so that they divide for :func:`shard_rows`."""
+    return zero_pad(rows_RBX, -(-len(rows_RBX) // groups.token_shards) * groups.token_shards)
 
 
 def shard_rows(rows_RBX: Tensor, groups: Groups) -> Tensor:

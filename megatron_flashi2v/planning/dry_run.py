@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,11 +39,13 @@ class PlannedData:
         latent_shapes: latent frames, rows and columns, one for each size.
         temporal_stride: video frames for each latent frame after the first; None where it is not known.
         source: where that was read.
+        inputs: shapes of what a sample holds beside latents and text, by name.
     """
 
     latent_shapes: tuple[tuple[int, int, int], ...]
     temporal_stride: int | None
     source: str
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> str:
@@ -61,8 +64,7 @@ def dry_run_report(config: TrainConfig, model: ModelConfig, world_size: int) -> 
     data = planned_data(config.data, config.encoding)
     for shape in data.latent_shapes:
         check_tokens(model, shape)
-    if data.temporal_stride is not None:
-        model = paradigm.fit_to_data(model, data.temporal_stride)
+    model = paradigm.fit_to_data(model, data.temporal_stride, data.inputs)
     parallel = config.parallel
     total = _parameters(model)
     without = _parameters(dataclasses.replace(model, conditioning=BASE.name))
@@ -118,7 +120,8 @@ def planned_data(arguments: DataArguments, encoding: EncodingArguments) -> Plann
     shapes = tuple(dict.fromkeys(info.latent_shape[1:] for info in infos.values()))
     source = f"the largest sample of {' '.join(map(str, infos))}"
     source += f"; no prepared data yet in {' '.join(map(str, missing))}" if missing else ""
-    return PlannedData(shapes, next(iter(infos.values())).temporal_stride, source)
+    first = next(iter(infos.values()))
+    return PlannedData(shapes, first.temporal_stride, source, first.inputs)
 
 
 def _sharding(parallel: ParallelArguments, world_size: int) -> str:

@@ -14,11 +14,9 @@ from typing import Any
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.formats.diffusers import REFERENCES
 from megatron_flashi2v.encoders.folders import model_folder, read_model_config, require_files
 from megatron_flashi2v.runtime.files import read_json_object
-
-REFERENCES = "_component_sources"
-"""Key of ``model_index.json`` for components that lie elsewhere; diffusers ignores keys that begin with ``_``."""
 
 _FOLDER_ENDINGS = (".json", ".safetensors", ".model", ".txt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.conversion.formats.diffusers import PIPELINE_DEFAULTS, PIPELINE_NAME
+from megatron_flashi2v.conversion.formats.diffusers import PIPELINE_DEFAULTS, PIPELINE_NAME, REFERENCES
 from megatron_flashi2v.conversion.weights import Weights
-from megatron_flashi2v.release.components import REFERENCES, Component
+from megatron_flashi2v.release.components import Component
 from megatron_flashi2v.release.model_card import CARD_NAME, Origin, model_card
 from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json_object
 

@@ -54,6 +54,8 @@ class FlashI2VImageConditioning(ModelMixin, ConfigMixin):
         phi_hidden_channels: int = 64,
         phi_order: str = "conv_then_broadcast",
         mask_channels: int = 4,
+        image_dim: int = 1280,
+        image_rows: int = 257,
         text_cleaning: str = "full",
     ) -> None:
         super().__init__()

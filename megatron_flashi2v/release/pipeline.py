@@ -13,7 +13,6 @@ Shape suffixes: B samples, C latent channels, T latent frames, H and W rows and 
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,9 +29,11 @@ from megatron_flashi2v.conditioning.interface import Extras
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings, check_sampling_settings
+from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import CleaningPolicy
 from megatron_flashi2v.encoders.video_vae import VideoVAE
+from megatron_flashi2v.release.call_inputs import seeds_of, separate_images, spread_rows
 from megatron_flashi2v.release.components import load_references
 from megatron_flashi2v.release.image_conditioning import FlashI2VImageConditioning
 from megatron_flashi2v.release.steps import NEGATIVE_ROWS, ROWS, CallState, StepEnd, Steps
@@ -47,8 +48,8 @@ from megatron_flashi2v.sampling.pipeline import (
 )
 from megatron_flashi2v.sampling.solvers import SchedulerSolver, exact_euler
 
-Seeds = list[tuple[int, int]]
-"""The seed and the index that key each video's noise."""
+TEXT_ROWS = 512
+"""Of which diffusers' transformer finds the text among the rows of an image."""
 
 
 @dataclass
@@ -78,6 +79,8 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         height: pixels.
         width: pixels.
         fps: of the training data, for writing the frames to a file.
+        image_encoder: CLIPVisionModel, for a model that attends to its rows; None for others.
+        image_processor: of the image encoder.
     """
 
     # diffusers' base class sets these; its own annotations do not say so.
@@ -87,9 +90,12 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
     image_conditioning: Any
     vae: Any
     scheduler: Any
+    image_encoder: Any
+    image_processor: Any
     config: Any
 
-    model_cpu_offload_seq: Any = "text_encoder->transformer"
+    model_cpu_offload_seq: Any = "text_encoder->image_encoder->transformer"
+    _optional_components = ["image_encoder", "image_processor"]
     # Small, and called by other methods than forward, the only one that offloading hooks.
     _exclude_from_cpu_offload = ["image_conditioning", "vae"]
     _callback_tensor_inputs = ["latents", ROWS, NEGATIVE_ROWS]
@@ -106,11 +112,14 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         height: int = 480,
         width: int = 832,
         fps: float = 16.0,
+        image_encoder: Any = None,
+        image_processor: Any = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer,
             image_conditioning=image_conditioning, vae=vae, scheduler=exact_euler(scheduler),
+            image_encoder=image_encoder, image_processor=image_processor,
         )  # fmt: skip
         self.register_to_config(num_frames=num_frames, height=height, width=width, fps=fps)
         self.video_processor = VideoProcessor()
@@ -203,7 +212,7 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         repeats = num_videos_per_prompt or 1
         # Given rows have no prompts, but a place for each.
         places = [""] * len(prompt_embeds) if prompt_embeds is not None else prompt or ""
-        places, fitted_BCHW = sampler.prepare(_separate(image), places, height, width)
+        places, fitted_BCHW = sampler.prepare(separate_images(image), places, height, width)
         if fitted_BCHW is not None:
             fitted_BCHW = fitted_BCHW.repeat_interleave(repeats, dim=0)
         rows = self.encode_prompt(
@@ -211,16 +220,19 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             max_sequence_length, device,
         )  # fmt: skip
         text = {
-            name: _spread(rows_BLD, len(places), repeats)
+            name: spread_rows(rows_BLD, len(places), repeats)
             for name, rows_BLD in zip((ROWS, NEGATIVE_ROWS), rows, strict=True) if rows_BLD is not None
         }  # fmt: skip
         count = len(places) * repeats
-        seeds = _seeds(generator, count)
+        seeds = seeds_of(generator, count)
         extras = [sampler.extras(settings, seed, [index], shape) for seed, index in seeds]
         conditions = Conditions(
             image_latents_BC1HW=sampler.encode_images(fitted_BCHW, count, shape),
             text_BLD=text[ROWS],
-            extras={name: torch.cat([row[name] for row in extras]) for name in extras[0]},
+            extras={
+                **{name: torch.cat([row[name] for row in extras]) for name in extras[0]},
+                **sampler.image_inputs(fitted_BCHW, shape),
+            },
         )
         if latents is None:
             latents = torch.cat([sample_noise(seed, [index], shape) for seed, index in seeds])
@@ -337,6 +349,9 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             text_encoder=None,
             model_config=self._model_config,
             device=self._execution_device,
+            image_encoder=None if self.image_encoder is None else ImageEncoder(
+                self.image_encoder, self.image_processor, source="image_encoder"
+            ),
         )
 
     def velocity(
@@ -349,12 +364,18 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
     ) -> Tensor:
         """One call of the transformer; fp32 outside, its own dtype inside."""
         conditioned = self.image_conditioning(latents_BCTHW, image_latents_BC1HW, extras)
-        dtype = self.transformer.dtype
+        dtype, rows_BRX = self.transformer.dtype, conditioned.image_rows_BRX
+        if rows_BRX is not None and text_BLD.shape[1] != TEXT_ROWS:
+            raise ConfigError(
+                f"there are {text_BLD.shape[1]} text rows; beside an image's rows diffusers' transformer takes "
+                f"{TEXT_ROWS} of them for granted: give max_sequence_length={TEXT_ROWS}"
+            )
         with self.image_conditioning.guiding(self.transformer, conditioned.guidance_BCTHW):
             velocity_BCTHW = self.transformer(
                 hidden_states=conditioned.latents_BCTHW.to(dtype),
                 timestep=timestep_B.to(latents_BCTHW.device),
                 encoder_hidden_states=text_BLD.to(dtype),
+                encoder_hidden_states_image=None if rows_BRX is None else rows_BRX.to(dtype),
                 attention_kwargs=self._attention_kwargs,
                 return_dict=False,
             )[0]
@@ -364,25 +385,3 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         if output_type == "latent":
             return state_BCTHW
         return self.video_processor.postprocess_video(vae.decode(state_BCTHW), output_type=output_type)
-
-
-def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Seeds:
-    """A single generator keys by its seed and the video's place, a list by each one's seed."""
-    if isinstance(generator, Sequence):
-        if len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} videos; give one for each, or one for all")
-        return [(single.initial_seed(), 0) for single in generator]
-    seed = secrets.randbits(63) if generator is None else generator.initial_seed()
-    return [(seed, index) for index in range(count)]
-
-
-def _separate(image: Any) -> Any:
-    """Arrays and tensors of several images as a list of them."""
-    return list(image) if getattr(image, "ndim", 0) == 4 else image
-
-
-def _spread(rows_BLD: Tensor, places: int, repeats: int) -> Tensor:
-    """Text rows for each video: one prompt's serve all places, and each place has so many videos."""
-    if len(rows_BLD) not in (1, places):
-        raise ConfigError(f"there are text rows of {len(rows_BLD)} prompts for {places} images and prompts")
-    return rows_BLD.expand(places, -1, -1).repeat_interleave(repeats, dim=0)

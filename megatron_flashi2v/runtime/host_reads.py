@@ -24,14 +24,14 @@ CALLS = frozenset((Tensor.tolist, Tensor.numpy, Tensor.cpu))
 
 
 class HostReads:
-    """Refuses reads of a device by the host beyond a number.
+    """Counts reads of a device by the host, and refuses those beyond a number.
 
-    On CUDA torch itself refuses every operation that waits, whatever calls it. Elsewhere :data:`OPERATORS` are seen, in
-    the backward pass too, and :data:`CALLS` outside of it.
+    Where there is a number, torch itself refuses every operation on CUDA that waits, whatever calls it. Otherwise
+    :data:`OPERATORS` are seen, in the backward pass too, and :data:`CALLS` outside of it.
 
     Args:
         device: whose tensors are watched; on CPUs every tensor is.
-        allowed: reads that pass.
+        allowed: reads that pass; None for all.
 
     Attributes:
         count: reads so far.
@@ -40,12 +40,13 @@ class HostReads:
         RuntimeError: where the first read beyond the number happens.
     """
 
-    def __init__(self, device: Device, allowed: int) -> None:
+    def __init__(self, device: Device, allowed: int | None) -> None:
         self.device, self.allowed, self.count = device, allowed, 0
         self._entered = ExitStack()
 
     def __enter__(self) -> HostReads:
-        for watch in (_waits(self.device, "error"), _Calls(self), _Operators(self)):
+        mode: Literal["default", "error"] = "default" if self.allowed is None else "error"
+        for watch in (_waits(self.device, mode), _Calls(self), _Operators(self)):
             self._entered.enter_context(watch)
         return self
 
@@ -57,7 +58,7 @@ class HostReads:
         if tensor.device != self.device.torch_device:
             return call()
         self.count += 1
-        if self.count > self.allowed:
+        if self.allowed is not None and self.count > self.allowed:
             raise RuntimeError(f"the host reads {self.device.torch_device} by {name}: read {self.count}")
         with _waits(self.device, "default"):
             return call()

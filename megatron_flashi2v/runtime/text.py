@@ -46,6 +46,15 @@ def shown(text: str) -> str:
     return without_secrets(encodable(text))
 
 
+def excerpt(text: str, length: int = 80) -> str:
+    """The beginning of :func:`shown` text, for a message.
+
+    To cut first would leave the rest of a key, without what tells that it is one.
+    """
+    text = shown(text)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 class ShownFormatter(logging.Formatter):
     """Formats lines of the log as :func:`shown` text."""
 

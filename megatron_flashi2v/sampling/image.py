@@ -80,6 +80,20 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
     return resize_and_crop(tensor.unsqueeze(0), height, width)[0]
 
 
+def pair_with_prompts(images: list[ImageLike], prompts: list[str]) -> tuple[list[ImageLike], list[str]]:
+    """Both lists at one length.
+
+    Raises:
+        ConfigError: they have other lengths, and neither has one entry, which serves all.
+    """
+    count = max(len(images), len(prompts))
+    if not images or not prompts or len(images) not in (1, count) or len(prompts) not in (1, count):
+        raise ConfigError(
+            f"{len(images)} images and {len(prompts)} prompts; give as many of each, or one that serves all"
+        )
+    return images * (count // len(images)), prompts * (count // len(prompts))
+
+
 def _levels(image: torch.Tensor, expected: str, channels: int) -> torch.Tensor:
     """The image in 8 bits; ``channels`` is the axis of its colours."""
     if image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape:

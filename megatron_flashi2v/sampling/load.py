@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ import torch
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
 from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
-from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.config.fields import spelling
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
+from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.build import build_stages
+from megatron_flashi2v.models.context_memory import ContextMemory
 from megatron_flashi2v.models.predict import predict_velocity
 from megatron_flashi2v.models.spec import make_spec
-from megatron_flashi2v.models.text_memory import TextMemory
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.models.weight_shards import whole_weights
 from megatron_flashi2v.parallel.groups import Groups
@@ -59,6 +63,55 @@ def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
 def is_release(folder: Path) -> bool:
     """Whether a folder is a diffusers pipeline's, such as ``flashi2v convert --to diffusers`` writes."""
     return (folder / diffusers.PIPELINE_NAME).is_file()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFolders:
+    """Where the frozen models lie: folders, or OWNER/NAME:SUBFOLDER of Hub repositories."""
+
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+    image_encoder: Path | None = None
+
+    @classmethod
+    def find(
+        cls, checkpoint: Path, *, vae: Path | None, text_encoder: Path | None, tokenizer: Path | None,
+        image_encoder: Path | None,
+    ) -> FrozenFolders:
+        """Those that are given, and of the others those that a release holds or names.
+
+        Args:
+            checkpoint: see :func:`resolve_checkpoint`.
+            vae: None takes the release's.
+            text_encoder: likewise.
+            tokenizer: likewise.
+            image_encoder: likewise; few models have one.
+
+        Raises:
+            ConfigError: one is neither given nor in the release, or there is no release.
+        """
+        given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        missing = [name for name, place in given.items() if place is None]
+        held: Mapping[str, Path] = _parts_of_release(checkpoint, missing) if missing else {}
+        if image_encoder is None:
+            image_encoder = _parts_of_release(checkpoint, ["image_encoder"]).get("image_encoder")
+        absent = [spelling(name) for name in missing if name not in held]
+        if absent:
+            why = "is a release without these parts" if is_release(checkpoint) else "is no release, which holds them"
+            raise ConfigError(f"{', '.join(absent)} must be given: --load {checkpoint} {why}")
+        places = {name: held[name] if place is None else place for name, place in given.items()}
+        return cls(**places, image_encoder=image_encoder)
+
+
+def _parts_of_release(folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Those of the named parts that a release holds, or says where they lie; none of what is no release."""
+    if not is_release(folder):
+        return {}
+    references = read_json_object(folder / diffusers.PIPELINE_NAME, error=CheckpointError).get(diffusers.REFERENCES)
+    references = references if isinstance(references, dict) else {}
+    parts = {name: folder / name for name in names if (folder / name).is_dir()}
+    return {name: Path(str(references[name])) for name in names if name in references} | parts
 
 
 def describe(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
@@ -134,33 +187,54 @@ def velocity_of(model: DiffusionTransformer | Sequence[DiffusionTransformer]) ->
     Every rank of a divided model must call it with the same arguments, and gets the same velocity. It remembers what
     the model makes of the last texts: weights and the texts' tensors must stay as they are while it is used.
     """
-    return torch.no_grad()(partial(predict_velocity, model, memory=TextMemory()))
+    return torch.no_grad()(partial(predict_velocity, model, memory=ContextMemory()))
+
+
+def load_image_encoder(folder: Path | None, model: ModelConfig, device: torch.device) -> ImageEncoder | None:
+    """The image encoder whose rows the model attends to; None for a model that attends to none.
+
+    Raises:
+        ConfigError: the model needs one and ``folder`` is None, or the folder is missing or damaged.
+    """
+    if not paradigm_of(model).image_rows(model):
+        return None
+    if folder is None:
+        raise ConfigError(
+            f"--image-encoder must be given: the model's conditioning is {model.conditioning}, which attends to an "
+            "image encoder's rows"
+        )
+    return ImageEncoder.load(folder, device)
 
 
 @contextlib.contextmanager
 def open_pipeline(
     checkpoint: Path,
     *,
-    vae: Path,
-    text_encoder: Path,
-    tokenizer: Path,
+    vae: Path | None = None,
+    text_encoder: Path | None = None,
+    tokenizer: Path | None = None,
     device: str = "auto",
     weights: str = "model",
     bf16: bool = False,
     attention_backend: str = "auto",
     batched_guidance: bool = False,
+    image_encoder: Path | None = None,
 ) -> Iterator[ImageToVideoPipeline]:
     """The pipeline of a checkpoint in this process alone; it can be called only inside.
 
     Arguments and errors as for :meth:`~megatron_flashi2v.sampling.pipeline.ImageToVideoPipeline.from_checkpoint`.
     """
+    frozen = FrozenFolders.find(
+        checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, image_encoder=image_encoder
+    )
     folder = resolve_checkpoint(checkpoint, weights)
     config, _ = describe(folder)
     target = resolve_device(device)
     where = target.torch_device
     dtype = torch.bfloat16 if bf16 else torch.float32
-    decoder = VideoVAE.load(vae, where)
-    rows = TextEncoder.load(text_encoder, tokenizer, config.text_length, where, dtype)
+    decoder = VideoVAE.load(frozen.vae, where)
+    rows = TextEncoder.load(frozen.text_encoder, frozen.tokenizer, config.text_length, where, dtype)
+    image_rows = load_image_encoder(frozen.image_encoder, config, where)
     with single_process(target) as groups:
         stages = load_stages(
             folder, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
@@ -168,5 +242,5 @@ def open_pipeline(
         )
         yield ImageToVideoPipeline(
             velocity=velocity_of(stages), vae=decoder, text_encoder=rows, model_config=config, device=where,
-            batched_guidance=batched_guidance,
+            batched_guidance=batched_guidance, image_encoder=image_rows,
         )

@@ -71,7 +71,7 @@ def _sample_requests(config: SampleConfig, requests: Path, launch: LaunchEnviron
         _require_images(requests, jobs, source)
     videos = _plan(config, source, jobs)
     _require_prompts(requests, videos, source)
-    encoders = Encoders.load(config, source.model, launch)
+    encoders = Encoders.load(config, source, launch)
     noise = None if config.noise is None else NoiseFile(config.noise)
     _require_sizes(requests, videos, encoders, source, noise)
     with world(encoders.device, launch, config.parallel) as groups:
@@ -166,7 +166,7 @@ def _begin(config: SampleConfig, source: Source, videos: Sequence[PlannedVideo],
     missing: list[int] = []
     if is_first:
         try:
-            missing = begin(config.output, deciding_settings(config, source.folder), videos)
+            missing = begin(config.output, deciding_settings(config, source), videos)
         except UserError as caught:
             error = caught
     _agree(error)

@@ -26,14 +26,16 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings, SolverName, check_sampling_settings
 from megatron_flashi2v.data.prepared import pad_text_rows
 from megatron_flashi2v.data.transforms import to_model_range
+from megatron_flashi2v.encoders.image_inputs import encode_image_inputs
 from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_prompt
 from megatron_flashi2v.sampling.denoise import Conditions, StepCallback, denoise
 from megatron_flashi2v.sampling.guidance import Guidance, VelocityFunction, is_guided, with_guidance
-from megatron_flashi2v.sampling.image import ImageLike, fit_image
+from megatron_flashi2v.sampling.image import ImageLike, fit_image, pair_with_prompts
 from megatron_flashi2v.sampling.noise import sample_extras, sample_noise
 from megatron_flashi2v.sampling.solvers import make_solver
 
 if TYPE_CHECKING:
+    from megatron_flashi2v.encoders.image import ImageEncoder
     from megatron_flashi2v.encoders.video_vae import VideoVAE
 
 DEFAULT_NEGATIVE_PROMPT = (
@@ -87,6 +89,7 @@ class ImageToVideoPipeline:
         velocity: the model, see :data:`VelocityFunction`; called with fp32 tensors on ``device``, timesteps excepted.
         vae: makes the image's latents and decodes the video's.
         text_encoder: makes the text rows; None where the caller brings them.
+        image_encoder: makes the image's rows; None for a model that attends to none.
         model_config: the model's dimensions, its text length and how its captions were cleaned.
         device: of the velocity's tensors.
         batched_guidance: compute both guidance passes in one call at twice the batch.
@@ -107,6 +110,7 @@ class ImageToVideoPipeline:
         device: torch.device,
         batched_guidance: bool = False,
         guidance_group: torch.distributed.ProcessGroup | None = None,
+        image_encoder: ImageEncoder | None = None,
     ) -> None:
         if vae.latent_channels != model_config.latent_channels:
             raise ConfigError(
@@ -122,11 +126,23 @@ class ImageToVideoPipeline:
             raise ConfigError(
                 f"the model's text_cleaning is {model_config.text_cleaning!r}; known are {', '.join(POLICIES)}"
             )
+        self.paradigm = paradigm_of(model_config)
+        rows = self.paradigm.image_rows(model_config)
+        if rows and image_encoder is None:
+            raise ConfigError(
+                f"the model's conditioning is {model_config.conditioning!r}, which attends to the rows of an image "
+                "encoder; give one (--image-encoder)"
+            )
+        if rows and image_encoder is not None and image_encoder.shape != (rows, model_config.image_dim):
+            raise ConfigError(
+                f"the image encoder makes {image_encoder.rows} rows of width {image_encoder.width}, the model takes "
+                f"{rows} of {model_config.image_dim}; give the image encoder that the model was trained with"
+            )
+        self.image_encoder = image_encoder
         self.velocity = velocity
         self.vae = vae
         self.text_encoder = text_encoder
         self.model_config = model_config
-        self.paradigm = paradigm_of(model_config)
         self.text_cleaning = cast("CleaningPolicy", model_config.text_cleaning)
         self.device = device
         self.batched_guidance, self.guidance_group = batched_guidance, guidance_group
@@ -136,19 +152,21 @@ class ImageToVideoPipeline:
         cls,
         checkpoint: str | Path,
         *,
-        vae: str | Path,
-        text_encoder: str | Path,
-        tokenizer: str | Path,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        image_encoder: str | Path | None = None,
         device: str = "auto",
         **options: Any,
     ) -> AbstractContextManager[ImageToVideoPipeline]:
         """Load a checkpoint's model for sampling in this process; the pipeline can be called inside the context.
 
         Args:
-            checkpoint: folder of ``train --save`` (its newest checkpoint), or one of its ``iter_*``.
-            vae: folder of the VAE that prepared the training data.
-            text_encoder: folder of the text encoder that prepared them.
-            tokenizer: folder of its tokenizer.
+            checkpoint: folder of ``train --save`` (its newest checkpoint), one of its ``iter_*``, or a release.
+            vae: folder of the VAE that prepared the training data; None takes the release's.
+            text_encoder: folder of the text encoder that prepared them, likewise.
+            tokenizer: folder of its tokenizer, likewise.
+            image_encoder: folder of the image encoder, for a model that attends to its rows.
             device: auto, cuda, npu or cpu.
             options: ``weights`` (model or ema), ``bf16``, ``attention_backend`` and ``batched_guidance``, as the flags
                 of ``flashi2v sample``.
@@ -158,10 +176,9 @@ class ImageToVideoPipeline:
         """
         from megatron_flashi2v.sampling.load import open_pipeline
 
-        return open_pipeline(
-            Path(checkpoint), vae=Path(vae), text_encoder=Path(text_encoder), tokenizer=Path(tokenizer), device=device,
-            **options,
-        )
+        frozen = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
+        places: dict[str, Any] = {name: None if place is None else Path(place) for name, place in frozen.items()}
+        return open_pipeline(Path(checkpoint), **places, device=device, **options)
 
     @torch.no_grad()
     def __call__(
@@ -226,7 +243,10 @@ class ImageToVideoPipeline:
         conditions = Conditions(
             image_latents_BC1HW=self.encode_images(fitted_BCHW, count, latent_shape),
             text_BLD=self.encode_text(prompts),
-            extras=self.extras(settings, seed, keys, latent_shape),
+            extras={
+                **self.extras(settings, seed, keys, latent_shape),
+                **self.image_inputs(fitted_BCHW, latent_shape),
+            },
         )
         latents_BCTHW = denoise(
             self.velocity,
@@ -253,7 +273,7 @@ class ImageToVideoPipeline:
         prompt_list = [prompts] if isinstance(prompts, str) else list(prompts)
         if images is not None:
             image_list = list(images) if isinstance(images, (list, tuple)) else [cast("ImageLike", images)]
-            image_list, prompt_list = _pair(image_list, prompt_list)
+            image_list, prompt_list = pair_with_prompts(image_list, prompt_list)
             return prompt_list, torch.stack([fit_image(image, height, width) for image in image_list])
         if self.paradigm.uses_image:
             raise ConfigError(
@@ -271,9 +291,23 @@ class ImageToVideoPipeline:
         if fitted_BCHW is None:
             channels, _, height, width = latent_shape
             return torch.zeros((count, channels, 1, height, width), device=self.device)
-        # The transform takes the first axis for time; here it counts images, each a video of one frame.
-        pixels_BC1HW = to_model_range(fitted_BCHW).transpose(0, 1).unsqueeze(2).to(self.device)
-        return self.vae.encode(pixels_BC1HW).to(self.device, torch.float32)
+        return self.vae.encode(self._pixels(fitted_BCHW)).to(self.device, torch.float32)
+
+    def image_inputs(
+        self, fitted_BCHW: torch.Tensor | None, latent_shape: tuple[int, int, int, int]
+    ) -> dict[str, torch.Tensor]:
+        """What the paradigm takes of the images beside their latents, by name, on the device."""
+        names = self.paradigm.stored_inputs(self.model_config, latent_shape)
+        if fitted_BCHW is None or not names:
+            return {}
+        frames = 1 + (latent_shape[1] - 1) * self.vae.temporal_stride
+        found = encode_image_inputs(names, self._pixels(fitted_BCHW), frames, self.vae, self.image_encoder)
+        return {name: rows.to(self.device) for name, rows in found.items()}
+
+    def _pixels(self, fitted_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images as videos of one frame in [-1, 1], [B, 3, 1, H, W] on the device."""
+        # The transform takes the first axis for time; here it counts images.
+        return to_model_range(fitted_BCHW).transpose(0, 1).unsqueeze(2).to(self.device)
 
     def extras(
         self, settings: ImageSettings, seed: int, keys: Sequence[int | str], latent_shape: tuple[int, int, int, int]
@@ -363,13 +397,3 @@ def to_frames(video_BCTHW: torch.Tensor) -> NDArray[np.uint8]:
     """Pixels in [-1, 1] as uint8 frames ``[B, T, H, W, C]``: clamped, scaled to [0, 255], rounded half up."""
     unit_BCTHW = (video_BCTHW.float().clamp(-1.0, 1.0) + 1.0) / 2.0
     return (unit_BCTHW * 255.0 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
-
-
-def _pair(images: list[ImageLike], prompts: list[str]) -> tuple[list[ImageLike], list[str]]:
-    """Both lists at one length."""
-    count = max(len(images), len(prompts))
-    if not images or not prompts or len(images) not in (1, count) or len(prompts) not in (1, count):
-        raise ConfigError(
-            f"{len(images)} images and {len(prompts)} prompts; give as many of each, or one that serves all"
-        )
-    return images * (count // len(images)), prompts * (count // len(prompts))

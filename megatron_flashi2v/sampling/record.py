@@ -16,9 +16,10 @@ from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
+from megatron_flashi2v.runtime.text import encodable
 from megatron_flashi2v.sampling.outputs import OutputFiles
 from megatron_flashi2v.sampling.requests import Job
-from megatron_flashi2v.sampling.session import VideoShape
+from megatron_flashi2v.sampling.session import Source, VideoShape
 
 RECORD_FILE = "sampling.json"
 KIND = "videos of flashi2v sample"
@@ -44,19 +45,21 @@ class PlannedVideo:
         request = self.job.request
         return {
             "id": request.id, "seed": self.job.seed,
-            "image": None if request.image is None else str(request.image.resolve()),
+            "image": None if request.image is None else encodable(str(request.image.resolve())),
             "prompt": request.prompt, "negative_prompt": self.negative_prompt, "num_frames": self.shape.num_frames,
             "height": self.shape.height, "width": self.shape.width, "fps": self.shape.fps,
         }
 
 
-def deciding_settings(config: SampleConfig, checkpoint: Path) -> dict[str, Any]:
+def deciding_settings(config: SampleConfig, source: Source) -> dict[str, Any]:
     """The flags that decide every video, by name."""
     values = {name: value for name, value in flat_values(config).items() if name not in FREE}
-    for name in ("vae", "text_encoder", "tokenizer", "noise"):
-        values[name] = None if values[name] is None else str(Path(values[name]).resolve())
+    files = {**vars(source.frozen), "noise": config.noise, "load": source.folder}
+    values |= {name: None if path is None else str(path.resolve()) for name, path in files.items()}
+    if values["image_encoder"] is None:  # records of earlier versions do not have it
+        del values["image_encoder"]
     written = {name: getattr(config, name) is not None for name in ("strip", "latents")}
-    return {**values, **written, "load": str(checkpoint.resolve())}
+    return {**values, **written}
 
 
 def begin(folder: Path, settings: Mapping[str, Any], videos: Sequence[PlannedVideo]) -> list[int]:

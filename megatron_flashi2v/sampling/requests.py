@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import reprlib
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from megatron_flashi2v.config.bounds import suggestion
 from megatron_flashi2v.config.errors import ConfigError, DataError
+from megatron_flashi2v.runtime.text import encodable, excerpt
 
 FIELDS = ("id", "image", "prompt", "seeds", "negative_prompt", "num_frames", "height", "width")
 LONGEST_NAME = 200
@@ -125,18 +125,17 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise DataError(
-                f"{path}: line {number} is {reprlib.repr(line)}; it must be a JSON object with id and prompt"
+                f"{path}: line {number} is {_excerpt(line)}; it must be a JSON object with id and prompt"
             )
         yield number, {name: value for name, value in row.items() if value is not None}
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
     header: list[str] | None = None
     try:
         for cells in reader:
@@ -153,6 +152,13 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield reader.line_num, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num} is no CSV ({error}); mend its quotes") from None
+
+
+def _delimiter(text: str) -> str:
+    """What divides the columns of the first line: a comma, or what spreadsheets write in its place."""
+    first = text.lstrip().partition("\n")[0]
+    fit = (mark for mark in ",;\t" if {"id", "prompt"} <= {name.strip(' "\r') for name in first.split(mark)})
+    return next(fit, ",")
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
@@ -173,8 +179,10 @@ def _request(row: dict[str, Any], line: int, folder: Path) -> Request:
     identity = row.get("id")
     if isinstance(identity, int) and not isinstance(identity, bool):
         identity = str(identity)
+    if isinstance(identity, str):
+        identity = encodable(identity)
     if not isinstance(identity, str) or not identity.strip():
-        raise _MalformedFieldError(f"id is {reprlib.repr(identity)}; it must be a word of its own")
+        raise _MalformedFieldError(f"id is {_excerpt(identity)}; it must be a word of its own")
     return Request(
         id=identity, prompt=_text(row, "prompt", required=True) or "", image=_image(row, folder), seeds=_seeds(row),
         negative_prompt=_text(row, "negative_prompt"), num_frames=_size(row, "num_frames"),
@@ -184,9 +192,11 @@ def _request(row: dict[str, Any], line: int, folder: Path) -> Request:
 
 def _text(row: dict[str, Any], name: str, *, required: bool = False) -> str | None:
     value = row.get(name)
-    if isinstance(value, str) or (value is None and not required):
-        return value
-    shown = "missing" if value is None else reprlib.repr(value)
+    if isinstance(value, str):
+        return encodable(value)
+    if value is None and not required:
+        return None
+    shown = "missing" if value is None else _excerpt(value)
     raise _MalformedFieldError(f"{name} is {shown}; it must be a text")
 
 
@@ -195,12 +205,12 @@ def _image(row: dict[str, Any], folder: Path) -> Path | None:
     if name is None:
         return None
     if not isinstance(name, str) or not name or "\0" in name:
-        raise _MalformedFieldError(f"image is {reprlib.repr(name)}; it must be the path of a picture or a video")
+        raise _MalformedFieldError(f"image is {_excerpt(name)}; it must be the path of a picture or a video")
     for path in (folder / name, Path(name)):
         if os.path.isfile(path):
             return path
     raise _MalformedFieldError(
-        f"image {reprlib.repr(name)}: no such file, beside the requests or in the working directory; give a picture "
+        f"image {_excerpt(name)}: no such file, beside the requests or in the working directory; give a picture "
         "(png, jpg) or a video, whose first frame is used"
     )
 
@@ -216,8 +226,10 @@ def _seeds(row: dict[str, Any]) -> tuple[int, ...] | None:
         found = ()
     if not found or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in found):
         raise _MalformedFieldError(
-            f"seeds is {reprlib.repr(value)}; it must be a list of whole numbers (in CSV with spaces between)"
+            f"seeds is {_excerpt(value)}; it must be a list of whole numbers (in CSV with spaces between)"
         )
+    if len(set(found)) < len(found):
+        raise _MalformedFieldError(f"seeds is {_excerpt(value)}; it must name each seed once")
     return found
 
 
@@ -226,7 +238,7 @@ def _size(row: dict[str, Any], name: str) -> int | None:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise _MalformedFieldError(f"{name} is {reprlib.repr(value)}; it must be a whole number, at least 1")
+        raise _MalformedFieldError(f"{name} is {_excerpt(value)}; it must be a whole number, at least 1")
     return value
 
 
@@ -253,10 +265,15 @@ def _name(template: str, identity: str, seed: int) -> str:
         problem = f"is longer than {LONGEST_NAME} bytes"
     if problem:
         raise ConfigError(
-            f"--name {template} gives id {reprlib.repr(identity)} the name {reprlib.repr(name)}, which {problem}; "
+            f"--name {template} gives id {_excerpt(identity)} the name {_excerpt(name)}, which {problem}; "
             "change the id or --name"
         )
     return name
+
+
+def _excerpt(value: Any) -> str:
+    """A value for a message, shortened."""
+    return excerpt(repr(value))
 
 
 def _read_text(path: Path) -> str:

@@ -60,7 +60,7 @@ def _sample(config: SampleConfig, prompt: str, launch: LaunchEnvironment) -> Sam
     require_processes(config, source.model, launch)
     shape = video_shape(config, source.state)
     image = condition_image(config, source.model)
-    encoders = Encoders.load(config, source.model, launch)
+    encoders = Encoders.load(config, source, launch)
     latent_shape = encoders.latent_shape(source.model, shape)
     noise = None
     if config.noise is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,27 @@ from megatron_flashi2v.config.layout import check_layout, model_ranks
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
-from megatron_flashi2v.encoders.text_cleaning import POLICIES, require_words
+from megatron_flashi2v.encoders.text_cleaning import POLICIES, lost_most, require_words
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.replicas import Replica
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
+from megatron_flashi2v.runtime.logging import AGREED, ONCE
+from megatron_flashi2v.runtime.text import excerpt
+from megatron_flashi2v.sampling.load import (
+    FrozenFolders,
+    describe,
+    load_image_encoder,
+    load_stages,
+    resolve_checkpoint,
+    velocity_of,
+)
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
 
@@ -43,11 +56,13 @@ class Source:
     """The checkpoint that is sampled from.
 
     Attributes:
+        frozen: where the frozen models lie.
         folder: an ``iter_*``, whose weights are verified.
         model: resolved dimensions.
         state: what training recorded.
     """
 
+    frozen: FrozenFolders
     folder: Path
     model: ModelConfig
     state: Mapping[str, Any]
@@ -57,11 +72,16 @@ class Source:
         """The checkpoint that the flags name.
 
         Raises:
+            ConfigError: a frozen model is neither given nor in a release.
             CheckpointError: there is none, or it is damaged.
         """
+        frozen = FrozenFolders.find(
+            config.load, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
+            image_encoder=config.image_encoder,
+        )
         folder = resolve_checkpoint(config.load, config.weights)
         model, state = describe(folder)
-        return cls(folder=folder, model=model, state=state)
+        return cls(frozen=frozen, folder=folder, model=model, state=state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +91,25 @@ class Encoders:
     device: Device
     vae: VideoVAE
     text: TextEncoder
+    image: ImageEncoder | None
 
     @classmethod
-    def load(cls, config: SampleConfig, model: ModelConfig, launch: LaunchEnvironment) -> Encoders:
-        """Those that the flags name.
+    def load(cls, config: SampleConfig, source: Source, launch: LaunchEnvironment) -> Encoders:
+        """Those of the source, as the flags want them.
 
         Raises:
             ConfigError: a folder is missing or damaged, or there is no such device.
         """
         device = resolve_device(config.device, launch.local_rank)
         where, dtype = device.torch_device, torch.bfloat16 if config.bf16 else torch.float32
-        vae = VideoVAE.load(config.vae, where)
+        vae = VideoVAE.load(source.frozen.vae, where)
         if config.vae_tiling:
             vae.enable_tiling()
-        text = TextEncoder.load(config.text_encoder, config.tokenizer, model.text_length, where, dtype)
-        return cls(device=device, vae=vae, text=text)
+        text = TextEncoder.load(
+            source.frozen.text_encoder, source.frozen.tokenizer, source.model.text_length, where, dtype
+        )
+        image = load_image_encoder(source.frozen.image_encoder, source.model, where)
+        return cls(device=device, vae=vae, text=text, image=image)
 
     def latent_shape(self, model: ModelConfig, shape: VideoShape) -> tuple[int, int, int, int]:
         """(C, T, H, W) of a video's latents.
@@ -137,15 +161,21 @@ def require_processes(config: SampleConfig, model: ModelConfig, launch: LaunchEn
 
 
 def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str | None) -> None:
-    """Refuse, before the weights are read, prompts of which the model would see nothing.
+    """Refuse, before the weights are read, prompts of which the model would see nothing; warn once of little.
 
     Raises:
         ConfigError: text cleaning empties one of them.
     """
     policy = next((policy for policy in POLICIES if policy == model.text_cleaning), None)
-    if policy is not None:
-        require_words(prompt, policy)
-        require_words(negative_prompt or "", policy, "negative prompt")
+    if policy is None:
+        return
+    for text, what in ((prompt, "prompt"), (negative_prompt or "", "negative prompt")):
+        cleaned = require_words(text, policy, what)
+        if lost_most(text, cleaned):
+            logger.warning(
+                "text cleaning %s, with which the model was trained, takes more than half of the letters of the %s: "
+                "%r becomes %r (told once)", policy, what, excerpt(text), excerpt(cleaned), extra={**AGREED, **ONCE},
+            )
 
 
 def video_shape(config: SampleConfig, state: Mapping[str, Any], wanted: object = None) -> VideoShape:
@@ -186,7 +216,7 @@ def load_pipeline(
     return ImageToVideoPipeline(
         velocity=velocity_of(stages), vae=encoders.vae, text_encoder=RecentRows(encoders.text),
         model_config=source.model, device=encoders.device.torch_device, batched_guidance=config.batched_guidance,
-        guidance_group=replica.models,
+        guidance_group=replica.models, image_encoder=encoders.image,
     )
 
 

@@ -76,7 +76,7 @@ def open_trainer(
             user,
             *recording_observers(config, state, step, data.validation, device, begin_part, user),
         ])
-        with contextlib.closing(watching):
+        with contextlib.closing(state), contextlib.closing(watching):
             announce(config, state, data.training, launch, device, num_microbatches=step.num_microbatches)
             saver = CheckpointSaver(config.checkpoint, data.model, peers, device)
             yield Trainer(

@@ -47,7 +47,7 @@ class Microbatch:
         sigma_B: noise levels after the shift, fp32.
         sinusoid_BF: features of the timesteps 1000 * sigma, fp32.
         text_BLX: text rows, zero-padded, bf16.
-        extras: the paradigm's own draws by name, one row per sample, fp32.
+        extras: the paradigm's own draws and stored inputs by name, one row per sample.
     """
 
     latents_BCTHW: Tensor
@@ -199,6 +199,7 @@ class MicrobatchSource:
         shape = samples[0].latents_CTHW.shape
         channels, _, height, width = shape
         image_shape = (channels, 1, height, width)
+        stored = self.paradigm.stored_inputs(self.model, shape)
         sigma_B = self.sigmas(positions, (height, width))
         return Microbatch(
             latents_BCTHW=torch.stack([sample.latents_CTHW for sample in samples]),
@@ -207,7 +208,10 @@ class MicrobatchSource:
             # Here, where the sigmas are on the host anyway: made in the forward pass, the device would be waited for.
             sinusoid_BF=timestep_sinusoid(timesteps_of(sigma_B), self.model.freq_dim),
             text_BLX=torch.stack(text),
-            extras=stack_extras([self._extras(position, image_shape) for position in positions]),
+            extras=stack_extras([
+                {**self._extras(position, image_shape), **{name: sample.inputs[name] for name in stored}}
+                for position, sample in zip(positions, samples, strict=True)
+            ]),
         )
 
     def sigmas(self, positions: Sequence[int], latent_size: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.conditioning.wan_i2v import IMAGE_ROWS
 from megatron_flashi2v.config.blend import parse_blend
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.config.model import ModelConfig
@@ -19,6 +20,7 @@ from megatron_flashi2v.config.prepare import EncodingConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.train import BatchArguments, DataArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend, SampleSource, require_same_kind
+from megatron_flashi2v.data.description import DataInfo
 from megatron_flashi2v.data.mock import MockDataset
 from megatron_flashi2v.data.online import OnlineDataset, Replica
 from megatron_flashi2v.data.prepared import PreparedDataset
@@ -96,6 +98,7 @@ def open_data(
         datasets, weights = [MockDataset(encoding, model)], [1.0]
     elif data.online_encoding:
         memory_bytes = data.encoding_cache_mib * 2**20
+        encoding = with_stored_inputs(encoding, model)
         datasets = [OnlineDataset(encoding, device, memory_bytes=memory_bytes, cache=data.encoding_cache)]
         weights = [1.0]
     else:
@@ -141,8 +144,51 @@ def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
     for shape in data.latent_shapes:
         check_tokens(model, shape[1:])
     model = dataclasses.replace(model, text_cleaning=info.text_cleaning)
-    stride = info.temporal_stride
-    return model if stride is None else paradigm_of(model).fit_to_data(model, stride)
+    model = paradigm_of(model).fit_to_data(model, info.temporal_stride, info.inputs)
+    for dataset in data.datasets:
+        require_inputs(model, dataset.info, dataset.name)
+    return model
+
+
+def require_inputs(model: ModelConfig, info: DataInfo, name: str) -> None:
+    """Refuse data that lack what the paradigm takes beside latents and text, or hold it of other widths.
+
+    Raises:
+        ConfigError: names the data, the tensor and the cure.
+    """
+    for what, shape in paradigm_of(model).stored_inputs(model, info.latent_shape).items():
+        if what not in info.inputs:
+            cure = (
+                "--image-encoder, or train with --image-embed-dim 0, without the branch for its rows"
+                if what == IMAGE_ROWS else "--image-encoder or --grey-clip"
+            )
+            raise ConfigError(
+                f"{name} holds no {what}, which --conditioning {model.conditioning} takes; prepare it again with {cure}"
+            )
+        if info.inputs[what] != shape:
+            raise ConfigError(
+                f"{what} in {name} are {info.inputs[what]}, the model takes {shape}; set --image-embed-dim to the "
+                "width of the image encoder's rows"
+            )
+
+
+def with_stored_inputs(encoding: EncodingConfig, model: ModelConfig) -> EncodingConfig:
+    """What online encoding makes of a clip, with what the paradigm takes beside latents and text.
+
+    Raises:
+        ConfigError: it takes an image encoder's rows, and --image-encoder is not given.
+    """
+    paradigm, arguments = paradigm_of(model), encoding.arguments
+    # Sizes do not matter here.
+    if not paradigm.stored_inputs(model, (model.latent_channels, 1, 1, 1)):
+        return encoding
+    if paradigm.image_rows(model) and arguments.sources.image_encoder is None:
+        raise ConfigError(
+            f"--image-encoder must be given: --conditioning {model.conditioning} takes its rows (without their branch: "
+            "--image-embed-dim 0)"
+        )
+    clips = dataclasses.replace(arguments.clips, grey_clip=True)
+    return dataclasses.replace(encoding, arguments=dataclasses.replace(arguments, clips=clips))
 
 
 def share_encoding(data: Blend, groups: Groups, timeout_minutes: float) -> None:

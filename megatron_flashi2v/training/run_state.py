@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import BatchArguments, CheckpointArguments, ParallelArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend
+from megatron_flashi2v.parallel.agreement import share_json
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.runtime.provenance import source_commit
@@ -84,6 +86,8 @@ def provenance_of(
 def settle_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None:
     """List once what a run changes in the one that it resumes; refuse to bend the schedule under way unasked.
 
+    Collective where the checkpoint is of version 0.1.
+
     Args:
         folder: the checkpoint.
         state: its :func:`load_training_state`.
@@ -95,7 +99,8 @@ def settle_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None
     """
     if not state["iteration"]:  # converted weights know no run
         return
-    before = state.get("config") or _config_beside(folder)
+    # The first rank's reading: it writes the file anew as soon as it has loaded, perhaps before another rank reads it.
+    before = state.get("config") or share_json(_config_beside(folder))
     changed = {
         name: (before[name], value) for name, value in now.config.items()
         if name in before and before[name] != value
@@ -124,7 +129,8 @@ def _config_beside(folder: Path) -> dict[str, Any]:
         stored = yaml.safe_load((folder.parent / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return stored if isinstance(stored, dict) else {}
+    # YAML knows values that JSON does not, such as dates.
+    return json.loads(json.dumps(stored, default=str)) if isinstance(stored, dict) else {}
 
 
 def _schedule_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:

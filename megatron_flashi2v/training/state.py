@@ -63,6 +63,11 @@ class TrainState:
     iteration: int = 0
     consumed_samples: int = 0
 
+    def close(self) -> None:
+        """Let the stages' memory go with them."""
+        for model in self.fully_sharded:
+            model.close()
+
     @property
     def spec(self) -> ModelSpec:
         """What the stages are built with."""

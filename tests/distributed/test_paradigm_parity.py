@@ -30,7 +30,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Ten iterations of each paradigm in one process, over TP 2 with SP x PP 2, and over CP 2; three launches."""
     micro, count = request.param
     folder = tmp_path_factory.mktemp("paradigms")
-    data = write_synthetic(folder / "data", 6, (16, 3, 8, 12), 64, 32, seed=3)
+    data = write_synthetic(folder / "data", 6, (16, 3, 8, 12), 64, 32, seed=3,
+                           inputs={"grey_clip": (16, 3, 8, 12), "image_rows": (5, 20)})
     layouts = []
     for name in PARADIGMS:
         layouts += [
@@ -40,7 +41,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         ]
     common = ["--model", "tiny", "--data-path", str(data), "--device", "cpu", "--train-iters", "10",
               "--seed", "7", "--micro-batch-size", str(micro), "--global-batch-size", str(micro * count),
-              "--optimizer", "sgd", "--lr", "0.05"]  # fmt: skip
+              "--optimizer", "sgd", "--lr", "0.05", "--image-embed-dim", "20"]  # fmt: skip
     # And one that starts from text-to-video weights, which a launch before has trained.
     start = ("--conditioning", "inpainting", "--load-weights", f"megatron:{folder / 'text_to_video-single'}")
     layouts += [Layout("started-single", 1, start), Layout("started-divided", 4, (*start, *DIVIDED))]

@@ -96,6 +96,8 @@ def measure(rank: int, folder: Path, flags: list[str]) -> None:
             opening.__exit__(None, None, None)
     found = {"parameters": held.parameters, "weights": 4 * held.parameters - 2 * held.bf16_parameters,
              "beside": memory.peak - live, "planned": planned.kept, "held": second.bytes - before}
+    del opening, trainer, groups
+    found["left"] = held_bytes() - before
     (folder / f"measured-{rank}.json").write_text(json.dumps(found))
 
 
@@ -123,3 +125,9 @@ def test_a_rank_keeps_what_is_planned(measured: dict[str, list[dict[str, int]]],
 def test_no_rank_makes_the_model_while_it_starts(measured: dict[str, list[dict[str, int]]]) -> None:
     for rank in measured["optim_grads_params"]:
         assert rank["beside"] < rank["weights"] / 2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_that_is_over_holds_nothing(measured: dict[str, list[dict[str, int]]], strategy: str) -> None:
+    for rank in measured[strategy]:
+        assert rank["left"] < 0.01 * rank["held"]

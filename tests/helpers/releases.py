@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.checkpoints import save_checkpoint
-from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae
+from helpers.tiny_models import make_tiny_image_encoder, make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
@@ -19,6 +20,7 @@ from megatron_flashi2v.config.model import ModelConfig
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=48, ffn_hidden_size=64, num_attention_heads=3, latent_channels=4, freq_dim=16,
     text_dim=16, text_length=8, phi_kernel_size=(3, 3, 3), phi_order="repeat_then_conv", mask_channels=2,
+    image_dim=12, image_rows=17,
 )  # fmt: skip
 PARTS = ("vae", "text_encoder", "tokenizer")
 DATA = {"samples": 12, "fingerprint": "abc", "frames": 5, "height": 16, "width": 24, "fps": 8.0}
@@ -34,6 +36,7 @@ def make_parts(folder: Path) -> Path:
     make_tiny_vae(folder / "vae")
     make_tiny_text_encoder(folder / "text_encoder")
     make_tiny_tokenizer(folder / "tokenizer")
+    make_tiny_image_encoder(folder / "image_encoder")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
     return folder
@@ -47,6 +50,17 @@ def train(root: Path, config: ModelConfig) -> None:
         for name, shape in parameter_shapes(config).items()
     ]
     save_checkpoint(root, 30, pieces=pieces, model_config=config, state=STATE)
+
+
+def image_encoder(parts: Path) -> dict[str, Any]:
+    """The image encoder's components of a pipeline, which a release does not hold."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionModel
+
+    folder = parts / "image_encoder"
+    return {
+        "image_encoder": CLIPVisionModel.from_pretrained(folder),
+        "image_processor": CLIPImageProcessorPil.from_pretrained(folder),
+    }
 
 
 def release(root: Path, parts: Path, *flags: str) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -21,6 +22,7 @@ def write_synthetic(
     *,
     samples_per_shard: int = 4,
     text_cleaning: str = "full",
+    inputs: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Path:
     """Write a data set that PreparedDataset opens; sample ``i`` depends on (seed, i) alone.
 
@@ -31,6 +33,7 @@ def write_synthetic(
         text_dim: width of a text row.
         text_length: most rows of a caption; the samples have 1 to ``text_length`` rows.
         seed: of the random numbers.
+        inputs: shapes of further tensors of each sample, by name.
     """
     folder = Path(folder)
     shards = folder / SHARD_FOLDER
@@ -46,6 +49,8 @@ def write_synthetic(
                 "latents": torch.randn(tuple(latent_shape), generator=generator),
                 "text": torch.randn((rows, text_dim), generator=generator).to(torch.bfloat16),
             }
+            # Last, so that the others are the same without them.
+            tensors.update({name: torch.randn(shape, generator=generator) for name, shape in inputs.items()})
             writer.add(f"synthetic-{sample:06d}", tensors, {"caption": f"caption {sample}"})
         indices.append(writer.publish(fingerprint="synthetic", dropped=[], seconds=0.0))
     info = DataInfo(
@@ -57,6 +62,7 @@ def write_synthetic(
         frames=1 + 4 * (frames - 1),
         height=8 * height,
         width=8 * width,
+        inputs=dict(inputs),
     )
     empty = torch.randn((1, text_dim), generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     write_description(

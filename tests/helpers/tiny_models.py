@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def make_tiny_text_encoder(folder: Path | str, *, text_dim: int = 16, vocab_size
         eos_token_id=1,
     )
     UMT5EncoderModel(config).save_pretrained(str(folder))
+    return Path(folder)
+
+
+def make_tiny_image_encoder(folder: Path | str, *, width: int = 12, image_size: int = 8, seed: int = 0) -> Path:
+    """A transformers folder with a CLIPVisionModel of three layers and patches of 2, and its processor."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=2,
+        image_size=image_size, patch_size=2, hidden_act="gelu",
+    )
+    model = CLIPVisionModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    model.save_pretrained(str(folder))
+    settings = {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": image_size},
+        "crop_size": {"height": image_size, "width": image_size}, "do_resize": True, "do_center_crop": True,
+        "do_rescale": True, "do_normalize": True, "resample": 3,
+    }
+    Path(folder, "preprocessor_config.json").write_text(json.dumps(settings))
     return Path(folder)
 
 

@@ -18,13 +18,17 @@ FLAGS = {
     "model": "tiny", "num-layers": 2, "hidden-size": 32, "ffn-hidden-size": 48, "num-attention-heads": 2,
     "latent-channels": LATENT_SHAPE[0], "text-dim": TEXT_DIM, "text-length": TEXT_LENGTH, "device": "cpu",
     "train-iters": 4, "seed": 5, "global-batch-size": 4, "micro-batch-size": 2, "lr": 1e-2,
+    "image-embed-dim": 12,
 }
+INPUTS = {"grey_clip": LATENT_SHAPE, "image_rows": (17, 12)}
+"""What wan_i2v takes of a sample; the other paradigms train on the same data."""
 
 
 @pytest.fixture(scope="session")
 def synthetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six samples: an iteration of four crosses the epochs' borders."""
-    return write_synthetic(tmp_path_factory.mktemp("data") / "set", 6, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, seed=3)
+    return write_synthetic(tmp_path_factory.mktemp("data") / "set", 6, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, seed=3,
+                           inputs=INPUTS)
 
 
 @pytest.fixture

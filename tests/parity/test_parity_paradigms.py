@@ -11,14 +11,21 @@ import pytest
 import torch
 from helpers.layouts import metrics, weights
 from helpers.paradigms import PARADIGMS
-from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
+from helpers.tiny_models import (
+    make_tiny_image_encoder,
+    make_tiny_text_encoder,
+    make_tiny_tokenizer,
+    make_tiny_vae,
+    make_video,
+)
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
 from megatron_flashi2v.cli.main import main
 
 Train = Callable[..., int]
 # Of the training fixtures' model: 4 latent channels; the data's temporal stride is 4.
-INPUT_CHANNELS = {"flashi2v": 4, "repeat_concat": 8, "zero_pad_concat": 8, "inpainting": 12, "text_to_video": 4}
+INPUT_CHANNELS = {"flashi2v": 4, "repeat_concat": 8, "zero_pad_concat": 8, "inpainting": 12, "wan_i2v": 12,
+                  "text_to_video": 4}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_vae(folder / "vae", temporal=(True, True))
     make_tiny_text_encoder(folder / "text_encoder", text_dim=8)
     make_tiny_tokenizer(folder / "tokenizer")
+    make_tiny_image_encoder(folder / "image_encoder")
     make_video(folder / "image.mp4", frames=1, height=16, width=16)
     return folder
 
@@ -36,7 +44,7 @@ def sample(checkpoint: Path, encoders: Path, output: Path, *flags: object) -> in
     return main([
         "sample", "--load", str(checkpoint), "--prompt", "a dog runs", "--output", str(output), "--device", "cpu",
         "--num-steps", "2", "--num-frames", "5", "--height", "16", "--width", "16",
-        *(part for name in ("vae", "text_encoder", "tokenizer")
+        *(part for name in ("vae", "text_encoder", "tokenizer", "image_encoder")
           for part in (f"--{name.replace('_', '-')}", str(encoders / name))),
         *map(str, flags),
     ])

@@ -47,6 +47,7 @@ SPECS = (
         operator="attention",
         name="torch_sdpa",
         entry_point="flashi2v_kernels.attention.torch_sdpa:attention",
+        takes_compute_capability=True,
         backward_entry_point="flashi2v_kernels.attention.torch_sdpa:attention_backward",
         dtypes=(*FLOATS, torch.float64),
         features={KEY_PADDING: ANY_DEVICE, LOG_SUM_EXP: ("cpu",), BLOCK_BACKWARD: ("cpu",)},

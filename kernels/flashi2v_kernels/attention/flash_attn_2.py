@@ -7,6 +7,8 @@ from flash_attn import flash_attn_func
 from flash_attn.flash_attn_interface import _flash_attn_backward
 from torch import Tensor
 
+from flashi2v_kernels.attention.padding import refuse_padded_keys
+
 
 def attention(
     query_BQhD: Tensor,
@@ -22,8 +24,7 @@ def attention(
     Raises:
         NotImplementedError: keys are padded.
     """
-    if key_padding_mask_BK is not None:
-        raise NotImplementedError("flash_attn_2 takes no padded keys; resolve attention with the feature key_padding")
+    refuse_padded_keys("flash_attn_2", key_padding_mask_BK)
     output = flash_attn_func(
         query_BQhD, key_BKhD, value_BKhD, softmax_scale=softmax_scale,
         deterministic=torch.are_deterministic_algorithms_enabled(), return_attn_probs=return_log_sum_exp,

@@ -6,6 +6,8 @@ import torch
 from flash_attn_interface import _flash_attn_backward, flash_attn_func
 from torch import Tensor
 
+from flashi2v_kernels.attention.padding import refuse_padded_keys
+
 
 def attention(
     query_BQhD: Tensor,
@@ -21,8 +23,7 @@ def attention(
     Raises:
         NotImplementedError: keys are padded.
     """
-    if key_padding_mask_BK is not None:
-        raise NotImplementedError("flash_attn_3 takes no padded keys; resolve attention with the feature key_padding")
+    refuse_padded_keys("flash_attn_3", key_padding_mask_BK)
     output = flash_attn_func(
         query_BQhD, key_BKhD, value_BKhD, softmax_scale=softmax_scale,
         deterministic=torch.are_deterministic_algorithms_enabled(), return_attn_probs=return_log_sum_exp,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashi2v_kernels.attention.padding import refuse_padded_keys
+
 # Both operators want tensors as [batch, heads, tokens, head size], of any strides with unit stride in the last.
 
 
@@ -26,8 +28,7 @@ def attention(
     Raises:
         NotImplementedError: keys are padded.
     """
-    if key_padding_mask_BK is not None:
-        raise NotImplementedError("torch_cudnn takes no padded keys; resolve attention with the feature key_padding")
+    refuse_padded_keys("torch_cudnn", key_padding_mask_BK)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query_BQhD, key_BKhD, value_BKhD))
     needs_log_sum_exp = return_log_sum_exp or (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))

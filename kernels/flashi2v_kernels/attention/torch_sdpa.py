@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashi2v_kernels.registry import compute_capability_of
-
 
 def backends_of(compute_capability: tuple[int, int]) -> list[SDPBackend]:
     """torch's kernels for a CUDA device, the fastest first; torch takes the first that fits.
@@ -30,8 +28,11 @@ def attention(
     softmax_scale: float | None = None,
     key_padding_mask_BK: Tensor | None = None,
     return_log_sum_exp: bool = False,
+    compute_capability: tuple[int, int] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See :func:`flashi2v_kernels.attention.reference.attention`.
+
+    On CUDA ``compute_capability`` puts torch's kernels in order, by :func:`backends_of`; None leaves it to torch.
 
     Raises:
         NotImplementedError: ``return_log_sum_exp`` on another device than the CPU.
@@ -40,11 +41,10 @@ def attention(
     # [B, 1, 1, K] broadcasts over heads and queries; without padding there is no mask, which flash kernels refuse
     mask = None if key_padding_mask_BK is None else key_padding_mask_BK[:, None, None, :]
     if not return_log_sum_exp:
-        capability = compute_capability_of(query.device.type)
-        if capability is None:
+        if compute_capability is None:
             output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
         else:
-            with sdpa_kernel(backends_of(capability), set_priority=True):
+            with sdpa_kernel(backends_of(compute_capability), set_priority=True):
                 output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale)
         return output.transpose(1, 2)
     if query.device.type != "cpu":

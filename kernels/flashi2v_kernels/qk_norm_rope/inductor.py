@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from flashi2v_kernels.compiled import compiled
@@ -19,6 +21,7 @@ def qk_norm_rope(
     *,
     sum_of_squares: Tensor | None = None,
     full_width: int | None = None,
+    gradient_memory: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """See :func:`flashi2v_kernels.qk_norm_rope.reference.qk_norm_rope`."""
     require_tables(heads_SBhD, cos_SR, sin_SR)  # torch would wrap an error that is raised inside

@@ -6,6 +6,7 @@ computes the norm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def qk_norm_rope(
     *,
     sum_of_squares: Tensor | None = None,
     full_width: int | None = None,
+    gradient_memory: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """See :func:`flashi2v_kernels.qk_norm_rope.reference.qk_norm_rope`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ def qk_norm_rope(
     *,
     sum_of_squares: Tensor | None = None,
     full_width: int | None = None,
+    gradient_memory: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """RMS norm over all heads and their channels, then interleaved rotation; rounded once, after both.
 
@@ -30,6 +33,9 @@ def qk_norm_rope(
         sum_of_squares: [tokens, batch] over the heads of all ranks, where a rank holds some of them; see
             :func:`flashi2v_kernels.rms_norm.reference.rms_norm`.
         full_width: numbers that went into ``sum_of_squares``.
+        gradient_memory: gives, in backward, memory for the gradient of ``heads_SBhD``, of any strides but 1 along the
+            channels. An implementation whose backward can write to it returns that very tensor as the gradient;
+            others leave it alone.
 
     Returns:
         the shape and dtype of ``heads_SBhD``; computed in fp32 (fp64 for fp64).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ def norm_and_turn(
     eps: float,
     sum_of_squares: Tensor | None,
     full_width: int | None,
+    gradient_memory: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """The norm, and if there are ``tables`` the rotation of its result, in one pass over memory.
 
@@ -36,6 +39,7 @@ def norm_and_turn(
         eps: added to the mean square.
         sum_of_squares: see :func:`flashi2v_kernels.rms_norm.reference.rms_norm`.
         full_width: likewise.
+        gradient_memory: gives, in backward, memory for the gradient of ``x``.
     """
     if (sum_of_squares is None) != (full_width is None):
         raise ValueError("give both sum_of_squares and full_width, or neither")
@@ -43,8 +47,8 @@ def norm_and_turn(
     cos, sin = tables or (None, None)
     if x.ndim == weight.ndim:  # a single row
         sums = None if sum_of_squares is None else sum_of_squares[None]
-        return call(_NormAndTurn, x[None], weight, sums, cos, sin, full_width or weight.numel(), eps)[0]
-    return call(_NormAndTurn, x, weight, sum_of_squares, cos, sin, full_width or weight.numel(), eps)
+        return call(_NormAndTurn, x[None], weight, sums, cos, sin, full_width or weight.numel(), eps, None)[0]
+    return call(_NormAndTurn, x, weight, sum_of_squares, cos, sin, full_width or weight.numel(), eps, gradient_memory)
 
 
 def _turn(heads_SBhD: Tensor, cos_SR: Tensor | None, sin_SR: Tensor | None, *, back: bool = False) -> Tensor:
@@ -88,6 +92,7 @@ class _NormAndTurn(torch.autograd.Function):
         sin: Tensor | None,
         width: int,
         eps: float,
+        gradient_memory: Callable[[], Tensor] | None,
     ) -> Tensor:
         wide, tail = wide_dtype(x), tuple(range(-weight.ndim, 0))
         factor = weight.to(wide)
@@ -104,6 +109,7 @@ class _NormAndTurn(torch.autograd.Function):
             pieces.append(_turn(normed, *_rows_of((cos, sin), rows)).to(x.dtype))
         output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         ctx.save_for_backward(x, weight, inverse_rms, cos, sin)
+        ctx.gradient_memory = gradient_memory or partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
         ctx.width, ctx.sum_dtype = width, None if sum_of_squares is None else sum_of_squares.dtype
         return output
 
@@ -112,7 +118,7 @@ class _NormAndTurn(torch.autograd.Function):
         x, weight, inverse_rms, cos, sin = ctx.saved_tensors
         wide, tail = wide_dtype(x), tuple(range(-weight.ndim, 0))
         factor, own_sum = weight.to(wide), ctx.sum_dtype is None
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[0] else None
+        grad_x = ctx.gradient_memory() if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if ctx.needs_input_grad[1] else None
         # of every row, the sum of gradient * weight * normalised
         projection = torch.empty_like(inverse_rms)
@@ -134,4 +140,4 @@ class _NormAndTurn(torch.autograd.Function):
             grad_sum = grad_sum.view(x.shape[: x.ndim - weight.ndim]).to(ctx.sum_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_weight, grad_sum, None, None, None, None
+        return grad_x, grad_weight, grad_sum, *[None] * 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ def norm_and_turn(
     eps: float,
     sum_of_squares: Tensor | None,
     full_width: int | None,
+    gradient_memory: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """The norm, then if there are ``tables`` (cos and sin [S, D/2]) the rotation of heads [S, B, h, D]."""
     if (sum_of_squares is None) != (full_width is None):
@@ -38,7 +41,9 @@ def norm_and_turn(
     heads_SBhD = with_unit_stride(x) if as_it_is else x.reshape(-1, 1, 1, weight.numel())
     sums = None if sum_of_squares is None else sum_of_squares.reshape(heads_SBhD.shape[:2])
     cos, sin = (None, None) if tables is None else (table.float().contiguous() for table in tables)
-    output = call(_NormAndTurn, heads_SBhD, weight, sums, cos, sin, full_width or weight.numel(), eps)
+    output = call(
+        _NormAndTurn, heads_SBhD, weight, sums, cos, sin, full_width or weight.numel(), eps, gradient_memory
+    )
     return output.view(x.shape)
 
 
@@ -53,6 +58,7 @@ class _NormAndTurn(torch.autograd.Function):
         sin: Tensor | None,
         width: int,
         eps: float,
+        gradient_memory: Callable[[], Tensor] | None,
     ) -> Tensor:
         tokens, batch, heads, size = x.shape
         weight, block = weight.contiguous(), block_of(heads * size)
@@ -68,6 +74,7 @@ class _NormAndTurn(torch.autograd.Function):
             num_warps=few_warps_of(block),
         )
         ctx.save_for_backward(x, weight, inverse_rms, cos, sin)
+        ctx.gradient_memory = gradient_memory or partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
         ctx.width, ctx.sum_dtype = width, None if sum_of_squares is None else sum_of_squares.dtype
         return output
 
@@ -78,7 +85,7 @@ class _NormAndTurn(torch.autograd.Function):
         tokens, batch, heads, size = x.shape
         rows, numbers, block = tokens * batch, heads * size, block_of(heads * size)
         length, runs = runs_of(rows)
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_x = ctx.gradient_memory()
         grad_sum = torch.empty_like(inverse_rms)
         parts = torch.empty((runs, numbers), dtype=torch.float32, device=x.device)
         triton_launch.launch(
@@ -93,7 +100,7 @@ class _NormAndTurn(torch.autograd.Function):
             grad_x if needs[0] else None,
             parts.sum(dim=0).view_as(weight).to(weight.dtype) if needs[1] else None,
             None if own_sum or not needs[2] else grad_sum.to(ctx.sum_dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 

@@ -22,7 +22,7 @@ FILE_NAME = "model.safetensors"
 
 # What ComfyUI takes for granted, by our field.
 _FIXED = {"patch_size": (1, 2, 2), "freq_dim": 256, "norm_eps": 1e-6, "head_dim": HEAD_DIM}
-_PARADIGMS = ("text_to_video", "inpainting")
+_PARADIGMS = ("text_to_video", "wan_i2v", "inpainting")
 
 open_weights = WAN.open
 """Reads original names behind any prefix."""

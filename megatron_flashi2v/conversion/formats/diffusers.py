@@ -14,6 +14,7 @@ from typing import Any
 from megatron_flashi2v.checkpoint.key_table import Mapped, mappings
 from megatron_flashi2v.conditioning.build import (
     input_channels,
+    paradigm_of,
     read_model_config,
     recognise,
     recognition_rules,
@@ -24,7 +25,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import DEFAULT_SHIFT
 from megatron_flashi2v.conversion.containers import open_container
 from megatron_flashi2v.conversion.quantised import dequantised
-from megatron_flashi2v.conversion.recognition import TRANSFORMER, WAN_I2V, channels_named, require_model
+from megatron_flashi2v.conversion.recognition import FIRST_AND_LAST, TRANSFORMER, channels_named, require_model
 from megatron_flashi2v.conversion.weights import (
     ExternalWeights,
     OnBytes,
@@ -40,6 +41,8 @@ PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
 """Keys of the training data's description in a checkpoint, by the pipeline's argument."""
+REFERENCES = "_component_sources"
+"""Key of ``model_index.json`` for components that lie elsewhere; diffusers ignores keys that begin with ``_``."""
 RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "README.md")
 """Further entries of a release's folder."""
 TRANSFORMER_CLASS, CONDITIONING_CLASS = "WanTransformer3DModel", "FlashI2VImageConditioning"
@@ -62,16 +65,13 @@ _FIXED: Mapping[str, Any] = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
-    "image_dim": None,
-    "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
-# Those of Wan2.1's image-to-video models alone.
-_CLIP_BRANCH = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 
 
 def transformer_config(config: ModelConfig) -> dict[str, Any]:
     """Content of ``transformer/config.json``."""
+    has_image_rows = paradigm_of(config).image_rows(config) > 0
     return {
         "_class_name": TRANSFORMER_CLASS,
         "_diffusers_version": metadata.version("diffusers"),
@@ -85,6 +85,8 @@ def transformer_config(config: ModelConfig) -> dict[str, Any]:
         "ffn_dim": config.ffn_hidden_size,
         "num_layers": config.num_layers,
         "eps": config.norm_eps,
+        "image_dim": config.image_dim if has_image_rows else None,
+        "added_kv_proj_dim": config.hidden_size if has_image_rows else None,
         **_FIXED,
     }
 
@@ -154,31 +156,56 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
     for key, value in _FIXED.items():
         # An absent key has the class's default, which describes our model.
         if key != "rope_max_seq_len" and stored.get(key, value) != value:
-            if key in _CLIP_BRANCH:
-                raise CheckpointError(f"{path} ({key} is {stored[key]!r}) is {WAN_I2V}")
+            if key == "pos_embed_seq_len":
+                raise CheckpointError(f"{path} ({key} is {stored[key]!r}) is {FIRST_AND_LAST}")
             raise CheckpointError(f"{path}: {key} is {stored[key]!r}, this model family has {value!r}")
+    beside = conditioning / "config.json"
+    if not beside.exists():
+        return _from_transformer(path, stored)
+    settings = read_json_object(beside, error=CheckpointError)
     try:
-        beside = conditioning / "config.json"
-        if not beside.exists():
-            return _from_transformer(stored)
-        settings = read_json_object(beside, error=CheckpointError)
         config = read_model_config(
             {key: value for key, value in settings.items() if not key.startswith("_")}, source=str(beside)
         )
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        reason = f"{path}: no key {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(reason) from error
+    except ConfigError as error:  # it names the file
+        raise CheckpointError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{beside}: {error}") from error
     for key, value in transformer_config(config).items():
-        if not key.startswith("_") and key not in _FIXED and stored.get(key, value) != value:
-            raise CheckpointError(f"{path}: {key} is {stored[key]!r}, but {beside} makes it {value!r}")
+        # An absent key of the image's rows means that there are none.
+        found = stored.get(key, None if key in ("image_dim", "added_kv_proj_dim") else value)
+        if not key.startswith("_") and key not in _FIXED and found != value:
+            raise CheckpointError(f"{path}: {key} is {found!r}, but {beside} makes it {value!r}")
     return config
 
 
-def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
-    """The model of a plain transformer folder, whose paradigm its input channels tell."""
+def _from_transformer(path: Path, stored: Mapping[str, Any]) -> ModelConfig:
+    """The model of a plain transformer folder, whose paradigm its input channels tell; ``path`` is for messages."""
+    try:
+        return _model_of(stored)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _model_of(stored: Mapping[str, Any]) -> ModelConfig:
     channels = stored["in_channels"]
     latents = stored["out_channels"] or channels  # diffusers reads None as equal to in_channels
-    paradigm = recognise(ForeignModel(latent_channels=latents, input_channels=channels))
+    image_dim, added_dim = stored.get("image_dim"), stored.get("added_kv_proj_dim")
+    width = stored["num_attention_heads"] * stored["attention_head_dim"]
+    if added_dim != (None if image_dim is None else width):
+        raise ConfigError(
+            f"image_dim is {image_dim} and added_kv_proj_dim {added_dim}: both must be there, the latter as the width "
+            f"{width}, or neither"
+        )
+    paradigm = recognise(
+        ForeignModel(latent_channels=latents, input_channels=channels, image_dim=image_dim or 0)
+    )
+    if image_dim is not None and "image_dim" not in (paradigm or {}):
+        raise ConfigError(
+            f"image_dim is {image_dim}, in_channels {channels} and out_channels {latents}: a branch for an image's "
+            "rows without the input channels of Wan's image-to-video models"
+        )
     if paradigm is None:
         known = channels_named(latents, channels) or (
             f"{recognition_rules()}; another paradigm needs the {CONDITIONING}/ folder of its export"
@@ -186,7 +213,7 @@ def _from_transformer(stored: Mapping[str, Any]) -> ModelConfig:
         raise ConfigError(f"in_channels is {channels} and out_channels {latents}: {known}")
     return ModelConfig(
         num_layers=stored["num_layers"],
-        hidden_size=stored["num_attention_heads"] * stored["attention_head_dim"],
+        hidden_size=width,
         ffn_hidden_size=stored["ffn_dim"],
         num_attention_heads=stored["num_attention_heads"],
         latent_channels=latents,

@@ -36,7 +36,6 @@ from megatron_flashi2v.conversion.weights import (
     ReadOptions,
     TensorGroup,
     Weights,
-    cast,
     plan_shards,
     require_tensors,
     write_shard,
@@ -82,7 +81,7 @@ class MegatronWeights(Weights):
             data=values,
         )
         read_pieces(self.source, [piece], index=self._index)
-        return cast(f"{self.source}: tensor {key}", values, dtype, self.options)
+        return self.converted(key, f"{self.source}: tensor {key}", values, dtype)
 
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:

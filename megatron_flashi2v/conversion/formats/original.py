@@ -99,7 +99,7 @@ class OriginalFormat:
                 f"Wan's own code has no place for {len(own)} tensors ({', '.join(own[:2])}, ...): it drops them and "
                 "runs the rest as text-to-video; only readers of model_config.json run the model",
             )
-        if paradigm.wan_model_type == "i2v" and self.phi_order is None:
+        if paradigm.wan_model_type == "i2v" and self.phi_order is None and not paradigm.image_rows(config):
             return (
                 f"{CONFIG_NAME} says model_type i2v, which in Wan2.1's code has a branch for CLIP's rows that this "
                 "model has not; Wan2.2's I2V code runs it",

@@ -147,8 +147,12 @@ def _from_shapes(path: Path, tensors: Mapping[str, SourceTensor], column: str) -
         "freq_dim": shape("time_embedding.linear_1.weight", 2)[1],
         "text_dim": shape("text_embedding.linear_1.weight", 2)[1],
     }
+    rows = shape_of(external_name("image_embedding.linear_1.weight", column), 2)
     paradigm = recognise(
-        ForeignModel(latent_channels=latents, input_channels=channels, column=column, shape_of=shape_of)
+        ForeignModel(
+            latent_channels=latents, input_channels=channels, column=column, image_dim=rows[1] if rows else 0,
+            shape_of=shape_of,
+        )
     )
     if paradigm is None:
         known = channels_named(latents, channels) or (

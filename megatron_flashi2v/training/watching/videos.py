@@ -116,7 +116,11 @@ class ValidationVideos:
             pad_text_rows(rows_LD, self._model.text_length).unsqueeze(0).to(device)
             for rows_LD in (sample.text_rows_LD, self.data.empty_text_rows_LD)
         )
-        extras = sample_extras(paradigm_of(self._model), ImageSettings(), SAMPLE_SEED, [index], shape)
+        paradigm = paradigm_of(self._model)
+        extras = {
+            **sample_extras(paradigm, ImageSettings(), SAMPLE_SEED, [index], shape),
+            **{name: sample.inputs[name].unsqueeze(0) for name in paradigm.stored_inputs(self._model, shape)},
+        }
         latents_BCTHW = denoise(
             velocity_of(state.stages),
             sample_noise(SAMPLE_SEED, [index], shape).to(device),

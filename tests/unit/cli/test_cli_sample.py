@@ -108,6 +108,15 @@ def test_prompts_that_cleaning_empties_are_refused_before_work(models, tmp_path,
         assert f"the {name.replace('-', ' ')} '一只猫' is empty after text cleaning full" in capsys.readouterr().err
 
 
+def test_prompts_that_lose_most_of_their_letters_are_told(models, tmp_path, capsys):
+    arguments = flags(models, tmp_path / "a.mp4", prompt="一只猫在跑 cat", vae=tmp_path / "absent")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "more than half of the letters of the prompt: '一只猫在跑 cat' becomes 'cat'" in error
+    assert main(flags(models, tmp_path / "a.mp4", prompt="a cat 猫", vae=tmp_path / "absent")) == 2
+    assert "half of the letters" not in capsys.readouterr().err
+
+
 def test_flags_win_over_the_recorded_size_and_a_video_gives_the_image(models, tmp_path):
     video = make_video(tmp_path / "source.mp4", frames=2, height=32, width=32)
     arguments = flags(
@@ -160,6 +169,31 @@ def test_file_that_is_no_image_is_named(models, tmp_path, capsys):
     (tmp_path / "note.txt").write_text("not an image")
     assert main(flags(models, tmp_path / "a.mp4", image=tmp_path / "note.txt")) == 1
     assert "note.txt: neither a picture nor a video" in capsys.readouterr().err
+
+
+def test_a_release_brings_its_own_frozen_models(models, tmp_path, capsys):
+    parts = [word for name in ("vae", "text_encoder", "tokenizer")
+             for word in (f"--{name.replace('_', '-')}", str(models / name))]  # fmt: skip
+    for name, options in (("whole", []), ("naming", ["--components", "reference"])):
+        source, target = str(models / "checkpoints"), str(tmp_path / name)
+        assert main(["convert", "--from", "megatron", source, "--to", "diffusers", target, *parts, *options]) == 0
+    main(["convert", "--from", "megatron", source, "--to", "diffusers", str(tmp_path / "bare")])
+    absent = {"vae": None, "text-encoder": None, "tokenizer": None}
+    given = flags(models, tmp_path / "given.mp4", latents=tmp_path / "given.safetensors")
+    assert main(given) == 0
+    for name in ("whole", "naming"):
+        latents = tmp_path / f"{name}.safetensors"
+        assert main(flags(models, tmp_path / f"{name}.mp4", load=tmp_path / name, latents=latents, **absent)) == 0
+        assert latents.read_bytes() == (tmp_path / "given.safetensors").read_bytes()
+    # What a flag names is taken in place of the release's.
+    changed = flags(models, tmp_path / "a.mp4", load=tmp_path / "whole", **{**absent, "vae": tmp_path / "no_vae"})
+    assert main(changed) == 2 and "no_vae does not exist" in capsys.readouterr().err
+    for load, why in ((tmp_path / "bare", "is a release without these parts"),
+                      (models / "checkpoints", "is no release, which holds them")):  # fmt: skip
+        assert main(flags(models, tmp_path / "a.mp4", load=load, **{**absent, "vae": models / "vae"})) == 2
+        error = capsys.readouterr().err
+        assert f"error: --text-encoder, --tokenizer must be given: --load {load} {why}" in error
+    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_output_that_could_not_be_written_is_refused_before_the_work(models, tmp_path, capsys):

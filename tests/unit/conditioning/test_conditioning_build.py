@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
-from helpers.paradigms import PARADIGMS
+from helpers.paradigms import PARADIGMS, stored_inputs
 
 from megatron_flashi2v.conditioning import build
 from megatron_flashi2v.conditioning.build import (
     build_conditioning,
     paradigm_named,
+    paradigm_of,
     read_model_config,
     recognise,
     register,
@@ -40,16 +41,19 @@ def test_the_help_lists_the_built_in_paradigms() -> None:
 
 @pytest.mark.parametrize("name", PARADIGMS)
 def test_every_paradigm_gives_what_the_first_stage_embeds(name: str) -> None:
-    module = build_conditioning(dataclasses.replace(CONFIG, conditioning=name), None, torch.float32)
+    config = dataclasses.replace(CONFIG, conditioning=name)
+    module = build_conditioning(config, None, torch.float32)
     assert isinstance(module, ImageConditioning)
     noisy, image = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 4, 1, 4, 6)
     rows = [
         module.training_extras(DataArguments(), (4, 1, 4, 6), lambda purpose, row=row: keyed_generator(1, purpose, row))
         for row in range(2)
     ]
-    conditioned = module(noisy, image, stack_extras(rows))
+    conditioned = module(noisy, image, {**stack_extras(rows), **stored_inputs(config, noisy)})
     assert conditioned.latents_BCTHW.shape == (2, module.input_channels, 3, 4, 6)
     assert conditioned.latents_BCTHW.dtype == torch.float32
+    rows_BRX, count = conditioned.image_rows_BRX, paradigm_of(config).image_rows(config)
+    assert (0 if rows_BRX is None else rows_BRX.shape[1]) == count
     if conditioned.guidance_BCTHW is not None:
         assert module.embed_guidance(patchify(conditioned.guidance_BCTHW, CONFIG.patch_size)).shape == (18, 2, 32)
 
@@ -66,7 +70,7 @@ def test_text_to_video_has_no_parameters_and_passes_the_latents_on() -> None:
 
 def test_an_unknown_name_lists_the_choices() -> None:
     config = dataclasses.replace(CONFIG, conditioning="svd")
-    with pytest.raises(ConfigError, match="'svd'.*flashi2v, repeat_concat, zero_pad_concat, inpainting, text_to_video"):
+    with pytest.raises(ConfigError, match="'svd'.*zero_pad_concat, wan_i2v, inpainting, text_to_video"):
         build_conditioning(config, None, torch.float32)
     with pytest.raises(ConfigError, match="conditioning is 'inpaintng'.*; did you mean inpainting"):
         paradigm_named("inpaintng")
@@ -99,14 +103,17 @@ def test_own_tensors_are_the_modules_parameters(name: str) -> None:
 
 
 def test_weights_without_a_configuration_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fields(channels: int, column: str = "wan", **shapes: tuple[int, ...]) -> dict[str, object] | None:
+    def fields(
+        channels: int, column: str = "wan", image_dim: int = 0, **shapes: tuple[int, ...]
+    ) -> dict[str, object] | None:
         return recognise(ForeignModel(
-            latent_channels=16, input_channels=channels, column=column,
+            latent_channels=16, input_channels=channels, column=column, image_dim=image_dim,
             shape_of=lambda name, dimensions: shapes.get(name.replace(".", "_")),
         ))  # fmt: skip
 
     assert fields(16) == {"conditioning": "text_to_video"} and fields(32) is None
-    assert fields(36) == {"conditioning": "inpainting", "mask_channels": 4}
+    wan = {"conditioning": "wan_i2v", "mask_channels": 4}
+    assert fields(36) == {**wan, "image_dim": 0} and fields(36, image_dim=1280) == {**wan, "image_dim": 1280}
     phi = {"conditioning": "flashi2v", "phi_hidden_channels": 64, "phi_kernel_size": (1, 3, 3)}
     assert fields(16, learnable_proj_proj_0_weight=(64, 16, 1, 3, 3)) == phi
     assert fields(16, "flashi2v_npu", learnable_proj_0_weight=(64, 16, 1, 3, 3)) == phi
@@ -121,4 +128,4 @@ def test_weights_without_a_configuration_are_recognised(monkeypatch: pytest.Monk
     monkeypatch.setattr(build, "_registered", dict(build._registered))
     register(Doubled)
     assert fields(32) == fields(16) == {"conditioning": "doubled"}  # asked before the built-in ones
-    assert fields(36) == {"conditioning": "inpainting", "mask_channels": 4}
+    assert fields(36) == {**wan, "image_dim": 0}

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers.paradigms import PARADIGMS
+from helpers.paradigms import PARADIGMS, stored_inputs
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.build import BUILT_IN, build_conditioning, input_channels, paradigm_named
+from megatron_flashi2v.conditioning.wan_i2v import WanI2V
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings
 from megatron_flashi2v.config.train import DataArguments
@@ -81,7 +82,26 @@ def test_wans_inpainting_has_36_channels() -> None:
 def test_inpainting_takes_the_mask_from_the_data_and_the_others_nothing() -> None:
     for paradigm in BUILT_IN:
         config = make_config(paradigm.name)
-        assert paradigm.fit_to_data(config, 2) == make_config(paradigm.name, 2 if paradigm.name == "inpainting" else 4)
+        mask = 2 if paradigm.name in ("inpainting", "wan_i2v") else 4
+        assert paradigm.fit_to_data(config, 2, {}) == make_config(paradigm.name, mask)
+        assert paradigm.fit_to_data(config, None, {}) == config
+
+
+def test_wan_i2v_takes_the_number_of_rows_from_the_data() -> None:
+    config = make_config("wan_i2v")
+    assert WanI2V.fit_to_data(config, 4, {"image_rows": (17, 1280)}).image_rows == 17
+    assert WanI2V.fit_to_data(config, 4, {}).image_rows == config.image_rows == 257
+
+
+def test_wan_i2v_takes_the_encoded_clip_in_place_of_zeros() -> None:
+    noisy, image, _ = make_inputs()
+    config = make_config("wan_i2v")
+    extras = stored_inputs(config, noisy)
+    ours = build_conditioning(config, None, torch.float32)(noisy, image, extras)
+    light = build_conditioning(make_config("inpainting"), None, torch.float32)(noisy, image, {})
+    assert torch.equal(ours.latents_BCTHW[:, : CHANNELS + 4], light.latents_BCTHW[:, : CHANNELS + 4])
+    assert torch.equal(ours.latents_BCTHW[:, CHANNELS + 4 :], extras["grey_clip"])
+    assert ours.image_rows_BRX is extras["image_rows"] and light.image_rows_BRX is None
 
 
 @pytest.mark.parametrize("name", PARADIGMS)
@@ -89,6 +109,7 @@ def test_latents_reach_the_patch_embedding_in_fp32(name: str) -> None:
     noisy, image, extras = (item.to(torch.bfloat16) if isinstance(item, Tensor) else item for item in make_inputs())
     module = build_conditioning(make_config(name), None, torch.bfloat16)
     extras["cutoff_ratio"] = torch.tensor([0.1, 0.5])
+    extras.update(stored_inputs(make_config(name), noisy))
     conditioned = module(noisy.float(), image, extras).latents_BCTHW
     assert conditioned.dtype == torch.float32
     if name in NOISY:

@@ -11,7 +11,7 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.evaluate import EvaluateConfig
 from megatron_flashi2v.config.fields import flags_of
 from megatron_flashi2v.config.prepare import PrepareConfig
-from megatron_flashi2v.config.recipe import parse
+from megatron_flashi2v.config.recipe import from_values, parse
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.config.train import TrainConfig
 
@@ -32,8 +32,9 @@ def sample(*flags: str) -> SampleConfig:
     (["--confg", "a.yaml"], ["unknown flag --confg", "did you mean --config?"]),
     (["--no-lr"], ["unknown flag --no-lr"]),
     (["--zzzzzz", "1"], ["unknown flag --zzzzzz"]),
-    (["--lr", "fast"], ["--lr", "'fast'", "float"]),
-    (["--save-interval", "1.5"], ["--save-interval", "'1.5'", "INT"]),
+    (["--lr", "fast"], ["--lr is 'fast'; it must be a number (see"]),
+    (["--train-iters", "1e3"], ["--train-iters is '1e3'; it must be a whole number (see"]),
+    (["--save-interval", "1.5"], ["--save-interval is '1.5'; it must be a whole number (see"]),
     (["--device", "tpu"], ["'tpu'", "--device", "'auto', 'cuda', 'npu', 'cpu'"]),
     (["--train-iters"], ["--train-iters: a value is missing; give --train-iters INT"]),
     (["--save", "--lr", "1"], ["--save: a value is missing; give --save PATH"]),
@@ -76,6 +77,19 @@ def test_good_flags_in_every_spelling() -> None:
     assert read("--data-path", "0.7", "a", "0.3", "b").data.data_path == ("0.7", "a", "0.3", "b")
     assert sample("--output=a.mp4", "--negative-prompt=", "--prompt=--no rain").prompt == "--no rain"
     assert sample("--output=a.mp4", "--negative-prompt=").negative_prompt == ""
+
+
+def test_an_empty_path_is_no_working_directory() -> None:
+    for words in (["--save", ""], ["--save="], ["--load", "a", "--save", "", "--lr", "1"]):
+        with pytest.raises(ConfigError, match="^--save is empty; it must be a path"):
+            read(*words)
+    with pytest.raises(ConfigError, match="^--save is empty; it must be a path"):
+        from_values(TrainConfig, {"save": ""})
+    with pytest.raises(ConfigError, match="^--to is empty"):
+        parse(ConvertConfig, ["--from", "wan", "a", "--to", "wan", ""], prog="", description="")
+    for flag, value in (("--data-path", ""), ("--load-weights", "wan:")):
+        with pytest.raises(ConfigError, match=f"^{flag} is '{value}'; it must be a path that is not empty"):
+            read(flag, value)
 
 
 def test_what_must_be_given_is_named() -> None:

@@ -140,9 +140,9 @@ def test_a_model_made_by_diffusers_is_read(tmp_path: Path) -> None:
             assert torch.equal(ours[entry.ours], entry.to_ours(expected))
 
 
-def test_an_image_to_video_transformer_of_wan_is_read_as_inpainting(tmp_path: Path) -> None:
+def test_an_image_to_video_transformer_of_wan_is_read_as_wan_i2v(tmp_path: Path) -> None:
     """Wan2.2's I2V, with four latent channels in place of sixteen: latents, mask and image are the input."""
-    config = dataclasses.replace(ODD, conditioning="inpainting", mask_channels=4)
+    config = dataclasses.replace(ODD, conditioning="wan_i2v", mask_channels=4, image_dim=0)
     tensors = checkpoint(tmp_path / "run", config)
     convert(("megatron", tmp_path / "run"), ("diffusers", tmp_path / "export"))
     plain = tmp_path / "plain"
@@ -153,7 +153,8 @@ def test_an_image_to_video_transformer_of_wan_is_read_as_inpainting(tmp_path: Pa
     assert model.patch_embedding.weight.shape == (30, 12, 1, 2, 2)
     convert(("diffusers", plain), ("megatron", tmp_path / "back"))
     stored = load_model_config(find_checkpoint(tmp_path / "back"))
-    assert (stored.conditioning, stored.mask_channels, stored.latent_channels) == ("inpainting", 4, 4)
+    assert (stored.conditioning, stored.mask_channels, stored.latent_channels) == ("wan_i2v", 4, 4)
+    assert stored.image_dim == 0
     assert_equal(model_tensors(tmp_path / "back"), tensors)
 
 

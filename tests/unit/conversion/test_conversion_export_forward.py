@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from helpers.checkpoints import save_checkpoint
+from helpers.paradigms import stored_inputs
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.model_state import load_weights
@@ -26,13 +27,15 @@ CONFIG = ModelConfig(
     num_layers=2, hidden_size=96, ffn_hidden_size=160, num_attention_heads=3, freq_dim=32, text_dim=24,
     text_length=7,
 )  # fmt: skip
-INPUT_CHANNELS = {"text_to_video": 16, "repeat_concat": 32, "zero_pad_concat": 32, "inpainting": 36}
+INPUT_CHANNELS = {"text_to_video": 16, "repeat_concat": 32, "zero_pad_concat": 32, "inpainting": 36, "wan_i2v": 36}
 
 
 @pytest.mark.parametrize("conditioning", INPUT_CHANNELS)
 def test_forward_of_the_export(tmp_path: Path, conditioning: str) -> None:
     """diffusers' model is fed what our paradigm makes of the latents and the image."""
-    config = dataclasses.replace(CONFIG, conditioning=conditioning)
+    config = dataclasses.replace(CONFIG, conditioning=conditioning, image_dim=10, image_rows=5)
+    if conditioning == "wan_i2v":  # diffusers takes the last 512 rows for the text's
+        config = dataclasses.replace(config, text_length=512)
     generator = torch.Generator().manual_seed(0)
     pieces = [
         TensorPiece.whole(
@@ -50,9 +53,10 @@ def test_forward_of_the_export(tmp_path: Path, conditioning: str) -> None:
 
     latents_BCTHW = torch.randn(2, 16, 3, 4, 6, generator=generator)
     timestep_B = torch.tensor([500.0, 37.0])
-    text_BLD = torch.randn(2, 7, 24, generator=generator)
+    text_BLD = torch.randn(2, config.text_length, 24, generator=generator)
     image_BC1HW, noise_BC1HW = torch.randn(2, 2, 16, 1, 4, 6, generator=generator)
-    extras = {"image_noise_level": torch.tensor([0.1, 0.5]), "image_noise": noise_BC1HW}
+    extras = {"image_noise_level": torch.tensor([0.1, 0.5]), "image_noise": noise_BC1HW,
+              **stored_inputs(config, latents_BCTHW)}
     device = resolve_device("cpu")
     with single_process(device) as groups, torch.no_grad():
         model = build_model(config, groups, device)
@@ -60,7 +64,7 @@ def test_forward_of_the_export(tmp_path: Path, conditioning: str) -> None:
         assert names == parameter_shapes(config)
         load_weights(checkpoint, whole_weights(model.named_parameters(), ShardGrid()))
         ours = predict_velocity(model, latents_BCTHW, timestep_B, text_BLD, image_BC1HW, extras)
-        input_BCTHW = model.conditioning(latents_BCTHW, image_BC1HW, extras).latents_BCTHW
-        theirs = exported(input_BCTHW, timestep_B, text_BLD, return_dict=False)[0]
+        fed = model.conditioning(latents_BCTHW, image_BC1HW, extras)
+        theirs = exported(fed.latents_BCTHW, timestep_B, text_BLD, fed.image_rows_BRX, return_dict=False)[0]
     assert theirs.std() > 0.1
     assert torch.allclose(ours, theirs, atol=1e-4)

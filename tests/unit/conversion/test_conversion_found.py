@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from helpers.checkpoints import ODD, checkpoint, model_tensors, names, tensors_of
+from helpers.checkpoints import ODD, assert_equal, checkpoint, model_tensors, names, tensors_of
+from helpers.reference_weights import random_weights
 from safetensors.torch import save_file
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
@@ -23,6 +24,7 @@ from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import convert, open_weights
+from megatron_flashi2v.conversion.initial_weights import open_initial_weights
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
 
 STEM = "diffusion_pytorch_model"
@@ -231,9 +233,7 @@ def lora(prefix: str, down: str, up: str) -> dict[str, torch.Tensor]:
         ({**WAN, "vace_patch_embedding.weight": torch.ones(1)}, "is Wan's VACE: it has blocks for a control video"),
         ({**WAN, "ref_conv.weight": torch.ones(1)}, "is a control model: it has a branch"),
         ({**WAN, "control_adapter.conv.weight": torch.ones(1)}, "is a control model: it has a branch"),
-        ({**WAN, "img_emb.proj.1.weight": torch.ones(1)}, "is Wan2.1's image-to-video model (I2V)"),
         ({**WAN, "img_emb.proj.1.weight": torch.ones(1), "img_emb.emb_pos": torch.ones(1)}, "first and last frames"),
-        ({**WAN, "blocks.0.cross_attn.k_img.weight": torch.ones(1)}, "is Wan2.1's image-to-video model (I2V)"),
         ({**WAN, Q: torch.ones(30, 30, dtype=torch.int8)}, f"tensor {Q} is of torch.int8: quantised weights"),
         ({**WAN, f"{Q}.absmax": torch.ones(3)}, "is weights quantised to 4 bits"),
         ({"lm_head.weight": torch.ones(3)}, "holds 1 tensors of no format that is known here"),
@@ -253,15 +253,18 @@ def test_gguf_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [8, 9, 12])
-def test_control_models_are_no_inpainting(tmp_path: Path, extra: int) -> None:
-    """48 and 52 input channels for 16 latents, here with 4: 12 and more. Only a mask of 4 channels is inpainting's."""
+def test_control_models_are_no_image_to_video_models(tmp_path: Path, extra: int) -> None:
+    """48 and 52 input channels for 16 latents, here with 4: 12 and more. Only a mask of 4 channels is Wan's I2V's."""
     tensors = {**WAN, "patch_embedding.weight": torch.ones(30, 4 + extra, 1, 2, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
     if extra == 8:
-        assert open_auto(tmp_path / "a.safetensors").config.conditioning == "inpainting"
+        assert open_auto(tmp_path / "a.safetensors").config.conditioning == "wan_i2v"
         return
     assert "is a control model" not in (text := refusal(tmp_path / "a.safetensors"))
     assert f"takes {4 + extra} channels, the latents have 4: a control model, such as Wan2.1-Fun-Control" in text
+    small_transformer(tmp_path / "b", in_channels=4 + extra)
+    text = refusal(tmp_path / "b")
+    assert f"{tmp_path}/b/config.json: in_channels is {4 + extra} and out_channels 4: a control model" in text
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
@@ -307,9 +310,76 @@ def test_two_experts_of_wan_are_not_taken_for_one(tmp_path: Path) -> None:
     assert_holds(open_auto(tmp_path / "low_noise_model"), WAN)
 
 
-def test_wan_i2v_of_diffusers_is_named(tmp_path: Path) -> None:
-    small_transformer(tmp_path / "transformer", image_dim=6, added_kv_proj_dim=30, in_channels=12)
-    assert "(image_dim is 6) is Wan2.1's image-to-video model (I2V)" in refusal(tmp_path)
+def test_wan_i2v_of_diffusers_is_read(tmp_path: Path) -> None:
+    settings = {"image_dim": 6, "added_kv_proj_dim": 30, "in_channels": 12}
+    model = small_transformer(tmp_path / "transformer", **settings)
+    weights = open_auto(tmp_path, ReadOptions())
+    config = weights.config
+    assert (config.conditioning, config.mask_channels, config.image_dim, config.image_rows) == ("wan_i2v", 4, 6, 257)
+    assert_is(weights, model)
+    small_transformer(tmp_path / "flf" / "transformer", **settings, pos_embed_seq_len=514)
+    assert "(pos_embed_seq_len is 514) is Wan2.1's model of first and last frames" in refusal(tmp_path / "flf")
+    path = tmp_path / "transformer" / "config.json"
+    stored = json.loads(path.read_text())
+    for change in ({"added_kv_proj_dim": None}, {"added_kv_proj_dim": 20}, {"image_dim": None}):
+        path.write_text(json.dumps({**stored, **change}))
+        assert "both must be there, the latter as the width 30, or neither" in refusal(tmp_path)
+    path.write_text(json.dumps({**stored, "in_channels": 4}))
+    assert "without the input channels of Wan's image-to-video models" in refusal(tmp_path)
+
+
+def test_wan_i2v_of_wan_is_read(tmp_path: Path) -> None:
+    """With Wan's config.json alone, without, and as one of first and last frames."""
+    config = dataclasses.replace(ODD, conditioning="wan_i2v", image_dim=6)
+    tensors = random_weights(config, "wan", torch.Generator().manual_seed(0))
+    assert tensors["img_emb.proj.1.weight"].shape == (6, 6) and tensors["img_emb.proj.3.weight"].shape == (30, 6)
+    assert "blocks.1.cross_attn.norm_k_img.weight" in tensors and "blocks.1.cross_attn.v_img.bias" in tensors
+    save_file(tensors, tmp_path / f"{STEM}.safetensors")
+    for _ in range(2):
+        weights = open_auto(tmp_path)
+        assert (weights.config.conditioning, weights.config.image_dim) == ("wan_i2v", 6)
+        assert_holds(weights, tensors)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "i2v", "in_dim": 12, "num_heads": 3}))
+    save_file({**tensors, "img_emb.emb_pos": torch.ones(1, 514, 6)}, tmp_path / f"{STEM}.safetensors")
+    assert "(tensor img_emb.emb_pos) is Wan2.1's model of first and last frames" in refusal(tmp_path)
+    del tensors["blocks.1.cross_attn.k_img.weight"]
+    save_file(tensors, tmp_path / f"{STEM}.safetensors")
+    assert "1 tensors are missing (blocks.1.cross_attn.k_img.weight)" in refusal(tmp_path)
+
+
+def test_wan_i2v_goes_round_through_every_format(tmp_path: Path) -> None:
+    config = dataclasses.replace(ODD, conditioning="wan_i2v", image_dim=6, image_rows=5)
+    tensors = checkpoint(tmp_path / "run", config)
+    source = ("megatron", tmp_path / "run")
+    for form in ("wan", "diffusers", "flashi2v-npu", "flashi2v-gpu"):
+        convert(source, (form, tmp_path / form))
+        convert((form, tmp_path / form), ("megatron", tmp_path / f"{form}-back"))
+        assert_equal(model_tensors(tmp_path / f"{form}-back"), tensors)
+        assert open_weights(form, tmp_path / form, ReadOptions()).config == config
+    model, info = WanTransformer3DModel.from_pretrained(
+        tmp_path / "diffusers" / "transformer", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert (model.config.image_dim, model.config.added_kv_proj_dim) == (6, 30)
+    stored = json.loads((tmp_path / "wan" / "config.json").read_text())
+    assert (stored["model_type"], stored["in_dim"]) == ("i2v", 12)
+
+
+def test_other_paradigms_start_from_wan_i2v_without_the_branch(tmp_path: Path) -> None:
+    config = dataclasses.replace(ODD, conditioning="wan_i2v", image_dim=6, image_rows=5)
+    tensors = checkpoint(tmp_path / "run", config)
+    light = dataclasses.replace(config, conditioning="inpainting")
+    initial = open_initial_weights(("megatron", tmp_path / "run"), light)
+    branch = {name for name in tensors if "image" in name}
+    assert set(initial.unexpected) == branch and len(branch) == 8 + 2 * 3 and not initial.missing
+    assert "14 are unexpected and left out (image_embedding.norm_in.weight" in initial.summary
+    checkpoint(tmp_path / "light", light)
+    back = open_initial_weights(("megatron", tmp_path / "light"), config)
+    assert set(back.missing) == branch and not back.unexpected
+    with pytest.raises(UserError, match="mask_channels is 4 in the checkpoint, 2 was asked for"):
+        open_initial_weights(("megatron", tmp_path / "run"), dataclasses.replace(light, mask_channels=2))
+    with pytest.raises(UserError, match="conditioning is wan_i2v in the checkpoint, text_to_video was asked for"):
+        open_initial_weights(("megatron", tmp_path / "run"), dataclasses.replace(config, conditioning="flashi2v"))
 
 
 def test_ti2v_says_what_is_not_read(tmp_path: Path) -> None:
@@ -393,4 +463,6 @@ def test_a_value_that_is_no_number_is_named(tmp_path: Path, form: str, value: fl
     with pytest.raises(UserError, match=r"tensor \S*blocks.1.\S+ holds \d+ of \d+ values that are NaN"):
         convert(source, target, num_attention_heads=3)
     assert not target[1].exists()
-    convert(source, target, keep_non_finite=True, verify=True, num_attention_heads=3)
+    done = convert(source, target, keep_non_finite=True, verify=True, num_attention_heads=3)
+    (name,), (count,) = done.report.non_finite.keys(), done.report.non_finite.values()
+    assert count == 900 and f"900 values that are NaN or infinite kept ({name})" in done.report.lines()

@@ -97,9 +97,12 @@ def test_text_to_video_and_flashi2v_weights_suit_every_paradigm(tmp_path: Path, 
     convert(("megatron", tmp_path / "run"), ("wan", tmp_path / "wan"))
     initial = open_initial_weights(("wan", tmp_path / "wan"), model)
     own = {name for name in parameter_shapes(SMALL) if name.startswith("conditioning.")}
-    assert set(initial.missing) == (own if run == "flashi2v" != source else set())
+    branch = {name for name in parameter_shapes(model) if "image" in name}
+    assert bool(branch) == (run == "wan_i2v")
+    assert set(initial.missing) == (own if run == "flashi2v" != source else branch)
     assert set(initial.unexpected) == (own if source == "flashi2v" != run else set())
-    assert ("are missing and start as initialised (conditioning.phi" in initial.summary) == bool(initial.missing)
+    first = "image_embedding" if branch else "conditioning.phi"
+    assert (f"are missing and start as initialised ({first}" in initial.summary) == bool(initial.missing)
     assert ("unexpected and left out (conditioning.phi" in initial.summary) == bool(initial.unexpected)
     wanted = parameters(model)
     load_initial_weights(initial, whole_weights(wanted.items(), ShardGrid()))

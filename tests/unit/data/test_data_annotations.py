@@ -50,6 +50,11 @@ def test_absent_and_null_fields_are_unknown() -> None:
         assert entry.start_frame == 0
 
 
+def test_captions_have_a_mark_for_what_cannot_be_encoded() -> None:
+    entry = parse(cap=["a \ud83d b", "caf\udce9"])
+    assert isinstance(entry, Entry) and entry.captions == ("a \ufffd b", "caf\ufffd")
+
+
 @pytest.mark.parametrize("resolution", [{}, {"height": 720}, {"height": 0, "width": 1280}])
 def test_half_a_resolution_is_none(resolution: dict[str, int]) -> None:
     entry = parse(resolution=resolution)
@@ -267,9 +272,30 @@ def test_one_bad_row_stops_no_other(tmp_path: Path) -> None:
     assert "line 3: has 4 fields, the first line 3" in said[0]
     assert said[1] == "line 4: is not UTF-8 text; save the file as UTF-8"
     assert said[2] == 'line 5: fps is "fast"; it must be a number'
-    assert said[3].startswith("line 6: field larger than field limit")
+    assert said[3].startswith("line 6: is no CSV (field larger than field limit")
     assert said[4] == f"line 7: has more than {MAX_LINE:,} bytes"
     assert said[5].startswith("line 8: ")
+
+
+def test_semicolons_of_spreadsheets_divide_columns_too(tmp_path: Path) -> None:
+    (tmp_path / "meta.csv").write_text('"path";cap\r\na.mp4;a dog, running\r\n', encoding="utf-8-sig")
+    (tmp_path / "meta.txt").write_text("path;cap\na.mp4;a dog, running\n")
+    for name in ("meta.csv", "meta.txt"):
+        entries, dropped = read_annotations(tmp_path / name)
+        assert [(entry.path, entry.captions) for entry in entries] == [("a.mp4", ("a dog, running",))] and not dropped
+
+
+def test_quotes_that_are_never_closed_cost_their_row(tmp_path: Path) -> None:
+    (tmp_path / "meta.csv").write_text('path,cap\na.mp4,a dog\nb.mp4,"a cat\nc.mp4,a cow\n')
+    entries, (dropped,) = read_annotations(tmp_path / "meta.csv")
+    assert [entry.path for entry in entries] == ["a.mp4"]
+    assert "meta.csv line 3: is no CSV (unexpected end of data); mend its quotes" in dropped.detail
+
+
+def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "meta.csv").write_text("path,cap,path\na.mp4,a dog,b.mp4\n")
+    with pytest.raises(DataError, match="names the column 'path' twice; keep one of them"):
+        read_annotations(tmp_path / "meta.csv")
 
 
 def test_a_folder_with_a_comma_can_be_listed(tmp_path: Path) -> None:

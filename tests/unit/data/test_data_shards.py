@@ -44,6 +44,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-000000.json", "shard-000000.tar"]
 
 
+def test_a_record_has_a_mark_for_what_cannot_be_encoded(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, 0)
+    writer.add("clip", {"x": torch.zeros(1)}, {"source": "no\udce9.mkv"})
+    (sample,) = writer.publish(fingerprint="f", dropped=[], seconds=0.0).samples
+    assert json.loads(TarReader().read(tar_path(tmp_path, 0), sample.record)) == {"source": "no\ufffd.mkv"}
+
+
 def test_any_tar_reader_reads_it(tmp_path: Path) -> None:
     index = write_shard(tmp_path)
     with tarfile.open(tar_path(tmp_path, 0)) as tar:

@@ -51,13 +51,21 @@ def test_a_folder_that_holds_the_model_itself_is_taken_as_it_is(release: Path, t
         VideoVAE.load(tmp_path, "cpu")
 
 
-def test_a_hub_repository_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_repository_that_cannot_be_reached_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"VAE Owner/Name:vae: there is no such folder, and the Hugging Face Hub"):
+    with pytest.raises(ConfigError, match=r"VAE Owner/Name:vae: there is no such folder, the Hugging Face Hub's cache"):
         VideoVAE.load("Owner/Name:vae", "cpu")
     for place in ("Owner/Name", "a/b/c:vae", "vae", "/a/b:vae"):  # a mistyped path is not looked for elsewhere
         with pytest.raises(ConfigError, match="does not exist"):
             VideoVAE.load(place, "cpu")
+    for place, is_repository in (("Owner/Name", True), ("tests/Name", False), ("a/b/c", False)):
+        with pytest.raises(ConfigError) as error:
+            folder_hash(Path(place), "VAE")
+        assert str(error.value).endswith(f"is given as {place}:SUBFOLDER") == is_repository
 
 
 def test_a_hub_repository_is_read_from_the_cache(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from flashi2v_kernels.registry import OPERATORS, load_entry_point, specs_of
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.evaluation import bench_block, bench_kernels, bench_sampling, bench_step, benchmark
+from megatron_flashi2v.evaluation import bench_block, bench_kernels, bench_sampling, bench_step, benchmark, step_parts
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.runtime.device import resolve_device
 
@@ -80,7 +81,7 @@ def test_kernel_report(tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     options = bench_kernels.KernelBenchmark(
         models=("tiny",), latent_shape=SHAPE, operators=("gate_residual", "attention"), dtypes=("float32",),
-        device="cpu", rounds=1, json=path, skip=("inductor",),
+        device="cpu", rounds=1, json=path, skip=("inductor",), bucket_shapes=((2, 6, 4), (1, 4, 4)),
     )
     told = bench_kernels.run(options)
     report = json.loads(path.read_text())
@@ -91,6 +92,9 @@ def test_kernel_report(tmp_path: Path) -> None:
     moved = 3 * 12 * 192 * 4  # two rows of 12 tokens in, one out
     assert eager["rate"] == pytest.approx(moved / (eager["ms"] * 1e-3) / 1e9)
     assert ("attention", "torch_sdpa", "backward") in measured and ("attention", "reference", "forward") not in measured
+    (start,) = [row for row in report["starts"] if row["implementation"] == "torch"]
+    assert start["operator"] == "gate_residual" and len(start["seconds"]) == 3 and start["compilations"] == 0
+    assert start["first_s"] == start["seconds"][0] > 0 and start["others_s"] == sum(start["seconds"][1:])
     assert "triton" in told and "runs on cuda, not on cpu" in told
 
 
@@ -105,7 +109,16 @@ def test_step_report(tmp_path: Path) -> None:
     assert ours["tflops"] == pytest.approx(3 * sum(report["forward_flops"].values()) / ours["seconds"] / 1e12)
     assert theirs["flops"] < ours["flops"]  # it has no image conditioning
     assert report["ratio_to_peer"] == pytest.approx(ours["seconds"] / theirs["seconds"])
-    assert report["tokens"] == 12 and sum(report["kinds"].values()) == pytest.approx(1.0)
+    assert report["tokens"] == 12 and sum(part["share"] for part in report["parts"]) == pytest.approx(1.0)
+    assert report["host_reads"] == 1 and "reads by the host: 1;" in told
+    assert report["launches"] == sum(part["launches"] for part in report["parts"])
+    parts = {part["part"]: part for part in report["parts"]}
+    assert set(parts) == {*step_parts.KINDS, step_parts.REST}
+    for part in report["parts"]:
+        if part["part"] in (step_parts.REST, "copies, casts and fills"):
+            assert part["floor_ms"] is None and part["over_floor"] is None
+        else:
+            assert part["launches"] > 0 and part["over_floor"] == pytest.approx(part["ms"] / part["floor_ms"])
     assert "diffusers" in told and "ada_layer_norm" in told
     with pytest.raises(ConfigError, match="--model 2b: choose one of"):
         bench_step.run(bench_step.StepBenchmark(model="2b"))
@@ -121,9 +134,36 @@ def test_the_host_reads_a_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kinds_of_operators() -> None:
-    assert bench_step.kind_of("aten::addmm") == "matrix products"
-    assert bench_step.kind_of("void flash_fwd_kernel<cutlass>") == "attention"
-    assert bench_step.kind_of("norm_backward") == "elementwise, norms and the rest"
+    assert step_parts.kind_of("aten::addmm") == "matrix products"
+    assert step_parts.kind_of("void flash_fwd_kernel<cutlass>") == "attention"
+    assert step_parts.kind_of("norm_backward") == "norms and residual sums"
+    assert step_parts.kind_of("aten::mul < _NormAndTurnBackward") == "norms of queries and keys"
+    assert step_parts.kind_of("aten::sum") == step_parts.REST
+
+
+def test_launches_are_what_computes() -> None:
+    left = torch.ones(8, 8)
+    parts, _ = step_parts.profile_step(
+        lambda: torch.nn.functional.linear(left, left).t().contiguous(), resolve_device("cpu")
+    )
+    assert {kind: launches for kind, (launches, _) in parts.items() if launches} == {
+        "matrix products": 1, "copies, casts and fills": 1,
+    }
+
+
+def test_floors() -> None:
+    """One block of width 192 in bf16 on 12 tokens and 16 rows of text, at a FLOP and a byte a second."""
+    config = dataclasses.replace(PRESETS["tiny"], num_layers=1, text_length=16)
+    found = step_parts.floors(
+        config, SHAPE, 1, torch.bfloat16, parameters=1000, flops_per_second=1.0, bytes_per_second=1.0
+    )
+    assert found["attention"] == 3.5 * 4 * 192 * (12 * 12 + 12 * 16)
+    assert found["norms and residual sums"] == 29 * 12 * 192 * 2
+    assert found["norms of queries and keys"] == 5 * (3 * 12 + 16) * 192 * 2
+    assert found["bias and GELU"] == 5 * 12 * 512 * 2
+    assert found["optimizer and clipping"] == 1000 * (4 + 16 + 12 + 2)
+    blocks = 3 * 2 * (12 * 6 + 16 * 2) * 192 * 192 + 3 * 2 * 12 * 2 * 192 * 512
+    assert 0 < found["matrix products"] - blocks < blocks  # embeddings and head
 
 
 def test_block_report(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_named_choices_on_cards(installed):
     ((8, 0), "FLASH_ATTENTION"), ((8, 9), "FLASH_ATTENTION"), ((9, 0), "CUDNN_ATTENTION"),
     ((10, 3), "CUDNN_ATTENTION"), ((12, 0), "FLASH_ATTENTION"),
 ])
-def test_the_order_in_which_torch_is_asked_on_cuda(capability, first):
+def test_the_order_in_which_torch_is_asked_on_cuda(capability, first, monkeypatch):
     """Which kernel then runs is torch's affair."""
     from torch.nn.attention import SDPBackend
 
@@ -181,6 +181,13 @@ def test_the_order_in_which_torch_is_asked_on_cuda(capability, first):
     assert set(order) == {
         SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     }
-    with torch_sdpa.sdpa_kernel(order, set_priority=True):
-        asked = torch._C._get_sdp_priority_order()
+    asked = []
+
+    def attend(query, *_, **__):
+        asked.extend(torch._C._get_sdp_priority_order())
+        return query
+
+    monkeypatch.setattr(torch_sdpa.F, "scaled_dot_product_attention", attend)
+    kernel = resolve("attention", "cuda", torch.bfloat16, "torch_sdpa", compute_capability=capability)
+    kernel.function(*torch.zeros(3, 1, 2, 1, 8))
     assert asked[0] == int(getattr(SDPBackend, first)) and len(asked) >= 4

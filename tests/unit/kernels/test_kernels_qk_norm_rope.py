@@ -107,6 +107,20 @@ def test_strided_views(name):
         assert_near(ours, wanted)
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_the_gradient_is_written_where_it_belongs(name):
+    """Beside those of the fused projection's other parts; what cannot write there returns a tensor of its own."""
+    fused, (cos, sin) = draw((6, 2, 3, 3, 8), FP32), tables((1, 2, 3), 8)
+    place = torch.full_like(fused, torch.nan)[:, :, :, 1]
+    grads = []
+    for memory in (None, lambda: place):
+        heads = fused[:, :, :, 1].detach().requires_grad_()
+        output = FUSED[name](heads, draw((24,), FP32, seed=1), cos, sin, EPS, gradient_memory=memory)
+        grads += torch.autograd.grad(output, heads, draw(output.shape, FP32, seed=2))
+    assert torch.equal(*grads)
+    assert (grads[1] is place) == (name in ("torch", "triton"))
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (7, 3, 2, 24), (1, 2, 5, 7), (5, 1, 3, 128), (4, 9), (11,)])
 @pytest.mark.parametrize("name", NORMS)

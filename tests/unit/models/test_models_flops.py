@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.paradigms import PARADIGMS
+from helpers.paradigms import PARADIGMS, stored_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_flashi2v.config.model import ModelConfig
@@ -49,8 +49,12 @@ def call(model: DiffusionTransformer) -> torch.Tensor:
     image_BC1HW = torch.randn(BATCH, 4, 1, *LATENT_SHAPE[1:])
     extras = {"cutoff_ratio": torch.full((BATCH,), 0.3), "image_noise": torch.randn(image_BC1HW.shape),
               "image_noise_level": torch.full((BATCH,), 0.1)}
+    latents_BCTHW = torch.randn(BATCH, 4, *LATENT_SHAPE)
+    extras.update(stored_inputs(config, latents_BCTHW))
+    for tensor in extras.values():
+        tensor.requires_grad_()
     return predict_velocity(
-        model, torch.randn(BATCH, 4, *LATENT_SHAPE).requires_grad_(), torch.full((BATCH,), 500.0),
+        model, latents_BCTHW.requires_grad_(), torch.full((BATCH,), 500.0),
         torch.randn(BATCH, config.text_length, config.text_dim).requires_grad_(), image_BC1HW.requires_grad_(), extras,
     )
 

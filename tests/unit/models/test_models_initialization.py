@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.paradigms import PARADIGMS
+from helpers.paradigms import PARADIGMS, stored_inputs
 from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
@@ -159,21 +159,28 @@ def test_step_0_is_the_text_to_video_model(make: Callable[..., DiffusionTransfor
         "image_noise": normal(2, 4, 1, 4, 6),
     }
     arguments = (normal(2, 4, 3, 4, 6), torch.tensor([900.0, 31.0]), normal(2, 5, 24), normal(2, 4, 1, 4, 6), extras)
+    config = dataclasses.replace(CONFIG, conditioning=name, image_dim=20, image_rows=5)
+    extras.update(stored_inputs(config, arguments[0]))
     outputs = []
     for conditioning in (name, "text_to_video"):
-        model = make(dataclasses.replace(CONFIG, conditioning=conditioning))
+        model = make(dataclasses.replace(config, conditioning=conditioning))
         model.head.linear.weight.copy_(head)  # it starts at zero, which would make any two models equal
         outputs.append(predict_velocity(model, *arguments))
     assert outputs[0].std() > 0.5
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
     # The comparison can fail: with the zeros replaced the image matters.
-    model = make(dataclasses.replace(CONFIG, conditioning=name))
+    model = make(config)
     model.head.linear.weight.copy_(head)
     columns = model.patch_embedding.weight[:, CONFIG.patch_dim :]
     assert not columns.any()
     zeros = [columns] if columns.numel() else [
         model.get_parameter(zero) for zero in ZEROS - {"head.linear.weight"}
     ]
+    if name == "wan_i2v":
+        fused = model.get_parameter("blocks.1.cross_attention.linear_kv_image.weight")
+        keys, values = fused.unflatten(0, (CONFIG.num_attention_heads, 2, -1)).unbind(1)
+        assert keys.all() and not values.any()
+        zeros.append(values)
     for zero in zeros:
         zero.copy_(0.1 * normal(*zero.shape))
         assert not torch.allclose(predict_velocity(model, *arguments), outputs[0], atol=1e-3)

@@ -92,6 +92,7 @@ def test_counts_follow_the_published_formula(name: str) -> None:
     added = {
         "text_to_video": 0, "flashi2v": 65 * d + d * d + d + 2048 * 9 + 80, "repeat_concat": 64 * d,
         "zero_pad_concat": 64 * d, "inpainting": (4 + 16) * 4 * d,
+        "wan_i2v": (4 + 16) * 4 * d + 1280**2 + 3 * 1280 + 1280 * d + 3 * d + layers * (2 * d * d + 3 * d),
     }
     for conditioning, more in added.items():
         assert parameter_count(dataclasses.replace(config, conditioning=conditioning)) == expected + more, conditioning

@@ -13,7 +13,7 @@ def test_round_trip_and_gradients_are_exact(dtype: torch.dtype) -> None:
     tokens = torch.randn(5, 2, 4).to(dtype).requires_grad_()
     text = torch.randn(3, 2, 4).to(dtype).requires_grad_()
     rows = torch.randn(7, 2, 4, requires_grad=True)
-    shape = PackedShape(tokens=5, text=3, conditioning=7, dtype=dtype)
+    shape = PackedShape(tokens=5, context=3, conditioning=7, dtype=dtype)
     packed = pack(tokens, text, rows)
     assert packed.dtype == dtype and packed.shape == (shape.rows, 2, 4)
     assert packed._base is None  # megatron-core frees it when it is sent, which a view would not do

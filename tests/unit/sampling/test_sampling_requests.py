@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,25 @@ a,cat.png,"runs, jumps",1 -2,rain,32
     assert csv_second == Request(**{**vars(second), "line": 4, "prompt": " "})
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_spreadsheets_divide_columns_by_other_marks_too(folder: Path, mark: str) -> None:
+    (request,) = read(folder, f'"id"{mark}prompt{mark}image\na{mark}runs, jumps{mark}cat.png\n', "r.csv")
+    assert (request.id, request.prompt) == ("a", "runs, jumps")
+
+
+def test_what_cannot_be_encoded_gets_a_mark(folder: Path) -> None:
+    (request,) = read(folder, r'{"id": "a\ud83d", "prompt": "b\udce9", "negative_prompt": "\udfff"}')
+    assert (request.id, request.prompt, request.negative_prompt) == ("a\ufffd", "b\ufffd", "\ufffd")
+
+
+def test_a_signed_address_is_not_told(folder: Path) -> None:
+    """Shortened in its middle it would end in the key, without the mark of one."""
+    for image in ("https://host/x.png?X-Amz-Signature=SECRET", f"https://me:{'SECRET' * 20}@host/x.png"):
+        with pytest.raises(DataError) as error:
+            read(folder, json.dumps({"id": "a", "prompt": "b", "image": image}))
+        assert "https://host/x.png" in str(error.value) and "SECRET" not in str(error.value)
+
+
 def test_the_empty_negative_prompt_differs_from_none(folder: Path) -> None:
     (request,) = read(folder, '{"id": "a", "prompt": "x", "negative_prompt": ""}')
     assert request.negative_prompt == "" and request.image is None
@@ -63,7 +83,6 @@ GOOD = '{"id": "a", "image": "cat.png", "prompt": "x"}\n'
     ("", "holds no request"),
     (GOOD + '{"id": "b", "prompt"', "line 2 is '{\"id\": \"b\", \"prompt\"'; it must be a JSON object"),
     ("[1]", "line 1 is '[1]'; it must be a JSON object"),
-    ('{"id": "a", "prompt": "\\ud800"}', "line 1 is"),
     (GOOD + GOOD, "line 2: id 'a' is that of line 1 too"),
     ('{"id": "1", "prompt": "x"}\n{"id": 1, "prompt": "x"}', "line 2: id '1' is that of line 1 too"),
     ('{"prompt": "x"}', "line 1: id is None"),
@@ -76,6 +95,7 @@ GOOD = '{"id": "a", "image": "cat.png", "prompt": "x"}\n'
     ('{"id": "a", "prompt": "x", "seed": 1}', "line 1: unknown field 'seed'; did you mean seeds?"),
     ('{"id": "a", "prompt": "x", "seeds": []}', "line 1: seeds is []"),
     ('{"id": "a", "prompt": "x", "seeds": [1.5]}', "line 1: seeds is [1.5]"),
+    ('{"id": "a", "prompt": "x", "seeds": [3, 3]}', "line 1: seeds is [3, 3]; it must name each seed once"),
     ('{"id": "a", "prompt": "x", "seeds": "one"}', "line 1: seeds is 'one'"),
     ('{"id": "a", "prompt": "x", "height": 0}', "line 1: height is 0; it must be a whole number, at least 1"),
     ('{"id": "a", "prompt": "x", "width": "wide"}', "line 1: width is 'wide'"),

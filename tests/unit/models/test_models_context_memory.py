@@ -11,8 +11,8 @@ from torch import Tensor
 from flashi2v_kernels.autograd import call
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.models.build import build_model
+from megatron_flashi2v.models.context_memory import ContextMemory
 from megatron_flashi2v.models.predict import predict_velocity
-from megatron_flashi2v.models.text_memory import TextMemory
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
@@ -74,13 +74,14 @@ def test_each_text_is_embedded_and_projected_once_for_the_same_bits() -> None:
         computed.clear()
 
 
-def test_a_text_is_known_by_its_tensor_and_the_oldest_is_forgotten() -> None:
-    memory = TextMemory()
+def test_a_context_is_known_by_its_objects_and_the_oldest_is_forgotten() -> None:
+    memory, extras = ContextMemory(), {}
     texts = [torch.zeros(1, 4, 5) for _ in range(3)]
-    first, second = memory.of(texts[0]), memory.of(texts[1])
-    assert first is not second and memory.of(texts[0]) is first and memory.of(texts[1]) is second
-    memory.of(texts[2])
-    assert memory.of(texts[1]) is second and memory.of(texts[0]) is not first
+    first, second = memory.of(texts[0], extras), memory.of(texts[1], extras)
+    assert first is not second and memory.of(texts[0], extras) is first and memory.of(texts[1], extras) is second
+    memory.of(texts[2], extras)
+    assert memory.of(texts[1], extras) is second and memory.of(texts[0], extras) is not first
+    assert memory.of(texts[1], {}) is not second  # the same text with the rows of another image
 
 
 class Doubled(torch.autograd.Function):

@@ -1,0 +1,212 @@
+"""The paragraph of conclusions, made from the figures by rules, whatever they say.
+
+A difference is told only where 95% intervals do not overlap. A paradigm that does not follow the law in domain is
+inconclusive: what does not move by rule there proves nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+TIMES_CHANCE = 2.0
+"""Law-following in domain is clear where its lower bound is this many times chance."""
+OURS = "flashi2v"
+
+Figure = Mapping[str, Any]
+
+
+def runs_of(report: Mapping[str, Any], paradigm: str) -> list[Mapping[str, Any]]:
+    """A paradigm's rows, in the order of seed and iteration."""
+    rows = [row for row in report["runs"] if row["paradigm"] == paradigm]
+    return sorted(rows, key=lambda row: (row["seed"], row["iteration"]))
+
+
+def paradigms_of(report: Mapping[str, Any]) -> list[str]:
+    """In the order of the report."""
+    return list(dict.fromkeys(row["paradigm"] for row in report["runs"]))
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]], name: str, figure: str) -> dict[str, Any] | None:
+    """A figure of one set over seeds: the mean, and the widest of their intervals; None where it was not measured."""
+    found = [row["sets"][name][figure] for row in rows if figure in row["sets"][name]]
+    if not found:
+        return None
+    sides = {"mean": np.mean, "low": np.min, "high": np.max}
+    return {side: fold([one[side] for one in found], axis=0).tolist() for side, fold in sides.items()}
+
+
+def at_end(report: Mapping[str, Any], paradigm: str, name: str, figure: str) -> dict[str, Any] | None:
+    """:func:`over_seeds` at the last iteration."""
+    return over_seeds(_at(runs_of(report, paradigm), _iterations(report)[-1]), name, figure)
+
+
+def along_training(report: Mapping[str, Any], paradigm: str, figure: str) -> list[dict[str, Any]]:
+    """At each iteration: the error in domain, and a figure out of domain with its interval."""
+    points = []
+    for iteration in _iterations(report):
+        rows = _at(runs_of(report, paradigm), iteration)
+        error, found = in_domain_error(rows), over_seeds(rows, "out", figure)
+        if found is not None:
+            points.append({"iteration": iteration, "error": error, **found})
+    return points
+
+
+def in_domain_error(rows: Sequence[Mapping[str, Any]]) -> float:
+    """On held pictures: of one step from pure noise; where it was not measured, the mean Frechet distance."""
+    error = over_seeds(rows, "held", "x0_error")
+    return float(error["mean"] if error is not None else np.mean(_needed(over_seeds(rows, "held", "frechet"))["mean"]))
+
+
+def follows_law(report: Mapping[str, Any], paradigm: str) -> bool | None:
+    """Whether held law-following is clearly above chance for every seed; None where it was not measured."""
+    law = at_end(report, paradigm, "held", "law")
+    return None if law is None else law["low"] >= TIMES_CHANCE * report["real"]["held"]["chance"]
+
+
+def matched(report: Mapping[str, Any], paradigms: Sequence[str], figure: str) -> tuple[float, dict[str, Figure]]:
+    """A figure out of domain where all paradigms have the same error in domain.
+
+    That error is the least that all of them reach; between checkpoints, all is interpolated along the error. A
+    paradigm's best checkpoint so far stands for a later one that is worse.
+    """
+    curves = {paradigm: _improving(along_training(report, paradigm, figure)) for paradigm in paradigms}
+    level = max(curve[-1]["error"] for curve in curves.values())
+    found = {}
+    for paradigm, curve in curves.items():
+        errors = [point["error"] for point in reversed(curve)]
+        found[paradigm] = {
+            side: float(np.interp(level, errors, [point[side] for point in reversed(curve)]))
+            for side in ("mean", "low", "high")
+        }
+    return level, found
+
+
+def conclude(report: Mapping[str, Any]) -> list[str]:
+    """The sentences."""
+    paradigms = paradigms_of(report)
+    judged = [paradigm for paradigm in paradigms if follows_law(report, paradigm) is not False]
+    sentences = [*_gate(report, paradigms), *(_one(report, paradigm) for paradigm in judged)]
+    if len(judged) > 1:
+        sentences.append(_matched_sentence(report, judged))
+    sentences.append(_verdict(report, judged))
+    seeds, settings = len(report["settings"]["seeds"]), report["settings"]
+    sentences.append(
+        f"What this cannot show: one world of {settings['train_clips']} clips, models of {settings['layers']} layers "
+        f"{settings['hidden']} wide, {seeds} training {'seed' if seeds == 1 else 'seeds'}; intervals are over videos, "
+        "not over trainings."
+        if "train_clips" in settings else
+        f"What this cannot show: {seeds} training {'seed' if seeds == 1 else 'seeds'}; intervals are over videos, not "
+        "over trainings."
+    )
+    return sentences
+
+
+def _gate(report: Mapping[str, Any], paradigms: Sequence[str]) -> list[str]:
+    if all(follows_law(report, paradigm) is None for paradigm in paradigms):
+        return ["No classifier knows the laws of these videos, so that motion is judged by its amount alone."]
+    sentences = []
+    for paradigm in paradigms:
+        if follows_law(report, paradigm) is False:
+            law, chance = _needed(at_end(report, paradigm, "held", "law")), report["real"]["held"]["chance"]
+            sentences.append(
+                f"{paradigm} is inconclusive: on held pictures of its own domain, {shown(law)} of its steps follow the "
+                f"law, where chance is {chance:.2f}."
+            )
+    return sentences
+
+
+def _one(report: Mapping[str, Any], paradigm: str) -> str:
+    """What shows of one paradigm at the end of training."""
+    held, out = (_needed(at_end(report, paradigm, name, "frozen")) for name in ("held", "out"))
+    parts = []
+    if out["low"] > held["high"]:
+        parts.append(f"freezes out of domain ({shown(out)} of the videos, {shown(held)} held)")
+    else:
+        parts.append(f"does not freeze more out of domain than in it ({shown(out)}, {shown(held)} held)")
+    laws = [at_end(report, paradigm, name, "law") for name in ("held", "out")]
+    if laws[0] is not None and laws[1] is not None:
+        verb = "loses the law there" if laws[1]["high"] < laws[0]["low"] else "keeps the law there"
+        parts.append(f"{verb} ({shown(laws[1])} of the steps, {shown(laws[0])} held)")
+    rises = {name: _rise(_needed(at_end(report, paradigm, name, "frechet"))) for name in ("trained", "held", "out")}
+    names = {"trained": "on trained pictures", "held": "on held ones", "out": "out of domain"}
+    rising = [names[name] for name, rise in rises.items() if rise]
+    parts.append(f"its distance rises along the video {' and '.join(rising) if rising else 'nowhere'}")
+    return f"{paradigm} {parts[0]}, {', '.join(parts[1:-1]) + ', ' if parts[1:-1] else ''}and {parts[-1]}."
+
+
+def _matched_sentence(report: Mapping[str, Any], judged: Sequence[str]) -> str:
+    level, frozen = matched(report, judged, "frozen")
+    shares = ", ".join(f"{paradigm} {shown(found)}" for paradigm, found in frozen.items())
+    text = f"At equal quality in domain (an error of {level:.3f}, which all reach), frozen out of domain: {shares}"
+    if at_end(report, judged[0], "out", "law") is None:
+        return text + "."
+    _, laws = matched(report, judged, "law")
+    return text + "; steps by the law: " + ", ".join(f"{name} {shown(found)}" for name, found in laws.items()) + "."
+
+
+def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
+    """What this says about FlashI2V's claim, at equal quality in domain."""
+    if OURS not in judged:
+        return "About FlashI2V's claim this run says nothing: flashi2v cannot be judged."
+    others = [paradigm for paradigm in judged if paradigm != OURS]
+    if not others:
+        return "About FlashI2V's claim this run says nothing: no other paradigm can be judged."
+    _, frozen = matched(report, judged, "frozen")
+    better = {other: _order(frozen[OURS], frozen[other]) for other in others}
+    if at_end(report, OURS, "out", "law") is not None:
+        _, laws = matched(report, judged, "law")
+        for other in others:  # a frozen video has lost the law too; falling apart shows in the law alone
+            better[other] = better[other] or -_order(laws[OURS], laws[other])
+    less, more = ([other for other in others if better[other] == sign] for sign in (-1, 1))
+    if less and not more:
+        rest = "" if len(less) == len(others) else "; from the others it does not differ clearly"
+        return f"This supports FlashI2V's claim: out of domain, flashi2v does better than {', '.join(less)}{rest}."
+    if more and not less:
+        return f"This speaks against FlashI2V's claim: out of domain, flashi2v does worse than {', '.join(more)}."
+    if more:
+        return (
+            f"This is mixed: out of domain, flashi2v does better than {', '.join(less)} and worse than "
+            f"{', '.join(more)}."
+        )
+    return "This does not decide FlashI2V's claim: no paradigm differs clearly from flashi2v out of domain."
+
+
+def shown(figure: Figure) -> str:
+    """A number with its interval."""
+    return f"{figure['mean']:.2f} [{figure['low']:.2f} {figure['high']:.2f}]"
+
+
+def _rise(frechet: Figure) -> bool:
+    """Whether the last chunk's interval lies above the first's."""
+    lows, highs = frechet["low"], frechet["high"]
+    return len(lows) > 1 and lows[-1] > highs[0]
+
+
+def _order(one: Figure, other: Figure) -> int:
+    """-1 where ``one`` is clearly lower, 1 where it is clearly higher, else 0."""
+    return -1 if one["high"] < other["low"] else 1 if one["low"] > other["high"] else 0
+
+
+def _improving(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points whose error is below that of all before."""
+    kept: list[dict[str, Any]] = []
+    for point in points:
+        if not kept or point["error"] < kept[-1]["error"]:
+            kept.append(point)
+    return kept
+
+
+def _iterations(report: Mapping[str, Any]) -> list[int]:
+    return sorted({row["iteration"] for row in report["runs"]})
+
+
+def _at(rows: Sequence[Mapping[str, Any]], iteration: int) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["iteration"] == iteration]
+
+
+def _needed(figure: dict[str, Any] | None) -> dict[str, Any]:
+    assert figure is not None, "measured in every experiment"
+    return figure

@@ -1,0 +1,28 @@
+"""Flags of the training runs, which are the same for every paradigm."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from paradigms.commands import UNFINISHED
+from paradigms.pixels import LATENT_CHANNELS, TEXT_DIM, TEXT_LENGTH
+from paradigms.settings import Settings
+
+
+def train_flags(settings: Settings, data: Path, paradigm: str, seed: int, start: Path | None) -> list[str]:
+    """Flags of ``flashi2v train`` but ``--save``: the same for every paradigm but ``--conditioning`` and its own."""
+    is_start = paradigm == "text_to_video"
+    iterations = (settings.start_iterations,) if is_start else settings.iterations
+    flags = {
+        "--data-path": data, "--conditioning": paradigm, "--seed": seed, "--device": "cpu", "--model": "tiny",
+        "--num-layers": settings.layers, "--hidden-size": settings.hidden, "--ffn-hidden-size": settings.ffn,
+        "--num-attention-heads": settings.heads, "--latent-channels": LATENT_CHANNELS, "--text-dim": TEXT_DIM,
+        "--text-length": TEXT_LENGTH, "--micro-batch-size": settings.batch, "--global-batch-size": settings.batch,
+        "--sigma-shift": settings.train_shift, "--train-iters": iterations[-1],
+        "--save-interval": math.gcd(*iterations), "--log-interval": 50, "--exit-code-when-unfinished": UNFINISHED,
+    }  # fmt: skip
+    if start is not None and not is_start:
+        flags["--load-weights"] = f"megatron:{start}"
+    words = [str(word) for pair in flags.items() for word in pair]
+    return [*words, *settings.train_flags, *settings.paradigm_flags.get(paradigm, ())]
