@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import CheckpointArguments
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
-from megatron_flashi2v.conversion.sources import SafetensorsTensor
+from megatron_flashi2v.conversion.sources import SafetensorsTensor, SourceTensor
+from megatron_flashi2v.conversion.torch_archive import ArchivedTensor
 from megatron_flashi2v.models.weight_shards import WeightShard, whole_weights
 from megatron_flashi2v.parallel.placement import ShardGrid
 
@@ -61,20 +63,23 @@ def test_every_format_and_only_the_bytes_that_are_needed(
         path = tmp_path / "out"
         convert(("megatron", tmp_path / "run"), (name, path))
     read: list[int] = []
-    read_tensor, read_safetensors = storage.read_tensor, SafetensorsTensor.read
+    read_tensor = storage.read_tensor
 
     def counted(*arguments: object) -> torch.Tensor:
         values = read_tensor(*arguments)
         read.append(values.numel())
         return values
 
-    def counted_safetensors(self: SafetensorsTensor, box: Box | None = None) -> torch.Tensor:
-        values = read_safetensors(self, box)
-        read.append(values.numel())
-        return values
-
     monkeypatch.setattr(storage, "read_tensor", counted)
-    monkeypatch.setattr(SafetensorsTensor, "read", counted_safetensors)
+    for kind in (SafetensorsTensor, ArchivedTensor):
+        def counted_read(
+            self: SourceTensor, box: Box | None = None, read_it: Callable[..., torch.Tensor] = kind.read
+        ) -> torch.Tensor:
+            values = read_it(self, box)
+            read.append(values.numel())
+            return values
+
+        monkeypatch.setattr(kind, "read", counted_read)
     wanted = parameters(SMALL, tp_size=5, blocks=(1,))
     initial = open_initial_weights((name, path), SMALL)
     assert not (initial.missing or initial.unexpected)
