@@ -26,14 +26,8 @@ from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED, ONCE
 from megatron_flashi2v.runtime.text import excerpt
-from megatron_flashi2v.sampling.load import (
-    FrozenFolders,
-    describe,
-    load_image_encoder,
-    load_stages,
-    resolve_checkpoint,
-    velocity_of,
-)
+from megatron_flashi2v.sampling.frozen import FrozenFolders, load_image_encoder
+from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
 logger = logging.getLogger(__name__)
