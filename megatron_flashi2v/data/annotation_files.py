@@ -136,10 +136,11 @@ def _read_list(path: Path) -> list[tuple[Path, Path]]:
     lines = _Lines(path)
     sources = []
     for number, row in _rows(csv.reader(lines, skipinitialspace=True, strict=True), lines):
-        parts = [part.strip() for part in row] if isinstance(row, list) else [row]
+        parts = [part.strip() for part in row] if isinstance(row, list) else []
         if len(parts) != 2 or not all(parts):
+            found = row if isinstance(row, str) else f"is {excerpt(','.join(parts))!r}"
             raise DataError(
-                f"--annotations {path}: line {number} is {excerpt(','.join(parts))!r}; it must be root_dir,meta.json "
+                f"--annotations {path}: line {number} {found}; it must be root_dir,meta.json "
                 f'("..." around a name with a comma). Annotations are {SCHEMA}'
             )
         root, file = (_resolve(part, path.parent) for part in parts)

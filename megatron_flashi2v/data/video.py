@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class Video:
         self.path = path
         self._by_time, self._as_shown = frame_picking == "time", picture == "shown"
         if not _is_file(path):
-            raise VideoError(path, "missing_file", "there is no such file; correct the path in the annotation")
+            raise VideoError(path, "missing_file", _why_missing(path))
         self._container, self._stream = self._open()
         try:
             self._time_stamps = self._read_time_stamps()
@@ -371,6 +372,13 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or that no file system has bytes for
         return False
+
+
+def _why_missing(path: Path) -> str:
+    # Under the annotations' folder, and with one slash of its two, an address looks like a path.
+    if any(re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", part) for part in path.parts):
+        return "is an address, and nothing is fetched; download the file and give its path"
+    return "there is no such file; correct the path in the annotation"
 
 
 def _plain(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from megatron_flashi2v.data.pictures import PictureError, picture_to_tensor, rea
 from megatron_flashi2v.data.transforms import cover_size, resize_and_crop
 from megatron_flashi2v.data.video import Video
 from megatron_flashi2v.runtime.logging import AGREED, ONCE
+from megatron_flashi2v.runtime.text import shown
 
 ImageLike = Image | NDArray[Any] | torch.Tensor | str | Path
 """A PIL image, an array ``[H, W, 3]`` or tensor ``[3, H, W]``, or a picture's or video's file.
@@ -43,7 +44,7 @@ def load_image(path: Path) -> torch.Tensor:
     """
     if not path.is_file():
         raise DataError(
-            f"image {path}: no such file; give a picture (png, jpg) or a video, whose first frame is used"
+            f"image {shown(str(path))}: no such file; give a picture (png, jpg) or a video, whose first frame is used"
         )
     try:
         return read_picture(path)
@@ -68,7 +69,7 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
     elif isinstance(image, Image):
         tensor = picture_to_tensor(image)
     elif isinstance(image, np.ndarray):
-        tensor = _levels(torch.from_numpy(np.ascontiguousarray(image)), "an array [H, W, 3]", channels=-1)
+        tensor = _levels(torch.from_numpy(np.array(image)), "an array [H, W, 3]", channels=-1)
         tensor = tensor.permute(2, 0, 1)
     elif isinstance(image, torch.Tensor):
         tensor = _levels(image.cpu(), "a tensor [3, H, W]", channels=0)

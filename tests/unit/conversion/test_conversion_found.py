@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import convert, open_weights
 from megatron_flashi2v.conversion.initial_weights import open_initial_weights
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
+from megatron_flashi2v.release.forward_check import compare_forward
 
 STEM = "diffusion_pytorch_model"
 T2V = dataclasses.replace(ODD, conditioning="text_to_video")
@@ -463,6 +465,8 @@ def test_a_value_that_is_no_number_is_named(tmp_path: Path, form: str, value: fl
     with pytest.raises(UserError, match=r"tensor \S*blocks.1.\S+ holds \d+ of \d+ values that are NaN"):
         convert(source, target, num_attention_heads=3)
     assert not target[1].exists()
-    done = convert(source, target, keep_non_finite=True, verify=True, num_attention_heads=3)
+    forward = partial(compare_forward, target_format=target[0])  # would be nan, which shows nothing
+    done = convert(source, target, keep_non_finite=True, verify=True, num_attention_heads=3, check=forward)
+    assert any(line.startswith("no forward pass") for line in done.report.lines())
     (name,), (count,) = done.report.non_finite.keys(), done.report.non_finite.values()
     assert count == 900 and f"900 values that are NaN or infinite kept ({name})" in done.report.lines()

@@ -298,6 +298,12 @@ def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
         read_annotations(tmp_path / "meta.csv")
 
 
+def test_a_video_given_as_annotations_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"\x00\x00\x00\x20ftypisom\xff\xfe\n")
+    with pytest.raises(DataError, match=r"a\.mp4: line 1 is not UTF-8 text; save the file as UTF-8; it must be"):
+        read_annotations(tmp_path / "a.mp4")
+
+
 def test_a_folder_with_a_comma_can_be_listed(tmp_path: Path) -> None:
     folder = tmp_path / "cats, dogs"
     folder.mkdir()

@@ -112,6 +112,9 @@ def test_broken_files_have_reasons(tmp_path: Path) -> None:
         assert reason_of(tmp_path / name) == "unreadable", name
     assert reason_of(tmp_path / "absent.mp4") == "missing_file"
     assert reason_of(tmp_path) == "missing_file"
+    for address in ("https://host/a.mp4", "s3://bucket/a.mp4"):  # joined to the annotations' folder
+        with pytest.raises(VideoError, match="is an address, and nothing is fetched; download the file"):
+            Video(tmp_path / address)
 
 
 def test_damage_in_the_middle_is_contained(tmp_path: Path) -> None:

@@ -80,6 +80,19 @@ def test_truncated_picture_is_the_users_error(tmp_path):
         load_image(tmp_path / "a.png")
 
 
+def test_an_address_given_for_a_file_keeps_its_key_to_itself():
+    with pytest.raises(DataError, match="no such file") as caught:
+        fit_image("https://user:word@host/a.png?X-Amz-Signature=SECRET", 16, 24)
+    assert "SECRET" not in str(caught.value) and "word" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_cannot_be_written_is_an_image_too():
+    array = picture(16, 24)
+    array.flags.writeable = False
+    assert torch.equal(fit_image(array, 16, 24), torch.from_numpy(array.copy()).permute(2, 0, 1))
+
+
 def test_folder_is_no_image(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_image(tmp_path)
