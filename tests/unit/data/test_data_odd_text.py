@@ -14,6 +14,7 @@ from helpers.tiny_corpus import make_corpus
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.data.fingerprint import folder_hash
 from megatron_flashi2v.data.prepared import PreparedDataset
+from megatron_flashi2v.data.reasons import Drop
 
 SIGNED = "https://host/b/x.mp4?X-Amz-Signature=SECRET&b=1"
 
@@ -84,3 +85,7 @@ def test_a_model_folder_may_hold_a_name_that_is_not_utf8(tmp_path: Path) -> None
     before = folder_hash(tmp_path / "plain", "VAE")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/plain/caf\xe9")).write_bytes(b"2")
     assert folder_hash(tmp_path / "plain", "VAE") != before
+
+
+def test_a_reason_shows_no_key_whoever_words_it() -> None:
+    assert "SECRET" not in Drop("unreadable", "https://user:word@host/a.mp4?X-Amz-Signature=SECRET: damaged").detail
