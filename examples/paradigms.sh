@@ -16,4 +16,4 @@ export OMP_NUM_THREADS=1   # a run on each core
 export HF_HUB_OFFLINE=1    # every model is a folder here
 export PYTHONPATH="$PWD/examples${PYTHONPATH:+:$PYTHONPATH}"
 
-python -m paradigms "$@"
+exec python -m paradigms "$@"

@@ -26,6 +26,8 @@ def main(words: Sequence[str] | None = None) -> int:
     jobs = arguments.jobs if arguments.jobs is not None else 1 if arguments.recipe else 2
     if jobs < 1:
         parser.error(f"--jobs is {jobs}; it must be at least 1")
+    if arguments.fresh and arguments.stage:
+        parser.error("--fresh removes the whole run, of which --stage wants a part; give one of them")
     if (arguments.scale == "1.3b") != (arguments.recipe is not None):
         parser.error("--scale 1.3b takes --recipe FILE, and no other scale does; see examples/paradigms/README.md")
     # The heavy imports, which --help does not need, come after the filters of their warnings.

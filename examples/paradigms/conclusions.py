@@ -67,15 +67,18 @@ def follows_law(report: Mapping[str, Any], paradigm: str) -> bool | None:
 
 
 def matched(report: Mapping[str, Any], paradigms: Sequence[str], figure: str) -> tuple[float, dict[str, Figure]]:
-    """A figure out of domain where all paradigms have the same error in domain.
+    """A figure out of domain where paradigms have the same error in domain; without those that never have it.
 
     That error is the least that all of them reach; between checkpoints, all is interpolated along the error. A
-    paradigm's best checkpoint so far stands for a later one that is worse.
+    paradigm's best checkpoint so far stands for a later one that is worse. One whose first checkpoint is better
+    already cannot be read at that error.
     """
     curves = {paradigm: _improving(along_training(report, paradigm, figure)) for paradigm in paradigms}
     level = max(curve[-1]["error"] for curve in curves.values())
     found = {}
     for paradigm, curve in curves.items():
+        if curve[0]["error"] < level:
+            continue
         errors = [point["error"] for point in reversed(curve)]
         found[paradigm] = {
             side: float(np.interp(level, errors, [point[side] for point in reversed(curve)]))
@@ -125,10 +128,10 @@ def _one(report: Mapping[str, Any], paradigm: str) -> str:
     if out["low"] > held["high"]:
         parts.append(f"freezes out of domain ({shown(out)} of the videos, {shown(held)} held)")
     else:
-        parts.append(f"does not freeze more out of domain than in it ({shown(out)}, {shown(held)} held)")
+        parts.append(f"does not clearly freeze more out of domain than in it ({shown(out)}, {shown(held)} held)")
     laws = [at_end(report, paradigm, name, "law") for name in ("held", "out")]
     if laws[0] is not None and laws[1] is not None:
-        verb = "loses the law there" if laws[1]["high"] < laws[0]["low"] else "keeps the law there"
+        verb = "loses the law there" if laws[1]["high"] < laws[0]["low"] else "does not clearly lose the law there"
         parts.append(f"{verb} ({shown(laws[1])} of the steps, {shown(laws[0])} held)")
     rises = {name: _rise(_needed(at_end(report, paradigm, name, "frechet"))) for name in ("trained", "held", "out")}
     names = {"trained": "on trained pictures", "held": "on held ones", "out": "out of domain"}
@@ -140,11 +143,14 @@ def _one(report: Mapping[str, Any], paradigm: str) -> str:
 def _matched_sentence(report: Mapping[str, Any], judged: Sequence[str]) -> str:
     level, frozen = matched(report, judged, "frozen")
     shares = ", ".join(f"{paradigm} {shown(found)}" for paradigm, found in frozen.items())
-    text = f"At equal quality in domain (an error of {level:.3f}, which all reach), frozen out of domain: {shares}"
-    if at_end(report, judged[0], "out", "law") is None:
-        return text + "."
-    _, laws = matched(report, judged, "law")
-    return text + "; steps by the law: " + ", ".join(f"{name} {shown(found)}" for name, found in laws.items()) + "."
+    text = f"At equal quality in domain (an error of {level:.3f}), frozen out of domain: {shares}"
+    if at_end(report, judged[0], "out", "law") is not None:
+        _, laws = matched(report, judged, "law")
+        text += "; steps by the law: " + ", ".join(f"{name} {shown(found)}" for name, found in laws.items())
+    ahead = [paradigm for paradigm in judged if paradigm not in frozen]
+    if ahead:
+        text += f"; {', '.join(ahead)}, better than that at the first checkpoint, cannot be compared so"
+    return text + "."
 
 
 def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
@@ -155,12 +161,16 @@ def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
     if not others:
         return "About FlashI2V's claim this run says nothing: no other paradigm can be judged."
     _, frozen = matched(report, judged, "frozen")
-    better = {other: _order(frozen[OURS], frozen[other]) for other in others}
-    if at_end(report, OURS, "out", "law") is not None:
-        _, laws = matched(report, judged, "law")
-        for other in others:  # a frozen video has lost the law too; falling apart shows in the law alone
-            better[other] = better[other] or -_order(laws[OURS], laws[other])
-    less, more = ([other for other in others if better[other] == sign] for sign in (-1, 1))
+    others = [other for other in others if other in frozen]
+    if OURS not in frozen or not others:
+        return "About FlashI2V's claim this run says nothing: no two paradigms were measured at equal quality."
+    laws = matched(report, judged, "law")[1] if at_end(report, OURS, "out", "law") is not None else {}
+    # A frozen video has lost the law too; falling apart shows in the law alone. Where both speak, both count.
+    signs = {
+        other: {_order(frozen[OURS], frozen[other]), -_order(laws[OURS], laws[other]) if laws else 0} - {0}
+        for other in others
+    }
+    less, more = ([other for other in others if sign in signs[other]] for sign in (-1, 1))
     if less and not more:
         rest = "" if len(less) == len(others) else "; from the others it does not differ clearly"
         return f"This supports FlashI2V's claim: out of domain, flashi2v does better than {', '.join(less)}{rest}."

@@ -59,11 +59,12 @@ def run_stages(run: Experiment, only: Sequence[str], *, jobs: int, fresh: bool =
     ledger = Ledger(run.folder)
     everything = {stage: run.tasks(stage) for stage in run.stages}
     missing = {stage: ledger.missing(tasks) for stage, tasks in everything.items()}  # settings are compared first
+    for number, stage in enumerate(run.stages):
+        if only and stage not in only and missing[stage] and any(run.stages.index(later) > number for later in only):
+            raise ConfigError(f"--stage {' '.join(only)}: stage {stage} comes before and is not done; run it first")
     for number, stage in enumerate(run.stages, start=1):
         tasks = missing[stage]
         if only and stage not in only:
-            if tasks and any(run.stages.index(later) > number - 1 for later in only):
-                raise ConfigError(f"--stage {' '.join(only)}: stage {stage} comes before and is not done; run it first")
             continue
         logger.info(
             "== %d/%d %s: %d of %d to do", number, len(run.stages), stage, len(tasks), len(everything[stage])

@@ -117,7 +117,7 @@ class FilesRun:
         recipe, videos = self.recipe, self.part("sample", paradigm, seed, iteration, name)
         requests = videos.with_suffix(".jsonl")
         words = [
-            "sample", *recipe.sample_flags, "--requests", requests, "--output", videos, "--load",
+            "sample", *recipe.sample_flags, "--name", "{id}", "--requests", requests, "--output", videos, "--load",
             checkpoint_of(self.folder / "train" / f"{paradigm}-{seed}", iteration),
         ]  # fmt: skip
         task = self._command("sample", self._key("sample", paradigm, seed, iteration, name), self._sampled(name), words)

@@ -55,7 +55,7 @@ img { max-width: 100%; height: auto } .pixels { image-rendering: pixelated }
 <img src="data:image/png;base64,{{ curves }}" alt="curves">
 <p class="note">Above: Fréchet distance of each chunk by set, at the end of training; dashed: between real clips and as
 many other real ones. Middle: PSNR to {{ psnr }}, and steps without motion, over time. Below: figures out of
-domain against the error in domain, along training; at one height of the x axis, paradigms are equally good in domain.
+domain against the error in domain, along training; at one place of the x axis, paradigms are equally good in domain.
 Shaded: 95% intervals over videos.</p>
 
 <h2>At the end of training</h2>

@@ -91,7 +91,7 @@ def _check_words(flags: Sequence[Flag], words: Sequence[str]) -> None:
             continue
         if not value and _takes_path(kind):
             raise ConfigError(f"{name} is empty; it must be a path (a shell variable that is not set leaves it empty)")
-        if kind in _NUMBERS:
+        if kind in _NUMBERS and value != "None":  # which takes back a recipe's number, where there may be none
             try:
                 kind(value)
             except ValueError:

@@ -174,14 +174,29 @@ def _check_fully_sharded(config: TrainConfig) -> None:
             )
 
 
+def _check_expert(config: TrainConfig) -> None:
+    """Rules of a model that trains on a part of the noise levels, and so samples no video alone."""
+    data, watch = config.data, config.watch
+    if data.sigma_distribution == "logit_normal" and data.sigma_logit_std == 0:
+        raise ConfigError(
+            "--sigma-logit-std 0 draws one noise level, which no --sigma-min and --sigma-max divide; leave these out"
+        )
+    for flag, interval in (
+        ("--sample-interval", watch.sample_interval), ("--evaluation-interval", watch.evaluation_interval)
+    ):
+        if interval is not None:
+            raise ConfigError(
+                f"{flag} {interval} samples from pure noise to none, but --sigma-min {data.sigma_min} and --sigma-max "
+                f"{data.sigma_max} train a part of these levels; leave it out, and sample with both experts"
+            )
+
+
 def _check_optimizer(config: TrainConfig) -> None:
     data, optimizer = config.data, config.optimizer
     if data.sigma_min >= data.sigma_max:
         raise ConfigError(f"--sigma-min {data.sigma_min} must be below --sigma-max {data.sigma_max}")
-    if (data.sigma_min, data.sigma_max) != (0.0, 1.0) and data.sigma_logit_std == 0:
-        raise ConfigError(
-            "--sigma-logit-std 0 draws one noise level, which no --sigma-min and --sigma-max divide; leave these out"
-        )
+    if (data.sigma_min, data.sigma_max) != (0.0, 1.0):
+        _check_expert(config)
     if data.cutoff_ratio_min > data.cutoff_ratio_max:
         raise ConfigError(
             f"--cutoff-ratio-min {data.cutoff_ratio_min} must be at most --cutoff-ratio-max {data.cutoff_ratio_max}"

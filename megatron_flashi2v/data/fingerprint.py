@@ -92,9 +92,9 @@ def folder_hash(folder: Path, what: str) -> str:
 
 def _image_encoder_hash(place: Path) -> str:
     """Hash of the encoder and of what its processor does."""
-    folder = model_folder(place, "image encoder")
-    processor = (processor_folder(folder) / PROCESSOR_FILE).read_bytes()
-    return hashlib.sha256(folder_hash(place, "image encoder").encode() + processor).hexdigest()
+    weights = folder_hash(place, "image encoder")  # first: it tells of a folder that is not there
+    processor = (processor_folder(model_folder(place, "image encoder")) / PROCESSOR_FILE).read_bytes()
+    return hashlib.sha256(weights.encode() + processor).hexdigest()
 
 
 def _update_with_file(digest: Any, path: Path) -> None:

@@ -41,7 +41,10 @@ def _fetched(repository: str, subfolder: str, what: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        root = snapshot_download(repository, allow_patterns=[f"{subfolder}/*{ending}" for ending in _FETCHED_ENDINGS])
+        patterns = [f"{subfolder}/*{ending}" for ending in _FETCHED_ENDINGS]
+        if what == "image encoder":  # whose processor lies beside it in diffusers' layout
+            patterns.append("image_processor/*.json")
+        root = snapshot_download(repository, allow_patterns=patterns)
     except LocalEntryNotFoundError as error:
         raise ConfigError(
             f"{what} {repository}:{subfolder}: there is no such folder, the Hugging Face Hub's cache does not hold it, "

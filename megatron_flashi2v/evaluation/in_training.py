@@ -142,7 +142,10 @@ class EvaluationInTraining(Observer):
             },
             "figures": figures, "videos": videos,
         }))  # fmt: skip
-        write_evaluation_curves(_earlier(self._folder, state.iteration), self._folder / CURVES_FILE)
+        try:
+            write_evaluation_curves(_earlier(self._folder, state.iteration), self._folder / CURVES_FILE)
+        except Exception as error:  # an earlier file was damaged; the figures are whole without their picture
+            logger.warning("the curves of the evaluation are not drawn: %s", _told(error))
         logger.info("evaluation at iteration %d | %s | %s", state.iteration, ", ".join(
             f"{name} {figures[name]['mean']:.3g}" for name in ("psnr", "ssim", "flow_ratio") if figures[name]
         ), path)

@@ -63,8 +63,11 @@ def sigmas_between(
         sigmas_B = below + uniform_draws_B.double() * (above - below)
     else:
         mean, std = logit
-        below, above = torch.special.ndtr((torch.logit(ends) - mean) / std)
-        quantiles_B = torch.special.ndtri(below + uniform_draws_B.double() * (above - below))
+        normal = (torch.logit(ends) - mean) / std
+        # Above the middle the mirrored distribution, and torch's logarithm of its function, keep fp64's digits.
+        sign = -1.0 if normal[0] > 0 else 1.0
+        below, above = torch.special.log_ndtr(sign * normal).exp()
+        quantiles_B = sign * torch.special.ndtri(below + uniform_draws_B.double() * (above - below))
         sigmas_B = torch.sigmoid(mean + std * quantiles_B)
     return shift_sigmas(sigmas_B, shift).clamp(low, high)
 

@@ -343,6 +343,8 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
 
     def _sampler(self) -> ImageToVideoPipeline:
         """The pipeline of ``flashi2v sample`` around this one's components, for its conditions."""
+        if self.image_encoder is not None and self.image_processor is None:
+            raise ConfigError("image_encoder is given without image_processor; give the one that came with it")
         return ImageToVideoPipeline(
             velocity=self.velocity,
             vae=VideoVAE(self.vae, source="vae"),

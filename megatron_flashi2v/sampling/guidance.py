@@ -86,23 +86,28 @@ def _sequential(
 
 
 class _Batched:
-    """Both velocities in one call, with one tensor of both texts for all steps, by which a model knows them again."""
+    """Both velocities in one call, with one object for all steps of what does not change: a model knows it again."""
 
     def __init__(self) -> None:
-        self._texts: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._given: tuple[torch.Tensor, Extras] | None = None
+        self._doubled: tuple[torch.Tensor, Extras]
 
     def __call__(
         self, velocity: VelocityFunction, text: torch.Tensor, negative_text: torch.Tensor, latents: torch.Tensor,
         timestep: torch.Tensor, image_latents: torch.Tensor, extras: Extras,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        if self._texts is None or self._texts[0] is not text:
-            self._texts = text, torch.cat([text, negative_text])
+        if self._given is None or self._given[0] is not text or self._given[1] is not extras:
+            self._given = text, extras
+            self._doubled = (
+                torch.cat([text, negative_text]), {name: torch.cat([value, value]) for name, value in extras.items()}
+            )
+        texts, both_extras = self._doubled
         both = velocity(
             torch.cat([latents, latents]),
             torch.cat([timestep, timestep]),
-            self._texts[1],
+            texts,
             torch.cat([image_latents, image_latents]),
-            {name: torch.cat([value, value]) for name, value in extras.items()},
+            both_extras,
         )
         conditional, unconditional = both.chunk(2)
         return conditional, unconditional

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ def opened_data(config: TrainConfig, model: ModelConfig, groups: Groups, device:
                 config.watch.valid_data_path, training, batch=config.batch.global_batch_size, seed=VALIDATION_SEED
             )
             opened.callback(validation.close)
-            fit_model_to_data(model, validation)
+            require_fitting(fit_model_to_data(model, validation), model, training, validation)
         share_encoding(training, groups, config.parallel.distributed_timeout_minutes)
         yield RunData(training=training, validation=validation, model=model)
 
@@ -147,7 +148,32 @@ def fit_model_to_data(model: ModelConfig, data: Blend) -> ModelConfig:
     model = paradigm_of(model).fit_to_data(model, info.temporal_stride, info.inputs)
     for dataset in data.datasets:
         require_inputs(model, dataset.info, dataset.name)
+        _require_same_encoder(model, data, dataset.info.image_encoder, dataset.name)
     return model
+
+
+def require_fitting(fitted: ModelConfig, model: ModelConfig, training: Blend, validation: Blend) -> None:
+    """Refuse validation data that would make another model than the training data do.
+
+    Raises:
+        ConfigError: the image encoder's rows are others than in training.
+    """
+    if fitted.image_rows != model.image_rows:
+        raise ConfigError(
+            f"{validation.name} holds {fitted.image_rows} rows of an image encoder, {training.name} "
+            f"{model.image_rows}; prepare both with the same one"
+        )
+    _require_same_encoder(model, training, validation.info.image_encoder, validation.name)
+
+
+def _require_same_encoder(model: ModelConfig, data: Blend, encoder: Mapping[str, Any], name: str) -> None:
+    """Refuse rows of another image encoder than the first data set's, where the model takes them."""
+    takes_rows = IMAGE_ROWS in paradigm_of(model).stored_inputs(model, data.info.latent_shape)
+    if takes_rows and encoder != data.info.image_encoder:
+        raise ConfigError(
+            f"{name} has rows of the image encoder {dict(encoder)}, {data.name} of {dict(data.info.image_encoder)}; "
+            "prepare all of them with one"
+        )
 
 
 def require_inputs(model: ModelConfig, info: DataInfo, name: str) -> None:

@@ -38,6 +38,8 @@ _CONFIG = {
     "common_backend_version": 1,
 }  # fmt: skip
 _MARK = "patch_embedding.weight"
+_NOT_WEIGHTS = {"optimizer", "exp_avg", "exp_avg_sq", "fp32_param", "ema", "ema_model"}
+"""Parts of names before the parameter's own that tell of something else than the trained weights."""
 
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:
@@ -61,12 +63,12 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
         raise CheckpointError(f"{path} holds {len(held.tensors)} tensors of names that are neither ours nor Wan's")
     if not (folder / MODEL_CONFIG_NAME).is_file():
         raise CheckpointError(
-            f"{path} has our names, but no {MODEL_CONFIG_NAME}, which tells the model's heads, paradigm and text "
+            f"{folder} has our names, but no {MODEL_CONFIG_NAME}, which tells the model's heads, paradigm and text "
             "length; copy it from the run or the conversion that the weights come from"
         )
     config = load_model_config(folder)
     options.require_agreement(config, folder / MODEL_CONFIG_NAME)
-    prefix = next(name for name in held.tensors if name.endswith(_MARK)).removesuffix(_MARK)
+    prefix = _prefix(path, list(held.tensors), options.weights)
     shapes = parameter_shapes(config)
     tensors = {name: held.tensors[prefix + name] for name in shapes if prefix + name in held.tensors}
     entries = [
@@ -79,6 +81,18 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     weights.left_out = (*(name for name in held.tensors if name not in taken), *held.others)
     weights.notes = held.notes
     return weights
+
+
+def _prefix(path: Path, names: list[str], weights: str) -> str:
+    """What precedes the model's names: moments and masters of the optimizer have the same names behind theirs."""
+    if weights != "model":
+        raise CheckpointError(f"{path} is read without averaged weights; leave out --weights {weights}")
+    found = [name.removesuffix(_MARK) for name in names if name == _MARK or name.endswith(f".{_MARK}")]
+    found = [prefix for prefix in found if not set(prefix.split(".")) & _NOT_WEIGHTS]
+    if len(found) != 1:
+        several = f"several models, under {', '.join(map(repr, found))}" if found else f"no tensor {_MARK} of a model"
+        raise CheckpointError(f"{path} holds {several}; save one model's weights alone")
+    return found[0]
 
 
 class _ReadAsWritten(DefaultSavePlanner):

@@ -32,11 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 class ValidationSource(MicrobatchSource):
-    """Reads validation samples: with their text, and with the middles of the sigma buckets in turn for noise levels."""
+    """Reads validation samples: with their text, and with the middles of the sigma buckets in turn for noise levels.
+
+    Of an expert's range the buckets divide the range.
+    """
 
     def sigmas(self, positions: Sequence[int], latent_size: tuple[int, int]) -> Tensor:
         """Noise levels [B]."""
-        return (torch.tensor([position % BUCKETS for position in positions]) + 0.5) / BUCKETS
+        middles = (torch.tensor([position % BUCKETS for position in positions]) + 0.5) / BUCKETS
+        low, high = self.flow.sigma_min, self.flow.sigma_max
+        return middles if (low, high) == (0.0, 1.0) else low + (high - low) * middles
 
     def _drops_text(self, position: int) -> bool:
         return False

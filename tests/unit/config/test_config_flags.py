@@ -73,6 +73,7 @@ def test_good_flags_in_every_spelling() -> None:
     config = read("--micro_batch_size", "2", "--lr=1e-3", "--no-bf16", "--sequence-parallel", "--save", "a b")
     assert (config.batch.micro_batch_size, config.optimizer.lr, str(config.checkpoint.save)) == (2, 1e-3, "a b")
     assert config.parallel.sequence_parallel
+    assert read("--sigma-shift", "3", "--sigma-shift", "None").data.sigma_shift is None  # takes a recipe's back
     assert read("--image-noise-log-mean", "-1.5").data.image_noise_log_mean == -1.5
     assert read("--data-path", "0.7", "a", "0.3", "b").data.data_path == ("0.7", "a", "0.3", "b")
     assert sample("--output=a.mp4", "--negative-prompt=", "--prompt=--no rain").prompt == "--no rain"

@@ -62,6 +62,8 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
     (["--train-iters", "0"], 1, ["--train-iters is 0", "at least 1"]),
     (["--sigma-min", "0.9", "--sigma-max", "0.9"], 1, ["--sigma-min 0.9 must be below --sigma-max 0.9"]),
     (["--sigma-min", "0.9", "--sigma-logit-std", "0"], 1, ["--sigma-logit-std 0 draws one noise level"]),
+    (["--sigma-max", "0.9", "--save", "r", "--valid-data-path", "v", "--sample-interval", "5"], 1,
+     ["--sample-interval 5 samples from pure noise to none", "--sigma-max 0.9"]),
     (["--cutoff-ratio-min", "0.9", "--cutoff-ratio-max", "0.1"], 1,
      ["--cutoff-ratio-min 0.9 must be at most --cutoff-ratio-max 0.1"]),
     (["--image-noise-log-mean", "nan"], 1, ["--image-noise-log-mean is nan"]),

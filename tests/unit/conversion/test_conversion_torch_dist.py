@@ -56,7 +56,9 @@ def test_megatron_core_loads_what_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_our_names_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
     tensors = tensors_of(ODD)
-    state = {prefix + name: tensor for name, tensor in tensors.items()} | {"optimizer.state.exp_avg.x": torch.ones(3)}
+    # The optimizer's come first, under the same names behind theirs.
+    state = {f"optimizer.state.exp_avg.{name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    state |= {prefix + name: tensor for name, tensor in tensors.items()}
     folder = tmp_path / "run" / "iter_0000007"
     save_with_megatron(folder, state, monkeypatch)
     with pytest.raises(CheckpointError, match=rf"has our names, but no {MODEL_CONFIG_NAME}"):
@@ -66,7 +68,10 @@ def test_our_names_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pre
     weights = open_weights("auto", folder, ReadOptions())
     assert weights.config == ODD
     assert_equal({name: weights.read(name) for name in tensors}, tensors)
-    assert "optimizer.state.exp_avg.x" in weights.left_out and any("_extra_state" in name for name in weights.left_out)
+    assert {f"optimizer.state.exp_avg.{name}" for name in tensors} < set(weights.left_out)
+    assert any("_extra_state" in name for name in weights.left_out)
+    with pytest.raises(CheckpointError, match="leave out --weights ema"):
+        open_weights("torch-dist", folder, ReadOptions(weights="ema"))
 
 
 def test_wans_names_are_read_under_either_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,12 @@ FREEZES = {"frozen": [0.2, 0.4, 0.6]}
     ({}, "does not decide"),
     # It falls apart without freezing: the law alone shows it.
     ({"repeat_concat": {"law_out": 0.3}, "inpainting": {"law_out": 0.3}}, "supports FlashI2V's claim"),
+    # It freezes less, and yet follows the law less: it falls apart.
+    ({"flashi2v": {"law_out": 0.3}, "repeat_concat": FREEZES, "inpainting": FREEZES}, "mixed: out of domain, flashi2v "
+     "does better than repeat_concat, inpainting and worse than repeat_concat, inpainting"),
+    # Better from its first checkpoint on: not to be read at the others' error.
+    ({"repeat_concat": {**FREEZES, "error": [0.09, 0.05, 0.01]}}, "does not decide"),
+    ({"flashi2v": {"error": [0.09, 0.05, 0.01]}, "repeat_concat": FREEZES}, "no two paradigms were measured at equal"),
     ({"flashi2v": {"law": 0.2}, "repeat_concat": FREEZES}, "says nothing: flashi2v cannot be judged"),
     ({"repeat_concat": {"law": 0.2}, "inpainting": {"law": 0.2}}, "says nothing: no other paradigm can be judged"),
 ])  # fmt: skip

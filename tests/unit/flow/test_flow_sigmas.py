@@ -51,6 +51,9 @@ def test_part_of_a_distribution_stays_in_its_range():
     for low, high in ((0.9, 1.0), (0.0, 0.875), (0.999, 1.0)):
         found = sigmas_between(ends, low, high, logit=(0.0, 1.0), shift=5.0)
         assert low <= found[0] < found[1] <= high and found.isfinite().all()
+    # Nine standard deviations above the middle there still is a distribution: most of it at its lower end.
+    far = sigmas_between(torch.tensor([0.0, 0.5, 0.99]), 0.9, 1.0, logit=(0.0, 0.25), shift=1.0)
+    assert 0.9 <= far[0] < far[1] < far[2] < 0.92
 
 
 def test_dynamic_shift_is_a_line_in_the_tokens_of_a_frame():

@@ -50,11 +50,11 @@ def alone():
         yield
 
 
-def sampled(velocity, text: Tensor, negative: Tensor) -> Tensor:
+def sampled(velocity, text: Tensor, negative: Tensor, batched: bool = False) -> Tensor:
     conditions = Conditions(text_BLD=text, image_latents_BC1HW=torch.zeros(1, 3, 1, 4, 6), extras={})
     solver = EulerSolver(torch.linspace(1, 0, STEPS + 1))
     return denoise(velocity, draw(1, 3, 2, 4, 6, seed=1), conditions, solver,
-                   guidance=lambda plain: with_guidance(plain, negative, 5.0))
+                   guidance=lambda plain: with_guidance(plain, negative, 5.0, batched=batched))
 
 
 @torch.no_grad()
@@ -71,6 +71,9 @@ def test_each_text_is_embedded_and_projected_once_for_the_same_bits() -> None:
         computed.clear()
         assert torch.equal(sampled(velocity, text, negative), expected)
         assert set(computed.values()) == {2} and len(computed) == 3
+        computed.clear()
+        torch.testing.assert_close(sampled(velocity, text, negative, batched=True), expected, atol=1e-4, rtol=1e-4)
+        assert set(computed.values()) == {1} and len(computed) == 3
         computed.clear()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,13 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.conditioning.wan_i2v import GREY_CLIP, IMAGE_ROWS
+from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.data.prepared import PreparedDataset
 from megatron_flashi2v.data.transforms import resize_and_crop
 from megatron_flashi2v.data.video import Video
+from megatron_flashi2v.training.datasets import fit_model_to_data, require_fitting
 
 Train = Callable[..., int]
 MODEL = (
@@ -136,3 +142,29 @@ def test_data_without_are_refused_in_a_line(
     assert main([*command, str(corpus / "vae")]) == 2
     assert "must be clip_vision_model" in (told := capsys.readouterr().err) or "preprocessor_config.json" in told
     assert not (corpus / "x").exists() or not list((corpus / "x").glob("dataset.json"))
+
+
+def test_rows_of_two_image_encoders_are_not_mixed() -> None:
+    model = ModelConfig(
+        num_layers=1, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, latent_channels=4, text_dim=5,
+        text_length=7, conditioning="wan_i2v", mask_channels=4, image_dim=6, image_rows=3,
+    )
+
+    def blend(name: str, rows: int, *layers: int) -> Any:
+        shape = (4, 3, 4, 6)
+        sets = [
+            SimpleNamespace(name=f"{name}{number}", info=SimpleNamespace(
+                latent_shape=shape, text_dim=5, text_cleaning="full", temporal_stride=4, text_length=7,
+                inputs={GREY_CLIP: shape, IMAGE_ROWS: (rows, 6)}, image_encoder={"num_layers": count},
+            )) for number, count in enumerate(layers)
+        ]
+        return SimpleNamespace(datasets=sets, info=sets[0].info, name=name, text_length=7, latent_shapes=[shape])
+
+    training = blend("training", 3, 2, 2)
+    assert fit_model_to_data(model, training).image_rows == 3
+    with pytest.raises(ConfigError, match="mixed1 has rows of the image encoder .*'num_layers': 9.* mixed of .*: 2"):
+        fit_model_to_data(model, blend("mixed", 3, 2, 9))
+    for rows, layers, message in ((5, 2, "valid holds 5 rows .*training 3"), (3, 9, "valid has rows of the image enco")):
+        valid = blend("valid", rows, layers)
+        with pytest.raises(ConfigError, match=message):
+            require_fitting(fit_model_to_data(model, valid), model, training, valid)
