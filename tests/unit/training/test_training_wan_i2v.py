@@ -164,7 +164,7 @@ def test_rows_of_two_image_encoders_are_not_mixed() -> None:
     assert fit_model_to_data(model, training).image_rows == 3
     with pytest.raises(ConfigError, match="mixed1 has rows of the image encoder .*'num_layers': 9.* mixed of .*: 2"):
         fit_model_to_data(model, blend("mixed", 3, 2, 9))
-    for rows, layers, message in ((5, 2, "valid holds 5 rows .*training 3"), (3, 9, "valid has rows of the image enco")):
+    for rows, layers, message in ((5, 2, "valid holds 5 rows .*training 3"), (3, 9, "valid has rows of the image")):
         valid = blend("valid", rows, layers)
         with pytest.raises(ConfigError, match=message):
             require_fitting(fit_model_to_data(model, valid), model, training, valid)
