@@ -12,6 +12,7 @@ from helpers.layouts import Layout, run_layouts, weights
 from helpers.synthetic_data import write_synthetic
 
 from megatron_flashi2v.conversion.convert import FORMATS, convert
+from megatron_flashi2v.conversion.torch_distributed_checkpoint import METADATA_NAME
 from megatron_flashi2v.models.presets import PRESETS
 
 ANY_PARADIGM = tuple(name for name in FORMATS if name != "comfyui")
@@ -65,4 +66,6 @@ def test_the_export_of_a_divided_run_is_that_of_one_process(runs: dict[str, Path
     files = [path.relative_to(tmp_path / "single") for path in (tmp_path / "single").rglob("*") if path.is_file()]
     assert files
     for path in files:
+        if path.name == METADATA_NAME:  # holds a random number of its save
+            continue
         assert (tmp_path / "single" / path).read_bytes() == (tmp_path / "divided" / path).read_bytes(), path
