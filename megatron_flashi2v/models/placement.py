@@ -83,7 +83,32 @@ PLACEMENTS: dict[str, Placement] = {
 """Every parameter but a paradigm's own, ``{i}`` for the block's number; those of the image's rows are not in all."""
 
 
+ADAPTER = re.compile(r"(?P<linear>blocks\.\d+\..+)\.adapter\.(?:[a-z]\.)?lora_(?P<factor>[AB])\.weight")
+"""Names of adapters' tensors, as :func:`adapter_name` makes them."""
+
+
+def adapter_name(linear: str, part: str, factor: str) -> str:
+    """Global name of one factor of a low-rank pair.
+
+    Args:
+        linear: global name of the linear beside which it stands, such as blocks.0.self_attention.linear_qkv.
+        part: which of the projections that the linear fuses; empty of a single one.
+        factor: lora_A or lora_B.
+    """
+    return ".".join(filter(None, (linear, "adapter", part, factor, "weight")))
+
+
+def _factor(linear: str, factor: str) -> Placement:
+    """One factor of a pair is sharded as its linear is; the other, which acts on single tokens, is whole."""
+    dim = _backbone(f"{linear}.weight").sharded_dim
+    shares_dim = (factor == "B") == (dim == 0)
+    return Placement(sharded_dim=dim) if shares_dim else _ON_TOKENS
+
+
 def _backbone(name: str) -> Placement:
+    adapter = ADAPTER.fullmatch(name)
+    if adapter is not None:
+        return _factor(adapter["linear"], adapter["factor"])
     placement = PLACEMENTS.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
     if placement is None:
         raise LookupError(f"parameter {name} has no placement; declare it in models/placement.py")

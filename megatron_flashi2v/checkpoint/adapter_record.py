@@ -1,0 +1,119 @@
+"""``adapter.json``: what a checkpoint of a part of a model holds, and of which base.
+
+Such a checkpoint has the folder and the files of any other; among its tensors are only the trained ones. Its
+``model_config.json`` is the base's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_flashi2v.checkpoint.adapter_table import adapter_mappings, adapter_shapes
+from megatron_flashi2v.checkpoint.arrangements import Shape
+from megatron_flashi2v.checkpoint.index import read_index
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.model_state import EMA_PREFIX, most_exact_key
+from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
+from megatron_flashi2v.config.adapter import AdapterConfig
+from megatron_flashi2v.config.errors import CheckpointError, UserError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.runtime.files import read_json_object
+
+ADAPTER_NAME = "adapter.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """What a checkpoint holds of a model.
+
+    Attributes:
+        adapter: its low-rank pairs; None if whole tensors alone were trained.
+        trained: our names of the whole tensors that were trained, beside any pairs.
+        base: where training found the base, as FORMAT:PATH with an absolute path.
+        base_weights: which of its weights: ``model`` or ``ema``.
+        base_fingerprint: of these weights (``conversion.base_fingerprint``).
+    """
+
+    adapter: AdapterConfig | None
+    trained: tuple[str, ...]
+    base: str
+    base_weights: str
+    base_fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of ``adapter.json``."""
+        pairs = self.adapter.to_json() if self.adapter else {"rank": 0, "alpha": 0.0, "targets": []}
+        return {
+            **pairs, "trained": list(self.trained), "base": self.base, "base_weights": self.base_weights,
+            "base_fingerprint": self.base_fingerprint,
+        }
+
+    def shapes(self, config: ModelConfig) -> dict[str, Shape]:
+        """Names and shapes of the tensors that such a checkpoint holds.
+
+        Raises:
+            KeyError: the model has no tensor of a trained name.
+        """
+        whole = parameter_shapes(config)
+        return {name: whole[name] for name in self.trained} | adapter_shapes(config, self.adapter)
+
+
+def read_adapter_record(folder: Path) -> AdapterRecord | None:
+    """Read what a checkpoint holds of a model; None of a checkpoint that holds all of it.
+
+    Args:
+        folder: an ``iter_*`` folder.
+
+    Raises:
+        CheckpointError: the file is malformed.
+    """
+    path = folder / ADAPTER_NAME
+    if not path.is_file():
+        return None
+    values = read_json_object(path, error=CheckpointError)
+    try:
+        adapter = None
+        if values["rank"]:
+            adapter = AdapterConfig(
+                rank=values["rank"], alpha=float(values["alpha"]), targets=tuple(values["targets"])
+            )
+        return AdapterRecord(
+            adapter=adapter, trained=tuple(map(str, values["trained"])), base=str(values["base"]),
+            base_weights=str(values["base_weights"]), base_fingerprint=str(values["base_fingerprint"]),
+        )
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def read_pairs(
+    folder: Path, config: ModelConfig, adapter: AdapterConfig, *, weights: str = "model"
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """An adapter's pairs, whole and in fp32, by Wan's name of their linear, such as ``blocks.0.self_attn.q``.
+
+    Args:
+        folder: an ``iter_*`` folder, verified.
+        config: of its model.
+        adapter: of its record.
+        weights: ``model``, or ``ema`` for the averaged ones.
+
+    Returns:
+        A [rank, in] and B [out, rank] of each linear; the scale alpha / rank is in neither.
+
+    Raises:
+        CheckpointError: a tensor is missing or damaged.
+    """
+    index = read_index(folder)
+    pieces: dict[str, TensorPiece] = {}
+    for mapped in adapter_mappings(config, adapter, "wan"):
+        averaged = weights == "ema"
+        key = EMA_PREFIX + mapped.ours if averaged else most_exact_key(index, mapped.ours, torch.float32)
+        pieces[mapped.external[0]] = TensorPiece.whole(key, torch.empty(mapped.shape))
+    read_pieces(folder, pieces.values(), allow_cast=True, index=index)
+    linears = dict.fromkeys(name.rpartition(".lora_")[0] for name in pieces)
+    return {
+        linear: (pieces[f"{linear}.lora_A.weight"].data, pieces[f"{linear}.lora_B.weight"].data) for linear in linears
+    }
