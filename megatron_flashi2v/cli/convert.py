@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_flashi2v.config.convert import ENCODERS, ConvertConfig
+from megatron_flashi2v.config.convert import ADAPTER_TARGETS, ENCODERS, ConvertConfig
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.release.convert import convert
 
@@ -25,6 +25,10 @@ def main(argv: Sequence[str]) -> int:
         from megatron_flashi2v.release.encoders import convert_encoders
 
         convert_encoders(config)
+    elif config.target[0] in ADAPTER_TARGETS:
+        from megatron_flashi2v.release.adapters import convert_adapter
+
+        convert_adapter(config)
     else:
         convert(config)
     return 0

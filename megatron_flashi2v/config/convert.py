@@ -19,8 +19,13 @@ _ONE_FILE = ("flashi2v-npu", "flashi2v-gpu", "comfyui")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+ADAPTER_TARGETS = ("diffusers-lora", "comfyui-lora")
+ADAPTER_SOURCES = (*ADAPTER_TARGETS, "kohya-lora")
+"""Forms of an adapter by itself."""
+
 SOURCE_NAMES = (*FORMAT_NAMES, "auto")
 """Formats of weights to read; ``auto`` is whichever is recognised."""
+TARGET_NAMES = (*FORMAT_NAMES, *ADAPTER_TARGETS, ENCODERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +33,28 @@ class ConvertConfig(FlagNames):
     """Weights from one format to another."""
 
     command: ClassVar[str] = "flashi2v convert"
-    everyday: ClassVar[tuple[str, ...]] = ("from", "to", "dtype", "weights", "verify", "overwrite", "report")
+    everyday: ClassVar[tuple[str, ...]] = ("from", "to", "dtype", "weights", "adapter", "verify", "overwrite", "report")
 
-    source: Annotated[tuple[Annotated[str, OneOf(*SOURCE_NAMES)], Path], Named("from", "FORMAT PATH")]
+    source: Annotated[tuple[Annotated[str, OneOf(*SOURCE_NAMES, *ADAPTER_SOURCES)], Path], Named("from", "FORMAT PATH")]
     """Weights to read: `auto` (whichever of the following is recognised), `megatron` (a folder of `train --save`, or
     one iter_* in it), `torch-dist` (a folder of megatron-core's dist_checkpointing), `diffusers` (a folder), or `wan`,
     `flashi2v-npu`, `flashi2v-gpu`, `comfyui` (a .safetensors, .pt, .pth or .bin file; a folder with one, with shards,
-    of another trainer, or of torch's distributed checkpoint)."""
-    target: Annotated[tuple[Annotated[str, OneOf(*FORMAT_NAMES, ENCODERS)], Path], Named("to", "FORMAT PATH")]
+    of another trainer, or of torch's distributed checkpoint). Of adapters: `diffusers-lora`, `comfyui-lora`,
+    `kohya-lora` (a file, or a folder with one), or `megatron` (a checkpoint of an adapter)."""
+    target: Annotated[tuple[Annotated[str, OneOf(*TARGET_NAMES)], Path], Named("to", "FORMAT PATH")]
     """Weights to write: a format, and a folder that does not exist yet. `encoders` writes the VAE, text encoder and
-    tokenizer that lie in a folder as Wan released it (`--from wan FOLDER`), for --vae, --text-encoder, --tokenizer."""
+    tokenizer that lie in a folder as Wan released it (`--from wan FOLDER`), for --vae, --text-encoder, --tokenizer.
+    `diffusers-lora` and `comfyui-lora` write an adapter."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of all tensors written; float32 takes a bf16 run's fp32 master weights."""
     weights: Literal["model", "ema"] = "model"
     """Set to take from the source: the trained weights, or their moving average."""
+    adapter: Path | None = None
+    """With --merge: an adapter (LoRA) for the weights of --from, in any form that --from takes."""
+    merge: bool = False
+    """Add --adapter to the weights, W + scale (alpha / rank) B A in fp32, and write the sum as a full model."""
+    adapter_scale: float = 1.0
+    """With --merge: factor of the adapter."""
     num_attention_heads: Annotated[int | None, AtLeast(1)] = None
     """Heads, if no file beside the weights names them and they are not 128 wide."""
     phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] | None = None
@@ -81,11 +94,30 @@ class ConvertConfig(FlagNames):
                 f"--to {ENCODERS} takes `--from wan FOLDER`, as Wan released it, and keeps its dtypes; not --from "
                 f"{self.source[0]} with --dtype {self.dtype}"
             )
+        self._check_adapters()
         if self.max_shard_size is not None and self.target[0] in _ONE_FILE:
             raise ConfigError(
                 f"--max-shard-size {self.max_shard_size}: {self.target[0]} is read as one file; leave out the flag"
             )
         _ = self.max_shard_bytes
+
+    def _check_adapters(self) -> None:
+        (source, _), (target, _) = self.source, self.target
+        if (self.adapter is not None) != self.merge:
+            raise ConfigError("--adapter FILE and --merge: give both, or neither; --merge adds the adapter to --from")
+        if source in ADAPTER_SOURCES and target not in ADAPTER_TARGETS:
+            raise ConfigError(
+                f"--from {source} is an adapter, and --to {target} a model; give the base by --from and the adapter by "
+                "--adapter FILE --merge"
+            )
+        if target in ADAPTER_TARGETS and (source not in (*ADAPTER_SOURCES, "megatron", "auto") or self.merge):
+            given = "--merge" if self.merge else f"--from {source}"
+            raise ConfigError(
+                f"--to {target} writes an adapter, and {given} gives a model; give an adapter by --from, in one of "
+                f"{', '.join(ADAPTER_SOURCES)}, megatron, auto"
+            )
+        if self.adapter_scale != 1 and not self.merge:
+            raise ConfigError(f"--adapter-scale {self.adapter_scale:g} belongs to --merge; give both, or neither")
 
     @property
     def parts(self) -> dict[str, str]:

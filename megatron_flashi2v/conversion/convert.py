@@ -13,6 +13,8 @@ import torch
 from megatron_flashi2v.checkpoint.key_table import parameter_count
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.adapters.adapter import Adapter
+from megatron_flashi2v.conversion.adapters.merging import MergedWeights
 from megatron_flashi2v.conversion.comparison import require_equal_weights
 from megatron_flashi2v.conversion.formats import comfyui, diffusers, megatron, torch_dist
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
@@ -118,6 +120,8 @@ def convert(
     overwrite: bool = False,
     verify: bool = False,
     extra_bytes: int = 0,
+    adapter: Adapter | None = None,
+    adapter_scale: float = 1.0,
     on_open: OnOpen | None = None,
     finish: Finish | None = None,
     check: Check | None = None,
@@ -138,6 +142,8 @@ def convert(
         overwrite: replace an earlier output of the target's format.
         verify: before publishing, read both sides again and compare every tensor.
         extra_bytes: bytes that ``finish`` will add.
+        adapter: to merge into the source's weights.
+        adapter_scale: factor of its pairs.
         on_open: called with the opened source before anything is written.
         finish: called with the written folder before it is published.
         check: called after the comparison, if ``verify``.
@@ -155,9 +161,11 @@ def convert(
         *source,
         ReadOptions(
             dtype=dtype, weights=weights, num_attention_heads=num_attention_heads, phi_order=phi_order,
-            keep_non_finite=keep_non_finite,
+            keep_non_finite=keep_non_finite, assume=adapter.config if adapter else None,
         ),
     )
+    if adapter is not None:
+        opened = MergedWeights(opened, adapter, adapter_scale)
     if write.require is not None:
         write.require(opened.config)
     if on_open is not None:

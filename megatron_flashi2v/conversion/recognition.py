@@ -55,7 +55,8 @@ _FIRST_AND_LAST = _Other(
 _OTHERS = (
     _Other(
         r"lora_[AB](\.\w+)?\.weight|lora_(up|down)\.weight|hada_w\d_[ab]|lokr_w\d(_[ab])?|diff_b", "an adapter (LoRA)",
-        "merge it into its base model and convert that (in diffusers: load_lora_weights, fuse_lora, save_pretrained)",
+        "give its base by --from and the adapter by --adapter FILE --merge, or --to diffusers-lora (comfyui-lora) for "
+        "the adapter by itself",
     ),
     _Other(
         r"\.absmax|\.quant_map|\.qweight|\.qzeros|\.proj_down", "weights quantised to 4 bits or by a table",

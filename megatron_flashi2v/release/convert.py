@@ -33,6 +33,7 @@ def convert(config: ConvertConfig) -> Converted:
     """
     import torch
 
+    from megatron_flashi2v.conversion.adapters.reading import open_adapter
     from megatron_flashi2v.conversion.convert import convert as convert_weights
     from megatron_flashi2v.conversion.convert import source_with_format
     from megatron_flashi2v.runtime.files import atomic_write_json, require_writable
@@ -43,6 +44,7 @@ def convert(config: ConvertConfig) -> Converted:
             require_writable(config.report, "--report")
         source = source_with_format(*config.source)
         on_open, finish, extra_bytes = _release(config, source[0])
+        adapter = None if config.adapter is None else open_adapter(config.adapter)
         with contextlib.ExitStack() as stack:
             bars = _Bars(stack)
             done = convert_weights(
@@ -57,6 +59,8 @@ def convert(config: ConvertConfig) -> Converted:
                 overwrite=config.overwrite,
                 verify=config.verify,
                 extra_bytes=extra_bytes,
+                adapter=adapter,
+                adapter_scale=config.adapter_scale,
                 on_open=on_open,
                 finish=finish,
                 check=_check(config) if config.verify else None,

@@ -110,7 +110,7 @@ def _ours(weights: Weights, config: ModelConfig, inputs: _Inputs) -> torch.Tenso
     with single_process(device) as groups:
         model = build_model(config, groups, device)
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights.read(name, dtype=torch.float32))
+            parameter.copy_(weights.read(name))  # as it is written, which may be rounded
         return velocity_of(model)(*(getattr(inputs, field.name) for field in dataclasses.fields(inputs)))
 
 

@@ -73,15 +73,20 @@ class MegatronWeights(Weights):
     def read(self, name: str, box: Box | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         dtype = dtype or self.dtype(name)
         key = self._prefix + name if self._prefix == EMA_PREFIX else most_exact_key(self._index, name, dtype)
-        stored = self._index.tensors[key]
-        box = whole_box(stored.shape) if box is None else box
-        values = torch.empty(box_shape(box), dtype=stored.dtype)
-        piece = TensorPiece(
-            key=key, global_shape=stored.shape, offset=tuple(side.start for side in box), shape=box_shape(box),
-            data=values,
-        )
-        read_pieces(self.source, [piece], index=self._index)
+        values = read_stored(self.source, self._index, key, box)
         return self.converted(key, f"{self.source}: tensor {key}", values, dtype)
+
+
+def read_stored(folder: Path, index: Index, key: str, box: Box | None = None) -> torch.Tensor:
+    """Read a tensor of a verified ``iter_*`` folder, or a box of it, in its stored dtype."""
+    stored = index.tensors[key]
+    box = whole_box(stored.shape) if box is None else box
+    values = torch.empty(box_shape(box), dtype=stored.dtype)
+    piece = TensorPiece(
+        key=key, global_shape=stored.shape, offset=tuple(side.start for side in box), shape=box_shape(box), data=values
+    )
+    read_pieces(folder, [piece], index=index)
+    return values
 
 
 def open_weights(path: Path, options: ReadOptions) -> Weights:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from helpers.checkpoints import save_checkpoint
+from helpers.checkpoints import checkpoint, save_checkpoint
 from helpers.paradigms import stored_inputs
 
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.model_state import load_weights
 from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import convert
 from megatron_flashi2v.models.build import build_model
@@ -68,3 +69,10 @@ def test_forward_of_the_export(tmp_path: Path, conditioning: str) -> None:
         theirs = exported(fed.latents_BCTHW, timestep_B, text_BLD, fed.image_rows_BRX, return_dict=False)[0]
     assert theirs.std() > 0.1
     assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_the_check_runs_what_was_written_of_a_bf16_run(tmp_path: Path) -> None:
+    """Its weights in bf16, not their fp32 masters, of which the written ones are roundings."""
+    checkpoint(tmp_path / "run", bf16=True)
+    flags = ["--from", "megatron", str(tmp_path / "run"), "--to", "wan", str(tmp_path / "out"), "--verify"]
+    assert main(["convert", *flags]) == 0

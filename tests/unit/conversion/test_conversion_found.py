@@ -222,7 +222,7 @@ def lora(prefix: str, down: str, up: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        (lora("transformer.blocks.0.attn1.to_q.", "lora_A.weight", "lora_B.weight"), "is an adapter (LoRA); merge it"),
+        (lora("transformer.blocks.0.attn1.to_q.", "lora_A.weight", "lora_B.weight"), "is an adapter (LoRA); give its"),
         (lora("diffusion_model.blocks.0.self_attn.q.", "lora_down.weight", "lora_up.weight"), "an adapter (LoRA)"),
         (lora("lora_unet_blocks_0_self_attn_q.", "lora_down.weight", "lora_up.weight"), "an adapter (LoRA)"),
         (lora("blocks.0.self_attn.q.", "lora_A.default.weight", "lora_B.default.weight"), "an adapter (LoRA)"),
