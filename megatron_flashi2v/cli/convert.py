@@ -29,6 +29,10 @@ def main(argv: Sequence[str]) -> int:
         from megatron_flashi2v.release.adapters import convert_adapter
 
         convert_adapter(config)
+    elif config.low_noise is not None:
+        from megatron_flashi2v.release.pairs import convert_pair
+
+        convert_pair(config)
     else:
         convert(config)
     return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from megatron_flashi2v.config.bounds import AtLeast, EndsWith, Matches, OneOf
+from megatron_flashi2v.config.bounds import Above, AtLeast, Below, EndsWith, Matches, OneOf
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
@@ -55,6 +55,11 @@ class ConvertConfig(FlagNames):
     """Add --adapter to the weights, W + scale (alpha / rank) B A in fp32, and write the sum as a full model."""
     adapter_scale: float = 1.0
     """With --merge: factor of the adapter."""
+    low_noise: Path | None = None
+    """Second of two experts, for low noise, in the format of --from, which is that for high noise. `--to diffusers`
+    makes one release of both; other formats get a folder for each, high_noise_model and low_noise_model."""
+    boundary_ratio: Annotated[float | None, Above(0), Below(1)] = None
+    """With --low-noise: share of the 1000 timesteps at which the experts meet, by default as stated beside --from."""
     num_attention_heads: Annotated[int | None, AtLeast(1)] = None
     """Heads, if no file beside the weights names them and they are not 128 wide."""
     phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] | None = None
@@ -94,14 +99,14 @@ class ConvertConfig(FlagNames):
                 f"--to {ENCODERS} takes `--from wan FOLDER`, as Wan released it, and keeps its dtypes; not --from "
                 f"{self.source[0]} with --dtype {self.dtype}"
             )
-        self._check_adapters()
+        self._check_models()
         if self.max_shard_size is not None and self.target[0] in _ONE_FILE:
             raise ConfigError(
                 f"--max-shard-size {self.max_shard_size}: {self.target[0]} is read as one file; leave out the flag"
             )
         _ = self.max_shard_bytes
 
-    def _check_adapters(self) -> None:
+    def _check_models(self) -> None:
         (source, _), (target, _) = self.source, self.target
         if (self.adapter is not None) != self.merge:
             raise ConfigError("--adapter FILE and --merge: give both, or neither; --merge adds the adapter to --from")
@@ -116,6 +121,10 @@ class ConvertConfig(FlagNames):
                 f"--to {target} writes an adapter, and {given} gives a model; give an adapter by --from, in one of "
                 f"{', '.join(ADAPTER_SOURCES)}, megatron, auto"
             )
+        if self.low_noise is not None and target not in FORMAT_NAMES:
+            raise ConfigError(f"--low-noise {self.low_noise} is the second of two models, and --to {target} takes none")
+        if self.boundary_ratio is not None and self.low_noise is None:
+            raise ConfigError(f"--boundary-ratio {self.boundary_ratio:g} belongs to two experts; give --low-noise too")
         if self.adapter_scale != 1 and not self.merge:
             raise ConfigError(f"--adapter-scale {self.adapter_scale:g} belongs to --merge; give both, or neither")
 

@@ -187,7 +187,8 @@ def _nothing(folder: Path, passed: Sequence[str]) -> str:
     experts = [name for name in EXPERTS if (folder / name).is_dir()]
     if experts:
         return (
-            f"{folder} holds two models, Wan2.2's experts for high and for low noise; give one of them: "
+            f"{folder} holds two models, Wan2.2's experts for high and for low noise; give both, --from wan "
+            f"{folder / EXPERTS[0]} --low-noise {folder / EXPERTS[1]}, or one of them: "
             + " or ".join(str(folder / name) for name in experts)
         )
     if passed:

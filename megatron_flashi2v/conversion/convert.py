@@ -111,6 +111,7 @@ def convert(
     source: tuple[str, Path],
     target: tuple[str, Path],
     *,
+    opened: Weights | None = None,
     dtype: torch.dtype | None = None,
     weights: str = "model",
     num_attention_heads: int | None = None,
@@ -133,6 +134,7 @@ def convert(
     Args:
         source: format and path to read.
         target: format and path of the folder to write.
+        opened: the source, if it is open already; the next five belong to opening it.
         dtype: of all tensors written; None keeps each tensor's own.
         weights: ``model`` or ``ema``.
         num_attention_heads: for sources that do not state it.
@@ -157,13 +159,12 @@ def convert(
     source = source_with_format(*source)
     write = format_named(target[0])
     _check_target(source[1], target[1], write, overwrite)
-    opened = open_weights(
-        *source,
-        ReadOptions(
+    if opened is None:
+        options = ReadOptions(
             dtype=dtype, weights=weights, num_attention_heads=num_attention_heads, phi_order=phi_order,
             keep_non_finite=keep_non_finite, assume=adapter.config if adapter else None,
-        ),
-    )
+        )
+        opened = open_weights(*source, options)
     if adapter is not None:
         opened = MergedWeights(opened, adapter, adapter_scale)
     if write.require is not None:
@@ -187,7 +188,7 @@ def convert(
             if on_start is not None:
                 on_start("verify", total)
             # Both sides are read anew, from the files alone.
-            written = write.open(folder, ReadOptions(keep_non_finite=keep_non_finite))
+            written = write.open(folder, ReadOptions(keep_non_finite=opened.options.keep_non_finite))
             digests = require_equal_weights(opened, written, on_bytes)
             forward = check(opened, written, folder) if check is not None else ""
     report = make_report(
@@ -249,12 +250,21 @@ def _use_one_dtype(weights: Weights) -> None:
         weights.notes += ("the format's readers take one dtype: wrote float32 (--dtype bfloat16 halves the file)",)
 
 
-def _check_target(source: Path, target: Path, write: Format, overwrite: bool) -> None:
+def require_apart(source: Path, target: Path) -> None:
+    """Refuse a target that is, holds or lies in the source, or that names a file.
+
+    Raises:
+        ConfigError: names both.
+    """
     inner, outer = source.resolve(), target.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise ConfigError(f"source {source} and target {target}: neither may lie in the other; choose another target")
     if target.suffix in (".pt", ".pth", ".safetensors"):
         raise ConfigError(f"{target} must be a folder, of safetensors and JSON files; leave out {target.suffix}")
+
+
+def _check_target(source: Path, target: Path, write: Format, overwrite: bool) -> None:
+    require_apart(source, target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:

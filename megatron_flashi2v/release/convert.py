@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from megatron_flashi2v.config.convert import ConvertConfig
 
 if TYPE_CHECKING:
+    from megatron_flashi2v.conversion.adapters.adapter import Adapter
     from megatron_flashi2v.conversion.convert import Check, Converted, Finish, OnOpen
-    from megatron_flashi2v.conversion.weights import Weights
+    from megatron_flashi2v.conversion.weights import ReadOptions, Weights
 
 _MB = 1_000_000
 
@@ -28,11 +29,11 @@ def convert(config: ConvertConfig) -> Converted:
     Returns:
         The model's dimensions, its size and a report on every tensor.
 
+    Two experts go by :func:`~megatron_flashi2v.release.pairs.convert_pair`.
+
     Raises:
         UserError: a path or a flag is wrong, or a file is damaged; nothing is left under the target's name then.
     """
-    import torch
-
     from megatron_flashi2v.conversion.adapters.reading import open_adapter
     from megatron_flashi2v.conversion.convert import convert as convert_weights
     from megatron_flashi2v.conversion.convert import source_with_format
@@ -43,18 +44,18 @@ def convert(config: ConvertConfig) -> Converted:
         if config.report is not None:
             require_writable(config.report, "--report")
         source = source_with_format(*config.source)
-        on_open, finish, extra_bytes = _release(config, source[0])
+        on_open, finish, extra_bytes = release_of(config, source[0])
         adapter = None if config.adapter is None else open_adapter(config.adapter)
-        with contextlib.ExitStack() as stack:
-            bars = _Bars(stack)
+        options = read_options(config, adapter)
+        with Bars() as bars:
             done = convert_weights(
                 source,
                 config.target,
-                dtype=None if config.dtype == "keep" else getattr(torch, config.dtype),
-                weights=config.weights,
-                num_attention_heads=config.num_attention_heads,
-                phi_order=config.phi_order,
-                keep_non_finite=config.keep_non_finite,
+                dtype=options.dtype,
+                weights=options.weights,
+                num_attention_heads=options.num_attention_heads,
+                phi_order=options.phi_order,
+                keep_non_finite=options.keep_non_finite,
                 max_shard_bytes=config.max_shard_bytes,
                 overwrite=config.overwrite,
                 verify=config.verify,
@@ -63,7 +64,7 @@ def convert(config: ConvertConfig) -> Converted:
                 adapter_scale=config.adapter_scale,
                 on_open=on_open,
                 finish=finish,
-                check=_check(config) if config.verify else None,
+                check=forward_check(config),
                 on_start=bars.start,
                 on_bytes=bars.advance,
             )
@@ -76,7 +77,25 @@ def convert(config: ConvertConfig) -> Converted:
     return done
 
 
-def _release(config: ConvertConfig, source_format: str) -> tuple[OnOpen | None, Finish | None, int]:
+def read_options(config: ConvertConfig, adapter: Adapter | None) -> ReadOptions:
+    """How the flags have a source opened."""
+    import torch
+
+    from megatron_flashi2v.conversion.weights import ReadOptions
+
+    return ReadOptions(
+        dtype=None if config.dtype == "keep" else getattr(torch, config.dtype),
+        weights=config.weights,
+        num_attention_heads=config.num_attention_heads,
+        phi_order=config.phi_order,
+        keep_non_finite=config.keep_non_finite,
+        assume=adapter.config if adapter else None,
+    )
+
+
+def release_of(
+    config: ConvertConfig, source_format: str, boundary_ratio: float | None = None
+) -> tuple[OnOpen | None, Finish | None, int]:
     """What checks a release's parts and makes a folder of the format diffusers one, and the bytes that it copies."""
     if config.target[0] != "diffusers":
         return None, None, 0
@@ -91,7 +110,7 @@ def _release(config: ConvertConfig, source_format: str) -> tuple[OnOpen | None, 
     def finish(folder: Path, weights: Weights) -> None:
         finish_release(
             folder, weights, components, copied=copied, source_format=source_format,
-            origin=Origin(license=config.license, base_model=config.base_model),
+            origin=Origin(license=config.license, base_model=config.base_model, boundary_ratio=boundary_ratio),
         )
 
     def on_open(weights: Weights) -> None:
@@ -100,21 +119,33 @@ def _release(config: ConvertConfig, source_format: str) -> tuple[OnOpen | None, 
     return on_open, finish, nbytes
 
 
-def _check(config: ConvertConfig) -> Check:
+def forward_check(config: ConvertConfig) -> Check | None:
+    """What ``--verify`` runs after it has compared tensors."""
+    if not config.verify:
+        return None
     from megatron_flashi2v.release.forward_check import compare_forward
 
     return partial(compare_forward, target_format=config.target[0])
 
 
-class _Bars:
-    """One progress bar after the other, in megabytes."""
+class Bars:
+    """One progress bar after the other, in megabytes; a context.
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
+    Args:
+        of: what is converted, before each bar's name.
+    """
+
+    def __init__(self, of: str = "") -> None:
         from megatron_flashi2v.runtime.progress import ProgressReport
 
-        self._report, self._bytes = ProgressReport(), 0
+        self._of, self._report, self._bytes = of, ProgressReport(), 0
         self._inner = contextlib.ExitStack()
-        stack.callback(lambda: self._inner.close())
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._inner.close()
 
     def start(self, what: str, total: int) -> None:
         """Begin another bar."""
@@ -122,7 +153,8 @@ class _Bars:
 
         self._inner.close()
         self._bytes = 0
-        self._report = self._inner.enter_context(progress(what, max(1, total // _MB), unit="MB"))
+        named = f"{self._of} {what}".strip()
+        self._report = self._inner.enter_context(progress(named, max(1, total // _MB), unit="MB"))
 
     def advance(self, count: int) -> None:
         """Bytes that are done."""

@@ -52,10 +52,12 @@ class Origin:
     Attributes:
         license: of the weights, by the Hub's identifier, such as ``apache-2.0``.
         base_model: Hub repository that the training started from.
+        boundary_ratio: of a pair of experts.
     """
 
     license: str | None = None
     base_model: str | None = None
+    boundary_ratio: float | None = None
 
 
 def model_card(weights: Weights, source_format: str, references: Mapping[str, str], origin: Origin) -> str:
@@ -89,6 +91,7 @@ def model_card(weights: Weights, source_format: str, references: Mapping[str, st
         "blocks, width, feed-forward width, heads": f"{config.num_layers}, {config.hidden_size}, "
         f"{config.ffn_hidden_size}, {config.num_attention_heads}",
         "paradigm": config.conditioning,
+        **({} if origin.boundary_ratio is None else _experts(origin.boundary_ratio)),
         **({"base model": origin.base_model} if origin.base_model is not None else {}),
         "precision of the weights": ", ".join(sorted({_dtype(weights, name) for name in weights.names})),
         "text": f"{config.text_length} rows of {config.text_dim}; cleaning `{config.text_cleaning}`",
@@ -101,6 +104,11 @@ def model_card(weights: Weights, source_format: str, references: Mapping[str, st
     if references:
         sections.append(_table("Components from elsewhere", dict(references)))
     return "\n".join(sections)
+
+
+def _experts(boundary_ratio: float) -> dict[str, str]:
+    first = f"{1000 * boundary_ratio:g}"
+    return {"experts": f"two: `transformer/` for timesteps from 1000 to {first}, `transformer_2/` for those below"}
 
 
 def _dtype(weights: Weights, name: str) -> str:

@@ -37,6 +37,7 @@ from megatron_flashi2v.conversion.weights import (
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 
 SECOND_TRANSFORMER, CONDITIONING, SCHEDULER = "transformer_2", "image_conditioning", "scheduler"
+SECOND_CONDITIONING = "image_conditioning_2"
 PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
@@ -141,6 +142,13 @@ def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     }
 
 
+def conditioning_of(transformer: Path) -> Path:
+    """The folder beside a transformer's with its own settings and tensors; both experts of a pair may share one."""
+    second = transformer.parent / SECOND_CONDITIONING
+    is_second = transformer.name == SECOND_TRANSFORMER and second.is_dir()
+    return second if is_second else transformer.parent / CONDITIONING
+
+
 def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
     """Read a folder's model from the conditioning's settings, and check it against the transformer's.
 
@@ -235,7 +243,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
         raise CheckpointError(f"{path}: the format diffusers holds one set of weights; leave out --weights ema")
     transformer = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
     notes = _expert_notes(path, transformer)
-    conditioning = path / CONDITIONING if transformer != path else path.parent / CONDITIONING
+    conditioning = conditioning_of(transformer)
     config = read_config(transformer, conditioning)
     options.require_agreement(config, transformer / "config.json")
     inside, beside = table(config)
@@ -260,8 +268,9 @@ def _expert_notes(path: Path, transformer: Path) -> tuple[str, ...]:
     """
     if (path / SECOND_TRANSFORMER).is_dir():
         raise CheckpointError(
-            f"{path} holds two models: {TRANSFORMER} for high noise and {SECOND_TRANSFORMER} for low; give one of "
-            f"them: {path / TRANSFORMER} or {path / SECOND_TRANSFORMER}"
+            f"{path} holds two models: {TRANSFORMER} for high noise and {SECOND_TRANSFORMER} for low; give both, "
+            f"--from diffusers {path / TRANSFORMER} --low-noise {path / SECOND_TRANSFORMER}, or one of them: "
+            f"{path / TRANSFORMER} or {path / SECOND_TRANSFORMER}"
         )
     pipeline = transformer.parent / PIPELINE_NAME
     stated = read_json_object(pipeline, error=CheckpointError) if pipeline.is_file() else {}

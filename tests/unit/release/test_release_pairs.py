@@ -1,0 +1,143 @@
+"""Two experts: one release that diffusers reads, two checkpoints again, and no folder of two taken for one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from helpers.checkpoints import ODD, assert_equal, model_tensors, names, save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.convert import open_weights
+from megatron_flashi2v.conversion.weights import ReadOptions
+
+T2V = dataclasses.replace(ODD, conditioning="text_to_video")
+
+
+def run(*words: object) -> int:
+    return main(["convert", *map(str, words)])
+
+
+def expert(root: Path, config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(config).items()}
+    pieces = [TensorPiece.whole(f"model.{name}", tensor) for name, tensor in tensors.items()]
+    save_checkpoint(root, 7, pieces=pieces, model_config=config, state={"iteration": 7})
+    return tensors
+
+
+def pair(root: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return expert(root / "high", config, 1), expert(root / "low", config, 2)
+
+
+def test_a_pair_is_one_release_and_two_checkpoints_again(tmp_path: Path) -> None:
+    high, low = pair(tmp_path, T2V)
+    source = ("--from", "megatron", tmp_path / "high", "--low-noise", tmp_path / "low")
+    release = tmp_path / "release"
+    flags = ("--boundary-ratio", 0.875, "--to", "diffusers", release, "--verify", "--report", tmp_path / "r.json")
+    assert run(*source, *flags) == 0
+    parts = {"transformer", "transformer_2", "image_conditioning", "scheduler", "model_index.json", "README.md"}
+    assert names(release) == parts
+    assert "two: `transformer/` for timesteps from 1000 to 875" in (release / "README.md").read_text()
+    assert set(json.loads((tmp_path / "r.json").read_text())) == {"high_noise_model", "low_noise_model"}
+    theirs = WanPipeline.from_pretrained(release, vae=None, text_encoder=None, tokenizer=None)
+    assert theirs.config.boundary_ratio == 0.875
+    for model, tensors in ((theirs.transformer, high), (theirs.transformer_2, low)):
+        assert isinstance(model, WanTransformer3DModel)
+        assert torch.equal(model.state_dict()["proj_out.weight"], tensors["head.linear.weight"])
+    back = ("--from", "diffusers", release / "transformer", "--low-noise", release / "transformer_2")
+    assert run(*back, "--to", "megatron", tmp_path / "back") == 0
+    assert_equal(model_tensors(tmp_path / "back" / "high_noise_model"), high)
+    assert_equal(model_tensors(tmp_path / "back" / "low_noise_model"), low)
+    # Wan's layout, which states no boundary; then a release with the boundary that diffusers' folder states
+    assert run(*back, "--to", "wan", tmp_path / "wan") == 0
+    wan = ("--from", "wan", tmp_path / "wan" / "high_noise_model", "--low-noise", tmp_path / "wan" / "low_noise_model")
+    assert run(*wan, "--to", "diffusers", tmp_path / "x") == 2
+    assert run(*back, "--to", "diffusers", tmp_path / "again", "--dtype", "bfloat16") == 0
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["boundary_ratio"] == 0.875
+    # again onto itself; a folder with other things in it is kept
+    assert run(*source, *flags) == 1 and run(*source, *flags, "--overwrite") == 0
+    assert run(*back, "--to", "wan", tmp_path / "wan", "--overwrite") == 0
+    (release / "notes.txt").write_text("mine")
+    assert run(*source, *flags, "--overwrite") == 1 and (release / "notes.txt").exists()
+
+
+def test_experts_with_tensors_of_their_own_keep_both_sets(tmp_path: Path) -> None:
+    high, low = pair(tmp_path, ODD)
+    source = ("--from", "megatron", tmp_path / "high", "--low-noise", tmp_path / "low")
+    assert run(*source, "--boundary-ratio", 0.9, "--to", "diffusers", tmp_path / "out", "--verify") == 0
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["image_conditioning_2"] == index["image_conditioning"] and index["transformer_2"][0] == "diffusers"
+    for name, tensors in (("transformer", high), ("transformer_2", low)):
+        found = open_weights("auto", tmp_path / "out" / name, ReadOptions())
+        assert found.config == ODD
+        assert_equal({key: found.read(key) for key in tensors}, tensors)
+
+
+def test_each_expert_gets_its_part_of_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    high, low = pair(tmp_path, T2V)
+    generator = torch.Generator().manual_seed(4)
+    pairs = {
+        f"{prefix}.blocks.{block}.attn1.to_out.0.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for prefix, block in (("transformer", 0), ("transformer_2", 1))
+        for side, shape in (("A", (2, 30)), ("B", (30, 2)))
+    }
+    save_file(pairs, tmp_path / "both.safetensors")
+    save_file({name: value for name, value in pairs.items() if "_2." not in name}, tmp_path / "one.safetensors")
+    source = ("--from", "megatron", tmp_path / "high", "--low-noise", tmp_path / "low", "--merge", "--to", "wan")
+    assert run(*source, tmp_path / "out", "--adapter", tmp_path / "both.safetensors") == 0
+    for name, tensors, prefix, changed in (
+        ("high_noise_model", high, "transformer", 0), ("low_noise_model", low, "transformer_2", 1)
+    ):  # fmt: skip
+        (file,) = (tmp_path / "out" / name).glob("*.safetensors")
+        held = load_file(file)
+        for block in (0, 1):
+            weight = tensors[f"blocks.{block}.self_attention.linear_proj.weight"]
+            if block == changed:
+                up, down = (pairs[f"{prefix}.blocks.{block}.attn1.to_out.0.lora_{side}.weight"] for side in "BA")
+                weight = weight + up @ down
+            assert torch.allclose(held[f"blocks.{block}.self_attn.o.weight"], weight, atol=1e-5)
+    capsys.readouterr()
+    assert run(*source, tmp_path / "x", "--adapter", tmp_path / "one.safetensors") == 1
+    assert "one.safetensors is for one model, and --low-noise makes a pair" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_two_that_are_no_pair_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair(tmp_path, T2V)
+    expert(tmp_path / "other", ODD, 3)
+    source = ("--from", "megatron", tmp_path / "high", "--low-noise")
+    for flags, code, words in (
+        ((tmp_path / "other", "--boundary-ratio", 0.9), 1, "no pair of experts: they have conditioning text_to_video"),
+        ((tmp_path / "low",), 2, "tells where the two experts meet; give --boundary-ratio (0.9 for Wan2.2's I2V-A14B"),
+        ((tmp_path / "low", "--boundary-ratio", 1.0), 2, "--boundary-ratio is 1.0; it must be above 0 and below 1"),
+    ):
+        assert run(*source, *flags, "--to", "diffusers", tmp_path / "out") == code
+        assert words in capsys.readouterr().err
+    assert run("--from", "wan", "A", "--boundary-ratio", 0.9, "--to", "wan", "B") == 2
+    assert "belongs to two experts; give --low-noise too" in capsys.readouterr().err
+    assert run("--from", "wan", "A", "--low-noise", "C", "--to", "encoders", "B") == 2
+    assert "--to encoders takes none" in capsys.readouterr().err
+    assert names(tmp_path) == {"high", "low", "other"}
+
+
+def test_a_pair_given_as_one_model_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair(tmp_path, T2V)
+    source = ("--from", "megatron", tmp_path / "high", "--low-noise", tmp_path / "low")
+    for form, first, second in (("diffusers", "transformer", "transformer_2"),
+                                ("wan", "high_noise_model", "low_noise_model")):  # fmt: skip
+        folder = tmp_path / form
+        assert run(*source, "--boundary-ratio", 0.9, "--to", form, folder) == 0
+        capsys.readouterr()
+        assert run("--from", "auto", folder, "--to", "megatron", tmp_path / "x") == 1
+        error = capsys.readouterr().err
+        assert f"--from {form} {folder / first} --low-noise {folder / second}" in error
+        assert not (tmp_path / "x").exists()
