@@ -14,7 +14,7 @@ from megatron_flashi2v.config.recipe import FlagNames
 
 FORMAT_NAMES = ("megatron", "diffusers", "wan", "flashi2v-npu", "flashi2v-gpu", "comfyui", "torch-dist")
 ENCODERS = "encoders"
-"""In place of a target's format: Wan's own VAE and T5 as the folders that other commands take."""
+"""In place of a target's format: Wan's own VAE, T5 and CLIP as the folders that other commands take."""
 _ONE_FILE = ("flashi2v-npu", "flashi2v-gpu", "comfyui")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -42,8 +42,8 @@ class ConvertConfig(FlagNames):
     of another trainer, or of torch's distributed checkpoint). Of adapters: `diffusers-lora`, `comfyui-lora`,
     `kohya-lora` (a file, or a folder with one), or `megatron` (a checkpoint of an adapter)."""
     target: Annotated[tuple[Annotated[str, OneOf(*TARGET_NAMES)], Path], Named("to", "FORMAT PATH")]
-    """Weights to write: a format, and a folder that does not exist yet. `encoders` writes the VAE, text encoder and
-    tokenizer that lie in a folder as Wan released it (`--from wan FOLDER`), for --vae, --text-encoder, --tokenizer.
+    """Weights to write: a format, and a folder that does not exist yet. `encoders` writes the VAE, text encoder,
+    tokenizer and image encoder that lie in a folder as Wan released it (`--from wan FOLDER`), for --vae and the like.
     `diffusers-lora` and `comfyui-lora` write an adapter."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of all tensors written; float32 takes a bf16 run's fp32 master weights."""
@@ -82,6 +82,8 @@ class ConvertConfig(FlagNames):
     """For `diffusers`: text encoder of the release, likewise."""
     tokenizer: Annotated[str | None, HoldsPath()] = None
     """For `diffusers`: tokenizer of the release, likewise."""
+    image_encoder: Annotated[str | None, HoldsPath()] = None
+    """For `diffusers`: image encoder of a release of wan_i2v, likewise; its processor lies in it or beside it."""
     components: Literal["copy", "reference"] = "copy"
     """Copy those folders into the release, or name them in it; repositories are always named."""
     license: Annotated[str | None, Matches(r"[a-z0-9][a-z0-9.+-]*", "an identifier such as apache-2.0")] = None
@@ -131,7 +133,8 @@ class ConvertConfig(FlagNames):
     @property
     def parts(self) -> dict[str, str]:
         """The frozen parts of a release that were given, by component."""
-        given = {"vae": self.vae, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+        names = ("vae", "text_encoder", "tokenizer", "image_encoder")
+        given: dict[str, str | None] = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
     @property

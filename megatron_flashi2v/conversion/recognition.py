@@ -72,7 +72,8 @@ _OTHERS = (
     ),
     _Other(
         r"visual\.(transformer\.0\.attn\.to_qkv|conv1|patch_embedding)\.weight|embeddings\.patch_embedding\.weight",
-        "a CLIP image encoder", "give the transformer's weights here, and a folder of transformers' to --image-encoder",
+        "a CLIP image encoder",
+        "give the transformer's weights here; `convert --to encoders` makes the folder that --image-encoder takes",
     ),
     _Other(r"vace_patch_embedding\.weight", "Wan's VACE: it has blocks for a control video,", _BRANCH),
     _Other(r"(ref_conv|control_adapter\.conv)\.weight", "a control model: it has a branch for control,", _BRANCH),

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.runtime.files import read_json_object
 
-_WAN_FILES = ("Wan*_VAE.pth", "models_t5_*.pth")
+_WAN_FILES = ("Wan*_VAE.pth", "models_t5_*.pth", "models_clip_*.pth")
 _REPOSITORY = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<subfolder>\w[\w./-]*)")
 _OWNER_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FETCHED_ENDINGS = (".json", ".safetensors", ".model", ".txt")

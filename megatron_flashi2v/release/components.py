@@ -1,4 +1,4 @@
-"""The frozen parts of a release, VAE, text encoder and tokenizer: copied into its folder, or named there."""
+"""The frozen parts of a release, VAE, text encoder, tokenizer and image encoder: copied into it, or named there."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.formats.diffusers import REFERENCES
 from megatron_flashi2v.encoders.folders import model_folder, read_model_config, require_files
+from megatron_flashi2v.encoders.image import PROCESSOR_FILE, PROCESSOR_FOLDER, processor_folder
 from megatron_flashi2v.runtime.files import read_json_object
 
 _FOLDER_ENDINGS = (".json", ".safetensors", ".model", ".txt")
+_IMAGE_ENCODER, _PROCESSOR_CLASS = "image_encoder", ("transformers", "CLIPImageProcessor")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ class Component:
     """One part of a release.
 
     Attributes:
-        name: ``vae``, ``text_encoder`` or ``tokenizer``.
+        name: ``vae``, ``text_encoder``, ``tokenizer``, ``image_encoder`` or ``image_processor``.
         library: of its class.
         class_name: its class.
         folder: where it lies; None for a Hub repository.
@@ -45,6 +47,8 @@ class Component:
     def files(self) -> list[Path]:
         """The files to copy: configurations, vocabularies and safetensors, never a pickle."""
         assert self.folder is not None
+        if self.name == PROCESSOR_FOLDER:  # which may be the image encoder's folder
+            return [self.folder / PROCESSOR_FILE]
         return sorted(path for path in self.folder.iterdir() if path.is_file() and path.suffix in _FOLDER_ENDINGS)
 
     def nbytes(self) -> int:
@@ -58,11 +62,26 @@ class Component:
             shutil.copyfile(path, target / path.name)
 
 
+def find_components(places: Mapping[str, str]) -> list[Component]:
+    """The parts of a release that are given, by name, and an image encoder's processor with it.
+
+    Raises:
+        ConfigError: as of :func:`find_component`.
+    """
+    found = [find_component(name, place) for name, place in places.items()]
+    encoder = next((component for component in found if component.name == _IMAGE_ENCODER), None)
+    if encoder is not None and encoder.folder is not None:
+        found.append(find_component(PROCESSOR_FOLDER, str(processor_folder(encoder.folder))))
+    elif encoder is not None:  # diffusers' layout of a repository
+        found.append(find_component(PROCESSOR_FOLDER, encoder.reference.partition(":")[0] + f":{PROCESSOR_FOLDER}"))
+    return found
+
+
 def find_component(name: str, place: str) -> Component:
     """Recognise a part of a release in a folder, or name its Hub repository.
 
     Args:
-        name: ``vae``, ``text_encoder`` or ``tokenizer``.
+        name: as of :class:`Component`.
         place: a folder, a release with the part in its subfolder, or a Hub repository as ``OWNER/NAME:SUBFOLDER``.
 
     Raises:
@@ -77,9 +96,12 @@ def find_component(name: str, place: str) -> Component:
             "vae": ("diffusers", "AutoencoderKLWan"),
             "text_encoder": ("transformers", "UMT5EncoderModel"),
             "tokenizer": ("transformers", "AutoTokenizer"),
+            _IMAGE_ENCODER: ("transformers", "CLIPVisionModel"),
+            PROCESSOR_FOLDER: _PROCESSOR_CLASS,
         }[name]
         return Component(name=name, library=library, class_name=class_name, folder=None, reference=place)
-    folder = model_folder(folder, {"vae": "VAE", "text_encoder": "text encoder"}.get(name, name))
+    if name != PROCESSOR_FOLDER:
+        folder = model_folder(folder, "VAE" if name == "vae" else name.replace("_", " "))
     library, class_name = _LOOK[name](folder)
     return Component(
         name=name, library=library, class_name=class_name, folder=folder, reference=str(folder.resolve())
@@ -102,6 +124,15 @@ def require_fit(components: Sequence[Component], model: ModelConfig) -> None:
                        model.latent_channels)  # fmt: skip
         if "mask_channels" in paradigm_of(model).config_fields:
             _require_equal(vae, "temporal stride", 2 ** sum(map(bool, strides)), "mask_channels", model.mask_channels)
+    if any(component.name == _IMAGE_ENCODER for component in components) and not paradigm_of(model).image_rows(model):
+        raise ConfigError(
+            f"--image-encoder: the model ({model.conditioning}) attends to no rows of one; leave out the flag"
+        )
+    if (encoder := found.get(_IMAGE_ENCODER)) is not None:
+        settings = read_model_config(encoder, "image encoder")
+        rows = 1 + (settings.get("image_size", 0) // settings.get("patch_size", 1)) ** 2
+        _require_equal(encoder, "hidden_size", settings.get("hidden_size"), "image_dim", model.image_dim)
+        _require_equal(encoder, "number of rows", rows, "image_rows", model.image_rows)
     if (encoder := found.get("text_encoder")) is not None:
         settings = read_model_config(encoder, "text encoder")
         _require_equal(encoder, "d_model", settings.get("d_model"), "text_dim", model.text_dim)
@@ -161,7 +192,20 @@ def _look_at_tokenizer(folder: Path) -> tuple[str, str]:
     return "transformers", "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
 
 
-_LOOK = {"vae": _look_at_vae, "text_encoder": _look_at_text_encoder, "tokenizer": _look_at_tokenizer}
+def _look_at_image_encoder(folder: Path) -> tuple[str, str]:
+    kind = read_model_config(folder, "image encoder").get("model_type")
+    if kind != "clip_vision_model":
+        raise ConfigError(
+            f"image encoder folder {folder}: config.json's model_type is {kind!r}; it must be clip_vision_model"
+        )
+    require_files(folder, "image encoder", "*.safetensors")
+    return "transformers", "CLIPVisionModel"
+
+
+_LOOK = {
+    "vae": _look_at_vae, "text_encoder": _look_at_text_encoder, "tokenizer": _look_at_tokenizer,
+    _IMAGE_ENCODER: _look_at_image_encoder, PROCESSOR_FOLDER: lambda folder: _PROCESSOR_CLASS,
+}  # fmt: skip
 
 
 def load_references(
@@ -189,7 +233,7 @@ def load_references(
 
 def _load(name: str, reference: str, options: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKLWan
-    from transformers import AutoTokenizer, UMT5EncoderModel
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
     logger.info("loading %s from %s", name, reference)
     place, _, subfolder = (reference, "", "") if Path(reference).is_absolute() else reference.partition(":")
@@ -197,6 +241,10 @@ def _load(name: str, reference: str, options: Mapping[str, Any]) -> Any:
     dtype = options.get("dtype", options.get("torch_dtype"))
     if name == "tokenizer":
         return AutoTokenizer.from_pretrained(place, **where)
+    if name == PROCESSOR_FOLDER:
+        return CLIPImageProcessor.from_pretrained(place, **where)
+    if name == _IMAGE_ENCODER:
+        return CLIPVisionModel.from_pretrained(place, use_safetensors=True, dtype=dtype, **where)
     if name == "vae":
         return AutoencoderKLWan.from_pretrained(place, use_safetensors=True, torch_dtype=dtype, **where)
     return UMT5EncoderModel.from_pretrained(place, use_safetensors=True, dtype=dtype, **where)

@@ -99,11 +99,11 @@ def release_of(
     """What checks a release's parts and makes a folder of the format diffusers one, and the bytes that it copies."""
     if config.target[0] != "diffusers":
         return None, None, 0
-    from megatron_flashi2v.release.components import find_component, require_fit
+    from megatron_flashi2v.release.components import find_components, require_fit
     from megatron_flashi2v.release.folder import finish_release
     from megatron_flashi2v.release.model_card import Origin
 
-    components = [find_component(name, place) for name, place in config.parts.items()]
+    components = find_components(config.parts)
     copied = config.components == "copy"
     nbytes = sum(component.nbytes() for component in components if copied and component.folder is not None)
 

@@ -1,5 +1,5 @@
-"""``convert --to encoders``: Wan's own VAE and T5 files as the folders that ``--vae``, ``--text-encoder`` and
-``--tokenizer`` take.
+"""``convert --to encoders``: Wan's own VAE, T5 and CLIP files as the folders that ``--vae``, ``--text-encoder``,
+``--tokenizer`` and ``--image-encoder`` take.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from megatron_flashi2v.config.convert import ConvertConfig
 from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.conversion.comparison import as_bytes
 from megatron_flashi2v.conversion.containers import open_file
+from megatron_flashi2v.conversion.wan_clip import image_processor_settings, open_image_encoder
 from megatron_flashi2v.conversion.wan_encoders import EncoderWeights, open_text_encoder, open_vae
 from megatron_flashi2v.conversion.weights import write_hub_folder
-from megatron_flashi2v.runtime.files import require_space
+from megatron_flashi2v.encoders.image import PROCESSOR_FILE, PROCESSOR_FOLDER
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object, require_space
 from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.runtime.publishing import staged_folder
 
-_FILES = {"vae": ("Wan2.1_VAE.pth", open_vae), "text_encoder": ("models_t5_*.pth", open_text_encoder)}
+_IMAGE_ENCODER = "image_encoder"
+_FILES = {
+    "vae": ("Wan2.1_VAE.pth", open_vae), "text_encoder": ("models_t5_*.pth", open_text_encoder),
+    _IMAGE_ENCODER: ("models_clip_*.pth", open_image_encoder),
+}  # fmt: skip
 _TOKENIZER, _TOKENIZER_SOURCE = "tokenizer", Path("google/umt5-xxl")
 _TOKENIZER_ENDINGS = (".json", ".model", ".txt")
 
@@ -60,7 +66,7 @@ def convert_encoders(config: ConvertConfig) -> tuple[str, ...]:
                 weights.save_config(folder / name)
                 if config.verify:
                     _require_equal(folder / name, weights)
-            names = (*opened, *_copy_tokenizer(source, folder))
+            names = (*opened, *_copy_tokenizer(source, folder), *_describe_processor(folder))
         logger.info("wrote %s: %s, %.1f MB", target, ", ".join(names), nbytes / 1e6)
     return names
 
@@ -68,7 +74,7 @@ def convert_encoders(config: ConvertConfig) -> tuple[str, ...]:
 def _require_free(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
-    ours = target.is_dir() and {path.name for path in target.iterdir()} <= {*_FILES, _TOKENIZER}
+    ours = target.is_dir() and {path.name for path in target.iterdir()} <= {*_FILES, _TOKENIZER, PROCESSOR_FOLDER}
     if not (overwrite and ours):
         raise UserError(f"{target} exists; choose another path" + (", or give --overwrite" if ours else ""))
 
@@ -81,6 +87,16 @@ def _copy_tokenizer(source: Path, folder: Path) -> tuple[str, ...]:
     for path in files:
         shutil.copyfile(path, folder / _TOKENIZER / path.name)
     return (_TOKENIZER,)
+
+
+def _describe_processor(folder: Path) -> tuple[str, ...]:
+    """Write how pictures are made ready for the image encoder, as diffusers' layout has it."""
+    if not (folder / _IMAGE_ENCODER).is_dir():
+        return ()
+    (folder / PROCESSOR_FOLDER).mkdir()
+    size = read_json_object(folder / _IMAGE_ENCODER / "config.json", error=CheckpointError)["image_size"]
+    atomic_write_json(folder / PROCESSOR_FOLDER / PROCESSOR_FILE, image_processor_settings(size))
+    return (PROCESSOR_FOLDER,)
 
 
 def _require_equal(folder: Path, weights: EncoderWeights) -> None:

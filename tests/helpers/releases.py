@@ -53,7 +53,7 @@ def train(root: Path, config: ModelConfig) -> None:
 
 
 def image_encoder(parts: Path) -> dict[str, Any]:
-    """The image encoder's components of a pipeline, which a release does not hold."""
+    """The image encoder's components of a pipeline, for a release that does not hold them."""
     from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
     folder = parts / "image_encoder"

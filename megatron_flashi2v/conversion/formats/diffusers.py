@@ -44,7 +44,7 @@ PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width
 """Keys of the training data's description in a checkpoint, by the pipeline's argument."""
 REFERENCES = "_component_sources"
 """Key of ``model_index.json`` for components that lie elsewhere; diffusers ignores keys that begin with ``_``."""
-RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "README.md")
+RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "README.md")
 """Further entries of a release's folder."""
 TRANSFORMER_CLASS, CONDITIONING_CLASS = "WanTransformer3DModel", "FlashI2VImageConditioning"
 SCHEDULER_CLASS = "DPMSolverMultistepScheduler"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
-from helpers.releases import CONFIG, image_encoder, release, sampled, train
+from helpers.releases import CONFIG, release, sampled, train
 from PIL import Image
 
 from megatron_flashi2v import FlashI2VPipeline
@@ -29,7 +29,7 @@ def wan_i2v(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("wan_i2v")
     train(root / "run", dataclasses.replace(WAN_I2V, image_dim=request.param))
     Image.open(parts / "image.png").resize((32, 16)).save(root / "image.png")
-    return release(root, parts)
+    return release(root, parts, *(("--image-encoder", str(parts / "image_encoder")) if request.param else ()))
 
 
 def test_latents_are_those_of_diffusers_pipeline(wan_i2v: Path, parts: Path, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_latents_are_those_of_diffusers_pipeline(wan_i2v: Path, parts: Path, tmp
     image = Image.open(root / "image.png")
     has_rows = json.loads((wan_i2v / "image_conditioning" / "config.json").read_text())["image_dim"] > 0
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=7.0)
-    rows = image_encoder(parts) if has_rows else {"image_encoder": None, "image_processor": None}
+    rows = {} if has_rows else {"image_encoder": None, "image_processor": None}
     theirs = WanImageToVideoPipeline.from_pretrained(wan_i2v, scheduler=scheduler, **rows)
     noise = sample_noise(7, [0], (4, 3, 4, 8))
     expected = theirs(**CALL, image=image, latents=noise, max_sequence_length=512).frames
@@ -46,7 +46,8 @@ def test_latents_are_those_of_diffusers_pipeline(wan_i2v: Path, parts: Path, tmp
     found = sampled(root / "run", parts, tmp_path, *flags)
     assert expected.std() > 0.3
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(sampled(wan_i2v, parts, tmp_path, *flags), expected, atol=1e-4, rtol=0)
+    # with the release's own image encoder
+    torch.testing.assert_close(sampled(wan_i2v, parts, tmp_path, *flags[:-2]), expected, atol=1e-4, rtol=0)
     ours = FlashI2VPipeline.from_pretrained(wan_i2v, **rows)
     ours.scheduler = UniPCMultistepScheduler.from_config(ours.scheduler.config, solver_order=2)
     torch.testing.assert_close(ours(**CALL, image=image, latents=noise).frames, expected, atol=1e-4, rtol=0)
@@ -57,7 +58,7 @@ def test_latents_are_those_of_diffusers_pipeline(wan_i2v: Path, parts: Path, tmp
         with pytest.raises(ConfigError, match="give max_sequence_length=512"):
             ours(**CALL, image=image, latents=noise, max_sequence_length=8)
         with pytest.raises(ConfigError, match="attends to the rows of an image encoder; give one"):
-            FlashI2VPipeline.from_pretrained(wan_i2v)(**CALL, image=image)
+            FlashI2VPipeline.from_pretrained(wan_i2v, image_encoder=None)(**CALL, image=image)
         with torch.no_grad():
             for parameter in theirs.image_encoder.parameters():
                 parameter.mul_(1.3)
@@ -81,3 +82,25 @@ def test_an_image_encoder_that_is_missing_or_another_is_refused(
         assert main(list(map(str, [*command, *flags]))) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "a.mp4").exists()
+
+
+def test_a_release_takes_an_image_encoder_that_fits(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copied or named; refused where it is of another width, or where no rows are attended to."""
+    flags = ("--image-encoder", str(parts / "image_encoder"))
+    train(tmp_path / "run", WAN_I2V)
+    named = release(tmp_path, parts, *flags, "--components", "reference")
+    index = json.loads((named / "model_index.json").read_text())
+    assert set(index["_component_sources"]) == {"vae", "text_encoder", "tokenizer", "image_encoder", "image_processor"}
+    assert FlashI2VPipeline.from_pretrained(named).image_processor.size == {"shortest_edge": 8}
+    for name, config, words in (
+        ("narrow", dataclasses.replace(WAN_I2V, image_dim=9), "its hidden_size is 12, the model's image_dim 9"),
+        ("few", dataclasses.replace(WAN_I2V, image_rows=5), "its number of rows is 17, the model's image_rows 5"),
+        ("other", CONFIG, "the model (flashi2v) attends to no rows of one; leave out the flag"),
+    ):
+        train(tmp_path / name / "run", config)
+        command = ("convert", "--from", "megatron", str(tmp_path / name / "run"), "--to", "diffusers")
+        capsys.readouterr()
+        assert main([*command, str(tmp_path / name / "out"), *flags]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / name / "out").exists()
