@@ -80,6 +80,8 @@ def compare(trainer: Trainer, checkpoint: CheckpointArguments) -> dict[str, Any]
 
 def measure(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Save once, train until the checkpoint is published, and measure both."""
+    from megatron_flashi2v.checkpoint.folders import iteration_folder
+
     trainer.run_iteration()
     saved_at = trainer.state.iteration
     start = time.perf_counter()
