@@ -98,7 +98,7 @@ def build_state(
     world_size = torch.distributed.get_world_size()
     stages = build_stages(spec, config.parallel, config.recompute, hollow=is_fully_sharded(config.parallel, world_size))
     if record is not None:
-        freeze(stages, record)
+        freeze(stages, record.trained)
     models = wrap_data_parallel(stages, config.parallel, before_reduction)
     if frozen or resumed is None:
         set_initial_weights(all_weights(stages, models), spec.config, initial, config.batch.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord, read_adapter_record
@@ -34,7 +34,7 @@ def adapter_record(config: TrainConfig, spec: ModelSpec, initial: InitialWeights
     """
     source = config.checkpoint.load_weights_source
     assert source is not None
-    given, picked = initial.given_whole, _picked(config.adapter.train_only, spec.config)
+    given, picked = initial.given_whole, picked_tensors(config.adapter.train_only, spec.config)
     # A run's folder may hold newer weights by the time that they are looked for again.
     name, path = source[0], initial.weights.source if source[0] == "megatron" else source[1]
     return AdapterRecord(
@@ -46,8 +46,12 @@ def adapter_record(config: TrainConfig, spec: ModelSpec, initial: InitialWeights
     )
 
 
-def _picked(pattern: str | None, model: ModelConfig) -> frozenset[str]:
-    """Our names of the tensors in whose name, ours or Wan's, a regular expression is found."""
+def picked_tensors(pattern: str | None, model: ModelConfig) -> frozenset[str]:
+    """Our names of the tensors in whose name, ours or Wan's, a regular expression is found.
+
+    Raises:
+        ConfigError: it finds none, or a part of a fused one.
+    """
     if pattern is None:
         return frozenset()
     picked = set()
@@ -69,9 +73,8 @@ def _picked(pattern: str | None, model: ModelConfig) -> frozenset[str]:
     return frozenset(picked)
 
 
-def freeze(stages: Iterable[DiffusionTransformer], record: AdapterRecord) -> None:
-    """Let gradients flow to the trained tensors and the adapters alone."""
-    trained = frozenset(record.trained)
+def freeze(stages: Iterable[DiffusionTransformer], trained: Collection[str]) -> None:
+    """Let gradients flow to these tensors and the adapters alone."""
     for stage in stages:
         for name, parameter in stage.named_parameters():
             parameter.requires_grad_(name in trained or ADAPTER.fullmatch(name) is not None)

@@ -192,6 +192,21 @@ def test_another_base_is_refused(
     assert "trained all weights; to train a part of them, start a new run with" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags, words", [
+    (("--lora-rank", 2, "--lora-targets", "q", "k_img"),
+     "--lora-targets k_img names no linear of this model; choose from self_attn.q, .* or all"),
+    (("--train-only", r"self_attn\.(q|k)\.weight"),
+     r"finds blocks.0.self_attn.q.weight, blocks.0.self_attn.k.weight, which is one tensor with "
+     r"blocks.0.self_attn.v.weight here \(blocks.0.self_attention.linear_qkv.weight\)"),
+    (("--train-only", "fi"), "'fi' is found in no tensor's name; names are ours, such as"),
+])
+def test_what_is_not_there_is_refused(
+    train: Train, beside: tuple[str, str], capsys: pytest.CaptureFixture[str], flags: tuple, words: str
+) -> None:
+    assert train(*beside, *flags) == 2
+    assert re.search(words, capsys.readouterr().err.strip().splitlines()[-1])
+
+
 def test_tensors_that_the_base_lacks_are_trained(train: Train, tmp_path: Path) -> None:
     """A text-to-video model has no phi, and fewer channels than a paradigm that appends the image."""
     write_base(tmp_path / "base", dataclasses.replace(CONFIG, conditioning="text_to_video"))
