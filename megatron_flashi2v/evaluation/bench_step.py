@@ -8,9 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,9 @@ from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.layout import check_layout, is_fully_sharded
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.config.train import OptimizerArguments, ParallelArguments, RecomputeArguments
+from megatron_flashi2v.config.train import OptimizerArguments
 from megatron_flashi2v.evaluation import step_parts
+from megatron_flashi2v.evaluation.bench_options import StepBenchmark
 from megatron_flashi2v.evaluation.benchmark import (
     copy_ceiling,
     interleaved_seconds,
@@ -55,47 +54,6 @@ from megatron_flashi2v.training.step import TrainingStep, forward_step
 
 COLUMNS = ("implementation", "seconds", "tflops", "mfu", "of_matmul", "peak_gib", "forward_s", "backward_s",
            "optimizer_s")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepBenchmark:
-    """Settings of a measurement.
-
-    Attributes:
-        model: preset.
-        num_layers: blocks, where the preset's do not fit.
-        conditioning: image-to-video paradigm; the peer has text_to_video.
-        latent_shape: latent frames, rows and columns; 13 60 104 is 49 frames of 480x832 pixels.
-        micro_batch_size: samples in the step.
-        bf16: matrix products in bf16 with fp32 master weights; the peer holds its weights in bf16 alone.
-        recompute: what is computed again in backward, as in training; the peer can do all blocks or none.
-        parallel: the layout, where a launcher such as torchrun starts several ranks; without a pipeline.
-        attention_backend: implementation, or auto.
-        device: auto, cuda, npu or cpu.
-        rounds: measured steps.
-        elementwise_backend: implementation of norms, modulation and activation, or auto.
-        peer: diffusers' model with torch's AdamW, in the same run, step by step in turn; compiled block by block if
-            asked for, as its users do to make it faster.
-        profile: also break one step down by kinds of work: launches, time and its distance from the least that copies
-            and products of this run's speed would take; and count how often the host reads the device.
-        json: file for the report.
-    """
-
-    model: str = "1.3b"
-    num_layers: int | None = None
-    conditioning: str = "flashi2v"
-    latent_shape: tuple[int, int, int] = (13, 60, 104)
-    micro_batch_size: int = 1
-    bf16: bool = True
-    recompute: RecomputeArguments = RecomputeArguments()
-    parallel: ParallelArguments = ParallelArguments()
-    attention_backend: str = "auto"
-    elementwise_backend: str = "auto"
-    device: str = "auto"
-    rounds: int = 5
-    peer: Literal["none", "diffusers", "diffusers-compiled"] = "none"
-    profile: bool = True
-    json: Path | None = None
 
 
 def run(options: StepBenchmark, launch: LaunchEnvironment | None = None) -> str:
