@@ -133,7 +133,10 @@ class DiffusionTransformer(MegatronModule):
         )
         if self.post_process:
             return self.head(hidden_SBD, time_BD)
-        return with_gradient(pack(hidden_SBD, context_TBD.to(hidden_SBD.dtype), conditioning_7BD))
+        if torch.is_grad_enabled() and not hidden_SBD.requires_grad:
+            # megatron-core's schedules run the backward also of a stage that trains nothing.
+            hidden_SBD.requires_grad_()
+        return pack(hidden_SBD, context_TBD.to(hidden_SBD.dtype), conditioning_7BD)
 
     def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, rows for cross-attention (text, then image) and conditioning rows, from the inputs."""
@@ -187,13 +190,6 @@ class DiffusionTransformer(MegatronModule):
             conditioning=CONDITIONING_ROWS,
             dtype=self.spec.residual_dtype,
         )
-
-
-def with_gradient(hop: Tensor) -> Tensor:
-    """The hop such that megatron-core's schedules can run its backward, also of a stage that trains nothing."""
-    if hop.requires_grad or not torch.is_grad_enabled():
-        return hop
-    return hop.requires_grad_().view_as(hop)  # its end in backward needs a shape that is not freed when it is sent
 
 
 def rotary_of(spec: ModelSpec, grid: Grid, device: torch.device) -> Rotary:

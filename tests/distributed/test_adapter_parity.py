@@ -56,7 +56,7 @@ def reference_of(layout: Layout) -> str:
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Iterations of four samples, in microbatches of one; only the layouts that tests ask for."""
+    """Iterations of two samples, in microbatches of one; only the layouts that tests ask for."""
     folder = tmp_path_factory.mktemp("adapters")
     data = write_synthetic(folder / "set", 6, LATENTS, CONFIG.text_dim, CONFIG.text_length, seed=3)
     write_base(folder / "base", CONFIG)
@@ -64,7 +64,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "--model", "tiny", "--num-layers", "3", "--hidden-size", "32", "--ffn-hidden-size", "48",
         "--num-attention-heads", "4", "--text-dim", "8", "--text-length", "8", "--latent-channels", "4",
         "--data-path", str(data), "--device", "cpu", "--train-iters", str(ITERATIONS), "--seed", "7",
-        "--micro-batch-size", "1", "--global-batch-size", "4", "--lr", "3e-3", "--adam-eps", "1e-5",
+        "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "3e-3", "--adam-eps", "1e-5",
         "--load-weights", f"megatron:{folder / 'base'}",
     ]  # fmt: skip
     wanted = {item.callspec.params["layout"].name for item in request.session.items
