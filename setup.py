@@ -54,11 +54,15 @@ setup(
                  "tensorboard",
                  # evaluation's measures are checked against theirs
                  "scipy", "scikit-image",
+                 # adapters against theirs
+                 "peft",
                  # for the kernels' tests without a GPU; CUDA builds of torch bring it, CPU builds do not
                  "triton>=3; platform_system == 'Linux'"],
         "cuda": ["transformer-engine[pytorch]", "flash-attn"],
         "npu": ["torch_npu"],
         "logging": ["tensorboard", "wandb"],
+        # diffusers reads adapters with it
+        "adapters": ["peft"],
     },
     entry_points={"console_scripts": ["flashi2v=megatron_flashi2v.cli.main:main"]},
 )

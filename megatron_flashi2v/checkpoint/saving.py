@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_flashi2v.checkpoint.adapter_record import ADAPTER_NAME, AdapterRecord
 from megatron_flashi2v.checkpoint.folders import (
     MODEL_CONFIG_NAME,
     STATE_NAME,
@@ -50,6 +51,7 @@ class CheckpointSave:
         iteration: iterations done.
         pieces: this rank's parts of tensors (see ``checkpoint.model_state`` and ``checkpoint.optimizer_state``).
         model_config: written as ``model_config.json``.
+        adapter: what of the model the pieces are, where they are not all of it.
         state: JSON-ready values that are the same on all ranks, such as the iteration, the samples consumed,
             the schedule's and the optimizer's scalars; rank 0 writes its own.
         retention: which older checkpoints of ``root`` to keep once this one is published.
@@ -65,6 +67,7 @@ class CheckpointSave:
         *,
         pieces: Iterable[TensorPiece],
         model_config: ModelConfig,
+        adapter: AdapterRecord | None = None,
         state: Mapping[str, Any],
         retention: Retention = KEEP_ALL,
         peers: Peers,
@@ -75,6 +78,7 @@ class CheckpointSave:
         self._partial = root / f".{self.folder.name}.partial"
         self._pieces, self._take = pieces, take
         self._model_config, self._state = model_config, copy.deepcopy(dict(state))
+        self._adapter = adapter
         self._retention, self._peers = retention, peers
         self._part: Index | None = None
         self._parts: list[bytes] = []
@@ -155,8 +159,9 @@ class CheckpointSave:
             return
         parts, self._parts = [parse_index(part.decode(), self._partial) for part in self._parts], []
         write_index(self._partial, merge_parts(parts))
-        _require_whole_model(self._partial, self._model_config)
-        finish_folder(self._partial, self._model_config, self._state)
+        adapter, model = self._adapter, self._model_config
+        _require_tensors(self._partial, parameter_shapes(model) if adapter is None else adapter.shapes(model))
+        finish_folder(self._partial, model, self._state, adapter)
         sync_folder(self._partial)
         publish_folder(
             self._partial, self.folder, aside=set_aside(self.folder),
@@ -166,11 +171,16 @@ class CheckpointSave:
         _delete_surplus(self._root, self._iteration, self._retention)
 
 
-def finish_folder(folder: Path, model_config: ModelConfig, state: Mapping[str, Any]) -> None:
+def finish_folder(
+    folder: Path, model_config: ModelConfig, state: Mapping[str, Any], adapter: AdapterRecord | None = None
+) -> None:
     """Write a checkpoint's other files, after its tensors and their index; the manifest last."""
-    atomic_write_json(folder / MODEL_CONFIG_NAME, model_config.to_json())
-    atomic_write_json(folder / STATE_NAME, dict(state))
-    write_manifest(folder, (MODEL_CONFIG_NAME, STATE_NAME))
+    documents = {MODEL_CONFIG_NAME: model_config.to_json(), STATE_NAME: dict(state)}
+    if adapter is not None:
+        documents[ADAPTER_NAME] = adapter.to_json()
+    for name, values in documents.items():
+        atomic_write_json(folder / name, values)
+    write_manifest(folder, documents)
 
 
 def write_tracker(root: Path, iteration: int) -> None:
@@ -178,8 +188,8 @@ def write_tracker(root: Path, iteration: int) -> None:
     atomic_write_text(root / TRACKER_NAME, f"{iteration}\n")
 
 
-def _require_whole_model(folder: Path, model_config: ModelConfig) -> None:
-    """Compare the written tensors with the model's names and shapes.
+def _require_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the written tensors of the model with the names and shapes that there must be.
 
     A slice without its tensor-parallel tag would pass for the whole tensor, and a forgotten layer would go unnoticed: a
     checkpoint that no layout could load must not replace a whole one.
@@ -189,7 +199,6 @@ def _require_whole_model(folder: Path, model_config: ModelConfig) -> None:
         for key, tensor in read_index(folder).tensors.items()
         if key.startswith(MODEL_PREFIX)
     }
-    expected = parameter_shapes(model_config)
     for name in sorted(expected.keys() | stored.keys()):
         wanted, written = expected.get(name, "none"), stored.get(name, "none")
         if wanted != written:

@@ -29,9 +29,9 @@ class AdapterArguments:
     """Linears that have adapters, by Wan's names or parts of these: self_attn.q, q (of both attentions), self_attn,
     cross_attn, ffn or all; by default q, k, v and o of both attentions."""
     train_only: str | None = None
-    """Train whole the tensors in whose name, ours or Wan's, this regular expression is found, such as conditioning|head,
-    beside adapters if --lora-rank is given; the rest of --load-weights stays frozen. Tensors that --load-weights lacks
-    are trained in any case."""
+    """Train whole the tensors in whose name, ours or Wan's, this regular expression is found, such as phi|head, beside
+    adapters if --lora-rank is given; the rest of --load-weights stays frozen. Tensors that --load-weights lacks are
+    trained in any case."""
 
     @property
     def is_partial(self) -> bool:

@@ -6,6 +6,7 @@ What bounds a single flag stands at its field (:mod:`megatron_flashi2v.config.bo
 from __future__ import annotations
 
 import math
+import re
 
 from megatron_flashi2v.config.bounds import check_bounds
 from megatron_flashi2v.config.errors import ConfigError
@@ -55,6 +56,7 @@ def check_train(config: TrainConfig, model: ModelConfig, world_size: int) -> Non
     _check_recompute(config.recompute)
     _check_fp8(config)
     _check_fully_sharded(config)
+    _check_partial(config)
     _check_optimizer(config)
     _check_hang_timeout(config, world_size)
     _check_online_encoding(config)
@@ -172,6 +174,36 @@ def _check_fully_sharded(config: TrainConfig) -> None:
                 f"--data-parallel-sharding-strategy {strategy} has not been tried with {name}; leave that out, or "
                 "choose --data-parallel-sharding-strategy optim"
             )
+
+
+def _check_partial(config: TrainConfig) -> None:
+    """Rules of a run whose base stays frozen."""
+    adapter, strategy = config.adapter, asked_sharding(config.parallel)
+    if adapter.lora_rank is None:
+        for flag, value in (("--lora-alpha", adapter.lora_alpha), ("--lora-targets", " ".join(adapter.lora_targets))):
+            if value:
+                raise ConfigError(f"{flag} {value} belongs to --lora-rank, which is not given; add it, or leave it out")
+    if not adapter.is_partial:
+        return
+    flag = "--train-only" if adapter.lora_rank is None else f"--lora-rank {adapter.lora_rank}"
+    if config.checkpoint.load_weights is None:
+        raise ConfigError(f"{flag} needs the weights that stay frozen: give them as --load-weights FORMAT:PATH")
+    if strategy in FULLY_SHARDED:
+        raise ConfigError(
+            f"{flag} cannot be combined with --data-parallel-sharding-strategy {strategy}, which divides weights that "
+            "are trained; choose --data-parallel-sharding-strategy optim"
+        )
+    if config.runtime.backend.transformer_impl != "local":
+        raise ConfigError(
+            f"{flag} needs megatron-core's own linears; leave out --transformer-impl "
+            f"{config.runtime.backend.transformer_impl}" + (" and --fp8-format" if config.runtime.backend.fp8_format
+                                                            else "")
+        )
+    if adapter.train_only is not None:
+        try:
+            re.compile(adapter.train_only)
+        except re.error as error:
+            raise ConfigError(f"--train-only {adapter.train_only!r} is no regular expression: {error}") from error
 
 
 def _check_expert(config: TrainConfig) -> None:

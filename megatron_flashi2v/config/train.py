@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from megatron_flashi2v.config.adapter import AdapterArguments
 from megatron_flashi2v.config.bounds import Above, AtLeast, Below, Within
 from megatron_flashi2v.config.clips import EncodingArguments
 from megatron_flashi2v.config.convert import SOURCE_NAMES
@@ -330,6 +331,7 @@ class TrainConfig(FlagNames):
     parallel: ParallelArguments = field(default_factory=ParallelArguments)
     batch: BatchArguments = field(default_factory=BatchArguments)
     optimizer: OptimizerArguments = field(default_factory=OptimizerArguments)
+    adapter: AdapterArguments = field(default_factory=AdapterArguments)
     faults: FaultArguments = field(default_factory=FaultArguments)
     recompute: RecomputeArguments = field(default_factory=RecomputeArguments)
     checkpoint: CheckpointArguments = field(default_factory=CheckpointArguments)

@@ -28,13 +28,21 @@ class InitialWeights:
 
     Attributes:
         weights: opened, not read.
+        model: the run's.
         missing: tensors of the run's model without a counterpart, which stay as initialised.
         unexpected: tensors without a counterpart in the run's model, which are left out.
     """
 
     weights: Weights
+    model: ModelConfig
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+
+    @property
+    def given_whole(self) -> frozenset[str]:
+        """Tensors of the run's model whose every value they have; of the others some or all stay as initialised."""
+        have, want = parameter_shapes(self.weights.config), parameter_shapes(self.model)
+        return frozenset(name for name, shape in want.items() if have.get(name) == shape)
 
     @property
     def summary(self) -> str:
@@ -81,6 +89,7 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
     have, want = parameter_shapes(found), parameter_shapes(model)
     return InitialWeights(
         weights=opened,
+        model=model,
         missing=tuple(name for name in want if name not in have),
         unexpected=tuple(name for name in have if name not in want),
     )

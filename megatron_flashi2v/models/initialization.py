@@ -5,7 +5,8 @@ rank keeps its slice, and of that a rank of sharded weights its stretch. The dis
 matrices, normal text and time embeddings, scaled normal modulation, zero head) and FlashI2V's for what it adds. Columns
 of the patch embedding for channels that a paradigm appends to the latents, and the values of an image encoder's rows in
 cross-attention, start at zero: whatever the paradigm, the
-first step is the text-to-video model's.
+first step is the text-to-video model's. An adapter's A is uniform within 1 / sqrt(inputs), as in the package peft, and
+its B zero: the first step is the base model's.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ def initialize_shards(shards: Iterable[WeightShard], config: ModelConfig, seed: 
 
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     generator = keyed_generator(seed, "initial-weight", name)
-    if name.endswith("bias"):
+    if name.endswith(("bias", "lora_B.weight")):
         return torch.zeros(shape)
+    if name.endswith("lora_A.weight"):
+        return (2.0 * torch.rand(shape, generator=generator) - 1.0) / math.sqrt(shape[-1])
     if name.endswith("modulation"):
         return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
     if len(shape) == 1:

@@ -14,6 +14,7 @@ from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.registry import Kernel, KernelUnavailable, resolve, specs_of
 from flashi2v_kernels.rms_norm import PARTIAL_SUMS
 from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.config.adapter import AdapterConfig
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BackendArguments
@@ -115,6 +116,7 @@ class ModelSpec:
         row_linear: class of linears with sharded inputs.
         residual_dtype: dtype of the residual stream, and so of a pipeline hop.
         device: where the model lives.
+        adapter: low-rank pairs beside the blocks' linears; None for none.
     """
 
     config: ModelConfig
@@ -125,6 +127,7 @@ class ModelSpec:
     row_linear: type[nn.Module]
     residual_dtype: torch.dtype
     device: torch.device
+    adapter: AdapterConfig | None = None
 
     @property
     def image_rows(self) -> int:
@@ -154,6 +157,7 @@ def make_spec(
     elementwise_backend: str = "auto",
     virtual_stages: int = 1,
     backend: BackendArguments | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> ModelSpec:
     """Gather the settings of one model.
 
@@ -167,6 +171,7 @@ def make_spec(
         elementwise_backend: of norms, modulation and activation, or auto.
         virtual_stages: stages that each pipeline rank holds.
         backend: library and precision of the linears; megatron-core by default.
+        adapter: low-rank pairs beside the blocks' linears; they need megatron-core's.
 
     Raises:
         ConfigError: the attention backend cannot run here, or Transformer Engine is missing.
@@ -216,4 +221,5 @@ def make_spec(
         row_linear=provider.row_parallel_linear(),
         residual_dtype=residual_dtype,
         device=device,
+        adapter=adapter,
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flashi2v_kernels.qk_norm_rope.tables import rope_tables
 from megatron_flashi2v.conditioning.build import build_conditioning, paradigm_of
 from megatron_flashi2v.conditioning.interface import Extras
+from megatron_flashi2v.models.adapters import add_adapters
 from megatron_flashi2v.models.attention import Rotary
 from megatron_flashi2v.models.backend import block_precision
 from megatron_flashi2v.models.context_memory import Known
@@ -104,6 +105,9 @@ class DiffusionTransformer(MegatronModule):
             self.time_embedding = TimeEmbedding(spec)
         # Keys are global indices: a parameter's name is the same at every layout.
         self.blocks = nn.ModuleDict({str(index): build_block(spec, self.recompute) for index in self.stage.layers})
+        if spec.adapter is not None:
+            for block in self.blocks.values():
+                add_adapters(block, spec, spec.adapter)
         if self.post_process:
             self.head = Head(spec)
         mark_parameters(self, paradigm_of(spec.config))
@@ -129,6 +133,9 @@ class DiffusionTransformer(MegatronModule):
         )
         if self.post_process:
             return self.head(hidden_SBD, time_BD)
+        if torch.is_grad_enabled() and not hidden_SBD.requires_grad:
+            # megatron-core's schedules run the backward also of a stage that trains nothing.
+            hidden_SBD.requires_grad_()
         return pack(hidden_SBD, context_TBD.to(hidden_SBD.dtype), conditioning_7BD)
 
     def embed(self, inputs: DiTInputs) -> tuple[Tensor, Tensor, Tensor]:

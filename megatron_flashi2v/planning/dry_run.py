@@ -141,7 +141,9 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, wo
         "# held by each rank",
         f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
     ]
-    for place, held in enumerate(planned_holdings(parallel, model, data.latent_shapes, bf16=config.batch.bf16)):
+    for place, held in enumerate(planned_holdings(
+        parallel, model, data.latent_shapes, bf16=config.batch.bf16, adapter=config.adapter
+    )):
         memory = state_memory(held, config, world_size)
         parts = [f"blocks {stage.layers.start} to {stage.layers.stop - 1}" for stage in held.stages]
         if held.stages[0].is_first:
@@ -150,6 +152,7 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, wo
             parts.append("head")
         lines += [
             f"pipeline_{place}:", f"  holds: {', '.join(parts)}", f"  parameters: {held.parameters:,}",
+            *([f"  trained: {held.trained:,}"] if held.trained < held.parameters else []),
             f"  visual_tokens: {held.tokens:,}  # {data.source}",
             f"  state_gb: {memory.kept / 1e9:.3f}  # weights {memory.weights / 1e9:.3f}, gradients "
             f"{memory.gradients / 1e9:.3f}, optimizer {memory.optimizer / 1e9:.3f}, average {memory.average / 1e9:.3f}",

@@ -49,7 +49,7 @@ def state_memory(held: Holding, config: TrainConfig, world_size: int) -> StateMe
     fully = strategy in FULLY_SHARDED
     weights = _bytes(held.parameters, held.bf16_parameters)
     # Under bf16, Megatron-FSDP keeps fp32 copies of what is fp32 already; the other optimizers do not.
-    copied = held.parameters if fully and config.batch.bf16 else held.bf16_parameters
+    copied = held.trained if fully and config.batch.bf16 else held.bf16_trained
     moments = 2 if optimizer.optimizer == "adam" else int(optimizer.sgd_momentum > 0)
     in_flight = 0
     if fully:
@@ -61,9 +61,9 @@ def state_memory(held: Holding, config: TrainConfig, world_size: int) -> StateMe
         in_flight += blocks * _bytes(held.largest_block, held.largest_block_bf16) + held.outside_blocks
     return StateMemory(
         weights=weights // (ranks if strategy == "optim_grads_params" else 1),
-        gradients=FP32 * held.parameters // (ranks if fully else 1),
-        optimizer=FP32 * (copied + moments * held.parameters) // ranks,
-        average=FP32 * held.parameters // ranks if optimizer.ema_decay is not None else 0,
+        gradients=FP32 * held.trained // (ranks if fully else 1),
+        optimizer=FP32 * (copied + moments * held.trained) // ranks,
+        average=FP32 * held.trained // ranks if optimizer.ema_decay is not None else 0,
         in_flight=in_flight,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 
+from megatron_flashi2v.checkpoint.adapter_record import read_adapter_record
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
 from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.base_fingerprint import open_base
 from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.encoders.text import TextEncoder
@@ -83,8 +86,12 @@ def load_stages(
     bf16: bool = False,
     attention_backend: str = "auto",
     weights: str = "model",
+    base: tuple[str, Path] | None = None,
+    adapter_scale: float = 1.0,
 ) -> list[DiffusionTransformer]:
     """Build this rank's stages of a model in evaluation mode, and fill them.
+
+    A checkpoint of adapters, or of a part of the weights, is filled up from its base.
 
     Args:
         folder: a checkpoint or a release (see :func:`resolve_checkpoint`), saved at any layout.
@@ -94,20 +101,33 @@ def load_stages(
         bf16: matrix products and the residual stream in bfloat16.
         attention_backend: implementation of attention, or auto.
         weights: ``model``, or ``ema`` for the averaged ones.
+        base: format and path of an adapter's base; by default where it was in training.
+        adapter_scale: what adapters' products are multiplied with besides.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or holds no averaged weights though they are asked for.
+        CheckpointError: a file is missing or damaged, or holds no averaged weights though they are asked for; or the
+            base is not the adapter's.
         ConfigError: the attention backend cannot run here.
     """
     config, _ = describe(folder)
-    spec = make_spec(config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend)
+    record = None if is_release(folder) else read_adapter_record(folder)
+    adapter = None if record is None else record.adapter
+    if adapter is not None:
+        adapter = dataclasses.replace(adapter, alpha=adapter.alpha * adapter_scale)
+    spec = make_spec(
+        config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend, adapter=adapter
+    )
     stages = [stage.eval() for stage in build_stages(spec, parallel)]
     parameters = (named for stage in stages for named in stage.named_parameters())
     shards = whole_weights(parameters, shard_grid(groups))
     if is_release(folder):
         load_initial_weights(open_initial_weights(("diffusers", folder), config), shards)
-    else:
-        load_weights(folder, shards, weights=weights)
+        return stages
+    if record is not None:
+        load_initial_weights(open_base(folder, record, config, base), shards)
+        held = record.shapes(config)
+        shards = [shard for shard in shards if shard.name in held]
+    load_weights(folder, shards, weights=weights)
     return stages
 
 

@@ -78,7 +78,7 @@ def open_trainer(
         ])
         with contextlib.closing(state), contextlib.closing(watching):
             announce(config, state, data.training, launch, device, num_microbatches=step.num_microbatches)
-            saver = CheckpointSaver(config.checkpoint, data.model, peers, device)
+            saver = CheckpointSaver(config.checkpoint, data.model, peers, device, state.adapter)
             yield Trainer(
                 state=state, step=step, source=source, bad_samples=bad_sample_ledger(config, state, source),
                 observers=watching, checkpoints=RunCheckpoints(config.checkpoint, state, saver, hang_watch),

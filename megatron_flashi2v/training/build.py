@@ -8,11 +8,17 @@ from pathlib import Path
 
 import torch.distributed
 
+from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.config.adapter import adapter_of
 from megatron_flashi2v.config.layout import is_fully_sharded, virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import num_microbatches
-from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
-from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
+from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.conversion.initial_weights import (
+    InitialWeights,
+    load_initial_weights,
+    open_initial_weights,
+)
 from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.initialization import initialize_shards
 from megatron_flashi2v.models.spec import ModelSpec, make_spec
@@ -26,8 +32,9 @@ from megatron_flashi2v.training.clipping import make_clipper
 from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
+from megatron_flashi2v.training.partial import adapter_record, freeze, require_same_part
 from megatron_flashi2v.training.run_state import Provenance
-from megatron_flashi2v.training.state import TrainState, all_weights, named_parameters
+from megatron_flashi2v.training.state import TrainState, all_weights, trained_parameters
 from megatron_flashi2v.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -43,7 +50,8 @@ def spec_of(config: TrainConfig, model: ModelConfig, groups: Groups, device: Dev
         device: where the model lives.
 
     Raises:
-        ConfigError: the attention backend cannot run here, or Transformer Engine is missing.
+        ConfigError: the attention backend cannot run here, Transformer Engine is missing, or a target of adapters
+            names no linear.
     """
     runtime = config.runtime
     return make_spec(
@@ -51,6 +59,7 @@ def spec_of(config: TrainConfig, model: ModelConfig, groups: Groups, device: Dev
         fp32_residual_connection=config.batch.fp32_residual_connection,
         attention_backend=runtime.attention_backend, virtual_stages=virtual_stages(config.parallel),
         backend=runtime.backend,
+        adapter=adapter_of(config.adapter, has_image_branch=paradigm_of(model).image_rows(model) > 0),
     )
 
 
@@ -66,7 +75,8 @@ def build_state(
 
     The order bears load. Initial weights come after data parallelism, which makes the memory of sharded ones, and
     before the optimizer, which copies what it finds into its fp32 masters, and the average, which begins as these; a
-    checkpoint comes after both, as it fills all three.
+    checkpoint comes after both, as it fills all three. Frozen weights are so before data parallelism, which makes
+    gradients for the others alone; no checkpoint of the run holds them.
 
     Args:
         config: flags and recipe, checked.
@@ -80,11 +90,18 @@ def build_state(
         UserError: the checkpoint or the initial weights do not fit the model, or are damaged.
     """
     hang_watch.enter("building the model", SLOW)
+    frozen = config.adapter.is_partial
+    initial = _initial_weights(config, spec.config) if frozen or resumed is None else None
+    record = adapter_record(config, spec, initial) if frozen and initial is not None else None
+    if resumed is not None:
+        require_same_part(resumed, record)
     world_size = torch.distributed.get_world_size()
     stages = build_stages(spec, config.parallel, config.recompute, hollow=is_fully_sharded(config.parallel, world_size))
+    if record is not None:
+        freeze(stages, record.trained)
     models = wrap_data_parallel(stages, config.parallel, before_reduction)
-    if resumed is None:
-        set_initial_weights(all_weights(stages, models), spec.config, config.checkpoint, config.batch.seed)
+    if frozen or resumed is None:
+        set_initial_weights(all_weights(stages, models), spec.config, initial, config.batch.seed)
         for model in models:
             if isinstance(model, FullyShardedStage):
                 model.take_weights()
@@ -96,8 +113,9 @@ def build_state(
         scheduler=make_scheduler(optimizer, config.optimizer, config.batch.train_iters),
         clipper=make_clipper(config.optimizer), guard=UpdateGuard(config.faults),
         average=None if decay is None else WeightAverage(
-            config.optimizer, optimizer, named_parameters(stages), shard_grid(spec.groups)
+            config.optimizer, optimizer, trained_parameters(stages), shard_grid(spec.groups)
         ),
+        adapter=record,
         gathers_late=config.parallel.overlap_param_gather,
     )
     if resumed is not None:
@@ -120,17 +138,25 @@ def build_step(config: TrainConfig, state: TrainState, world_size: int) -> Train
     )
 
 
+def _initial_weights(config: TrainConfig, model: ModelConfig) -> InitialWeights | None:
+    """Those of --load-weights, opened."""
+    source = config.checkpoint.load_weights_source
+    if source is None:
+        return None
+    initial = open_initial_weights(source, model, config.checkpoint.load_weights_kind)
+    logger.info("%s", initial.summary)
+    return initial
+
+
 def set_initial_weights(
-    shards: list[WeightShard], model: ModelConfig, arguments: CheckpointArguments, seed: int
+    shards: list[WeightShard], model: ModelConfig, initial: InitialWeights | None, seed: int
 ) -> None:
-    """Draw the weights of a new run, and take from --load-weights those that it has.
+    """Take the weights that ``initial`` has, and draw the others.
 
     Raises:
-        UserError: --load-weights is malformed, damaged, or of a model that does not fit.
+        CheckpointError: a file is damaged.
     """
-    initialize_shards(shards, model, seed)
-    source = arguments.load_weights_source
-    if source is not None:
-        initial = open_initial_weights(source, model, arguments.load_weights_kind)
-        logger.info("%s", initial.summary)
+    given = frozenset[str]() if initial is None else initial.given_whole
+    initialize_shards((shard for shard in shards if shard.name not in given), model, seed)
+    if initial is not None:
         load_initial_weights(initial, shards)

@@ -23,6 +23,8 @@ class Holding:
         stages: its parts of the model.
         parameters: values in its tensors, or in those that it and others keep stretches of.
         bf16_parameters: those of them in bfloat16.
+        trained: values in those tensors that are not frozen.
+        bf16_trained: those of them in bfloat16.
         largest_block: values in its largest block.
         largest_block_bf16: those of them in bfloat16.
         outside_blocks: bytes of the weights outside of blocks.
@@ -32,6 +34,8 @@ class Holding:
     stages: tuple[Stage, ...]
     parameters: int
     bf16_parameters: int
+    trained: int
+    bf16_trained: int
     largest_block: int
     largest_block_bf16: int
     outside_blocks: int
@@ -57,16 +61,24 @@ def holding_of(
         values[part] += math.prod(shape)
         halves[part] += math.prod(shape) if dtype == torch.bfloat16 else 0
         outside += 0 if part else math.prod(shape) * dtype.itemsize
+    trained = [math.prod(shapes[name][0]) for name in _trained(stages)]
+    bf16_trained = [math.prod(shapes[name][0]) for name in _trained(stages) if shapes[name][1] == torch.bfloat16]
     block = max((part for part in values if part), key=lambda part: values[part])
     return Holding(
         stages=tuple(model.stage for model in stages),
         parameters=values.total(),
         bf16_parameters=halves.total(),
+        trained=sum(trained),
+        bf16_trained=sum(bf16_trained),
         largest_block=values[block],
         largest_block_bf16=halves[block],
         outside_blocks=outside,
         tokens=rows_per_rank(tokens, stages[0].spec.groups),
     )
+
+
+def _trained(stages: Sequence[DiffusionTransformer]) -> list[str]:
+    return [name for model in stages for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def parameter_shapes_of(stages: Sequence[DiffusionTransformer]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
 from megatron_flashi2v.checkpoint.host_copies import HostCopies
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.retention import KEEP_ALL, Retention
@@ -39,12 +40,15 @@ class CheckpointSaver:
         model_config: the model.
         peers: all ranks.
         device: what they train on.
+        adapter: what of the model is saved, where it is not all of it.
     """
 
     def __init__(
-        self, arguments: CheckpointArguments, model_config: ModelConfig, peers: Peers, device: Device
+        self, arguments: CheckpointArguments, model_config: ModelConfig, peers: Peers, device: Device,
+        adapter: AdapterRecord | None = None,
     ) -> None:
         self._arguments, self._model_config, self._peers = arguments, model_config, peers
+        self._adapter = adapter
         self._retention = Retention(last=arguments.keep_last, every=arguments.keep_every)
         self._copies, self._device = HostCopies(device), device.torch_device
         self._save: CheckpointSave | None = None
@@ -97,7 +101,8 @@ class CheckpointSaver:
         beside = self._arguments.async_save and not last
         self.finish()
         self._save = save = CheckpointSave(
-            self._arguments.save, iteration, pieces=pieces, model_config=self._model_config, state=state,
+            self._arguments.save, iteration, pieces=pieces, model_config=self._model_config,
+            adapter=self._adapter, state=state,
             retention=self._retention if delete_older else KEEP_ALL, peers=self._peers,
             take=self._copies.take if beside else list,
         )

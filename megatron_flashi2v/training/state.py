@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
 from megatron_flashi2v.checkpoint.folders import load_model_config, require_same_model
 from megatron_flashi2v.checkpoint.model_state import load_weights, weight_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
@@ -46,6 +47,7 @@ class TrainState:
         clipper: what happens to the gradients before they are applied.
         guard: judges every update.
         average: moving average of the weights; None without --ema-decay.
+        adapter: what of the model is trained and saved, where it is not all of it; the rest is frozen.
         gathers_late: whether updated weights are gathered only by the next forward pass of training.
         iteration: iterations done.
         consumed_samples: positions of the global order that are consumed.
@@ -59,6 +61,7 @@ class TrainState:
     clipper: Clipper
     guard: UpdateGuard
     average: WeightAverage | None
+    adapter: AdapterRecord | None = None
     gathers_late: bool = False
     iteration: int = 0
     consumed_samples: int = 0
@@ -79,8 +82,8 @@ class TrainState:
         return shard_grid(self.spec.groups)
 
     def named_parameters(self) -> NamedParameters:
-        """Global names and parameters of all of this rank's stages."""
-        return named_parameters(self.stages)
+        """Global names and parameters of this rank's stages, of those that are trained."""
+        return trained_parameters(self.stages)
 
     def is_multiple_of(self, interval: int | None) -> bool:
         """Whether the present iteration is a multiple of an interval, if there is one."""
@@ -144,7 +147,7 @@ class TrainState:
         }
 
     def resume(self, folder: Path) -> None:
-        """Load weights, optimizer and position from a checkpoint of any layout.
+        """Load weights, optimizer and position from a checkpoint of any layout; frozen weights stay as they are.
 
         Raises:
             CheckpointError: it is of another model, or damaged.
@@ -153,7 +156,7 @@ class TrainState:
         state = load_training_state(folder)
         settle_changes(folder, state, self.provenance)
         parameters = self.named_parameters()
-        load_weights(folder, all_weights(self.stages, self.models))
+        load_weights(folder, trained_weights(self.stages, self.models))
         for stage in self.fully_sharded:
             stage.take_weights()
         load_optimizer(folder, self.optimizer, parameters, self.grid, state.get("optimizer", {}))
@@ -185,8 +188,19 @@ def named_parameters(stages: list[DiffusionTransformer]) -> NamedParameters:
     return [named for stage in stages for named in stage.named_parameters()]
 
 
+def trained_parameters(stages: list[DiffusionTransformer]) -> NamedParameters:
+    """Those that are not frozen."""
+    return [(name, parameter) for name, parameter in named_parameters(stages) if parameter.requires_grad]
+
+
 def all_weights(stages: list[DiffusionTransformer], models: list[DataParallelStage]) -> list[WeightShard]:
     """All that this rank holds of the weights, to be filled."""
     grid = shard_grid(stages[0].spec.groups)
     sharded = [model for model in models if isinstance(model, FullyShardedStage)]
     return held_weights(sharded, grid) if sharded else whole_weights(named_parameters(stages), grid)
+
+
+def trained_weights(stages: list[DiffusionTransformer], models: list[DataParallelStage]) -> list[WeightShard]:
+    """Those that are not frozen."""
+    trained = {name for name, _ in trained_parameters(stages)}
+    return [shard for shard in all_weights(stages, models) if shard.name in trained]

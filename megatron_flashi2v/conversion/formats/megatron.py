@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_flashi2v.checkpoint.adapter_record import ADAPTER_NAME, read_adapter_record
 from megatron_flashi2v.checkpoint.arrangements import Box
 from megatron_flashi2v.checkpoint.folders import (
     MODEL_CONFIG_NAME,
@@ -100,6 +101,12 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     folder = find_checkpoint(path, needs=partial(holds_weights, options.weights))
     if folder is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a folder written by `flashi2v train --save`")
+    adapter = read_adapter_record(folder)
+    if adapter is not None:
+        raise CheckpointError(
+            f"{folder} holds no whole model but what was trained beside frozen weights ({ADAPTER_NAME}); merge it into "
+            f"its base {adapter.base} first"
+        )
     return MegatronWeights(folder, options)
 
 

@@ -15,6 +15,7 @@ VIRTUAL = ["--num-virtual-stages-per-pipeline-rank", "2"]
 CP, ALGO, DEGREE = "--context-parallel-size", "--context-parallel-algo", "--ulysses-degree"
 USP = (ALGO, "usp")
 STRATEGY, INSTANCES = "--data-parallel-sharding-strategy", "--num-distributed-optimizer-instances"
+BESIDE = ("--load-weights", "wan:weights")
 UNIT = "--suggested-communication-unit-size"
 
 
@@ -95,6 +96,14 @@ def check(*argv: str, world: int = 1) -> TrainConfig:
     (["--use-mindspeed"], 1, ["--use-mindspeed", "--device is auto", "add --device npu"]),
     (["--model", "2b"], 1, ["--model 2b", "tiny, 130m", "1.3b, 3b, 7b, 14b"]),
     (["--hidden-size", "100"], 1, ["hidden_size 100", "num_attention_heads 8"]),
+    (["--lora-alpha", "8"], 1, ["--lora-alpha 8.0 belongs to --lora-rank"]),
+    (["--lora-targets", "q", "ffn"], 1, ["--lora-targets q ffn belongs to --lora-rank"]),
+    (["--lora-rank", "4"], 1, ["--lora-rank 4 needs the weights that stay frozen", "--load-weights FORMAT:PATH"]),
+    (["--train-only", "phi"], 1, ["--train-only needs the weights that stay frozen"]),
+    ([*BESIDE, "--lora-rank", "4", STRATEGY, "optim_grads"], 2, ["--lora-rank 4", f"choose {STRATEGY} optim"]),
+    ([*BESIDE, "--train-only", "phi", "--bf16", "--transformer-impl", "transformer_engine", "--fp8-format", "hybrid"],
+     1, ["--train-only needs megatron-core's own linears; leave out --transformer-impl transformer_engine and --fp8"]),
+    ([*BESIDE, "--train-only", "(phi"], 1, ["--train-only '(phi' is no regular expression"]),
 ])
 def test_refused(argv: list[str], world: int, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_flashi2v.config.adapter import AdapterConfig
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import BatchArguments, OptimizerArguments, ParallelArguments, TrainConfig
 from megatron_flashi2v.models.spec import make_spec
@@ -19,6 +20,7 @@ from megatron_flashi2v.planning.state_memory import state_memory
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.training.holdings import holding_of, parameter_shapes_of
 from megatron_flashi2v.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
+from megatron_flashi2v.training.partial import freeze
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=4,
                      text_dim=8, text_length=6)  # fmt: skip
@@ -37,18 +39,21 @@ def storages(tensors: Any) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("name, momentum, sharded", [
-    ("adam", 0.9, False), ("adam", 0.9, True), ("sgd", 0.9, False), ("sgd", 0.0, False),
+@pytest.mark.parametrize("name, momentum, sharded, adapter", [
+    ("adam", 0.9, False, None), ("adam", 0.9, True, None), ("sgd", 0.9, False, None), ("sgd", 0.0, False, None),
+    ("adam", 0.9, True, AdapterConfig(rank=2, alpha=2.0, targets=("self_attn.q", "ffn.2"))),
 ])
 def test_planned_bytes_are_those_that_an_optimizer_keeps(
-    groups: Groups, name: str, momentum: float, sharded: bool, bf16: bool
+    groups: Groups, name: str, momentum: float, sharded: bool, adapter: AdapterConfig | None, bf16: bool
 ) -> None:
     config = TrainConfig(
         optimizer=OptimizerArguments(optimizer=name, sgd_momentum=momentum),
         parallel=ParallelArguments(use_distributed_optimizer=sharded), batch=BatchArguments(bf16=bf16),
     )
-    spec = make_spec(CONFIG, groups, torch.device("cpu"), bf16=bf16)
+    spec = make_spec(CONFIG, groups, torch.device("cpu"), bf16=bf16, adapter=adapter)
     model = DiffusionTransformer(spec)
+    if adapter is not None:
+        freeze([model], ("head.linear.weight",))
     held = holding_of([model], parameter_shapes_of([model]), [(2, 4, 4)])
     (wrapped,) = wrap_data_parallel([model], config.parallel)
     optimizer = make_optimizer([wrapped], config.optimizer, config.parallel, spec)
@@ -74,4 +79,4 @@ def test_planned_bytes_are_those_that_an_optimizer_keeps(
     averaging = dataclasses.replace(
         config, optimizer=OptimizerArguments(ema_decay=0.9), parallel=ParallelArguments(use_distributed_optimizer=True)
     )
-    assert state_memory(held, averaging, 4).average == held.parameters
+    assert state_memory(held, averaging, 4).average == held.trained

@@ -1,0 +1,97 @@
+"""Adapters train at every layout as in one process, beside a base that stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.base_weights import write_base
+from helpers.layouts import (
+    Layout,
+    assert_ranks_agree,
+    assert_same_gradients,
+    assert_same_metrics,
+    assert_same_velocity,
+    assert_same_weights,
+    metrics,
+    run_layouts,
+    weights,
+)
+from helpers.synthetic_data import write_synthetic
+
+from megatron_flashi2v.config.model import ModelConfig
+
+CONFIG = ModelConfig(
+    num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, latent_channels=4, text_dim=8,
+    text_length=8,
+)
+LATENTS = (4, 2, 6, 10)  # 2 x 3 x 5 tokens
+TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+SP, ALGO, RECOMPUTE = "--sequence-parallel", "--context-parallel-algo", "--recompute-granularity"
+DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+ITERATIONS = 20
+
+LAYOUTS = [Layout("tp2-sp-pp2", 4, (TP, "2", SP, PP, "2"))]
+LONG_LAYOUTS = [
+    Layout("tp2", 2, (TP, "2")),
+    Layout("tp4-sp", 4, (TP, "4", SP)),
+    Layout("pp3", 3, (PP, "3")),
+    Layout("cp2-ulysses", 2, (CP, "2")),
+    Layout("tp2-sp-cp2", 4, (TP, "2", SP, CP, "2", ALGO, "ring")),
+    Layout("dp2-distributed", 2, DISTRIBUTED),
+    Layout("tp2-sp-dp2-distributed", 4, (TP, "2", SP, *DISTRIBUTED)),
+    Layout("tp2-sp-full", 2, (TP, "2", SP, RECOMPUTE, "full")),
+    Layout("tp2-sp-skip-attention", 2, (TP, "2", SP, RECOMPUTE, "skip_attention")),
+    Layout("tp2-selective", 2, (TP, "2", RECOMPUTE, "selective")),
+    # The first stage trains nothing; its backward runs all the same.
+    Layout("head-pp2", 2, ("--train-only", "head", PP, "2")),
+    Layout("head-tp2-sp-pp2", 4, ("--train-only", "head", TP, "2", SP, PP, "2")),
+]
+LORA = ("--lora-rank", "3", "--lora-alpha", "7", "--lora-targets", "all", "--train-only", "phi")
+
+
+def reference_of(layout: Layout) -> str:
+    return "head" if layout.name.startswith("head") else "single"
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Iterations of two samples, in microbatches of one; only the layouts that tests ask for."""
+    folder = tmp_path_factory.mktemp("adapters")
+    data = write_synthetic(folder / "set", 6, LATENTS, CONFIG.text_dim, CONFIG.text_length, seed=3)
+    write_base(folder / "base", CONFIG)
+    common = [
+        "--model", "tiny", "--num-layers", "3", "--hidden-size", "32", "--ffn-hidden-size", "48",
+        "--num-attention-heads", "4", "--text-dim", "8", "--text-length", "8", "--latent-channels", "4",
+        "--data-path", str(data), "--device", "cpu", "--train-iters", str(ITERATIONS), "--seed", "7",
+        "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "3e-3", "--adam-eps", "1e-5",
+        "--load-weights", f"megatron:{folder / 'base'}",
+    ]  # fmt: skip
+    wanted = {item.callspec.params["layout"].name for item in request.session.items
+              if item.fspath == request.fspath and "layout" in item.callspec.params}  # fmt: skip
+    layouts = [layout for layout in (*LAYOUTS, *LONG_LAYOUTS) if layout.name in wanted]
+    references = sorted({reference_of(layout) for layout in layouts})
+    layouts += [Layout(name, 1, ("--train-only", "head") if name == "head" else ()) for name in references]
+    layouts = [
+        layout if reference_of(layout) == "head" else
+        Layout(layout.name, layout.world, (*LORA, *layout.flags)) for layout in layouts
+    ]
+    return run_layouts(layouts, folder, common)
+
+
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.long) for layout in LONG_LAYOUTS)],
+    ids=lambda layout: layout.name,
+)
+def test_a_layout_trains_like_one_process(runs: dict[str, Path], layout: Layout) -> None:
+    run, single = runs[layout.name], runs[reference_of(layout)]
+    rows = metrics(single)
+    assert len(rows) == ITERATIONS and rows[-1]["loss"] < 0.95 * rows[0]["loss"]
+    assert [row["loss"] for row in metrics(run)] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
+    assert_same_metrics(run, single)
+    assert_same_velocity(run, single)
+    assert_same_weights(run, single)
+    assert weights(run), "nothing was trained"
+    if "distributed" not in layout.name:  # which leaves each replica its own part of the gradients
+        assert_same_gradients(run, single)
+        assert_ranks_agree(run)

@@ -1,0 +1,280 @@
+"""Runs that train adapters or picked tensors: what is trained, kept and saved, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.base_weights import write_base
+from helpers.checkpoints import save_checkpoint
+from helpers.layouts import metrics, tensors
+from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
+from torch import Tensor
+
+from megatron_flashi2v.checkpoint.adapter_record import read_adapter_record, read_pairs
+from megatron_flashi2v.checkpoint.adapter_table import adapter_shapes
+from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
+from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count, parameter_shapes
+from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.config.adapter import ATTENTION, AdapterConfig
+from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
+from megatron_flashi2v.conversion.convert import FORMATS, convert
+from megatron_flashi2v.conversion.formats.megatron import open_weights
+from megatron_flashi2v.conversion.weights import ReadOptions
+from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.parallel.world import single_process
+from megatron_flashi2v.runtime.device import resolve_device
+from megatron_flashi2v.sampling.load import load_stages
+from megatron_flashi2v.training.state import TrainState
+from megatron_flashi2v.training.watching.observer import Observer
+
+Train = Callable[..., int]
+# The small model of tests/helpers/train_command.py.
+CONFIG = ModelConfig(
+    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, latent_channels=LATENT_SHAPE[0],
+    text_dim=TEXT_DIM, text_length=TEXT_LENGTH,
+)
+LORA = ("--lora-rank", 2, "--lora-alpha", 6, "--lora-targets", "self_attn", "ffn.2")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("adapters") / "base", CONFIG)
+
+
+@pytest.fixture
+def beside(base: Path) -> tuple[str, str]:
+    return "--load-weights", f"megatron:{base.parent}"
+
+
+class Keep(Observer):
+    """What a run trains, and which parameters it leaves otherwise than it found them."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, Tensor] = {}
+        self.buffered: set[str] = set()
+        self.moved: set[str] = set()
+        self.state_bytes = 0
+
+    def between_iterations(self, state: TrainState) -> None:
+        named = [named for stage in state.stages for named in stage.named_parameters()]
+        if not self.start:
+            self.start = {name: parameter.detach().clone() for name, parameter in named}
+            self.buffered = {name for name, parameter in named if hasattr(parameter, "main_grad")}
+        assert all(parameter.grad is None for name, parameter in named if name not in self.buffered)
+        self.moved = {name for name, parameter in named if not torch.equal(parameter, self.start[name])}
+        self.state_bytes = sum(
+            piece.data.nbytes for piece in state.pieces() if piece.key.startswith(("optimizer.", "ema."))
+        )
+
+
+def saved(save: Path, prefix: str = "") -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors(find_checkpoint(save), prefix).items()}
+
+
+def pair_names(*targets: str, rank: int = 2) -> set[str]:
+    return set(adapter_shapes(CONFIG, AdapterConfig(rank=rank, alpha=1.0, targets=targets)))
+
+
+@pytest.mark.parametrize("flags, trained", [
+    (LORA, pair_names("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.2")),
+    (("--lora-rank", 2), pair_names(*ATTENTION)),
+    (("--lora-rank", 2, "--lora-targets", "cross_attn.v", "--train-only", r"head\.(head|modulation)"),
+     pair_names("cross_attn.v") | {"head.linear.weight", "head.linear.bias", "head.modulation"}),
+    (("--train-only", "norm3.weight"), {"blocks.0.norm_cross.weight", "blocks.1.norm_cross.weight"}),
+], ids=["targets", "by default", "beside the head", "norms alone"])
+@pytest.mark.parametrize("precision", [(), ("--bf16", "--use-distributed-optimizer")], ids=["fp32", "bf16"])
+def test_only_what_is_trained_moves_is_kept_and_is_saved(
+    train: Train, beside: tuple[str, str], tmp_path: Path, flags: tuple, trained: set[str], precision: tuple[str, ...]
+) -> None:
+    keep = Keep()
+    run = ("--save", tmp_path, *beside, *flags, *precision, "--ema-decay", 0.5)
+    assert train(*run, observers=[keep]) == 0
+    assert keep.buffered == keep.moved == trained
+    assert keep.start.keys() == parameter_shapes(CONFIG).keys() | {name for name in trained if "lora" in name}
+    assert len({row["loss"] for row in metrics(tmp_path)}) == 4
+    for prefix in ("model.", "ema.", "optimizer.exp_avg.", "optimizer.exp_avg_sq."):
+        assert saved(tmp_path, prefix).keys() == trained
+
+
+def test_pairs_start_as_the_base_and_by_peft_s_rule(train: Train, beside: tuple[str, str], tmp_path: Path) -> None:
+    keep = Keep()
+    assert train(*beside, *LORA, "--train-iters", 1, observers=[keep]) == 0
+    pairs = {name: value for name, value in keep.start.items() if "adapter" in name}
+    for name, value in pairs.items():
+        bound = value.shape[1] ** -0.5
+        if name.endswith("lora_B.weight"):
+            assert not value.any()
+        else:
+            assert 0.8 * bound < value.abs().max() <= bound
+    assert len({float(value.sum()) for name, value in pairs.items() if "lora_A" in name}) == len(pairs) // 2
+
+
+def test_a_killed_run_goes_on_bit_for_bit(train: Train, beside: tuple[str, str], tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    flags = (*beside, *LORA, "--bf16", "--ema-decay", 0.5, "--train-only", "phi")
+    assert train("--save", straight, "--save-interval", 2, *flags) == 0
+    shutil.copytree(straight, killed)
+    shutil.rmtree(killed / "iter_0000004")
+    (killed / "latest_checkpointed_iteration.txt").write_text("2\n")
+    assert train("--save", killed, *flags) == 0
+    found, expected = saved(killed), saved(straight)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert [row["loss"] for row in metrics(killed)] == [row["loss"] for row in metrics(straight)]
+
+
+def test_the_checkpoint_says_what_it_is(train: Train, base: Path, beside: tuple[str, str], tmp_path: Path) -> None:
+    assert train("--save", tmp_path, *beside, *LORA, "--train-only", "phi", "--train-iters", 2) == 0
+    folder = find_checkpoint(tmp_path)
+    values = json.loads((folder / "adapter.json").read_text())
+    weights = open_weights(base, ReadOptions())
+    assert values == {
+        "rank": 2, "alpha": 6.0, "targets": ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.2"],
+        "trained": [name for name in parameter_shapes(CONFIG) if "phi" in name], "base": f"megatron:{base}",
+        "base_weights": "model", "base_fingerprint": base_fingerprint(weights),
+    }
+    record, config = read_adapter_record(folder), load_model_config(folder)
+    pairs = read_pairs(folder, config, record.adapter)
+    assert len(pairs) == 2 * 5
+    a, b = pairs["blocks.1.self_attn.v"]
+    stored = saved(tmp_path, "model.blocks.1.self_attention.linear_qkv.adapter.v.")
+    assert torch.equal(a, stored["lora_A.weight"]) and torch.equal(b, stored["lora_B.weight"])
+    with pytest.raises(CheckpointError, match="holds no whole model.*merge it into its base megatron:"):
+        open_weights(tmp_path, ReadOptions())
+    (folder / "adapter.json").write_text(json.dumps({**values, "alpha": 5.0}))
+    with pytest.raises(CheckpointError, match="adapter.json is damaged"):
+        find_checkpoint(folder)
+
+
+def test_one_model_has_one_fingerprint_in_every_format(base: Path, tmp_path: Path) -> None:
+    convert(("megatron", base), ("flashi2v-gpu", tmp_path / "gpu"))
+    convert(("megatron", base), ("diffusers", tmp_path / "bf16"), dtype=torch.bfloat16)
+    prints = [
+        base_fingerprint(FORMATS[name].open(path, ReadOptions(assume=CONFIG)))
+        for name, path in (("megatron", base), ("flashi2v-gpu", tmp_path / "gpu"), ("diffusers", tmp_path / "bf16"))
+    ]
+    other = base_fingerprint(open_weights(write_base(tmp_path / "other", CONFIG, seed=6), ReadOptions()))
+    assert prints[0] == prints[1] and len({*prints, other}) == 3
+
+
+def test_another_base_is_refused(
+    train: Train, beside: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train("--save", run, *beside, *LORA, "--exit-interval", 2) == 0
+    before = saved(run)
+    write_base(tmp_path / "other", CONFIG, seed=6)
+    for given, words in (
+        (("--load-weights", f"megatron:{tmp_path / 'other'}", *LORA), "trained beside other weights than"),
+        ((*beside, *LORA[:2], "--lora-alpha", 5, *LORA[4:]), "--lora-alpha 6 .* and this run has .*--lora-alpha 5"),
+        ((*beside, *LORA, "--train-only", "phi"), "and this run has .* tensors trained whole"),
+        ((), r"trained a part of the weights of megatron:.*; give --lora-rank 2 --lora-alpha 6 --lora-targets self"),
+    ):
+        assert train("--save", run, *given) != 0
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(words, error), error
+        assert len(metrics(run)) == 2 and saved(run).keys() == before.keys()
+    full = tmp_path / "full"
+    assert train("--save", full, "--exit-interval", 1) == 0
+    capsys.readouterr()
+    assert train("--save", full, *beside, *LORA) != 0
+    assert "trained all weights; to train a part of them, start a new run with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--lora-rank", 2, "--lora-targets", "q", "k_img"),
+     "--lora-targets k_img names no linear of this model; choose from self_attn.q, .* or all"),
+    (("--train-only", r"self_attn\.(q|k)\.weight"),
+     r"finds blocks.0.self_attn.q.weight, blocks.0.self_attn.k.weight, which is one tensor with "
+     r"blocks.0.self_attn.v.weight here \(blocks.0.self_attention.linear_qkv.weight\)"),
+    (("--train-only", "fi"), "'fi' is found in no tensor's name; names are ours, such as"),
+])
+def test_what_is_not_there_is_refused(
+    train: Train, beside: tuple[str, str], capsys: pytest.CaptureFixture[str], flags: tuple, words: str
+) -> None:
+    assert train(*beside, *flags) == 2
+    assert re.search(words, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_tensors_that_the_base_lacks_are_trained(train: Train, tmp_path: Path) -> None:
+    """A text-to-video model has no phi, and fewer channels than a paradigm that appends the image."""
+    write_base(tmp_path / "base", dataclasses.replace(CONFIG, conditioning="text_to_video"))
+    start = ("--load-weights", f"megatron:{tmp_path / 'base'}", "--lora-rank", 2, "--train-iters", 2)
+    assert train("--save", tmp_path / "flashi2v", *start) == 0
+    own = {name for name in parameter_shapes(CONFIG) if name.startswith("conditioning.")}
+    assert len(own) == 8 and saved(tmp_path / "flashi2v", "model.").keys() == own | pair_names(*ATTENTION)
+    assert train("--save", tmp_path / "concat", "--conditioning", "repeat_concat", *start) == 0
+    assert saved(tmp_path / "concat", "model.").keys() == {"patch_embedding.weight"} | pair_names(*ATTENTION)
+
+
+def test_state_is_small(train: Train, tmp_path: Path) -> None:
+    """Below 2% of what full training keeps beside the weights: moments, averages, fp32 copies."""
+    sizes = ("--hidden-size", 128, "--ffn-hidden-size", 512, "--train-iters", 1, "--bf16", "--ema-decay", 0.5)
+    config = dataclasses.replace(CONFIG, hidden_size=128, ffn_hidden_size=512)
+    base = write_base(tmp_path / "base", config)
+    full, part = Keep(), Keep()
+    assert train(*sizes, observers=[full]) == 0
+    beside = ("--load-weights", f"megatron:{base}", "--lora-rank", 1)
+    assert train(*sizes, *beside, observers=[part]) == 0
+    assert full.state_bytes > 12 * parameter_count(config) and 0 < part.state_bytes < 0.02 * full.state_bytes
+    # Of the models that people have, at a usual rank: counted in values, each of which has as many bytes of state.
+    large = ModelConfig(num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40)
+    adapter = AdapterConfig(rank=32, alpha=32.0, targets=ATTENTION)
+    assert sum(map(math.prod, adapter_shapes(large, adapter).values())) < 0.01 * parameter_count(large)
+
+
+def velocity(folder: Path, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    noisy, image = (torch.randn(1, *shape, generator=generator) for shape in (LATENT_SHAPE, (LATENT_SHAPE[0], 1, 4, 4)))
+    text = torch.randn(1, TEXT_LENGTH, TEXT_DIM, generator=generator)
+    device = resolve_device("cpu")
+    with single_process(device) as groups, torch.no_grad():
+        (model,) = load_stages(folder, groups, device, ParallelArguments(), adapter_scale=scale)
+        return predict_velocity(model, noisy, torch.tensor([600.0]), text, image, {"cutoff_ratio": torch.tensor([0.1])})
+
+
+def test_sampling_finds_the_base(train: Train, base: Path, tmp_path: Path) -> None:
+    """W + scale * B A in the base's place, by hand, predicts the same."""
+    moving = tmp_path / "base"
+    shutil.copytree(base, moving)
+    run = ("--lora-rank", 2, "--lora-alpha", 6, "--lora-targets", "all", "--train-only", "phi")
+    assert train("--save", tmp_path / "run", "--load-weights", f"megatron:{moving}", *run) == 0
+    folder = find_checkpoint(tmp_path / "run")
+    merged = saved(base, "model.") | {
+        name: value for name, value in saved(tmp_path / "run", "model.").items() if "adapter" not in name
+    }
+    pairs = read_pairs(folder, CONFIG, read_adapter_record(folder).adapter)
+    for row in mappings(CONFIG, "wan"):
+        parts = list(row.to_external(merged[row.ours]))
+        for place, name in enumerate(row.external):
+            a, b = pairs.get(name.removesuffix(".weight"), (None, None))
+            if a is not None and name.endswith(".weight"):
+                parts[place] = parts[place] + 1.5 * 3 * b @ a
+        merged[row.ours] = row.to_ours(parts)
+    pieces = [TensorPiece.whole(f"model.{name}", value) for name, value in merged.items()]
+    state = {"iteration": 0, "consumed_samples": 0}
+    whole = save_checkpoint(tmp_path / "merged", 0, pieces=pieces, model_config=CONFIG, state=state)
+    found, expected = velocity(folder, scale=1.5), velocity(whole)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - velocity(folder)).abs().max() > 1e-3 < (found - velocity(base)).abs().max()
+
+    shutil.rmtree(moving)
+    with pytest.raises(CheckpointError, match="does not exist; give these weights as --base FORMAT:PATH"):
+        velocity(folder)
+    write_base(moving, CONFIG, seed=6)
+    shutil.copytree(moving / "iter_0000000", tmp_path / "again")
+    shutil.rmtree(moving)
+    shutil.move(tmp_path / "again", moving)
+    with pytest.raises(CheckpointError, match="trained beside other weights than megatron:"):
+        velocity(folder)
