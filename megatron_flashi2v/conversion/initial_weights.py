@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
 from megatron_flashi2v.checkpoint.folders import require_same_model
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.conditioning.build import BASE, paradigm_fields, paradigm_of
+from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import FREE_OF_WEIGHTS, ModelConfig
+from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
 from megatron_flashi2v.conversion.convert import open_weights
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
 from megatron_flashi2v.models.weight_shards import WeightShard
@@ -93,6 +96,39 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
         missing=tuple(name for name in want if name not in have),
         unexpected=tuple(name for name in have if name not in want),
     )
+
+
+def open_base(
+    folder: Path, record: AdapterRecord, model: ModelConfig, source: tuple[str, Path] | None = None
+) -> InitialWeights:
+    """Open the weights beside which a checkpoint was trained.
+
+    Args:
+        folder: the checkpoint, for messages.
+        record: of what it holds.
+        model: of the checkpoint.
+        source: format and path of the base; by default where it was in training.
+
+    Raises:
+        UserError: the base is missing or damaged, or other weights are found.
+    """
+    if source is None:
+        name, _, path = record.base.partition(":")
+        source = name, Path(path)
+    name, place = source
+    if not place.exists():
+        raise CheckpointError(
+            f"{folder} was trained beside {record.base}, and {place} does not exist; give these weights as --base "
+            "FORMAT:PATH"
+        )
+    base = open_initial_weights(source, model, record.base_weights)
+    found = base_fingerprint(base.weights)
+    if found != record.base_fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained beside other weights than {name}:{place}: their fingerprint is "
+            f"{record.base_fingerprint[:16]}..., this one's {found[:16]}...; give those of {record.base}"
+        )
+    return base
 
 
 def load_initial_weights(initial: InitialWeights, shards: Iterable[WeightShard]) -> None:

@@ -17,9 +17,8 @@ from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
-from megatron_flashi2v.conversion.base_fingerprint import open_base
 from megatron_flashi2v.conversion.formats import diffusers
-from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
+from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_base, open_initial_weights
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.build import build_stages

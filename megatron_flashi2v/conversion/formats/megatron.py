@@ -105,7 +105,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     if adapter is not None:
         raise CheckpointError(
             f"{folder} holds no whole model but what was trained beside frozen weights ({ADAPTER_NAME}); merge it into "
-            f"its base {adapter.base} first"
+            f"its base {adapter.base} first: convert --from FORMAT BASE --adapter {folder} --merge"
         )
     return MegatronWeights(folder, options)
 
