@@ -24,7 +24,8 @@ from megatron_flashi2v.runtime.progress import progress
 from megatron_flashi2v.sampling.image import load_image
 from megatron_flashi2v.sampling.noise import NoiseFile
 from megatron_flashi2v.sampling.outputs import files_of_named, write_files
-from megatron_flashi2v.sampling.pipeline import DEFAULT_NEGATIVE_PROMPT, ImageToVideoPipeline
+from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
+from megatron_flashi2v.sampling.prompts import DEFAULT_NEGATIVE_PROMPT
 from megatron_flashi2v.sampling.record import PlannedVideo, begin, deciding_settings
 from megatron_flashi2v.sampling.requests import Job, plan_jobs, read_requests
 from megatron_flashi2v.sampling.session import (

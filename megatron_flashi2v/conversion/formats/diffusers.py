@@ -37,6 +37,7 @@ from megatron_flashi2v.conversion.weights import (
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 
 SECOND_TRANSFORMER, CONDITIONING, SCHEDULER = "transformer_2", "image_conditioning", "scheduler"
+SECOND_CONDITIONING = "image_conditioning_2"
 PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
@@ -141,6 +142,12 @@ def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     }
 
 
+def conditioning_of(transformer: Path) -> Path:
+    """The folder beside a transformer's with its own settings and tensors; both experts of a pair may share one."""
+    second = transformer.parent / SECOND_CONDITIONING
+    return second if transformer.name == SECOND_TRANSFORMER and second.is_dir() else transformer.parent / CONDITIONING
+
+
 def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
     """Read a folder's model from the conditioning's settings, and check it against the transformer's.
 
@@ -235,7 +242,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
         raise CheckpointError(f"{path}: the format diffusers holds one set of weights; leave out --weights ema")
     transformer = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
     notes = _expert_notes(path, transformer)
-    conditioning = path / CONDITIONING if transformer != path else path.parent / CONDITIONING
+    conditioning = conditioning_of(transformer)
     config = read_config(transformer, conditioning)
     options.require_agreement(config, transformer / "config.json")
     inside, beside = table(config)
