@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from megatron_flashi2v.config.bounds import Above, AtLeast, EndsWith, Within, check_bounds
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import Named, Only
 from megatron_flashi2v.config.recipe import FlagNames
@@ -96,7 +97,12 @@ class SampleConfig(FlagNames):
     name: str = DEFAULT_NAME
     """With --requests: name of each video in the folder, without .mp4; {id} and {seed} are filled in."""
     negative_prompt: str | None = None
-    """Prompt to steer away from; "" is the empty prompt of training. By default a list of common flaws."""
+    """Prompt to steer away from, or @FILE with it; "" is the empty prompt of training. By default that of the release,
+    or a list of common flaws."""
+    text_cleaning: Literal["full", "light"] | None = None
+    """Cleaning of prompts; by default as recorded with the model: as the captions in training were."""
+    interpolation: Interpolation | None = None
+    """Interpolation of the image when it is resized; by default that of the training data, or bicubic."""
     num_frames: Annotated[int | None, AtLeast(1)] = None
     """Video frames; by default as in the training data, or 49."""
     height: Annotated[int | None, AtLeast(1)] = None

@@ -113,6 +113,7 @@ def convert(
     weights: str = "model",
     num_attention_heads: int | None = None,
     phi_order: str | None = None,
+    text_cleaning: str | None = None,
     keep_non_finite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -133,6 +134,7 @@ def convert(
         weights: ``model`` or ``ema``.
         num_attention_heads: for sources that do not state it.
         phi_order: likewise.
+        text_cleaning: to record with the model; None keeps what the source records.
         keep_non_finite: convert values that are NaN or infinite like others, in place of refusing them.
         max_shard_bytes: largest file, in bytes of tensors; formats of one file ignore it.
         overwrite: replace an earlier output of the target's format.
@@ -158,6 +160,8 @@ def convert(
             keep_non_finite=keep_non_finite,
         ),
     )
+    if text_cleaning is not None:
+        opened.config = dataclasses.replace(opened.config, text_cleaning=text_cleaning)
     if write.require is not None:
         write.require(opened.config)
     if on_open is not None:

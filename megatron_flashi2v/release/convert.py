@@ -52,6 +52,7 @@ def convert(config: ConvertConfig) -> Converted:
                 weights=config.weights,
                 num_attention_heads=config.num_attention_heads,
                 phi_order=config.phi_order,
+                text_cleaning=config.text_cleaning,
                 keep_non_finite=config.keep_non_finite,
                 max_shard_bytes=config.max_shard_bytes,
                 overwrite=config.overwrite,
@@ -79,7 +80,10 @@ def _release(config: ConvertConfig, source_format: str) -> tuple[OnOpen | None, 
     from megatron_flashi2v.release.components import find_component, require_fit
     from megatron_flashi2v.release.folder import finish_release
     from megatron_flashi2v.release.model_card import Origin
+    from megatron_flashi2v.sampling.prompts import text_or_file
 
+    negative = config.negative_prompt
+    negative = None if negative is None else text_or_file(negative, "--negative-prompt")
     components = [find_component(name, place) for name, place in config.parts.items()]
     copied = config.components == "copy"
     nbytes = sum(component.nbytes() for component in components if copied and component.folder is not None)
@@ -87,7 +91,7 @@ def _release(config: ConvertConfig, source_format: str) -> tuple[OnOpen | None, 
     def finish(folder: Path, weights: Weights) -> None:
         finish_release(
             folder, weights, components, copied=copied, source_format=source_format,
-            origin=Origin(license=config.license, base_model=config.base_model),
+            origin=Origin(license=config.license, base_model=config.base_model), negative_prompt=negative,
         )
 
     def on_open(weights: Weights) -> None:

@@ -26,6 +26,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.interface import Extras
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings, check_sampling_settings
@@ -80,6 +81,8 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         image_processor: of the image encoder.
         transformer_2: a pair's expert for low noise; None for one model.
         image_conditioning_2: the image's way into that; None where it is the first's.
+        interpolation: bicubic or bilinear, of images that are resized; from the training data.
+        negative_prompt: default of a call; None takes the one of ``flashi2v sample``.
         boundary_ratio: of a pair: ``transformer`` takes timesteps of at least 1000 times this, as in diffusers.
     """
 
@@ -119,6 +122,8 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         transformer_2: WanTransformer3DModel | None = None,
         image_conditioning_2: FlashI2VImageConditioning | None = None,
         boundary_ratio: float | None = None,
+        interpolation: Interpolation = "bicubic",
+        negative_prompt: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -128,7 +133,8 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             transformer_2=transformer_2, image_conditioning_2=image_conditioning_2,
         )  # fmt: skip
         self.register_to_config(
-            num_frames=num_frames, height=height, width=width, fps=fps, boundary_ratio=boundary_ratio
+            num_frames=num_frames, height=height, width=width, fps=fps, boundary_ratio=boundary_ratio,
+            interpolation=interpolation, negative_prompt=negative_prompt,
         )
         self.video_processor = VideoProcessor()
 
@@ -175,8 +181,8 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             image: PIL images, arrays ``[H, W, 3]``, tensors ``[3, H, W]`` (uint8, or floating in [0, 1]; also in
                 batches) or files; one serves all prompts. Cropped as in training.
             prompt: one serves all images; None is the empty prompt.
-            negative_prompt: guidance steers away from it; None takes the one of ``flashi2v sample``. A list gives
-                each prompt its own.
+            negative_prompt: guidance steers away from it; None takes the release's, or the one of ``flashi2v
+                sample``. A list gives each prompt its own.
             height: pixels; None takes the training data's, here and for the next two.
             width: pixels.
             num_frames: video frames.
@@ -312,7 +318,8 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         if prompt_embeds is None:
             prompt_embeds = rows_of(prompt or "")
         if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+            negative = self.config.negative_prompt if negative_prompt is None else negative_prompt
+            negative = DEFAULT_NEGATIVE_PROMPT if negative is None else negative
             negative_prompt_embeds = rows_of(negative)
         prompt_embeds = prompt_embeds.to(device, dtype)
         if negative_prompt_embeds is not None:
@@ -333,6 +340,7 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             velocity=self.velocity,
             vae=VideoVAE(self.vae, source="vae"),
             text_encoder=None,
+            interpolation=self.config.interpolation,
             model_config=self._model_config,
             device=self._execution_device,
             image_encoder=None if self.image_encoder is None else ImageEncoder(

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.fields import spelling
 from megatron_flashi2v.config.model import ModelConfig
@@ -99,6 +100,23 @@ def find_models(
         folder=folder, config=config, state=state,
         low_noise=LowNoiseFolder(folder=low_folder, boundary_ratio=boundary_ratio),
     )
+
+
+def interpolation_of(state: Mapping[str, Any], given: Interpolation | None = None) -> Interpolation:
+    """How to resize images: as it is given, or as the training data were, or as FlashI2V's main branch does.
+
+    Raises:
+        CheckpointError: another one is recorded.
+    """
+    data = state.get("data")
+    recorded = data.get("interpolation") if isinstance(data, Mapping) else None
+    chosen: Any = given or recorded or "bicubic"
+    if chosen not in get_args(Interpolation):
+        raise CheckpointError(
+            f"the training data's interpolation is recorded as {chosen!r}; give --interpolation, one of "
+            f"{', '.join(get_args(Interpolation))}"
+        )
+    return cast("Interpolation", chosen)
 
 
 def _is_pair(folder: Path) -> bool:

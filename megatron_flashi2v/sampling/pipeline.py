@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings, SolverName, check_sampling_settings
@@ -73,6 +74,7 @@ class ImageToVideoPipeline:
     Args:
         velocity: the model, see :data:`VelocityFunction`; called with fp32 tensors on ``device``, timesteps excepted.
         low_noise: a pair's second expert; ``velocity`` is the first then.
+        interpolation: of images that are resized, as the training data were.
         vae: makes the image's latents and decodes the video's.
         text_encoder: makes the text rows; None where the caller brings them.
         image_encoder: makes the image's rows; None for a model that attends to none.
@@ -98,6 +100,7 @@ class ImageToVideoPipeline:
         guidance_group: torch.distributed.ProcessGroup | None = None,
         image_encoder: ImageEncoder | None = None,
         low_noise: LowNoise | None = None,
+        interpolation: Interpolation = "bicubic",
     ) -> None:
         if vae.latent_channels != model_config.latent_channels:
             raise ConfigError(
@@ -127,6 +130,7 @@ class ImageToVideoPipeline:
             )
         self.image_encoder = image_encoder
         self.velocity, self.low_noise = velocity, low_noise
+        self.interpolation = interpolation
         self.vae = vae
         self.text_encoder = text_encoder
         self.model_config = model_config
@@ -265,7 +269,9 @@ class ImageToVideoPipeline:
         if images is not None:
             image_list = list(images) if isinstance(images, (list, tuple)) else [cast("ImageLike", images)]
             image_list, prompt_list = pair_with_prompts(image_list, prompt_list)
-            return prompt_list, torch.stack([fit_image(image, height, width) for image in image_list])
+            return prompt_list, torch.stack(
+                [fit_image(image, height, width, self.interpolation) for image in image_list]
+            )
         if self.paradigm.uses_image:
             raise ConfigError(
                 f"no image was given, but the model's conditioning is {self.model_config.conditioning!r}"

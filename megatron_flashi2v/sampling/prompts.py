@@ -6,10 +6,12 @@ Shape suffixes: B samples, L text rows, D text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.data.prepared import pad_text_rows
 from megatron_flashi2v.encoders.text_cleaning import CleaningPolicy, clean_prompt
 
@@ -17,7 +19,24 @@ DEFAULT_NEGATIVE_PROMPT = (
     "low quality, blurry, noisy, compression artifacts, flicker, frozen picture, washed out colors, "
     "deformed bodies, extra fingers, subtitles, logo, watermark"
 )
-"""Guidance steers away from it unless the user gives another one."""
+"""Guidance steers away from it unless the user gives another one, or the release has its own."""
+
+
+def text_or_file(given: str, flag: str) -> str:
+    """A prompt as it is given, or the text of the file that it names as ``@FILE``.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text in UTF-8.
+    """
+    if not given.startswith("@"):
+        return given
+    path = Path(given[1:]).expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{flag} {given}: cannot be read ({error}); after @ give a file of text in UTF-8, or give the prompt itself"
+        ) from error
 
 
 class RowsOfText(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import POLICIES, lost_most, require_words
@@ -31,8 +33,9 @@ from megatron_flashi2v.runtime.logging import AGREED, ONCE
 from megatron_flashi2v.runtime.text import excerpt
 from megatron_flashi2v.sampling.experts import require_pair
 from megatron_flashi2v.sampling.frozen import FrozenFolders, load_image_encoder
-from megatron_flashi2v.sampling.models import FoundModels, find_models, load_velocities
+from megatron_flashi2v.sampling.models import FoundModels, find_models, interpolation_of, load_velocities
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
+from megatron_flashi2v.sampling.prompts import DEFAULT_NEGATIVE_PROMPT, text_or_file
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +54,15 @@ class VideoShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is sampled from: a model, or a pair of experts, and where the frozen models lie."""
+    """What is sampled from: a model, or a pair of experts, and where the frozen models lie.
+
+    Attributes:
+        negative_prompt: of the flags, or the release's, or else ours.
+    """
 
     frozen: FrozenFolders
     models: FoundModels
+    negative_prompt: str
 
     @property
     def folder(self) -> Path:
@@ -87,7 +95,15 @@ class Source:
             config.load, config.weights, low_noise=config.low_noise, boundary_ratio=config.boundary_ratio
         )
         require_pair(config.sampler.guidance_scale_2, models.low_noise)
-        return cls(frozen=frozen, models=models)
+        if config.text_cleaning is not None:
+            model = dataclasses.replace(models.config, text_cleaning=config.text_cleaning)
+            models = dataclasses.replace(models, config=model)
+        negative, recorded = config.negative_prompt, models.state.get(diffusers.NEGATIVE_PROMPT)
+        if negative is not None:
+            negative = text_or_file(negative, "--negative-prompt")
+        else:
+            negative = recorded if isinstance(recorded, str) else DEFAULT_NEGATIVE_PROMPT
+        return cls(frozen=frozen, models=models, negative_prompt=negative)
 
 
 @contextlib.contextmanager
@@ -128,6 +144,7 @@ def open_pipeline(
         yield ImageToVideoPipeline(
             velocity=velocity, low_noise=second, vae=decoder, text_encoder=rows, model_config=models.config,
             device=where, batched_guidance=batched_guidance, image_encoder=image_rows,
+            interpolation=interpolation_of(models.state),
         )
 
 
@@ -207,7 +224,7 @@ def require_processes(config: SampleConfig, model: ModelConfig, launch: LaunchEn
         )
 
 
-def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str | None) -> None:
+def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str) -> None:
     """Refuse, before the weights are read, prompts of which the model would see nothing; warn once of little.
 
     Raises:
@@ -216,7 +233,7 @@ def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str | None
     policy = next((policy for policy in POLICIES if policy == model.text_cleaning), None)
     if policy is None:
         return
-    for text, what in ((prompt, "prompt"), (negative_prompt or "", "negative prompt")):
+    for text, what in ((prompt, "prompt"), (negative_prompt, "negative prompt")):
         cleaned = require_words(text, policy, what)
         if lost_most(text, cleaned):
             logger.warning(
@@ -264,6 +281,7 @@ def load_pipeline(
         velocity=velocity, low_noise=low_noise, vae=encoders.vae, text_encoder=RecentRows(encoders.text),
         model_config=source.model, device=encoders.device.torch_device, batched_guidance=config.batched_guidance,
         guidance_group=replica.models, image_encoder=encoders.image,
+        interpolation=interpolation_of(source.state, config.interpolation),
     )
 
 
