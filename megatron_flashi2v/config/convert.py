@@ -65,6 +65,9 @@ class ConvertConfig(FlagNames):
     phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] | None = None
     """Order of FlashI2V's latent shift, if no file beside the weights names it; by default that of the format's own
     code."""
+    text_cleaning: Literal["full", "light"] | None = None
+    """How sampling is to clean prompts; by default as the captions in training were, where that is recorded, or else
+    light, as Wan's pipelines and both branches of FlashI2V do."""
     keep_non_finite: bool = False
     """Convert values that are NaN or infinite as they are; without it, the first tensor that holds one is refused."""
     max_shard_size: str | None = None
@@ -84,6 +87,9 @@ class ConvertConfig(FlagNames):
     """For `diffusers`: tokenizer of the release, likewise."""
     image_encoder: Annotated[str | None, HoldsPath()] = None
     """For `diffusers`: image encoder of a release of wan_i2v, likewise; its processor lies in it or beside it."""
+    negative_prompt: str | None = None
+    """For `diffusers`: prompt that sampling from the release steers away from by default, or @FILE with it, such as the
+    one of the code that the weights come from."""
     components: Literal["copy", "reference"] = "copy"
     """Copy those folders into the release, or name them in it; repositories are always named."""
     license: Annotated[str | None, Matches(r"[a-z0-9][a-z0-9.+-]*", "an identifier such as apache-2.0")] = None
@@ -93,7 +99,10 @@ class ConvertConfig(FlagNames):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag, value in (self.parts | {"license": self.license, "base_model": self.base_model}).items():
+        for flag, value in (
+            self.parts
+            | {"license": self.license, "base_model": self.base_model, "negative_prompt": self.negative_prompt}
+        ).items():
             if value is not None and self.target[0] != "diffusers":
                 raise ConfigError(f"--{flag.replace('_', '-')} {value}: only `--to diffusers` makes a release folder")
         if self.target[0] == ENCODERS and (self.source[0] not in ("wan", "auto") or self.dtype != "keep"):

@@ -219,7 +219,8 @@ def _check_expert(config: TrainConfig) -> None:
         if interval is not None:
             raise ConfigError(
                 f"{flag} {interval} samples from pure noise to none, but --sigma-min {data.sigma_min} and --sigma-max "
-                f"{data.sigma_max} train a part of these levels; leave it out, and sample with both experts"
+                f"{data.sigma_max} train a part of these levels; leave it out, and sample the pair by `flashi2v sample "
+                "--low-noise`"
             )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from megatron_flashi2v.config.bounds import Above, AtLeast, EndsWith, Within, check_bounds
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.fields import Named, Only
 from megatron_flashi2v.config.recipe import FlagNames
@@ -47,6 +48,8 @@ class SamplerSettings:
     """Solver: FlashI2V's Euler steps, or a multistep scheduler of diffusers, which needs fewer steps."""
     guidance_scale: Annotated[float, AtLeast(0)] = 5.0
     """Classifier-free guidance; 1 turns it off and halves the time."""
+    guidance_scale_2: Annotated[float | None, AtLeast(0)] = None
+    """Guidance of the second of a pair of experts, the one for low noise; by default as of the first."""
     shift: Annotated[float, Above(0)] = DEFAULT_SHIFT
     """Shift of the noise levels toward noise; 1 is none."""
 
@@ -66,7 +69,13 @@ class SampleConfig(FlagNames):
 
     load: Path
     """Checkpoint: the folder given to `train --save` (its latest iteration), one of its iter_* folders, or a
-    release, which holds what the next three name."""
+    release, which holds what the encoders' flags name; of a pair of experts, the one for high noise."""
+    low_noise: Path | None = None
+    """Checkpoint or release of the second of a pair of experts, the one for low noise; the release of a pair holds
+    both."""
+    boundary_ratio: Annotated[float | None, Within(0, 1)] = None
+    """Noise level that divides the experts: --load takes timesteps of at least 1000 times this, --low-noise those
+    below; by default that of the release, or the one at which --sigma-min and --sigma-max divided their training."""
     vae: Path | None = None
     """Folder of the video VAE that prepared the training data (diffusers' layout), or of a release with it, or
     OWNER/NAME:SUBFOLDER of a Hub repository; by default the one of the release that --load names."""
@@ -88,7 +97,12 @@ class SampleConfig(FlagNames):
     name: str = DEFAULT_NAME
     """With --requests: name of each video in the folder, without .mp4; {id} and {seed} are filled in."""
     negative_prompt: str | None = None
-    """Prompt to steer away from; "" is the empty prompt of training. By default a list of common flaws."""
+    """Prompt to steer away from, or @FILE with it; "" is the empty prompt of training. By default that of the release,
+    or a list of common flaws."""
+    text_cleaning: Literal["full", "light"] | None = None
+    """Cleaning of prompts; by default as recorded with the model: as the captions in training were."""
+    interpolation: Interpolation | None = None
+    """Interpolation of the image when it is resized; by default that of the training data, or bicubic."""
     num_frames: Annotated[int | None, AtLeast(1)] = None
     """Video frames; by default as in the training data, or 49."""
     height: Annotated[int | None, AtLeast(1)] = None
@@ -168,7 +182,7 @@ class SampleConfig(FlagNames):
     def _check_guidance(self) -> None:
         if self.guidance_parallel_size == 1:
             return
-        if self.sampler.guidance_scale <= 1:
+        if max(self.sampler.guidance_scale, self.sampler.guidance_scale_2 or 0) <= 1:
             raise ConfigError(
                 f"--guidance-parallel-size {self.guidance_parallel_size} divides guidance's two passes, but "
                 f"--guidance-scale {self.sampler.guidance_scale:g} makes one; leave it out"
@@ -180,11 +194,15 @@ class SampleConfig(FlagNames):
             )
 
 
-def check_sampling_settings(*, num_steps: int, guidance_scale: float, shift: float) -> None:
+def check_sampling_settings(
+    *, num_steps: int, guidance_scale: float, shift: float, guidance_scale_2: float | None = None
+) -> None:
     """Refuse settings that the sampler cannot use.
 
     Raises:
         ConfigError: names the setting, its value and the rule.
     """
-    settings = SamplerSettings(num_steps=num_steps, guidance_scale=guidance_scale, shift=shift)
+    settings = SamplerSettings(
+        num_steps=num_steps, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2, shift=shift
+    )
     check_bounds(settings, as_flags=False)

@@ -165,6 +165,8 @@ class OptimizerArguments:
     """Learning rate at the end of the decay."""
     weight_decay: Annotated[float, AtLeast(0)] = 0.01
     """Decoupled weight decay; biases and 1-D tensors do not decay."""
+    weight_decay_rules: Literal["matrices", "reference"] = "matrices"
+    """What decays: matrices, with convolutions and modulation tables; or all parameters, as in FlashI2V's reference."""
     adam_beta1: Annotated[float, AtLeast(0), Below(1)] = 0.9
     """First moment's decay."""
     adam_beta2: Annotated[float, AtLeast(0), Below(1)] = 0.999

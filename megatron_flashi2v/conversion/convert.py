@@ -116,6 +116,7 @@ def convert(
     weights: str = "model",
     num_attention_heads: int | None = None,
     phi_order: str | None = None,
+    text_cleaning: str | None = None,
     keep_non_finite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -139,6 +140,7 @@ def convert(
         weights: ``model`` or ``ema``.
         num_attention_heads: for sources that do not state it.
         phi_order: likewise.
+        text_cleaning: to record with the model; None keeps what the source records.
         keep_non_finite: convert values that are NaN or infinite like others, in place of refusing them.
         max_shard_bytes: largest file, in bytes of tensors; formats of one file ignore it.
         overwrite: replace an earlier output of the target's format.
@@ -167,6 +169,8 @@ def convert(
         opened = open_weights(*source, options)
     if adapter is not None:
         opened = MergedWeights(opened, adapter, adapter_scale)
+    if text_cleaning is not None:
+        opened.config = dataclasses.replace(opened.config, text_cleaning=text_cleaning)
     if write.require is not None:
         write.require(opened.config)
     if on_open is not None:

@@ -20,6 +20,9 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.sources import SourceTensor, whole_box
 from megatron_flashi2v.runtime.files import atomic_write_json
 
+FOREIGN_TEXT_CLEANING = "light"
+"""How Wan's pipelines and both branches of FlashI2V clean prompts, for weights that record nothing of it."""
+
 OnBytes = Callable[[int], None]
 """Called with a number of bytes after each tensor, for a progress bar."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import DataError
 from megatron_flashi2v.data.shards import SHARD_PATTERN, ShardIndex, shard_name
 from megatron_flashi2v.runtime.files import atomic_write_bytes, atomic_write_json, read_json_object
@@ -34,6 +35,7 @@ class DataInfo:
         frames: video frames of one clip.
         height: pixels.
         width: pixels.
+        interpolation: of resized frames; a set's settings have it, and not its description.
         vae: settings of the VAE that made the latents, JSON-ready.
         text_encoder: settings of the text encoder that made the rows, JSON-ready.
         inputs: shapes of the tensors that each sample holds beside latents and text, for the paradigms that take them
@@ -49,6 +51,7 @@ class DataInfo:
     frames: int
     height: int
     width: int
+    interpolation: Interpolation = "bicubic"
     vae: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -64,6 +67,7 @@ class DataInfo:
         """A JSON-ready dictionary; what earlier versions did not have is left out where it is empty."""
         values = {**asdict(self), "latent_shape": list(self.latent_shape)}
         values["inputs"] = {name: list(shape) for name, shape in self.inputs.items()}
+        del values["interpolation"]
         return {name: value for name, value in values.items() if value or name not in ("inputs", "image_encoder")}
 
     @classmethod
@@ -164,7 +168,9 @@ def read_description(folder: Path) -> DatasetDescription:
         )
     try:
         description = DatasetDescription(
-            info=DataInfo.from_json(values["info"]),
+            info=DataInfo.from_json(
+                {**values["info"], "interpolation": values["settings"].get("interpolation", "bicubic")}
+            ),
             settings=dict(values["settings"]),
             fingerprint=str(values["fingerprint"]),
             shards=tuple(ShardEntry(**row) for row in values["shards"]),

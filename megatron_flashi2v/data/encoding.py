@@ -103,6 +103,7 @@ class Encoders:
             frames=wanted.num_frames,
             height=wanted.height,
             width=wanted.width,
+            interpolation=self._clips.interpolation,
             vae=self.vae.settings,
             text_encoder=self.text.settings,
             inputs=inputs,

@@ -55,6 +55,7 @@ def convert(config: ConvertConfig) -> Converted:
                 weights=options.weights,
                 num_attention_heads=options.num_attention_heads,
                 phi_order=options.phi_order,
+                text_cleaning=config.text_cleaning,
                 keep_non_finite=options.keep_non_finite,
                 max_shard_bytes=config.max_shard_bytes,
                 overwrite=config.overwrite,
@@ -102,7 +103,10 @@ def release_of(
     from megatron_flashi2v.release.components import find_components, require_fit
     from megatron_flashi2v.release.folder import finish_release
     from megatron_flashi2v.release.model_card import Origin
+    from megatron_flashi2v.sampling.prompts import text_or_file
 
+    negative = config.negative_prompt
+    negative = None if negative is None else text_or_file(negative, "--negative-prompt")
     components = find_components(config.parts)
     copied = config.components == "copy"
     nbytes = sum(component.nbytes() for component in components if copied and component.folder is not None)
@@ -111,6 +115,7 @@ def release_of(
         finish_release(
             folder, weights, components, copied=copied, source_format=source_format,
             origin=Origin(license=config.license, base_model=config.base_model, boundary_ratio=boundary_ratio),
+            negative_prompt=negative,
         )
 
     def on_open(weights: Weights) -> None:

@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.conversion.formats.diffusers import PIPELINE_DEFAULTS, PIPELINE_NAME, REFERENCES
+from megatron_flashi2v.conversion.formats.diffusers import (
+    NEGATIVE_PROMPT,
+    PIPELINE_DEFAULTS,
+    PIPELINE_NAME,
+    REFERENCES,
+)
 from megatron_flashi2v.conversion.weights import Weights
 from megatron_flashi2v.release.components import Component
 from megatron_flashi2v.release.model_card import CARD_NAME, Origin, model_card
@@ -21,6 +26,7 @@ def finish_release(
     copied: bool,
     source_format: str,
     origin: Origin,
+    negative_prompt: str | None = None,
 ) -> None:
     """Turn a folder of the format diffusers into a release.
 
@@ -32,6 +38,7 @@ def finish_release(
             always are.
         source_format: of the weights before the conversion.
         origin: for the card.
+        negative_prompt: of the release; None leaves users ours.
     """
     index = read_json_object(folder / PIPELINE_NAME, error=CheckpointError)
     references: dict[str, str] = {}
@@ -46,5 +53,7 @@ def finish_release(
     data = weights.facts.get("data")
     if isinstance(data, Mapping):
         index |= {name: data[key] for name, key in PIPELINE_DEFAULTS.items() if key in data}
+    if negative_prompt is not None:
+        index[NEGATIVE_PROMPT] = negative_prompt
     atomic_write_json(folder / PIPELINE_NAME, index)
     atomic_write_text(folder / CARD_NAME, model_card(weights, source_format, references, origin))

@@ -80,7 +80,8 @@ def convert_pair(config: ConvertConfig) -> tuple[Converted, Converted]:
             for expert, source, weights, adapter in zip(EXPERTS, sources, opened, adapters, strict=True):
                 with Bars(expert) as bars:
                     done.append(convert(
-                        source, (form, folder / expert), opened=weights, max_shard_bytes=config.max_shard_bytes,
+                        source, (form, folder / expert), opened=weights, text_cleaning=config.text_cleaning,
+                        max_shard_bytes=config.max_shard_bytes,
                         adapter=adapter, adapter_scale=config.adapter_scale, verify=config.verify,
                         check=forward_check(config), on_start=bars.start, on_bytes=bars.advance,
                     ))  # fmt: skip

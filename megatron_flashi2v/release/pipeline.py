@@ -26,6 +26,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from megatron_flashi2v.conditioning.interface import Extras
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import ImageSettings, check_sampling_settings
@@ -33,19 +34,16 @@ from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import CleaningPolicy
 from megatron_flashi2v.encoders.video_vae import VideoVAE
-from megatron_flashi2v.release.call_inputs import seeds_of, separate_images, spread_rows
+from megatron_flashi2v.release.call_inputs import check_inputs, second_scale, seeds_of, separate_images, spread_rows
 from megatron_flashi2v.release.components import load_references
 from megatron_flashi2v.release.image_conditioning import FlashI2VImageConditioning
 from megatron_flashi2v.release.steps import NEGATIVE_ROWS, ROWS, CallState, StepEnd, Steps
 from megatron_flashi2v.sampling.denoise import Conditions, denoise
+from megatron_flashi2v.sampling.experts import is_low_noise
 from megatron_flashi2v.sampling.image import ImageLike
 from megatron_flashi2v.sampling.noise import sample_noise
-from megatron_flashi2v.sampling.pipeline import (
-    DEFAULT_NEGATIVE_PROMPT,
-    ImageToVideoPipeline,
-    encode_prompts,
-    latent_shape_of,
-)
+from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
+from megatron_flashi2v.sampling.prompts import DEFAULT_NEGATIVE_PROMPT, encode_prompts
 from megatron_flashi2v.sampling.solvers import SchedulerSolver, exact_euler
 
 TEXT_ROWS = 512
@@ -70,7 +68,7 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
     Args:
         tokenizer: of the text encoder.
         text_encoder: UMT5EncoderModel.
-        transformer: diffusers' transformer.
+        transformer: diffusers' transformer; of a pair of experts, the one for high noise.
         image_conditioning: the image's way into it.
         vae: AutoencoderKLWan.
         scheduler: any of diffusers' that predicts flow; it is the solver. A release's, first-order DPM-Solver++, is
@@ -81,6 +79,11 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         fps: of the training data, for writing the frames to a file.
         image_encoder: CLIPVisionModel, for a model that attends to its rows; None for others.
         image_processor: of the image encoder.
+        transformer_2: a pair's expert for low noise; None for one model.
+        image_conditioning_2: the image's way into that; None where it is the first's.
+        interpolation: bicubic or bilinear, of images that are resized; from the training data.
+        negative_prompt: default of a call; None takes the one of ``flashi2v sample``.
+        boundary_ratio: of a pair: ``transformer`` takes timesteps of at least 1000 times this, as in diffusers.
     """
 
     # diffusers' base class sets these; its own annotations do not say so.
@@ -92,12 +95,14 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
     scheduler: Any
     image_encoder: Any
     image_processor: Any
+    transformer_2: Any
+    image_conditioning_2: Any
     config: Any
 
-    model_cpu_offload_seq: Any = "text_encoder->image_encoder->transformer"
-    _optional_components = ["image_encoder", "image_processor"]
+    model_cpu_offload_seq: Any = "text_encoder->image_encoder->transformer->transformer_2"
+    _optional_components = ["image_encoder", "image_processor", "transformer_2", "image_conditioning_2"]
     # Small, and called by other methods than forward, the only one that offloading hooks.
-    _exclude_from_cpu_offload = ["image_conditioning", "vae"]
+    _exclude_from_cpu_offload = ["image_conditioning", "image_conditioning_2", "vae"]
     _callback_tensor_inputs = ["latents", ROWS, NEGATIVE_ROWS]
 
     def __init__(
@@ -114,14 +119,23 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         fps: float = 16.0,
         image_encoder: Any = None,
         image_processor: Any = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        image_conditioning_2: FlashI2VImageConditioning | None = None,
+        boundary_ratio: float | None = None,
+        interpolation: Interpolation = "bicubic",
+        negative_prompt: str | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer,
             image_conditioning=image_conditioning, vae=vae, scheduler=exact_euler(scheduler),
             image_encoder=image_encoder, image_processor=image_processor,
+            transformer_2=transformer_2, image_conditioning_2=image_conditioning_2,
         )  # fmt: skip
-        self.register_to_config(num_frames=num_frames, height=height, width=width, fps=fps)
+        self.register_to_config(
+            num_frames=num_frames, height=height, width=width, fps=fps, boundary_ratio=boundary_ratio,
+            interpolation=interpolation, negative_prompt=negative_prompt,
+        )
         self.video_processor = VideoProcessor()
 
     @classmethod
@@ -146,6 +160,7 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         num_frames: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
+        guidance_scale_2: float | None = None,
         num_videos_per_prompt: int | None = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -166,13 +181,14 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             image: PIL images, arrays ``[H, W, 3]``, tensors ``[3, H, W]`` (uint8, or floating in [0, 1]; also in
                 batches) or files; one serves all prompts. Cropped as in training.
             prompt: one serves all images; None is the empty prompt.
-            negative_prompt: guidance steers away from it; None takes the one of ``flashi2v sample``. A list gives
-                each prompt its own.
+            negative_prompt: guidance steers away from it; None takes the release's, or the one of ``flashi2v
+                sample``. A list gives each prompt its own.
             height: pixels; None takes the training data's, here and for the next two.
             width: pixels.
             num_frames: video frames.
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance, off at 1 and below.
+            guidance_scale_2: that of a pair's second expert; None takes the same.
             num_videos_per_prompt: videos of each (image, prompt) pair.
             generator: its *seed* keys all noise, as ``--seed`` of ``flashi2v sample`` does, on any device and in any
                 batch; its state is neither used nor changed. A list gives each video its own.
@@ -198,9 +214,11 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_inputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
-                           callback_on_step_end_tensor_inputs)
-        check_sampling_settings(num_steps=num_inference_steps, guidance_scale=guidance_scale, shift=1.0)
+        check_inputs(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
+                     callback_on_step_end_tensor_inputs)
+        check_sampling_settings(
+            num_steps=num_inference_steps, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2, shift=1.0
+        )
         settings = ImageSettings(cutoff_ratio=cutoff_ratio, image_noise=image_noise)
         sampler, device = self._sampler(), self._execution_device
         height, width = height or self.config.height, width or self.config.width
@@ -208,6 +226,7 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             sampler.vae, sampler.model_config, num_frames or self.config.num_frames, height, width
         )
         self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+        self._guidance_scale_2 = second_scale(self, guidance_scale, guidance_scale_2)
         self._interrupt = False
         repeats = num_videos_per_prompt or 1
         # Given rows have no prompts, but a place for each.
@@ -299,7 +318,8 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         if prompt_embeds is None:
             prompt_embeds = rows_of(prompt or "")
         if do_classifier_free_guidance and negative_prompt_embeds is None:
-            negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+            negative = self.config.negative_prompt if negative_prompt is None else negative_prompt
+            negative = DEFAULT_NEGATIVE_PROMPT if negative is None else negative
             negative_prompt_embeds = rows_of(negative)
         prompt_embeds = prompt_embeds.to(device, dtype)
         if negative_prompt_embeds is not None:
@@ -312,35 +332,6 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         conditioning = self.image_conditioning
         return ModelConfig if conditioning is None else conditioning.model_config
 
-    def _check_inputs(
-        self,
-        prompt: object,
-        negative_prompt: object,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        tensor_inputs: Sequence[str],
-    ) -> None:
-        """Refuse what excludes each other, and rows of another width than the model's."""
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ConfigError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known are {self._callback_tensor_inputs}"
-            )
-        width = self._model_config.text_dim
-        for name, text, rows in (
-            ("prompt", prompt, prompt_embeds), ("negative_prompt", negative_prompt, negative_prompt_embeds),
-        ):  # fmt: skip
-            if text is not None and rows is not None:
-                raise ConfigError(f"both {name} and {name}_embeds are given; give one of them")
-            if rows is not None and (rows.ndim != 3 or rows.shape[2] != width):
-                raise ConfigError(f"{name}_embeds have the shape {list(rows.shape)}; it must be [B, L, {width}]")
-        encoder = self.text_encoder
-        if encoder is not None and encoder.config.d_model != width:
-            raise ConfigError(
-                f"the text encoder's rows have width {encoder.config.d_model}, the model's text_dim is "
-                f"{width}; give the text encoder that prepared the training data"
-            )
-
     def _sampler(self) -> ImageToVideoPipeline:
         """The pipeline of ``flashi2v sample`` around this one's components, for its conditions."""
         if self.image_encoder is not None and self.image_processor is None:
@@ -349,6 +340,7 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             velocity=self.velocity,
             vae=VideoVAE(self.vae, source="vae"),
             text_encoder=None,
+            interpolation=self.config.interpolation,
             model_config=self._model_config,
             device=self._execution_device,
             image_encoder=None if self.image_encoder is None else ImageEncoder(
@@ -364,16 +356,17 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         image_latents_BC1HW: Tensor,
         extras: Extras,
     ) -> Tensor:
-        """One call of the transformer; fp32 outside, its own dtype inside."""
-        conditioned = self.image_conditioning(latents_BCTHW, image_latents_BC1HW, extras)
-        dtype, rows_BRX = self.transformer.dtype, conditioned.image_rows_BRX
+        """One call of the transformer that the timestep belongs to; fp32 outside, its own dtype inside."""
+        transformer, conditioning, _ = self.expert(timestep_B[0])
+        conditioned = conditioning(latents_BCTHW, image_latents_BC1HW, extras)
+        dtype, rows_BRX = transformer.dtype, conditioned.image_rows_BRX
         if rows_BRX is not None and text_BLD.shape[1] != TEXT_ROWS:
             raise ConfigError(
                 f"there are {text_BLD.shape[1]} text rows; beside an image's rows diffusers' transformer takes "
                 f"{TEXT_ROWS} of them for granted: give max_sequence_length={TEXT_ROWS}"
             )
-        with self.image_conditioning.guiding(self.transformer, conditioned.guidance_BCTHW):
-            velocity_BCTHW = self.transformer(
+        with conditioning.guiding(transformer, conditioned.guidance_BCTHW):
+            velocity_BCTHW = transformer(
                 hidden_states=conditioned.latents_BCTHW.to(dtype),
                 timestep=timestep_B.to(latents_BCTHW.device),
                 encoder_hidden_states=text_BLD.to(dtype),
@@ -382,6 +375,14 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
                 return_dict=False,
             )[0]
         return velocity_BCTHW.float()
+
+    def expert(self, timestep: Tensor) -> tuple[Any, Any, float]:
+        """The transformer that a timestep belongs to, the image's way into it, and its guidance scale."""
+        ratio = self.config.boundary_ratio
+        if ratio is None or not is_low_noise(timestep, ratio):
+            return self.transformer, self.image_conditioning, self.guidance_scale
+        own = self.image_conditioning_2
+        return self.transformer_2, self.image_conditioning if own is None else own, self.guidance_scale_2
 
     def _output(self, vae: VideoVAE, state_BCTHW: Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -25,6 +25,7 @@ class CallState:
 
     _interrupt = False
     _guidance_scale = 1.0
+    _guidance_scale_2 = 1.0
     _num_timesteps = 0
     _current_timestep: Tensor | None = None
     _attention_kwargs: dict[str, Any] | None = None
@@ -40,9 +41,14 @@ class CallState:
         return self._guidance_scale
 
     @property
+    def guidance_scale_2(self) -> float:
+        """That of a pair's second expert, likewise."""
+        return self._guidance_scale_2
+
+    @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether a step has a second pass."""
-        return is_guided(self._guidance_scale)
+        """Whether any step has a second pass."""
+        return is_guided(self._guidance_scale) or is_guided(self._guidance_scale_2)
 
     @property
     def num_timesteps(self) -> int:
@@ -96,19 +102,20 @@ class Steps:
         extras: Extras,
     ) -> Tensor:
         """The guided velocity, as the loop calls it; the rows are this object's own."""
+        transformer, _, guidance_scale = self._pipeline.expert(timestep_B[0])
 
         def one_pass(name: str, rows: str) -> Tensor:
-            with self._cache_context(name, float(timestep_B[0]) / 1000):
+            with self._cache_context(transformer, name, float(timestep_B[0]) / 1000):
                 velocity_BCTHW: Tensor = self._pipeline.velocity(
                     latents_BCTHW, timestep_B, self._text[rows], image_latents_BC1HW, extras
                 )
             return velocity_BCTHW
 
         conditional = one_pass("cond", ROWS)
-        if NEGATIVE_ROWS not in self._text or not self._pipeline.do_classifier_free_guidance:
+        if NEGATIVE_ROWS not in self._text or not is_guided(guidance_scale):
             return conditional
         unconditional = one_pass("uncond", NEGATIVE_ROWS)
-        return combine_guided(conditional, unconditional, self._pipeline.guidance_scale)
+        return combine_guided(conditional, unconditional, guidance_scale)
 
     def after(self, done: int, steps: int, state_BCTHW: Tensor) -> Tensor | None:
         """The loop's own callback."""
@@ -128,9 +135,9 @@ class Steps:
         self._step = step
         self._pipeline._current_timestep = self._solver.timesteps[step]
 
-    def _cache_context(self, name: str, sigma: float) -> Any:
+    def _cache_context(self, transformer: Any, name: str, sigma: float) -> Any:
         """Tell diffusers' caches of blocks which pass runs, and where in the loop; early versions know passes alone."""
-        enter = self._pipeline.transformer.cache_context
+        enter = transformer.cache_context
         kinds = {parameter.kind for parameter in inspect.signature(enter).parameters.values()}
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             return enter(name)

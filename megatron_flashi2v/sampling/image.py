@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 from PIL.Image import Image
 
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.data.pictures import PictureError, picture_to_tensor, read_picture
 from megatron_flashi2v.data.transforms import cover_size, resize_and_crop
@@ -54,7 +55,9 @@ def load_image(path: Path) -> torch.Tensor:
         raise DataError(f"image {error}; give another file") from error
 
 
-def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
+def fit_image(
+    image: ImageLike, height: int, width: int, interpolation: Interpolation = "bicubic"
+) -> torch.Tensor:
     """Resize to cover and crop at the centre, exactly as training clips are.
 
     Returns:
@@ -78,7 +81,7 @@ def fit_image(image: ImageLike, height: int, width: int) -> torch.Tensor:
             f"the image is a {type(image).__name__}; give a PIL image, an array [H, W, 3], a tensor [3, H, W] or a file"
         )
     _tell_loss(tensor.shape[1], tensor.shape[2], height, width)
-    return resize_and_crop(tensor.unsqueeze(0), height, width)[0]
+    return resize_and_crop(tensor.unsqueeze(0), height, width, interpolation)[0]
 
 
 def pair_with_prompts(images: list[ImageLike], prompts: list[str]) -> tuple[list[ImageLike], list[str]]:

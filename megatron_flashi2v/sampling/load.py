@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_base, open_initial_weights
-from megatron_flashi2v.encoders.text import TextEncoder
-from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.context_memory import ContextMemory
 from megatron_flashi2v.models.predict import predict_velocity
@@ -29,16 +26,15 @@ from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.models.weight_shards import whole_weights
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.placement import shard_grid
-from megatron_flashi2v.parallel.world import single_process
-from megatron_flashi2v.runtime.device import Device, resolve_device
+from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.files import read_json_object
-from megatron_flashi2v.sampling.frozen import FrozenFolders, is_release, load_image_encoder
+from megatron_flashi2v.sampling.frozen import is_release
 from megatron_flashi2v.sampling.guidance import VelocityFunction
-from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
 
 
 def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
-    """The folder that a path stands for: an ``iter_*`` folder, the newest good one under ``--save``, or a release.
+    """The folder that a path stands for: an ``iter_*`` folder, the newest good one under ``--save``, or a release, or
+    a transformer's folder in one.
 
     A checkpoint's files that hold the weights, ``model`` or ``ema``, are verified. Every process does so by itself:
     this is asked before there are groups, and the processes of a node share what is read.
@@ -46,7 +42,7 @@ def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
     Raises:
         CheckpointError: there is none, the ``iter_*`` folder is damaged, or a release is asked for averaged weights.
     """
-    if is_release(path):
+    if _is_diffusers(path):
         if weights != "model":
             raise CheckpointError(f"{path} is a release, which holds one set of weights; leave out --weights {weights}")
         return path
@@ -68,12 +64,19 @@ def describe(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    if not is_release(folder):
+    if not _is_diffusers(folder):
         return load_model_config(folder), load_state(folder)
-    config = diffusers.read_config(folder / diffusers.TRANSFORMER, folder / diffusers.CONDITIONING)
-    index = read_json_object(folder / diffusers.PIPELINE_NAME, error=CheckpointError)
+    transformer = folder / diffusers.TRANSFORMER if is_release(folder) else folder
+    config = diffusers.read_config(transformer, diffusers.conditioning_of(transformer))
+    pipeline = transformer.parent / diffusers.PIPELINE_NAME
+    index = read_json_object(pipeline, error=CheckpointError) if pipeline.is_file() else {}
     data = {key: index[name] for name, key in diffusers.PIPELINE_DEFAULTS.items() if name in index}
-    return config, {"data": data}
+    return config, {"data": data, diffusers.NEGATIVE_PROMPT: index.get(diffusers.NEGATIVE_PROMPT)}
+
+
+def _is_diffusers(folder: Path) -> bool:
+    """Whether a folder is a release, or a transformer's in one; a checkpoint has no such file."""
+    return is_release(folder) or (folder / "config.json").is_file()
 
 
 def load_stages(
@@ -119,7 +122,7 @@ def load_stages(
     stages = [stage.eval() for stage in build_stages(spec, parallel)]
     parameters = (named for stage in stages for named in stage.named_parameters())
     shards = whole_weights(parameters, shard_grid(groups))
-    if is_release(folder):
+    if _is_diffusers(folder):
         load_initial_weights(open_initial_weights(("diffusers", folder), config), shards)
         return stages
     if record is not None:
@@ -150,43 +153,3 @@ def velocity_of(model: DiffusionTransformer | Sequence[DiffusionTransformer]) ->
     the model makes of the last texts: weights and the texts' tensors must stay as they are while it is used.
     """
     return torch.no_grad()(partial(predict_velocity, model, memory=ContextMemory()))
-
-
-@contextlib.contextmanager
-def open_pipeline(
-    checkpoint: Path,
-    *,
-    vae: Path | None = None,
-    text_encoder: Path | None = None,
-    tokenizer: Path | None = None,
-    device: str = "auto",
-    weights: str = "model",
-    bf16: bool = False,
-    attention_backend: str = "auto",
-    batched_guidance: bool = False,
-    image_encoder: Path | None = None,
-) -> Iterator[ImageToVideoPipeline]:
-    """The pipeline of a checkpoint in this process alone; it can be called only inside.
-
-    Arguments and errors as for :meth:`~megatron_flashi2v.sampling.pipeline.ImageToVideoPipeline.from_checkpoint`.
-    """
-    frozen = FrozenFolders.find(
-        checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, image_encoder=image_encoder
-    )
-    folder = resolve_checkpoint(checkpoint, weights)
-    config, _ = describe(folder)
-    target = resolve_device(device)
-    where = target.torch_device
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    decoder = VideoVAE.load(frozen.vae, where)
-    rows = TextEncoder.load(frozen.text_encoder, frozen.tokenizer, config.text_length, where, dtype)
-    image_rows = load_image_encoder(frozen.image_encoder, config, where)
-    with single_process(target) as groups:
-        stages = load_stages(
-            folder, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
-            weights=weights,
-        )
-        yield ImageToVideoPipeline(
-            velocity=velocity_of(stages), vae=decoder, text_encoder=rows, model_config=config, device=where,
-            batched_guidance=batched_guidance, image_encoder=image_rows,
-        )

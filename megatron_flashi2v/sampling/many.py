@@ -24,7 +24,7 @@ from megatron_flashi2v.runtime.progress import progress
 from megatron_flashi2v.sampling.image import load_image
 from megatron_flashi2v.sampling.noise import NoiseFile
 from megatron_flashi2v.sampling.outputs import files_of_named, write_files
-from megatron_flashi2v.sampling.pipeline import DEFAULT_NEGATIVE_PROMPT, ImageToVideoPipeline
+from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
 from megatron_flashi2v.sampling.record import PlannedVideo, begin, deciding_settings
 from megatron_flashi2v.sampling.requests import Job, plan_jobs, read_requests
 from megatron_flashi2v.sampling.session import (
@@ -106,9 +106,8 @@ def _plan(config: SampleConfig, source: Source, jobs: Sequence[Job]) -> list[Pla
             job=job,
             shape=video_shape(config, source.state, job.request),
             files=files_of_named(config, job.name),
-            negative_prompt=next(
-                text for text in (job.request.negative_prompt, config.negative_prompt, DEFAULT_NEGATIVE_PROMPT)
-                if text is not None
+            negative_prompt=(
+                source.negative_prompt if job.request.negative_prompt is None else job.request.negative_prompt
             ),
         )
         for job in jobs

@@ -12,37 +12,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_flashi2v.conditioning.build import paradigm_of
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import DEFAULT_SHIFT, ImageSettings, SolverName, check_sampling_settings
-from megatron_flashi2v.data.prepared import pad_text_rows
 from megatron_flashi2v.data.transforms import to_model_range
 from megatron_flashi2v.encoders.image_inputs import encode_image_inputs
-from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy, clean_prompt
+from megatron_flashi2v.encoders.text_cleaning import POLICIES, CleaningPolicy
 from megatron_flashi2v.sampling.denoise import Conditions, StepCallback, denoise
-from megatron_flashi2v.sampling.guidance import Guidance, VelocityFunction, is_guided, with_guidance
+from megatron_flashi2v.sampling.experts import LowNoise, divided_by_noise, require_pair
+from megatron_flashi2v.sampling.guidance import VelocityFunction, is_guided, with_guidance
 from megatron_flashi2v.sampling.image import ImageLike, fit_image, pair_with_prompts
 from megatron_flashi2v.sampling.noise import sample_extras, sample_noise
+from megatron_flashi2v.sampling.prompts import DEFAULT_NEGATIVE_PROMPT, RowsOfText, encode_prompts
 from megatron_flashi2v.sampling.solvers import make_solver
 
 if TYPE_CHECKING:
     from megatron_flashi2v.encoders.image import ImageEncoder
     from megatron_flashi2v.encoders.video_vae import VideoVAE
-
-DEFAULT_NEGATIVE_PROMPT = (
-    "low quality, blurry, noisy, compression artifacts, flicker, frozen picture, washed out colors, "
-    "deformed bodies, extra fingers, subtitles, logo, watermark"
-)
-"""Guidance steers away from it unless the user gives another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +68,13 @@ class SampledVideo:
         write_mp4(Path(path), self.frames_BTHWC[index], fps)
 
 
-class RowsOfText(Protocol):
-    """A text encoder, such as :class:`~megatron_flashi2v.encoders.text.TextEncoder`."""
-
-    text_dim: int
-
-    def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        """One ``[L, D]`` tensor for each cleaned prompt."""
-
-
 class ImageToVideoPipeline:
     """Samples videos that start from an image and follow a prompt.
 
     Args:
         velocity: the model, see :data:`VelocityFunction`; called with fp32 tensors on ``device``, timesteps excepted.
+        low_noise: a pair's second expert; ``velocity`` is the first then.
+        interpolation: of images that are resized, as the training data were.
         vae: makes the image's latents and decodes the video's.
         text_encoder: makes the text rows; None where the caller brings them.
         image_encoder: makes the image's rows; None for a model that attends to none.
@@ -111,6 +99,8 @@ class ImageToVideoPipeline:
         batched_guidance: bool = False,
         guidance_group: torch.distributed.ProcessGroup | None = None,
         image_encoder: ImageEncoder | None = None,
+        low_noise: LowNoise | None = None,
+        interpolation: Interpolation = "bicubic",
     ) -> None:
         if vae.latent_channels != model_config.latent_channels:
             raise ConfigError(
@@ -139,7 +129,8 @@ class ImageToVideoPipeline:
                 f"{rows} of {model_config.image_dim}; give the image encoder that the model was trained with"
             )
         self.image_encoder = image_encoder
-        self.velocity = velocity
+        self.velocity, self.low_noise = velocity, low_noise
+        self.interpolation = interpolation
         self.vae = vae
         self.text_encoder = text_encoder
         self.model_config = model_config
@@ -174,7 +165,7 @@ class ImageToVideoPipeline:
         Raises:
             UserError: a folder is missing or damaged, or the parts do not fit together.
         """
-        from megatron_flashi2v.sampling.load import open_pipeline
+        from megatron_flashi2v.sampling.session import open_pipeline
 
         frozen = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
         places: dict[str, Any] = {name: None if place is None else Path(place) for name, place in frozen.items()}
@@ -193,6 +184,7 @@ class ImageToVideoPipeline:
         num_steps: int = 50,
         solver: SolverName = "euler",
         guidance_scale: float = 5.0,
+        guidance_scale_2: float | None = None,
         shift: float = DEFAULT_SHIFT,
         cutoff_ratio: float = 0.1,
         image_noise: float = 0.02,
@@ -217,6 +209,7 @@ class ImageToVideoPipeline:
             num_steps: steps of the solver.
             solver: see :func:`~megatron_flashi2v.sampling.solvers.make_solver`.
             guidance_scale: classifier-free guidance, off at 1 and below.
+            guidance_scale_2: that of a pair's second expert; None takes the same.
             shift: shift of the noise levels toward noise.
             cutoff_ratio: share of the image's spectrum, counted from the lowest frequencies, that the Fourier
                 guidance leaves out, in [0, 1].
@@ -231,7 +224,10 @@ class ImageToVideoPipeline:
         Raises:
             ConfigError: a setting is out of range, or the size does not fit the VAE and the model.
         """
-        check_sampling_settings(num_steps=num_steps, guidance_scale=guidance_scale, shift=shift)
+        check_sampling_settings(
+            num_steps=num_steps, guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2, shift=shift
+        )
+        require_pair(guidance_scale_2, self.low_noise)
         settings = ImageSettings(cutoff_ratio=cutoff_ratio, image_noise=image_noise)
         solving = make_solver(solver, num_steps, shift, self.device)
         latent_shape = latent_shape_of(self.vae, self.model_config, num_frames, height, width)
@@ -249,11 +245,10 @@ class ImageToVideoPipeline:
             },
         )
         latents_BCTHW = denoise(
-            self.velocity,
+            self.guided(negative_prompt, guidance_scale, guidance_scale_2, count),
             noise_BCTHW.to(self.device),
             conditions,
             solving,
-            guidance=self.guidance(negative_prompt, guidance_scale, count),
             callback=callback,
         )
         return SampledVideo(
@@ -274,7 +269,9 @@ class ImageToVideoPipeline:
         if images is not None:
             image_list = list(images) if isinstance(images, (list, tuple)) else [cast("ImageLike", images)]
             image_list, prompt_list = pair_with_prompts(image_list, prompt_list)
-            return prompt_list, torch.stack([fit_image(image, height, width) for image in image_list])
+            return prompt_list, torch.stack(
+                [fit_image(image, height, width, self.interpolation) for image in image_list]
+            )
         if self.paradigm.uses_image:
             raise ConfigError(
                 f"no image was given, but the model's conditioning is {self.model_config.conditioning!r}"
@@ -316,18 +313,26 @@ class ImageToVideoPipeline:
         extras = sample_extras(self.paradigm, settings, seed, keys, latent_shape)
         return {name: value.to(self.device) for name, value in extras.items()}
 
-    def guidance(self, negative_prompt: str | None, guidance_scale: float, count: int) -> Guidance | None:
-        """Guidance of so many samples away from the negative prompt; None where the scale turns it off."""
-        if not is_guided(guidance_scale):
-            return None
-        negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
-        return partial(
-            with_guidance,
-            negative_text_BLD=self.encode_text([negative], "negative prompt").expand(count, -1, -1),
-            guidance_scale=guidance_scale,
-            batched=self.batched_guidance,
-            group=self.guidance_group,
-        )
+    def guided(
+        self, negative_prompt: str | None, guidance_scale: float, guidance_scale_2: float | None, count: int
+    ) -> VelocityFunction:
+        """The velocity of so many samples, away from the negative prompt where a scale does not turn that off."""
+        velocities, scales = [self.velocity], [guidance_scale]
+        if self.low_noise is not None:
+            velocities.append(self.low_noise.velocity)
+            scales.append(guidance_scale if guidance_scale_2 is None else guidance_scale_2)
+        if any(map(is_guided, scales)):
+            negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+            negative_BLD = self.encode_text([negative], "negative prompt").expand(count, -1, -1)
+            velocities = [
+                with_guidance(
+                    velocity, negative_BLD, scale, batched=self.batched_guidance, group=self.guidance_group
+                )
+                for velocity, scale in zip(velocities, scales, strict=True)
+            ]
+        if self.low_noise is None:
+            return velocities[0]
+        return divided_by_noise(*velocities, boundary_ratio=self.low_noise.boundary_ratio)
 
     def encode_text(self, prompts: Sequence[str], what: str = "prompt") -> torch.Tensor:
         """Text rows ``[B, text length, D]``, cleaned as the captions in training were, with zeros after the last.
@@ -341,18 +346,6 @@ class ImageToVideoPipeline:
         return encode_prompts(
             self.text_encoder, prompts, self.text_cleaning, self.model_config.text_length, what
         ).to(self.device)
-
-
-def encode_prompts(
-    text_encoder: RowsOfText, prompts: Sequence[str], cleaning: CleaningPolicy, length: int, what: str = "prompt"
-) -> torch.Tensor:
-    """Text rows ``[B, L, D]`` of cleaned prompts, with zeros after each one's last up to ``length``.
-
-    Raises:
-        ConfigError: cleaning empties a prompt; ``what`` it is called.
-    """
-    rows_LD = text_encoder.encode([clean_prompt(prompt, cleaning, what) for prompt in prompts])
-    return torch.stack([pad_text_rows(rows, length) for rows in rows_LD])
 
 
 def latent_shape_of(

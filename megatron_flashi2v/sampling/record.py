@@ -56,6 +56,9 @@ def deciding_settings(config: SampleConfig, source: Source) -> dict[str, Any]:
     values = {name: value for name, value in flat_values(config).items() if name not in FREE}
     files = {**vars(source.frozen), "noise": config.noise, "load": source.folder}
     values |= {name: None if path is None else str(path.resolve()) for name, path in files.items()}
+    low_noise = source.models.low_noise
+    if low_noise is not None:
+        values |= {"low_noise": str(low_noise.folder.resolve()), "boundary_ratio": low_noise.boundary_ratio}
     if values["image_encoder"] is None:  # records of earlier versions do not have it
         del values["image_encoder"]
     written = {name: getattr(config, name) is not None for name in ("strip", "latents")}

@@ -56,7 +56,7 @@ def _sample(config: SampleConfig, prompt: str, launch: LaunchEnvironment) -> Sam
     # Cheap checks first: nobody should wait for 14 billion weights to hear of a misspelt file.
     require_outputs(config)
     source = Source.find(config)
-    require_prompts(source.model, prompt, config.negative_prompt)
+    require_prompts(source.model, prompt, source.negative_prompt)
     require_processes(config, source.model, launch)
     shape = video_shape(config, source.state)
     image = condition_image(config, source.model)
@@ -77,7 +77,7 @@ def _sample(config: SampleConfig, prompt: str, launch: LaunchEnvironment) -> Sam
         pipeline = load_pipeline(config, source, encoders, groups, replica)
         with progress("sampling", config.sampler.num_steps, rank=launch.rank) as report:
             video = pipeline(
-                image, prompt, **call_options(config, shape), negative_prompt=config.negative_prompt,
+                image, prompt, **call_options(config, shape), negative_prompt=source.negative_prompt,
                 seed=config.seed, noise_BCTHW=noise, decode=replica.is_first,
                 callback=lambda done, steps, state: report.advance(),
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,24 @@ from megatron_flashi2v.config.layout import check_layout, model_ranks
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.text_cleaning import POLICIES, lost_most, require_words
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.replicas import Replica
+from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED, ONCE
 from megatron_flashi2v.runtime.text import excerpt
+from megatron_flashi2v.sampling.experts import require_pair
 from megatron_flashi2v.sampling.frozen import FrozenFolders, load_image_encoder
-from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
+from megatron_flashi2v.sampling.models import FoundModels, find_models, interpolation_of, load_velocities
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
+from megatron_flashi2v.sampling.prompts import DEFAULT_NEGATIVE_PROMPT, text_or_file
 
 logger = logging.getLogger(__name__)
 
@@ -47,35 +54,98 @@ class VideoShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The checkpoint that is sampled from.
+    """What is sampled from: a model, or a pair of experts, and where the frozen models lie.
 
     Attributes:
-        frozen: where the frozen models lie.
-        folder: an ``iter_*``, whose weights are verified.
-        model: resolved dimensions.
-        state: what training recorded.
+        negative_prompt: of the flags, or the release's, or else ours.
     """
 
     frozen: FrozenFolders
-    folder: Path
-    model: ModelConfig
-    state: Mapping[str, Any]
+    models: FoundModels
+    negative_prompt: str
+
+    @property
+    def folder(self) -> Path:
+        """Of the model, or of a pair's first."""
+        return self.models.folder
+
+    @property
+    def model(self) -> ModelConfig:
+        """Resolved dimensions, of each."""
+        return self.models.config
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What training recorded."""
+        return self.models.state
 
     @classmethod
     def find(cls, config: SampleConfig) -> Source:
-        """The checkpoint that the flags name.
+        """What the flags name.
 
         Raises:
-            ConfigError: a frozen model is neither given nor in a release.
-            CheckpointError: there is none, or it is damaged.
+            ConfigError: a frozen model is neither given nor in a release, or flags of a pair are given for one model.
+            CheckpointError: see :func:`~megatron_flashi2v.sampling.models.find_models`.
         """
         frozen = FrozenFolders.find(
             config.load, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
             image_encoder=config.image_encoder,
         )
-        folder = resolve_checkpoint(config.load, config.weights)
-        model, state = describe(folder)
-        return cls(frozen=frozen, folder=folder, model=model, state=state)
+        models = find_models(
+            config.load, config.weights, low_noise=config.low_noise, boundary_ratio=config.boundary_ratio
+        )
+        require_pair(config.sampler.guidance_scale_2, models.low_noise)
+        if config.text_cleaning is not None:
+            model = dataclasses.replace(models.config, text_cleaning=config.text_cleaning)
+            models = dataclasses.replace(models, config=model)
+        negative, recorded = config.negative_prompt, models.state.get(diffusers.NEGATIVE_PROMPT)
+        if negative is not None:
+            negative = text_or_file(negative, "--negative-prompt")
+        else:
+            negative = recorded if isinstance(recorded, str) else DEFAULT_NEGATIVE_PROMPT
+        return cls(frozen=frozen, models=models, negative_prompt=negative)
+
+
+@contextlib.contextmanager
+def open_pipeline(
+    checkpoint: Path,
+    *,
+    vae: Path | None = None,
+    text_encoder: Path | None = None,
+    tokenizer: Path | None = None,
+    device: str = "auto",
+    weights: str = "model",
+    bf16: bool = False,
+    attention_backend: str = "auto",
+    batched_guidance: bool = False,
+    image_encoder: Path | None = None,
+    low_noise: Path | None = None,
+    boundary_ratio: float | None = None,
+) -> Iterator[ImageToVideoPipeline]:
+    """The pipeline of a checkpoint in this process alone; it can be called only inside.
+
+    Arguments and errors as for :meth:`~megatron_flashi2v.sampling.pipeline.ImageToVideoPipeline.from_checkpoint`.
+    """
+    frozen = FrozenFolders.find(
+        checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, image_encoder=image_encoder
+    )
+    models = find_models(checkpoint, weights, low_noise=low_noise, boundary_ratio=boundary_ratio)
+    target = resolve_device(device)
+    where = target.torch_device
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    decoder = VideoVAE.load(frozen.vae, where)
+    rows = TextEncoder.load(frozen.text_encoder, frozen.tokenizer, models.config.text_length, where, dtype)
+    image_rows = load_image_encoder(frozen.image_encoder, models.config, where)
+    with single_process(target) as groups:
+        velocity, second = load_velocities(
+            models, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
+            weights=weights,
+        )
+        yield ImageToVideoPipeline(
+            velocity=velocity, low_noise=second, vae=decoder, text_encoder=rows, model_config=models.config,
+            device=where, batched_guidance=batched_guidance, image_encoder=image_rows,
+            interpolation=interpolation_of(models.state),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +224,7 @@ def require_processes(config: SampleConfig, model: ModelConfig, launch: LaunchEn
         )
 
 
-def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str | None) -> None:
+def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str) -> None:
     """Refuse, before the weights are read, prompts of which the model would see nothing; warn once of little.
 
     Raises:
@@ -163,7 +233,7 @@ def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str | None
     policy = next((policy for policy in POLICIES if policy == model.text_cleaning), None)
     if policy is None:
         return
-    for text, what in ((prompt, "prompt"), (negative_prompt or "", "negative prompt")):
+    for text, what in ((prompt, "prompt"), (negative_prompt, "negative prompt")):
         cleaned = require_words(text, policy, what)
         if lost_most(text, cleaned):
             logger.warning(
@@ -203,14 +273,15 @@ def load_pipeline(
     Raises:
         UserError: the weights are damaged, or the parts do not fit together.
     """
-    stages = load_stages(
-        source.folder, groups, encoders.device, config.parallel, bf16=config.bf16,
+    velocity, low_noise = load_velocities(
+        source.models, groups, encoders.device, config.parallel, bf16=config.bf16,
         attention_backend=config.attention_backend, weights=config.weights,
     )
     return ImageToVideoPipeline(
-        velocity=velocity_of(stages), vae=encoders.vae, text_encoder=RecentRows(encoders.text),
+        velocity=velocity, low_noise=low_noise, vae=encoders.vae, text_encoder=RecentRows(encoders.text),
         model_config=source.model, device=encoders.device.torch_device, batched_guidance=config.batched_guidance,
         guidance_group=replica.models, image_encoder=encoders.image,
+        interpolation=interpolation_of(source.state, config.interpolation),
     )
 
 
@@ -223,6 +294,7 @@ def call_options(config: SampleConfig, shape: VideoShape) -> dict[str, Any]:
         "num_steps": config.sampler.num_steps,
         "solver": config.sampler.solver,
         "guidance_scale": config.sampler.guidance_scale,
+        "guidance_scale_2": config.sampler.guidance_scale_2,
         "shift": config.sampler.shift,
         "cutoff_ratio": config.image_settings.cutoff_ratio,
         "image_noise": config.image_settings.image_noise,

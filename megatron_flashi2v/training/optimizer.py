@@ -102,7 +102,9 @@ def make_optimizer(
         spec: precision and groups.
     """
     no_decay = ParamKey(predicate=ParamPredicate(name="no_decay", fn=lambda parameter: not decays(parameter)))
-    overrides = {no_decay: {"wd_mult": 0.0}}
+    overrides: dict[ParamKey, Any] = {}
+    if arguments.weight_decay_rules == "matrices":
+        overrides[no_decay] = {"wd_mult": 0.0}
     if arguments.optimizer == "adam" and USING_PYTORCH_OPTIMIZER:
         # torch's AdamW in one kernel, as those of Transformer Engine and apex are, which megatron-core prefers.
         overrides[ParamKey(predicate=ParamPredicate(name="all", fn=lambda _: True))] = {"fused": True}

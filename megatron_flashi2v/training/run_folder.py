@@ -81,7 +81,7 @@ class Start:
         before = state["data"]
         differing = [
             f"{name} is {before.get(name)} there and {value} here"
-            for name, value in now.data.items() if before.get(name) != value
+            for name, value in now.data.items() if before.get(name, value) != value
         ]
         if differing:
             raise CheckpointError(

@@ -74,7 +74,7 @@ def provenance_of(
         seed=config.batch.seed,
         data_name=data.name,
         data={"samples": len(data), "fingerprint": data.fingerprint, "frames": info.frames, "height": info.height,
-              "width": info.width, "fps": info.fps},
+              "width": info.width, "fps": info.fps, "interpolation": info.interpolation},
         layout=layout_of(config.batch, config.parallel, launch.world_size),
         config={name: value for name, value in flat_values(config).items() if name not in SETTINGS_OF_A_START},
         started_from=started_from,
@@ -135,7 +135,7 @@ def _config_beside(folder: Path) -> dict[str, Any]:
 
 def _schedule_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     """Flags that decide how learning rate, weight decay and batch go on."""
-    fields = {"lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "global_batch_size"}
+    fields = {"lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "weight_decay_rules", "global_batch_size"}
     if {before.get("lr_decay_style"), now["lr_decay_style"]} != {"constant"}:
         fields |= {"min_lr", "lr_decay_iters"}
         if before.get("lr_decay_iters") is None or now["lr_decay_iters"] is None:

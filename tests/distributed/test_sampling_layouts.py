@@ -39,7 +39,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose weights are nowhere zero, encoders and an image."""
+    """Checkpoints whose weights are nowhere zero, of a model and of a pair's second expert, encoders and an image."""
     folder = tmp_path_factory.mktemp("models")
     make_tiny_vae(folder / "vae")
     make_tiny_text_encoder(folder / "text_encoder")
@@ -47,13 +47,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     device = resolve_device("cpu")
     with single_process(device) as groups:
         model = build_model(CONFIG, groups, device)
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        save_checkpoint(
-            folder / "checkpoints", 1, pieces=model_pieces(model.named_parameters(), ShardGrid()), model_config=CONFIG,
-            state={"iteration": 1, "data": {"frames": 5, "height": 16, "width": 24, "fps": 8.0}},
-        )
+        for seed, name in enumerate(("checkpoints", "second")):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            save_checkpoint(
+                folder / name, 1, pieces=model_pieces(model.named_parameters(), ShardGrid()), model_config=CONFIG,
+                state={"iteration": 1, "data": {"frames": 5, "height": 16, "width": 24, "fps": 8.0}},
+            )
     pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
     return folder
@@ -89,6 +90,17 @@ def test_a_divided_model_samples_the_same_video(
     assert expected.std() > 0.1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.png", "a.safetensors"]
+
+
+def test_a_pair_of_experts_on_a_layout(models: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """The second without guidance, where guidance's two passes are on different ranks."""
+    pair = ("--low-noise", str(models / "second"), "--boundary-ratio", "0.9", "--guidance-scale-2", "1")
+    run_ranks(sample, 1, models, arguments(models, tmp_path / "a.mp4", *pair))
+    layout = ("--tensor-model-parallel-size", "2", "--guidance-parallel-size", "2")
+    run_ranks(sample, 4, models, arguments(models, tmp_path / "b.mp4", *pair, *layout))
+    one, four = (load_file(tmp_path / f"{name}.safetensors")["latents_BCTHW"] for name in "ab")
+    assert (one - expected).abs().max() > 0.1
+    assert (four - one).abs().max() <= 1e-5 * one.abs().max()
 
 
 def test_more_processes_than_the_layout_takes_are_refused(models: Path, tmp_path: Path) -> None:

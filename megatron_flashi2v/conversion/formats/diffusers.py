@@ -27,6 +27,7 @@ from megatron_flashi2v.conversion.containers import open_container
 from megatron_flashi2v.conversion.quantised import dequantised
 from megatron_flashi2v.conversion.recognition import FIRST_AND_LAST, TRANSFORMER, channels_named, require_model
 from megatron_flashi2v.conversion.weights import (
+    FOREIGN_TEXT_CLEANING,
     ExternalWeights,
     OnBytes,
     ReadOptions,
@@ -40,8 +41,11 @@ SECOND_TRANSFORMER, CONDITIONING, SCHEDULER = "transformer_2", "image_conditioni
 SECOND_CONDITIONING = "image_conditioning_2"
 PIPELINE_NAME = "model_index.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
-PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps"}
+PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps",
+                     "interpolation": "interpolation"}  # fmt: skip
 """Keys of the training data's description in a checkpoint, by the pipeline's argument."""
+NEGATIVE_PROMPT = "negative_prompt"
+"""Key of the pipeline's argument with the release's own."""
 REFERENCES = "_component_sources"
 """Key of ``model_index.json`` for components that lie elsewhere; diffusers ignores keys that begin with ``_``."""
 RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "README.md")
@@ -145,8 +149,7 @@ def names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 def conditioning_of(transformer: Path) -> Path:
     """The folder beside a transformer's with its own settings and tensors; both experts of a pair may share one."""
     second = transformer.parent / SECOND_CONDITIONING
-    is_second = transformer.name == SECOND_TRANSFORMER and second.is_dir()
-    return second if is_second else transformer.parent / CONDITIONING
+    return second if transformer.name == SECOND_TRANSFORMER and second.is_dir() else transformer.parent / CONDITIONING
 
 
 def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
@@ -226,6 +229,7 @@ def _model_of(stored: Mapping[str, Any]) -> ModelConfig:
         num_attention_heads=stored["num_attention_heads"],
         latent_channels=latents,
         patch_size=tuple(stored["patch_size"]),
+        text_cleaning=FOREIGN_TEXT_CLEANING,
         freq_dim=stored["freq_dim"],
         text_dim=stored["text_dim"],
         norm_eps=stored["eps"],

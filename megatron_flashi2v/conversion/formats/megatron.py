@@ -138,7 +138,10 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
             )
             tensors[spec.name] = StoredTensor(dtype=spec.dtype, shape=spec.shape, pieces=(piece,))
     write_index(checkpoint, Index(tensors=tensors, files=files))
-    finish_folder(checkpoint, weights.config, {"iteration": 0, "consumed_samples": 0})
+    data = weights.facts.get("data")  # from which sampling takes its sizes
+    finish_folder(
+        checkpoint, weights.config, {"iteration": 0, "consumed_samples": 0, **({"data": data} if data else {})}
+    )
     write_tracker(folder, 0)
 
 

@@ -48,11 +48,13 @@ class OriginalFormat:
         name: as on the command line.
         column: of the key table.
         phi_order: order in which the format's own code computes phi; None if it has no phi.
+        interpolation: with which the format's own code resizes pictures, where that is not ours.
     """
 
     name: str
     column: str
     phi_order: str | None
+    interpolation: str | None = None
 
     def open(self, path: Path, options: ReadOptions) -> Weights:
         """Open the weights in a file or a folder.
@@ -71,6 +73,8 @@ class OriginalFormat:
         weights = ExternalWeights(path, config, entries, tensors, options)
         weights.left_out = (*left_out, *held.others, *scales)
         weights.notes = (*held.notes, *notes, *assumed)
+        if self.interpolation is not None:
+            weights.facts = {"data": {"interpolation": self.interpolation}}
         return weights
 
     def write(self, folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
@@ -114,7 +118,8 @@ class OriginalFormat:
 
 
 WAN = OriginalFormat(name="wan", column="wan", phi_order=None)
-FLASHI2V_NPU = OriginalFormat(name="flashi2v-npu", column="flashi2v_npu", phi_order="repeat_then_conv")
+FLASHI2V_NPU = OriginalFormat(name="flashi2v-npu", column="flashi2v_npu", phi_order="repeat_then_conv",
+                              interpolation="bilinear")  # fmt: skip
 FLASHI2V_GPU = OriginalFormat(name="flashi2v-gpu", column="wan", phi_order="conv_then_broadcast")
 
 

@@ -21,7 +21,7 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.recognition import channels_named
 from megatron_flashi2v.conversion.sources import SourceTensor
-from megatron_flashi2v.conversion.weights import ReadOptions
+from megatron_flashi2v.conversion.weights import FOREIGN_TEXT_CLEANING, ReadOptions
 from megatron_flashi2v.runtime.files import read_json_object
 
 MODEL_CONFIG_NAME = "model_config.json"
@@ -99,6 +99,7 @@ def read_config(
             fields["phi_order"] = order
             if options.phi_order is None:
                 notes.append(f"phi's order {order}, as in the format's own code")
+    fields["text_cleaning"] = FOREIGN_TEXT_CLEANING
     for ours, theirs in (("text_length", "text_len"), ("norm_eps", "eps")):
         if theirs in stated:
             fields[ours] = stated[theirs]

@@ -114,7 +114,7 @@ def test_names_in_the_files_are_the_tables(tmp_path: Path, name: str) -> None:
 
 
 def test_what_shapes_cannot_tell_comes_from_flags(tmp_path: Path) -> None:
-    config = variant(ODD, text_length=512, text_cleaning="full", norm_eps=1e-6)
+    config = variant(ODD, text_length=512, text_cleaning="light", norm_eps=1e-6)
     save_file(external_tensors(config, "wan"), tmp_path / "a.safetensors")
     source = ("wan", tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="a.safetensors does not say how many heads.* --num-attention-heads"):
@@ -131,7 +131,7 @@ def test_what_shapes_cannot_tell_comes_from_flags(tmp_path: Path) -> None:
 
 def test_what_shapes_cannot_tell_comes_from_a_file_beside(tmp_path: Path) -> None:
     """As Wan's own config.json; with a flag that contradicts it, nothing is done."""
-    config = variant(ODD, conditioning="text_to_video", text_cleaning="full")
+    config = variant(ODD, conditioning="text_to_video", text_cleaning="light")
     folder = tmp_path / "wan"
     folder.mkdir()
     save_file(external_tensors(config, "wan"), folder / WEIGHTS)
@@ -153,6 +153,7 @@ def test_what_shapes_cannot_tell_comes_from_a_file_beside(tmp_path: Path) -> Non
 def test_heads_of_128_are_inferred_and_phis_order_is_the_formats(tmp_path: Path) -> None:
     config = variant(
         TINY, hidden_size=256, ffn_hidden_size=64, num_attention_heads=2, phi_kernel_size=(3, 3, 3), text_length=512,
+        text_cleaning="light",
     )  # fmt: skip
     orders = {"flashi2v-npu": "repeat_then_conv", "flashi2v-gpu": "conv_then_broadcast"}
     for name, order in orders.items():

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from helpers.releases import CONFIG, make_parts, release, train
+from helpers.train_command import run_command
+
+__all__ = ["run_command"]
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,8 @@ from PIL import Image
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.sampling.noise import sample_noise
-from megatron_flashi2v.sampling.pipeline import (
-    DEFAULT_NEGATIVE_PROMPT,
-    ImageToVideoPipeline,
-    latent_shape_of,
-    to_frames,
-)
+from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of, to_frames
+from megatron_flashi2v.sampling.prompts import DEFAULT_NEGATIVE_PROMPT
 
 CONFIG = ModelConfig(
     num_layers=1,

@@ -68,6 +68,22 @@ def test_matrices_and_modulation_decay_biases_and_norms_do_not(
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("optimizer, distributed", [("adam", False), ("adam", True), ("sgd", False)])
+def test_all_parameters_decay_by_the_references_rules(groups: Groups, optimizer: str, distributed: bool) -> None:
+    """Those of torch's optimizers without groups."""
+    arguments = OptimizerArguments(
+        optimizer=optimizer, lr=0.1, weight_decay=0.5, clip_grad=0.0, weight_decay_rules="reference"
+    )
+    config = TrainConfig(optimizer=arguments, parallel=ParallelArguments(use_distributed_optimizer=distributed))
+    kinds = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    for name, (before, after) in update_without_gradients(groups, config).items():
+        expected = torch.nn.Parameter(before.clone())
+        expected.grad = torch.zeros_like(before)
+        kinds[optimizer]([expected], lr=0.1, weight_decay=0.5).step()
+        assert not torch.equal(expected.detach(), before)
+        torch.testing.assert_close(after, expected.detach(), atol=1e-6, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_adam_is_torchs_fused_one(groups: Groups, distributed: bool) -> None:
     """One kernel for the whole update."""
