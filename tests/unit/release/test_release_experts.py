@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
-from helpers.releases import CONFIG, release, sampled, train
+from helpers.releases import CONFIG, PARTS, release, sampled, train
 from PIL import Image
 
 from megatron_flashi2v import FlashI2VPipeline
+from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.sampling.noise import sample_noise
 
@@ -47,13 +46,10 @@ def make_pair(root: Path, parts: Path, run_command: Callable[..., int], **settin
         assert run_command(*model, *data, *levels, "--load-weights", f"megatron:{root / 'start'}", "--lr", 0.02,
                            "--train-iters", 3, "--save", root / name / "run") == 0  # fmt: skip
         release(root / name, parts)
-    shutil.copytree(root / "high" / "release", root / "pair")
-    for folder, second in (("transformer", "transformer_2"), ("image_conditioning", "image_conditioning_2")):
-        shutil.copytree(root / "low" / "release" / folder, root / "pair" / second)
-    index = json.loads((root / "pair" / "model_index.json").read_text())
-    index |= {"boundary_ratio": BOUNDARY, "transformer_2": index["transformer"],
-              "image_conditioning_2": index["image_conditioning"]}  # fmt: skip
-    (root / "pair" / "model_index.json").write_text(json.dumps(index))
+    command = ("convert", "--from", "megatron", root / "high" / "run", "--low-noise", root / "low" / "run",
+               "--boundary-ratio", BOUNDARY, "--to", "diffusers", root / "pair")  # fmt: skip
+    flags = (word for name in PARTS for word in (f"--{name.replace('_', '-')}", parts / name))
+    assert main(list(map(str, (*command, *flags)))) == 0
     return root
 
 
