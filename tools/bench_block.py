@@ -4,7 +4,10 @@ import sys
 
 import tyro
 
-from megatron_flashi2v.evaluation.bench_block import BlockBenchmark, run
+from megatron_flashi2v.evaluation.bench_options import BlockBenchmark
 
 if __name__ == "__main__":
-    sys.stdout.write(run(tyro.cli(BlockBenchmark, description=__doc__)))
+    options = tyro.cli(BlockBenchmark, description=__doc__)
+    from megatron_flashi2v.evaluation.bench_block import run
+
+    sys.stdout.write(run(options))

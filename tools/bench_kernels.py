@@ -4,7 +4,10 @@ import sys
 
 import tyro
 
-from megatron_flashi2v.evaluation.bench_kernels import KernelBenchmark, run
+from megatron_flashi2v.evaluation.bench_options import KernelBenchmark
 
 if __name__ == "__main__":
-    sys.stdout.write(run(tyro.cli(KernelBenchmark, description=__doc__)))
+    options = tyro.cli(KernelBenchmark, description=__doc__)
+    from megatron_flashi2v.evaluation.bench_kernels import run
+
+    sys.stdout.write(run(options))

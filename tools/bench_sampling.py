@@ -4,7 +4,10 @@ import sys
 
 import tyro
 
-from megatron_flashi2v.evaluation.bench_sampling import SamplingBenchmark, run
+from megatron_flashi2v.evaluation.bench_options import SamplingBenchmark
 
 if __name__ == "__main__":
-    sys.stdout.write(run(tyro.cli(SamplingBenchmark, description=__doc__)))
+    options = tyro.cli(SamplingBenchmark, description=__doc__)
+    from megatron_flashi2v.evaluation.bench_sampling import run
+
+    sys.stdout.write(run(options))

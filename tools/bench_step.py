@@ -9,7 +9,10 @@ import sys
 
 import tyro
 
-from megatron_flashi2v.evaluation.bench_step import StepBenchmark, run
+from megatron_flashi2v.evaluation.bench_options import StepBenchmark
 
 if __name__ == "__main__":
-    sys.stdout.write(run(tyro.cli(StepBenchmark, description=__doc__)))
+    options = tyro.cli(StepBenchmark, description=__doc__)
+    from megatron_flashi2v.evaluation.bench_step import run
+
+    sys.stdout.write(run(options))

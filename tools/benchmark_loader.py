@@ -15,15 +15,17 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import TrainConfig
-from megatron_flashi2v.data.blend import Blend, SampleSource
-from megatron_flashi2v.data.prepared import BadSample, PreparedSample
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.runtime.launch import detect_launch
-from megatron_flashi2v.training.run import entered_run
+
+if TYPE_CHECKING:
+    from megatron_flashi2v.data.blend import SampleSource
+    from megatron_flashi2v.data.prepared import BadSample, PreparedSample
 
 ROUNDS = 12
 ITERATIONS = 10
@@ -58,6 +60,9 @@ def main(argv: Sequence[str]) -> None:
     config = parse(TrainConfig, argv, prog="benchmark_loader", description="Measure the cost of loading from shards.")
     model, launch = resolve_model(config.model), detect_launch(os.environ)
     check_train(config, model, launch.world_size)
+    from megatron_flashi2v.data.blend import Blend
+    from megatron_flashi2v.training.run import entered_run
+
     with entered_run(config, model, launch) as trainer:
         from megatron_flashi2v.training.reading import training_source
 

@@ -18,16 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed
-
-from megatron_flashi2v.checkpoint.folders import iteration_folder
 from megatron_flashi2v.config.recipe import parse
 from megatron_flashi2v.config.rules import check_train
 from megatron_flashi2v.config.train import CheckpointArguments, TrainConfig
 from megatron_flashi2v.models.presets import resolve_model
 from megatron_flashi2v.runtime.launch import detect_launch
 from megatron_flashi2v.runtime.logging import logging_to_stderr
-from megatron_flashi2v.training.run import entered_run
 
 if TYPE_CHECKING:
     from megatron_flashi2v.training.trainer import Trainer
@@ -43,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
     folder = config.checkpoint.save
     if folder is None or folder.exists():
         sys.exit("benchmark_save: --save must name a folder that does not exist")
+    from megatron_flashi2v.training.run import entered_run
+
     model, launch = resolve_model(config.model), detect_launch(os.environ)
     check_train(config, model, launch.world_size)
     with logging_to_stderr(launch.rank), entered_run(config, model, launch) as trainer:
@@ -54,6 +52,8 @@ def main(argv: Sequence[str]) -> None:
 
 def compare(trainer: Trainer, checkpoint: CheckpointArguments) -> dict[str, Any]:
     """Seconds of iterations without a save, and of saves in either way."""
+    import torch.distributed
+
     from megatron_flashi2v.checkpoint.peers import Peers
     from megatron_flashi2v.training.checkpoints import RunCheckpoints
     from megatron_flashi2v.training.saver import CheckpointSaver
@@ -80,6 +80,8 @@ def compare(trainer: Trainer, checkpoint: CheckpointArguments) -> dict[str, Any]
 
 def measure(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Save once, train until the checkpoint is published, and measure both."""
+    from megatron_flashi2v.checkpoint.folders import iteration_folder
+
     trainer.run_iteration()
     saved_at = trainer.state.iteration
     start = time.perf_counter()

@@ -7,7 +7,10 @@ import sys
 
 import tyro
 
-from megatron_flashi2v.evaluation.bench_step import StepBenchmark, host_reads
+from megatron_flashi2v.evaluation.bench_options import StepBenchmark
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{host_reads(tyro.cli(StepBenchmark, description=__doc__))} read by the host in a step\n")
+    options = tyro.cli(StepBenchmark, description=__doc__)
+    from megatron_flashi2v.evaluation.bench_step import host_reads
+
+    sys.stdout.write(f"{host_reads(options)} read by the host in a step\n")

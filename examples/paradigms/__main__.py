@@ -31,7 +31,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if (arguments.scale == "1.3b") != (arguments.recipe is not None):
         parser.error("--scale 1.3b takes --recipe FILE, and no other scale does; see examples/paradigms/README.md")
     # The heavy imports, which --help does not need, come after the filters of their warnings.
-    from megatron_flashi2v.cli.errors import tell_error
+    from megatron_flashi2v.cli.errors import tell_error, tell_interrupt
     from megatron_flashi2v.config.errors import UserError
     from megatron_flashi2v.runtime.logging import setup_logging
 
@@ -50,6 +50,8 @@ def main(words: Sequence[str] | None = None) -> int:
         run_stages(run, arguments.stage or (), jobs=jobs, fresh=arguments.fresh)
     except UserError as error:
         return tell_error("paradigms", error)
+    except KeyboardInterrupt:
+        return tell_interrupt("paradigms")
     return 0
 
 

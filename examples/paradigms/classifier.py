@@ -144,7 +144,9 @@ def _accuracies(network: Classifier, board: Board, domain: str, seed: int) -> li
     clips = [make_clip(board, domain, seed, f"classifier-check-{number}") for number in range(256)]
     frames = np.stack([clip.frames_THWC for clip in clips])
     _, objects, steps = look(network, frames, 0)
+    _, _, still = look(network, frames[:, [0, 0]], 0)
     return [
         ("object", float(np.mean(objects == [OBJECTS.index(clip.object) for clip in clips]))),
         ("step", float(np.mean(steps == [true_steps(clip)[0] for clip in clips]))),
+        ("still", float(np.mean(still == 0))),
     ]

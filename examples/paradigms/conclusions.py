@@ -1,7 +1,8 @@
 """The paragraph of conclusions, made from the figures by rules, whatever they say.
 
 A difference is told only where 95% intervals do not overlap. A paradigm that does not follow the law in domain is
-inconclusive: what does not move by rule there proves nothing elsewhere.
+inconclusive: what does not move by rule there proves nothing elsewhere. FlashI2V's claim is about the gap between the
+domains, so that the verdict compares gaps, of checkpoints of one error in domain that follow the law there.
 """
 
 from __future__ import annotations
@@ -43,14 +44,25 @@ def at_end(report: Mapping[str, Any], paradigm: str, name: str, figure: str) -> 
     return over_seeds(_at(runs_of(report, paradigm), _iterations(report)[-1]), name, figure)
 
 
-def along_training(report: Mapping[str, Any], paradigm: str, figure: str) -> list[dict[str, Any]]:
-    """At each iteration: the error in domain, and a figure out of domain with its interval."""
+def along_training(report: Mapping[str, Any], paradigm: str, figure: str, *, gap: bool = False) -> list[dict[str, Any]]:
+    """At each iteration: the error in domain, whether the law is followed there, and a figure with its interval.
+
+    Args:
+        report: of the page.
+        paradigm: whose training.
+        figure: its name.
+        gap: out of domain less held, instead of out of domain alone.
+    """
     points = []
     for iteration in _iterations(report):
         rows = _at(runs_of(report, paradigm), iteration)
-        error, found = in_domain_error(rows), over_seeds(rows, "out", figure)
-        if found is not None:
-            points.append({"iteration": iteration, "error": error, **found})
+        found, held = over_seeds(rows, "out", figure), over_seeds(rows, "held", figure)
+        if found is None or held is None:
+            continue
+        points.append({
+            "iteration": iteration, "error": in_domain_error(rows),
+            "follows": _rows_follow_law(report, rows) is not False, **(_difference(found, held) if gap else found),
+        })  # fmt: skip
     return points
 
 
@@ -61,19 +73,23 @@ def in_domain_error(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def follows_law(report: Mapping[str, Any], paradigm: str) -> bool | None:
-    """Whether held law-following is clearly above chance for every seed; None where it was not measured."""
-    law = at_end(report, paradigm, "held", "law")
-    return None if law is None else law["low"] >= TIMES_CHANCE * report["real"]["held"]["chance"]
+    """Whether held law-following at the end is clearly above chance for every seed; None where it was not measured."""
+    return _rows_follow_law(report, _at(runs_of(report, paradigm), _iterations(report)[-1]))
 
 
 def matched(report: Mapping[str, Any], paradigms: Sequence[str], figure: str) -> tuple[float, dict[str, Figure]]:
-    """A figure out of domain where paradigms have the same error in domain; without those that never have it.
+    """A figure's gap, out of domain less held, where paradigms have the same error in domain.
 
     That error is the least that all of them reach; between checkpoints, all is interpolated along the error. A
-    paradigm's best checkpoint so far stands for a later one that is worse. One whose first checkpoint is better
-    already cannot be read at that error.
+    paradigm's best checkpoint so far stands for a later one that is worse. A paradigm is left out whose first
+    checkpoint, of those that follow the law in domain, is better already: it cannot be read at that error.
     """
-    curves = {paradigm: _improving(along_training(report, paradigm, figure)) for paradigm in paradigms}
+    curves = {
+        paradigm: _improving([
+            point for point in along_training(report, paradigm, figure, gap=True) if point["follows"]
+        ])
+        for paradigm in paradigms
+    }  # fmt: skip
     level = max(curve[-1]["error"] for curve in curves.values())
     found = {}
     for paradigm, curve in curves.items():
@@ -143,18 +159,19 @@ def _one(report: Mapping[str, Any], paradigm: str) -> str:
 def _matched_sentence(report: Mapping[str, Any], judged: Sequence[str]) -> str:
     level, frozen = matched(report, judged, "frozen")
     shares = ", ".join(f"{paradigm} {shown(found)}" for paradigm, found in frozen.items())
-    text = f"At equal quality in domain (an error of {level:.3f}), frozen out of domain: {shares}"
+    text = f"At equal quality in domain (an error of {level:.3f}), frozen out of domain less in it: {shares}"
     if at_end(report, judged[0], "out", "law") is not None:
         _, laws = matched(report, judged, "law")
-        text += "; steps by the law: " + ", ".join(f"{name} {shown(found)}" for name, found in laws.items())
+        text += "; steps by the law, likewise: " + ", ".join(f"{name} {shown(found)}" for name, found in laws.items())
     ahead = [paradigm for paradigm in judged if paradigm not in frozen]
     if ahead:
-        text += f"; {', '.join(ahead)}, better than that at the first checkpoint, cannot be compared so"
+        verb = "is" if len(ahead) == 1 else "are"
+        text += f"; {', '.join(ahead)} {verb} better than that from the first checkpoint on, and cannot be compared so"
     return text + "."
 
 
 def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
-    """What this says about FlashI2V's claim, at equal quality in domain."""
+    """What this says about FlashI2V's claim: the gap between the domains, at equal quality in domain."""
     if OURS not in judged:
         return "About FlashI2V's claim this run says nothing: flashi2v cannot be judged."
     others = [paradigm for paradigm in judged if paradigm != OURS]
@@ -173,12 +190,12 @@ def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
     less, more = ([other for other in others if sign in signs[other]] for sign in (-1, 1))
     if less and not more:
         rest = "" if len(less) == len(others) else "; from the others it does not differ clearly"
-        return f"This supports FlashI2V's claim: out of domain, flashi2v does better than {', '.join(less)}{rest}."
+        return f"This supports FlashI2V's claim: out of domain, flashi2v loses less than {', '.join(less)}{rest}."
     if more and not less:
-        return f"This speaks against FlashI2V's claim: out of domain, flashi2v does worse than {', '.join(more)}."
+        return f"This speaks against FlashI2V's claim: out of domain, flashi2v loses more than {', '.join(more)}."
     if more:
         return (
-            f"This is mixed: out of domain, flashi2v does better than {', '.join(less)} and worse than "
+            f"This is mixed: out of domain, flashi2v loses less than {', '.join(less)} and more than "
             f"{', '.join(more)}."
         )
     return "This does not decide FlashI2V's claim: no paradigm differs clearly from flashi2v out of domain."
@@ -193,6 +210,21 @@ def _rise(frechet: Figure) -> bool:
     """Whether the last chunk's interval lies above the first's."""
     lows, highs = frechet["low"], frechet["high"]
     return len(lows) > 1 and lows[-1] > highs[0]
+
+
+def _rows_follow_law(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool | None:
+    law = over_seeds(rows, "held", "law")
+    return None if law is None else law["low"] >= TIMES_CHANCE * report["real"]["held"]["chance"]
+
+
+def _difference(one: Figure, other: Figure) -> Figure:
+    """Of two independent figures; half-widths add in quadrature."""
+    mean = one["mean"] - other["mean"]
+    return {
+        "mean": mean,
+        "low": mean - float(np.hypot(one["mean"] - one["low"], other["high"] - other["mean"])),
+        "high": mean + float(np.hypot(one["high"] - one["mean"], other["mean"] - other["low"])),
+    }
 
 
 def _order(one: Figure, other: Figure) -> int:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import multiprocessing
-from collections.abc import Sequence
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 import torch
@@ -14,10 +18,12 @@ import torch
 from megatron_flashi2v.config.errors import ConfigError, UserError
 from megatron_flashi2v.runtime.logging import setup_logging
 from megatron_flashi2v.runtime.progress import progress
-from paradigms.ledger import Ledger, Task, start_over
+from paradigms.commands import failure, running
+from paradigms.ledger import Ledger, Task, locked, start_over
 
 logger = logging.getLogger("megatron_flashi2v.paradigms")
-POLL_S = 5.0
+POLL_S = 0.5
+READ_PROGRESS_S = 5.0
 
 
 class Experiment(Protocol):
@@ -39,7 +45,7 @@ class Experiment(Protocol):
 
 
 def run_stages(run: Experiment, only: Sequence[str], *, jobs: int, fresh: bool = False) -> None:
-    """Do what is missing.
+    """Do what is missing. SIGTERM stops what is under way, as Ctrl-C does.
 
     Args:
         run: the experiment.
@@ -48,14 +54,19 @@ def run_stages(run: Experiment, only: Sequence[str], *, jobs: int, fresh: bool =
         fresh: remove what an earlier run made.
 
     Raises:
-        UserError: a stage is unknown, a setting has changed since an earlier run, a forerunner is missing, or a task
-            failed.
+        UserError: a stage is unknown, a setting has changed since an earlier run, a forerunner is missing, another
+            driver is at work in the folder, or a task failed; those under way beside it have ended, and are recorded.
     """
     for stage in only:
         if stage not in run.stages:
             raise ConfigError(f"--stage {stage}: no such stage; there are {', '.join(run.stages)}")
-    if fresh:
-        start_over(run.folder)
+    with locked(run.folder), _sigterm_exits():
+        if fresh:
+            start_over(run.folder)
+        _run_stages(run, only, jobs)
+
+
+def _run_stages(run: Experiment, only: Sequence[str], jobs: int) -> None:
     ledger = Ledger(run.folder)
     everything = {stage: run.tasks(stage) for stage in run.stages}
     missing = {stage: ledger.missing(tasks) for stage, tasks in everything.items()}  # settings are compared first
@@ -69,61 +80,102 @@ def run_stages(run: Experiment, only: Sequence[str], *, jobs: int, fresh: bool =
         logger.info(
             "== %d/%d %s: %d of %d to do", number, len(run.stages), stage, len(tasks), len(everything[stage])
         )
-        if tasks:
-            _run_tasks(run, ledger, stage, tasks, min(jobs, len(tasks)))
+        if not tasks:
+            continue
+        if tasks[0].command:
+            _run_commands(run, ledger, stage, tasks, jobs)
+        else:
+            _run_calls(ledger, stage, tasks, min(jobs, len(tasks)))
 
 
-def _run_tasks(run: Experiment, ledger: Ledger, stage: str, tasks: list[Task], jobs: int) -> None:
-    if len(tasks) == 1 and run.iterations_of(tasks[0]) is None:  # which tells its progress itself, or in its log
-        tasks[0].run()
-        ledger.finish(tasks[0])
+def _run_commands(run: Experiment, ledger: Ledger, stage: str, tasks: Sequence[Task], jobs: int) -> None:
+    """Tasks that are programs. After one has failed none is started, and those under way go on to their end."""
+    waiting, failed = list(tasks), list[UserError]()
+    work = {task.key: run.iterations_of(task) or (0, 1) for task in tasks}
+    total, reported = sum(full for _, full in work.values()), sum(done for done, _ in work.values())
+    unit = "iterations" if any(full > 1 for _, full in work.values()) else "tasks"
+    ended = set[str]()
+    with progress(stage, total, initial=reported, unit=unit) as report, running() as commands:
+        read_at = time.monotonic()
+        while commands.tasks or (waiting and not failed):
+            while waiting and not failed and len(commands.tasks) < jobs:
+                commands.start(waiting.pop(0))
+            time.sleep(POLL_S)
+            found = commands.ended()
+            for task, code in found:
+                if code:
+                    failed.append(failure(task, code))
+                    logger.error("%s", failed[-1])
+                else:
+                    ledger.finish(task)
+                    ended.add(task.key)
+            if found or time.monotonic() - read_at > READ_PROGRESS_S:
+                read_at = time.monotonic()
+                done = sum(
+                    work[task.key][1] if task.key in ended else (run.iterations_of(task) or (0, 1))[0] for task in tasks
+                )
+                report.advance(max(0, done - reported))  # a resumed training begins a little before it was stopped
+                reported = max(done, reported)
+    if failed:
+        raise failed[0]
+
+
+def _run_calls(ledger: Ledger, stage: str, tasks: Sequence[Task], jobs: int) -> None:
+    """Tasks that compute: one here, which tells its progress itself, or several in processes of one thread each."""
+    if jobs == 1:
+        for task in tasks:
+            _called(task)()
+            ledger.finish(task)
         return
-    work = [run.iterations_of(task) or (0, 1) for task in tasks]
-    unit = "iterations" if any(total > 1 for _, total in work) else "tasks"
-    before = sum(done for done, _ in work)
+    context = multiprocessing.get_context("spawn")
+    failed = list[UserError]()
     with (
-        progress(stage, sum(total for _, total in work), initial=before, unit=unit) as report,
-        _pool(unit, jobs) as pool,
+        progress(stage, len(tasks), unit="tasks") as report,
+        concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_process) as pool,
     ):
-        futures = [pool.submit(task.run) for task in tasks]
-        waiting = set(futures)
+        futures = {pool.submit(_called(task)): task for task in tasks}
         try:
-            while waiting:
-                finished, waiting = concurrent.futures.wait(
-                    waiting, timeout=POLL_S, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in finished:
-                    _finish(ledger, tasks[futures.index(future)], future)
-                now = sum(
-                    (run.iterations_of(task) or (0, 1))[0] if future in waiting else total
-                    for task, future, (_, total) in zip(tasks, futures, work, strict=True)
-                )
-                report.advance(now - before)
-                before = now
+            for future in concurrent.futures.as_completed(futures):
+                if future.cancelled():
+                    continue
+                error = future.exception()
+                if error is None:
+                    ledger.finish(futures[future])
+                    report.advance()
+                    continue
+                if not isinstance(error, UserError):
+                    raise error
+                failed.append(error)
+                logger.error("%s failed: %s", futures[future].key, error)
+                pool.shutdown(wait=False, cancel_futures=True)  # what is under way ends first
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what is under way ends first
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # results appear whole or not at all
             raise
+    if failed:
+        raise failed[0]
 
 
-def _finish(ledger: Ledger, task: Task, future: concurrent.futures.Future[None]) -> None:
-    """Record a task, or tell at once that it failed: others may still be under way for long."""
-    try:
-        future.result()
-    except UserError as error:
-        logger.error("%s failed: %s", task.key, error)
-        raise
-    ledger.finish(task)
-
-
-def _pool(unit: str, jobs: int) -> concurrent.futures.Executor:
-    """Threads that wait for commands, or processes that compute with one thread each; one at a time computes here."""
-    if unit == "iterations" or jobs == 1:
-        return concurrent.futures.ThreadPoolExecutor(jobs)
-    return concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_process
-    )
+def _called(task: Task) -> Callable[[], None]:
+    assert task.run is not None, "of every task without a command"
+    return task.run
 
 
 def _begin_process() -> None:
     torch.set_num_threads(1)
     setup_logging()
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM becomes an exception, so that what was started is stopped too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,16 @@ from typing import Any
 
 import yaml
 
+from megatron_flashi2v.conditioning.build import paradigm_named
 from megatron_flashi2v.config.errors import ConfigError, DataError
+from megatron_flashi2v.config.evaluate import EvaluateConfig
+from megatron_flashi2v.config.prepare import PrepareConfig
+from megatron_flashi2v.config.recipe import parse
+from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.evaluation.videos import common_shape, find_videos
 from megatron_flashi2v.runtime.files import atomic_write_text, read_json_object
-from paradigms.commands import FLASHI2V, UNFINISHED, checkpoint_of, iterations_done, run_command
+from paradigms.commands import FLASHI2V, UNFINISHED, checkpoint_of, iterations_done, words_of
 from paradigms.ledger import Task
 from paradigms.page import write_page
 from paradigms.settings import PARADIGMS, SETS
@@ -121,7 +128,7 @@ class FilesRun:
             checkpoint_of(self.folder / "train" / f"{paradigm}-{seed}", iteration),
         ]  # fmt: skip
         task = self._command("sample", self._key("sample", paradigm, seed, iteration, name), self._sampled(name), words)
-        return dataclasses.replace(task, run=partial(_sample_clips, Path(getattr(recipe, name)), requests, task.run))
+        return dataclasses.replace(task, run=partial(write_requests, Path(getattr(recipe, name)), requests))
 
     def _evaluate(self, paradigm: str, seed: int, iteration: int, name: str) -> Task:
         """Measures of those samples; one process makes them."""
@@ -139,7 +146,7 @@ class FilesRun:
         """What decides a trained model."""
         recipe = self.recipe
         return {"train": recipe.train, "prepare": recipe.prepare_flags, "flags": recipe.train_flags,
-                "end": recipe.iterations[-1]}  # fmt: skip
+                "end": recipe.iterations[-1], "save_interval": recipe.iterations[0]}  # fmt: skip
 
     def _sampled(self, name: str) -> dict[str, Any]:
         return {**self._trained, "clips": getattr(self.recipe, name), "sample": self.recipe.sample_flags}
@@ -151,16 +158,17 @@ class FilesRun:
         self, stage: str, key: str, settings: dict[str, Any], words: Sequence[object],
         launcher: Sequence[str] | None = None,
     ) -> Task:  # fmt: skip
-        command = [*(launcher or self.recipe.launcher), *map(str, words)]
-        log = self.folder / "logs" / f"{key.replace('/', '-')}.log"
-        return Task(stage=stage, key=key, settings=settings, run=partial(run_command, command, log))
+        return Task(
+            stage=stage, key=key, settings=settings, command=words_of([*(launcher or self.recipe.launcher), *words]),
+            log=self.folder / "logs" / f"{key.replace('/', '-')}.log",
+        )  # fmt: skip
 
 
 def read_recipe(path: Path, folder: Path) -> FilesRun:
-    """Read a recipe, and check its clips.
+    """Read a recipe, and check its clips and flags.
 
     Raises:
-        ConfigError: the file is missing or malformed, or a key is unknown or missing.
+        ConfigError: the file is missing or malformed, a key is unknown or missing, or a command refuses its flags.
         DataError: a set's folder has no videos, or one without a caption, or videos of different shapes.
     """
     try:
@@ -177,20 +185,44 @@ def read_recipe(path: Path, folder: Path) -> FilesRun:
         if not isinstance(values.get(name), kind) or not values[name]:
             raise ConfigError(f"--recipe {path}: {name} is {values.get(name)!r}; it must be a {kind.__name__}")
     recipe = Recipe(**values)
-    first = recipe.iterations[0]
-    if any(later % first for later in recipe.iterations) or recipe.iterations != sorted(recipe.iterations):
-        raise ConfigError(f"--recipe {path}: iterations are {recipe.iterations}; give rising multiples of the first")
+    _check_lists(recipe, path)
+    run = FilesRun(recipe=recipe, folder=folder)
+    _check_flags(run, path)
     videos = [video for name in SETS for video in find_videos(Path(getattr(recipe, name)), name)]
     for video in videos:
         if not video.with_suffix(".txt").is_file():
             raise DataError(f"{video}: has no caption; write it into {video.with_suffix('.txt')}")
     common_shape(videos, videos[0])
-    return FilesRun(recipe=recipe, folder=folder)
+    return run
 
 
-def _sample_clips(clips: Path, requests: Path, sample: Callable[[], None]) -> None:
-    write_requests(clips, requests)
-    sample()
+def _check_lists(recipe: Recipe, path: Path) -> None:
+    for name, least in (("iterations", 1), ("seeds", 0)):
+        numbers = getattr(recipe, name)
+        whole = all(isinstance(number, int) and number >= least for number in numbers)
+        if not whole or len(set(numbers)) < len(numbers):
+            raise ConfigError(f"--recipe {path}: {name} are {numbers}; give different whole numbers from {least} on")
+    first = recipe.iterations[0]
+    if any(later % first for later in recipe.iterations) or recipe.iterations != sorted(recipe.iterations):
+        raise ConfigError(f"--recipe {path}: iterations are {recipe.iterations}; give rising multiples of the first")
+    if len(set(recipe.paradigms)) < len(recipe.paradigms):
+        raise ConfigError(f"--recipe {path}: paradigms are {recipe.paradigms}; name each once")
+    for name in recipe.paradigms:
+        paradigm_named(name)
+    if shutil.which(recipe.launcher[0]) is None:
+        raise ConfigError(f"--recipe {path}: launcher is {recipe.launcher[0]!r} ...; no such program is on the PATH")
+
+
+def _check_flags(run: FilesRun, path: Path) -> None:
+    """Have each command read its words, before the first of them works for days."""
+    commands = {"prepare": PrepareConfig, "train": TrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig}
+    for stage, config in commands.items():
+        for task in run.tasks(stage):
+            words = task.command[task.command.index(stage) + 1 :]
+            try:
+                parse(config, words, prog=config.command, description="")
+            except ConfigError as error:
+                raise ConfigError(f"--recipe {path}: {stage}: {error}") from error
 
 
 def write_requests(clips: Path, requests: Path) -> None:
@@ -232,20 +264,28 @@ def make_page(run: FilesRun) -> None:
 def figures_of(evaluation: dict[str, Any]) -> dict[str, Any]:
     """The page's figures from ``evaluation.json``.
 
-    The distance's interval is the spread over halves of the videos, which is wider than that over all. The law is not
-    known, and PSNR is that to the condition image.
+    The distance is that of half of the videos to half of the references, as the floor is that of two halves of the
+    references: it falls with the number of samples, so that only equal numbers compare. Its interval is over halvings.
+    The law is not known, motion is the optical flow, and PSNR is that to the condition image.
+
+    Raises:
+        DataError: no reference moves.
     """
     motion, chunks = evaluation["motion"], evaluation["chunks"]
+    if motion["frozen"]["share"] is None:
+        raise DataError(
+            f"{evaluation['videos']['references']}: none of these clips moves, so that nothing can be frozen beside "
+            "them; give clips that move"
+        )
     spread = {"mean": "videos", "low": "videos_low", "high": "videos_high"}
     return {
         "videos": evaluation["videos"]["videos_count"],
+        "samples": chunks[0]["halves"]["samples"],
         "chunks": [[chunk["first_frame"], chunk["last_frame"]] for chunk in chunks],
-        "frechet": {
-            side: [max(0.0, one["frechet"] + one["halves"][name] - one["halves"]["videos"]) for one in chunks]
-            for side, name in spread.items()
-        },
+        "frechet": {side: [max(0.0, one["halves"][name]) for one in chunks] for side, name in spread.items()},
         "frozen": {"mean": motion["frozen"]["share"], **{side: motion["frozen"][side] for side in ("low", "high")}},
         "path_share": motion["flow_ratio"],
+        "motion": motion["flow"]["videos"],
         "psnr": evaluation["fidelity"]["psnr"]["videos"],
     }
 

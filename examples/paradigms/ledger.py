@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 
 LEDGER_FILE = "paradigms.json"
+LOCK_FILE = "paradigms.lock"
 KIND = "megatron_flashi2v-paradigms"
 
 
@@ -23,14 +26,18 @@ class Task:
         stage: that it belongs to.
         key: its name, unique in the run.
         settings: all that decides its result, JSON-ready.
-        run: does it, and may be called again after a kill.
+        run: does it, or what must be done before its command; may be called again after a kill.
+        command: words of a program that does it, and goes on where it was when it is started again.
+        log: file that takes what the command says.
         is_cheap: where settings have changed, it is done again, instead of refused.
     """
 
     stage: str
     key: str
     settings: dict[str, Any]
-    run: Callable[[], None]
+    run: Callable[[], None] | None = None
+    command: tuple[str, ...] = ()
+    log: Path | None = None
     is_cheap: bool = False
 
 
@@ -52,7 +59,7 @@ class Ledger:
             if values.get("kind") != KIND or not isinstance(values.get("done"), dict):
                 raise DataError(f"{self._path}: no record of paradigms.sh; give another --output")
             self._done = values["done"]
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
             raise DataError(f"--output {folder}: holds other files; give a new folder")
         else:
             self._write()
@@ -85,12 +92,34 @@ class Ledger:
         atomic_write_json(self._path, {"kind": KIND, "done": self._done})
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second driver out of a run's folder, for as long as this process lives.
+
+    Raises:
+        ConfigError: another works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"--output {folder}: another paradigms.sh is at work in it; wait, or stop it") from error
+        yield
+
+
 def start_over(folder: Path) -> None:
-    """Remove a run of ours.
+    """Remove what a run of ours made, but its lock.
 
     Raises:
         DataError: the folder holds other files.
     """
-    if folder.exists():
-        Ledger(folder)
-        shutil.rmtree(folder)
+    if not folder.exists():
+        return
+    Ledger(folder)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (LEDGER_FILE, LOCK_FILE):
+            path.unlink()
+    (folder / LEDGER_FILE).unlink()  # last: what is half removed is still ours

@@ -21,7 +21,7 @@ from paradigms.classifier import Classifier, look, true_steps
 from paradigms.world import DIRECTIONS, OBJECTS, Board, Clip, bounce, path_length, track
 
 FROZEN_BELOW = 0.25
-"""A video is frozen if its object moves less than this share of its true path."""
+"""A video is frozen if its object is there and moves less than this share of its true path."""
 
 Array = NDArray[np.float64]
 Figure = dict[str, Any]
@@ -54,7 +54,8 @@ def measure_samples(
     true_NTHWC = np.stack([clip.frames_THWC for clip in clips])
     rng = np.random.default_rng(keyed_seed(seed, "bootstrap"))
     chunks = divide(frames_NTHWC.shape[1], chunk_frames, include_first=False)
-    paths = [track(clip, frames) for clip, frames in zip(clips, frames_NTHWC, strict=True)]
+    tracks = [track(clip, frames) for clip, frames in zip(clips, frames_NTHWC, strict=True)]
+    paths, lost_N = [path for path, _ in tracks], np.array([seen_T.mean() < 0.5 for _, seen_T in tracks])
     objects_NK, steps_NK = named(network, frames_NTHWC, range(frames_NTHWC.shape[1] - 1))
     true_NK = np.stack([true_steps(clip) for clip in clips])
     right_N = np.array([OBJECTS.index(clip.object) for clip in clips])
@@ -69,7 +70,8 @@ def measure_samples(
         "videos": len(clips),
         "chunks": [[frames.start, frames.stop - 1] for frames in chunks.ranges],
         "frechet": frechet_chunks(network, frames_NTHWC, true_NTHWC, chunk_frames, resamples, rng),
-        "frozen": share(shares_N < FROZEN_BELOW),
+        "frozen": share((shares_N < FROZEN_BELOW) & ~lost_N),
+        "lost": share(lost_N),
         "path_share": means(shares_N[:, None], resamples, rng),
         "law": means((steps_NK == true_NK).mean(1, keepdims=True), resamples, rng),
         "cells": means(_cells_right(clips, paths)[:, None], resamples, rng),

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 STRIP_ENLARGE = 4
 STRIP_GAP = 2
 COLUMNS = {
-    "frozen": "frozen", "law": "steps by the law", "cells": "frames in the right cell", "object": "object named right",
-    "path_share": "share of the path", "x0_error": "x0 error",
+    "frozen": "frozen", "lost": "object not seen", "law": "steps by the law", "cells": "frames in the right cell",
+    "object": "object named right", "path_share": "share of the path", "x0_error": "x0 error",
 }  # fmt: skip
 
 PAGE = """<!doctype html>
@@ -54,9 +54,9 @@ img { max-width: 100%; height: auto } .pixels { image-rendering: pixelated }
 <h2>Curves</h2>
 <img src="data:image/png;base64,{{ curves }}" alt="curves">
 <p class="note">Above: Fréchet distance of each chunk by set, at the end of training; dashed: between real clips and as
-many other real ones. Middle: PSNR to {{ psnr }}, and steps without motion, over time. Below: figures out of
-domain against the error in domain, along training; at one place of the x axis, paradigms are equally good in domain.
-Shaded: 95% intervals over videos.</p>
+many other real ones{{ floor }}. Middle: PSNR to {{ psnr }}, and {{ motion }}, over time. Below: figures against the
+error in domain, along training; at one place of the x axis, paradigms are equally good in domain. Hollow: a checkpoint
+that does not follow the law there. Bands and bars: 95% intervals over videos.</p>
 
 <h2>At the end of training</h2>
 <table>
@@ -101,9 +101,14 @@ def write_page(folder: Path, report: dict[str, Any], strips: Sequence[Mapping[st
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE).render(
         sentences=sentences,
         curves=base64.b64encode(curves).decode(),
-        columns=list(COLUMNS.values()),
+        columns=[COLUMNS[figure] for figure in _measured(report)],
         rows=table_rows(report),
         psnr=_psnr_title(report),
+        motion=_motion(report)[1],
+        floor=(
+            "; where a picture decides the clip, as here, a perfect model lies below, at 0" if "classifier" in report
+            else ""
+        ),
         footnote=_footnote(report),
         strips=[
             {"set": SET_NAMES[strip["set"]], "label": strip["label"], "picture": _strip_png(strip["frames"])}
@@ -122,7 +127,7 @@ def table_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "inconclusive": follows_law(report, paradigm) is False,
             "cells": [
                 " ".join(f"{value:.2f}" for value in _means(report, paradigm, name, "frechet")),
-                *(_cell(at_end(report, paradigm, name, figure)) for figure in COLUMNS),
+                *(_cell(at_end(report, paradigm, name, figure)) for figure in _measured(report)),
                 f"{_means(report, paradigm, name, 'psnr')[0]:.1f}",
             ],
         }
@@ -148,12 +153,15 @@ def draw_curves(report: Mapping[str, Any]) -> bytes:
         panel.set_ylim(0, top)
     _over_time(axes[1, 0], report, "held", "psnr", f"PSNR to {_psnr_title(report)}, held, dB")
     _over_time(axes[1, 1], report, "out", "psnr", f"PSNR to {_psnr_title(report)}, out of domain, dB")
-    _over_time(axes[1, 2], report, "out", "still", "steps without motion, out of domain")
-    for place, (figure_name, title) in enumerate((
-        ("frozen", "frozen, out of domain"), ("law", "steps by the law, out of domain"),
-        ("x0_error", "x0 error out of domain"),
-    )):  # fmt: skip
-        _against_error(axes[2, place], report, figure_name, title)
+    motion, title = _motion(report)
+    _over_time(axes[1, 2], report, "out", motion, f"{title}, out of domain")
+    _against_error(axes[2, 0], report, "frozen", "frozen, out of domain less held", gap=True)
+    if "law" in _measured(report):
+        _against_error(axes[2, 1], report, "law", "steps by the law, out of domain less held", gap=True)
+        _against_error(axes[2, 2], report, "law", "steps by the law, out of domain")
+    else:
+        _against_error(axes[2, 1], report, "path_share", "share of the path, out of domain less held", gap=True)
+        _against_error(axes[2, 2], report, "path_share", "share of the path, out of domain")
     axes[0, 0].legend(frameon=False, fontsize=8)
     axes[2, 0].legend(frameon=False, fontsize=8)
     buffer = io.BytesIO()
@@ -175,19 +183,33 @@ def _over_time(axes: Axes, report: Mapping[str, Any], name: str, figure: str, ti
     axes.grid(True, color="0.9")
 
 
-def _against_error(axes: Axes, report: Mapping[str, Any], figure: str, title: str) -> None:
+def _against_error(
+    axes: Axes, report: Mapping[str, Any], figure: str, title: str, *, gap: bool = False
+) -> None:  # fmt: skip
     for number, paradigm in enumerate(paradigms_of(report)):
-        points = along_training(report, paradigm, figure)
+        points = along_training(report, paradigm, figure, gap=gap)
         if not points:
             continue
         errors, means = ([point[name] for point in points] for name in ("error", "mean"))
         spread = [[point["mean"] - point["low"], point["high"] - point["mean"]] for point in points]
-        axes.errorbar(errors, means, yerr=np.clip(spread, 0, None).T, fmt="o-", color=f"C{number}", markersize=4,
-                      capsize=2, label=_label(report, paradigm))  # fmt: skip
+        axes.errorbar(errors, means, yerr=np.clip(spread, 0, None).T, fmt="-", color=f"C{number}", capsize=2,
+                      label=_label(report, paradigm))  # fmt: skip
+        faces = [f"C{number}" if point["follows"] else "white" for point in points]
+        axes.scatter(errors, means, s=16, c=faces, edgecolors=f"C{number}", zorder=3)
     axes.invert_xaxis()  # training goes to the right
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("error in domain (held), falling to the right", fontsize=8)
     axes.grid(True, color="0.9")
+
+
+def _measured(report: Mapping[str, Any]) -> list[str]:
+    """The columns that this experiment has figures for."""
+    return [figure for figure in COLUMNS if figure in report["runs"][0]["sets"]["held"]]
+
+
+def _motion(report: Mapping[str, Any]) -> tuple[str, str]:
+    """The figure of motion over time, and its title."""
+    return ("still", "steps without motion") if "classifier" in report else ("motion", "optical flow")
 
 
 def _label(report: Mapping[str, Any], paradigm: str) -> str:
@@ -210,6 +232,9 @@ def _cell(figure: dict[str, Any] | None) -> str:
 
 def _footnote(report: Mapping[str, Any]) -> str:
     parts = ["Brackets: 95% intervals over videos; of several seeds, the mean and the widest interval."]
+    halves = report["runs"][0]["sets"]["held"].get("samples")
+    if halves is not None:
+        parts.append(f"Fréchet distances and their floor are those of halves: {halves} videos on each side.")
     if "classifier" in report:
         right = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["classifier"].items())
         chances = ", ".join(f"{SET_NAMES[name]} {real['chance']:.2f}" for name, real in report["real"].items())

@@ -86,7 +86,7 @@ def clip_latents(clip: Clip) -> torch.Tensor:
 
 
 def write_shards(folder: Path, clips: Sequence[Clip], board: Board) -> None:
-    """Write a prepared data set that ``flashi2v train --data-path`` takes; a whole one of the same clips is kept."""
+    """Write a prepared data set that ``flashi2v train --data-path`` takes."""
     vae, rows = PixelVAE(), LawRows()
     settings = {"clips": [clip.key for clip in clips], "cells": board.cells, "frames": board.frames, **vae.settings}
     fingerprint = settings_hash(settings)

@@ -17,14 +17,14 @@ import numpy as np
 
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 from paradigms.classifier import load_classifier, save_classifier, train_classifier
-from paradigms.commands import FLASHI2V, checkpoint_of, iterations_done, run_command
+from paradigms.commands import FLASHI2V, checkpoint_of, iterations_done, words_of
 from paradigms.ledger import Task
 from paradigms.measure import chance, frechet_chunks, measure_samples
 from paradigms.page import write_page
 from paradigms.pixels import write_shards
 from paradigms.sampling import read_samples, sample_set
 from paradigms.settings import SETS, Settings
-from paradigms.training import train_flags
+from paradigms.training import save_interval, train_flags
 from paradigms.world import Board, Clip, make_clip
 
 STAGES = ("world", "classifier", "start", "train", "sample", "measure", "page")
@@ -113,13 +113,13 @@ class Run:
     def _training(self, stage: str, paradigm: str, seed: int) -> Task:
         start = self.run_folder("text_to_video", self.settings.seeds[0]) if self.settings.start_iterations else None
         flags = train_flags(self.settings, self.folder / "data", paradigm, seed, start)
-        command = [*FLASHI2V, "train", *flags, "--save", str(self.run_folder(paradigm, seed))]
         name = f"{paradigm}-{seed}"
         return Task(
             stage=stage,
             key=f"{stage}/{name}",
             settings=self._trained(paradigm),
-            run=partial(run_command, command, self.folder / "logs" / f"{stage}-{name}.log"),
+            command=words_of([*FLASHI2V, "train", *flags, "--save", self.run_folder(paradigm, seed)]),
+            log=self.folder / "logs" / f"{stage}-{name}.log",
         )
 
     def _sample(self) -> list[Task]:
@@ -150,9 +150,12 @@ class Run:
         return [Task(stage="page", key="page", settings=settings, run=run, is_cheap=True)]
 
     def _trained(self, paradigm: str) -> dict[str, Any]:
-        """What decides a trained model; the last iteration ends the learning rate's decay."""
+        """What decides a trained model and its checkpoints; the last iteration ends the learning rate's decay."""
         own = list(self.settings.paradigm_flags.get(paradigm, ()))
-        return {**self.settings.to_json(*WORLD, *MODEL), "end": self.settings.iterations[-1], "own_flags": own}
+        return {
+            **self.settings.to_json(*WORLD, *MODEL), "end": self.settings.iterations[-1],
+            "save_interval": save_interval(self.settings), "own_flags": own,
+        }  # fmt: skip
 
     def run_folder(self, paradigm: str, seed: int) -> Path:
         """Of a training run."""

@@ -133,7 +133,7 @@ def path_length(path_T2: Cells) -> int:
     return int(np.abs(np.diff(path_T2, axis=0)).max(1).sum())
 
 
-def track(clip: Clip, frames_THWC: Frames) -> Cells:
+def track(clip: Clip, frames_THWC: Frames) -> tuple[Cells, NDArray[np.bool_]]:
     """Cell in each frame that looks most like the clip's object over the clip's background.
 
     Args:
@@ -141,7 +141,8 @@ def track(clip: Clip, frames_THWC: Frames) -> Cells:
         frames_THWC: of a sample that starts from the clip's picture, uint8.
 
     Returns:
-        Row and column ``[T, 2]``: where drawing the object explains the picture best, in squared error.
+        Row and column ``[T, 2]``: where drawing the object explains the picture best, in squared error. And ``[T]``:
+        whether it explains it better there than the background alone; else the object is not to be seen.
     """
     cells = clip.background_HWC.shape[0] // CELL
     difference = frames_THWC.astype(np.float64) - clip.background_HWC
@@ -150,8 +151,8 @@ def track(clip: Clip, frames_THWC: Frames) -> Cells:
     # |x - background|^2 - |x - with object|^2, summed over each cell.
     gain_THW = (2 * difference * drawn_HWC - drawn_HWC**2).sum(-1)
     gain_Trc = gain_THW.reshape(len(frames_THWC), cells, CELL, cells, CELL).sum((2, 4))
-    best_T = gain_Trc.reshape(len(frames_THWC), -1).argmax(1)
-    return np.stack(np.divmod(best_T, cells), axis=1)
+    gain_TK = gain_Trc.reshape(len(frames_THWC), -1)
+    return np.stack(np.divmod(gain_TK.argmax(1), cells), axis=1), gain_TK.max(1) > 0
 
 
 def draw_background(kind: str, pixels: int, domain: str, rng: np.random.Generator) -> Frames:

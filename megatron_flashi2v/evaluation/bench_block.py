@@ -6,14 +6,12 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.evaluation.bench_options import BlockBenchmark
 from megatron_flashi2v.evaluation.benchmark import interleaved_seconds, machine, median_ratio, table, write_json
 from megatron_flashi2v.models.presets import PRESETS
 from megatron_flashi2v.models.spec import make_spec
@@ -23,31 +21,6 @@ from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import Device, resolve_device
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockBenchmark:
-    """Settings of a measurement.
-
-    Attributes:
-        model: preset whose widths are taken.
-        latent_shape: latent frames, rows and columns; 1 60 104 is 1,560 tokens.
-        dtypes: of weights and activations.
-        attention_backend: implementation, or auto.
-        device: auto, cuda, npu or cpu.
-        rounds: measurements of each block, in turn.
-        clock: wall, or cpu for this process's own time: with OMP_NUM_THREADS=1, on a CPU that others use as well.
-        json: file for the report.
-    """
-
-    model: str = "1.3b"
-    latent_shape: tuple[int, int, int] = (1, 60, 104)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    attention_backend: str = "auto"
-    device: str = "auto"
-    rounds: int = 5
-    clock: Literal["wall", "cpu"] = "wall"
-    json: Path | None = None
 
 
 def run(options: BlockBenchmark) -> str:

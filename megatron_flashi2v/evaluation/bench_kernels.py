@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from flashi2v_kernels.qk_norm_rope.tables import rope_tables
 from flashi2v_kernels.registry import OPERATORS, KernelUnavailable, resolve, specs_of
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.evaluation.bench_options import KernelBenchmark
 from megatron_flashi2v.evaluation.benchmark import (
     copy_ceiling,
     interleaved_seconds,
@@ -41,33 +41,6 @@ EAGER = {"attention": "torch_sdpa", "fourier_highpass": "torch_fft"}
 """What counts as eager torch; elsewhere the reference, which is a line or two of it."""
 SLOW_DEFINITIONS = ("attention", "fourier_highpass")
 """Operators whose reference is not for use: a whole score matrix, and a loop over bins."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelBenchmark:
-    """Settings of a measurement.
-
-    Attributes:
-        models: presets whose widths are taken.
-        latent_shape: latent frames, rows and columns; 13 60 104 is 49 frames of 480x832 pixels.
-        operators: names, or all.
-        skip: implementations to leave out; inductor compiles for minutes on CPUs.
-        dtypes: dtypes of the activations.
-        device: auto, cuda, npu or cpu.
-        rounds: measurements of each, interleaved; the table has medians.
-        bucket_shapes: other latent shapes, whose first calls are timed after that of latent_shape.
-        json: file for the report.
-    """
-
-    models: tuple[str, ...] = ("1.3b", "14b")
-    latent_shape: tuple[int, int, int] = (13, 60, 104)
-    operators: tuple[str, ...] = OPERATORS
-    skip: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ("bfloat16",)
-    device: str = "auto"
-    rounds: int = 5
-    bucket_shapes: tuple[tuple[int, int, int], ...] = ((13, 104, 60), (13, 80, 80), (9, 60, 104), (21, 40, 64))
-    json: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +74,7 @@ def run(options: KernelBenchmark) -> str:
         dtype = getattr(torch, dtype_name)
         ceilings["TFLOP/s"] = ceilings[dtype_name] = matmul_ceiling(device, dtype, options.rounds) / 1e12
         for model in options.models:
-            for operator in options.operators:
+            for operator in options.operators or OPERATORS:
                 if operator in ELEMENTWISE:  # before anything else compiles them
                     starts += [{"model": model, "operator": operator, "dtype": dtype_name, **row}
                                for row in start_up(operator, PRESETS[model], dtype, device, options)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +16,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import DEFAULT_SHIFT
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
+from megatron_flashi2v.evaluation.bench_options import SamplingBenchmark
 from megatron_flashi2v.evaluation.benchmark import interleaved_seconds, machine, median_ratio, table, write_json
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.models.presets import PRESETS
@@ -29,48 +28,6 @@ from megatron_flashi2v.sampling.noise import sample_noise
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
 
 PROMPT, NEGATIVE = "A dog runs through the street.", ""
-MODELS = Path("examples/quickstart/models")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingBenchmark:
-    """What to measure.
-
-    Attributes:
-        model: preset; it is text to video, which diffusers' pipeline samples too.
-        num_layers: blocks, where the preset's take too long.
-        vae: folder of the VAE.
-        text_encoder: folder of the text encoder.
-        tokenizer: folder of its tokenizer.
-        num_frames: video frames.
-        height: pixels.
-        width: pixels.
-        num_steps: Euler steps.
-        guidance_scale: classifier-free guidance.
-        bf16: the transformer and the text encoder in bf16, in both pipelines.
-        attention_backend: implementation of ours, or auto.
-        batched_guidance: ours computes both guidance passes in one call, which diffusers' pipeline cannot.
-        device: auto, cuda, npu or cpu.
-        rounds: videos of each pipeline, in turn.
-        json: file for the report.
-    """
-
-    model: str = "tiny"
-    num_layers: int | None = None
-    vae: Path = MODELS / "vae"
-    text_encoder: Path = MODELS / "text_encoder"
-    tokenizer: Path = MODELS / "tokenizer"
-    num_frames: int = 9
-    height: int = 48
-    width: int = 80
-    num_steps: int = 20
-    guidance_scale: float = 5.0
-    bf16: bool = False
-    attention_backend: str = "auto"
-    batched_guidance: bool = False
-    device: str = "auto"
-    rounds: int = 5
-    json: Path | None = None
 
 
 def run(options: SamplingBenchmark) -> str:

@@ -35,8 +35,9 @@ PRELOADED = [*(module.__name__ for module in (assembly, pipeline)), *LIBRARIES]
 
 
 def run_ranks(
-    function: Callable[..., None], world: int, folder: Path, *arguments: Any, timeout: float = 300.0
-) -> None:
+    function: Callable[..., None], world: int, folder: Path, *arguments: Any, timeout: float = 300.0,
+    kill_when: Callable[[], bool] | None = None,
+) -> None:  # fmt: skip
     """Call ``function(rank, *arguments)`` in ``world`` processes, with the environment that torchrun would give them.
 
     Args:
@@ -45,6 +46,7 @@ def run_ranks(
         folder: for what they print, see :func:`log_of`.
         *arguments: picklable.
         timeout: seconds until they are killed.
+        kill_when: asked again and again; once it is true, all ranks are killed, and the call returns.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     # As torchrun's agent does, the parent holds the store: no rank can leave with it, and no port is guessed.
@@ -58,7 +60,9 @@ def run_ranks(
     )
     end = time.monotonic() + timeout
     try:
-        while not context.join(max(0.0, end - time.monotonic()), grace_period=1.0):
+        while not context.join(0.01 if kill_when else max(0.0, end - time.monotonic()), grace_period=1.0):
+            if kill_when is not None and kill_when():
+                break
             assert time.monotonic() < end, f"{world} ranks were not done after {timeout:g} s"
     except BaseException:  # a time limit of the test's, too
         for rank in range(world):
@@ -69,6 +73,7 @@ def run_ranks(
     finally:
         for process in context.processes:
             process.kill()
+            process.join()
 
 
 def log_of(folder: Path, world: int, rank: int) -> Path:

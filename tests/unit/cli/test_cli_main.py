@@ -22,6 +22,24 @@ def test_help_and_bad_flags_answer_without_torch(argv: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+TOOLS = [
+    path for path in sorted(Path(__file__).parents[3].glob("tools/*.py")) if path.stem != "make_quickstart_models"
+]
+"""All but the one that only we run."""
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_the_help_of_tools_answers_without_torch(path: Path) -> None:
+    probe = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(path)!r}, '--help']; sys.path.insert(0, {str(path.parent)!r})\n"
+        f"try: runpy.run_path({str(path)!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout, done.stderr[-2000:]
+
+
 def test_msruns_scheduler_leaves_before_it_reads_its_flags() -> None:
     code = (
         "import os, sys; os.environ['MS_ROLE'] = 'MS_SCHED'\n"

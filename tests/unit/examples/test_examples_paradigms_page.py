@@ -56,6 +56,12 @@ def test_frozen_clips_are_seen(clips: list[Clip], network: Classifier) -> None:
     assert measured(clips, network, frames)["frozen"]["mean"] == 0.5
 
 
+def test_a_lost_object_is_not_frozen(clips: list[Clip], network: Classifier) -> None:
+    frames = np.stack([np.repeat(clip.background_HWC[None], BOARD.frames, axis=0) for clip in clips])
+    figures = measured(clips, network, frames)
+    assert figures["frozen"]["mean"] == 0 and figures["lost"]["mean"] == 1
+
+
 def test_chance_is_what_other_laws_give(clips: list[Clip]) -> None:
     """Against drawing laws at random, from the same pictures."""
     rng = np.random.default_rng(0)
@@ -70,7 +76,7 @@ def test_chance_is_what_other_laws_give(clips: list[Clip]) -> None:
 
 def test_the_classifier_learns_object_and_step() -> None:
     found, accuracies = train_classifier(BOARD, clips=256, steps=150, seed=0)
-    assert set(accuracies) == {"object_in", "object_out", "step_in", "step_out"}
+    assert set(accuracies) == {f"{what}_{domain}" for what in ("object", "step", "still") for domain in ("in", "out")}
     assert min(accuracies.values()) > 0.5, "of 8 objects and 9 steps"
     clips = [make_clip(BOARD, "in", 0, f"frozen-{number}") for number in range(48)]
     frozen = np.stack([np.repeat(clip.frames_THWC[:1], 2, axis=0) for clip in clips])
@@ -82,15 +88,15 @@ def test_the_classifier_learns_object_and_step() -> None:
 
 def report(**given: dict[str, Any]) -> dict[str, Any]:
     """A report of three checkpoints: by paradigm, the held error, frozen share, law in and out at each."""
-    base = {"error": [0.5, 0.3, 0.1], "frozen": [0.1, 0.1, 0.1], "law": 0.9, "law_out": 0.8, "rises": ()}
+    base = {"error": [0.5, 0.3, 0.1], "frozen": [0.1, 0.1, 0.1], "law": [0.9] * 3, "law_out": 0.8, "rises": ()}
     runs = []
     for paradigm in PARADIGMS:
         values = {**base, **given.get(paradigm, {})}
         for place, iteration in enumerate((100, 200, 300)):
             sets = {}
             for name in SETS:
-                law = values["law_out" if name == "out" else "law"]
-                frozen = values["frozen"][place] if name == "out" else 0.05
+                law = values["law_out"] if name == "out" else values["law"][place]
+                frozen = values["frozen"][place] if name == "out" else values.get("frozen_held", 0.05)
                 chunks = [0.1, 0.5] if name in values["rises"] else [0.1, 0.1]
                 sets[name] = {
                     "frechet": {
@@ -102,7 +108,8 @@ def report(**given: dict[str, Any]) -> dict[str, Any]:
                     "frozen": {"mean": frozen, "low": frozen - 0.04, "high": frozen + 0.04},
                     "law": {"mean": law, "low": law - 0.05, "high": law + 0.05},
                     "x0_error": {side: values["error"][place] for side in ("mean", "low", "high")},
-                    **{figure: {"mean": 0.5, "low": 0.4, "high": 0.6} for figure in ("cells", "object", "path_share")},
+                    **{figure: {"mean": 0.5, "low": 0.4, "high": 0.6}
+                       for figure in ("cells", "object", "path_share", "lost")},
                 }
             runs.append({"paradigm": paradigm, "seed": 1, "iteration": iteration, "sets": sets})
     floor = {"mean": [0.05, 0.05]}
@@ -118,23 +125,26 @@ FREEZES = {"frozen": [0.2, 0.4, 0.6]}
 
 
 @pytest.mark.parametrize(("given", "verdict"), [
-    ({"repeat_concat": FREEZES, "inpainting": FREEZES}, "supports FlashI2V's claim: out of domain, flashi2v does "
-     "better than repeat_concat, inpainting."),
-    ({"repeat_concat": FREEZES}, "better than repeat_concat; from the others it does not differ clearly"),
+    ({"repeat_concat": FREEZES, "inpainting": FREEZES}, "supports FlashI2V's claim: out of domain, flashi2v loses "
+     "less than repeat_concat, inpainting."),
+    ({"repeat_concat": FREEZES}, "less than repeat_concat; from the others it does not differ clearly"),
     ({"flashi2v": FREEZES}, "speaks against FlashI2V's claim"),
-    ({"flashi2v": {"frozen": [0.3, 0.3, 0.3]}, "repeat_concat": FREEZES}, "mixed: out of domain, flashi2v does better "
-     "than repeat_concat and worse than inpainting"),
+    ({"flashi2v": {"frozen": [0.3, 0.3, 0.3]}, "repeat_concat": FREEZES}, "mixed: out of domain, flashi2v loses less "
+     "than repeat_concat and more than inpainting"),
     ({}, "does not decide"),
     # It falls apart without freezing: the law alone shows it.
     ({"repeat_concat": {"law_out": 0.3}, "inpainting": {"law_out": 0.3}}, "supports FlashI2V's claim"),
     # It freezes less, and yet follows the law less: it falls apart.
     ({"flashi2v": {"law_out": 0.3}, "repeat_concat": FREEZES, "inpainting": FREEZES}, "mixed: out of domain, flashi2v "
-     "does better than repeat_concat, inpainting and worse than repeat_concat, inpainting"),
+     "loses less than repeat_concat, inpainting and more than repeat_concat, inpainting"),
+    # What freezes as often in domain has no gap between the domains: it is bad, but does not leak.
+    (dict.fromkeys(("repeat_concat", "inpainting"), {**FREEZES, "frozen_held": 0.6}), "does not decide"),
     # Better from its first checkpoint on: not to be read at the others' error.
     ({"repeat_concat": {**FREEZES, "error": [0.09, 0.05, 0.01]}}, "does not decide"),
     ({"flashi2v": {"error": [0.09, 0.05, 0.01]}, "repeat_concat": FREEZES}, "no two paradigms were measured at equal"),
-    ({"flashi2v": {"law": 0.2}, "repeat_concat": FREEZES}, "says nothing: flashi2v cannot be judged"),
-    ({"repeat_concat": {"law": 0.2}, "inpainting": {"law": 0.2}}, "says nothing: no other paradigm can be judged"),
+    ({"flashi2v": {"law": [0.2] * 3}, "repeat_concat": FREEZES}, "says nothing: flashi2v cannot be judged"),
+    (dict.fromkeys(("repeat_concat", "inpainting"), {"law": [0.2] * 3}),
+     "says nothing: no other paradigm can be judged"),
 ])  # fmt: skip
 def test_the_verdict_follows_the_numbers(given: dict[str, Any], verdict: str) -> None:
     text = " ".join(conclude(report(**given)))
@@ -144,7 +154,8 @@ def test_the_verdict_follows_the_numbers(given: dict[str, Any], verdict: str) ->
 
 def test_the_sentences_name_what_shows() -> None:
     text = " ".join(conclude(report(
-        flashi2v={"law": 0.25}, repeat_concat={**FREEZES, "law_out": 0.3}, inpainting={"rises": ("trained", "held")},
+        flashi2v={"law": [0.25] * 3}, repeat_concat={**FREEZES, "law_out": 0.3},
+        inpainting={"rises": ("trained", "held")},
     )))  # fmt: skip
     assert "flashi2v is inconclusive: on held pictures of its own domain, 0.25 [0.20 0.30] of its steps" in text
     assert "repeat_concat freezes out of domain (0.60 [0.56 0.64] of the videos, 0.05 [0.01 0.09] held), loses" in text
@@ -158,11 +169,16 @@ def test_quality_is_matched() -> None:
     given = report(flashi2v={"error": [0.9, 0.6, 0.4], "frozen": [0.1, 0.2, 0.3]},
                    repeat_concat={"error": [0.5, 0.3, 0.1], "frozen": [0.2, 0.4, 0.6]})  # fmt: skip
     level, found = matched(given, ("flashi2v", "repeat_concat"), "frozen")
-    assert level == 0.4 and found["flashi2v"]["mean"] == pytest.approx(0.3)
-    assert found["repeat_concat"]["mean"] == pytest.approx(0.3)  # half way from 0.5 to 0.3
+    assert level == 0.4 and found["flashi2v"]["mean"] == pytest.approx(0.25)  # less the 0.05 held
+    assert found["repeat_concat"]["mean"] == pytest.approx(0.25)  # half way from 0.5 to 0.3
+    half = 0.04 * 2**0.5  # two of 0.04 in quadrature
+    assert found["flashi2v"]["high"] - found["flashi2v"]["mean"] == pytest.approx(half)
     # What has become worse since, by over-fitting, does not count.
     overfit = report(flashi2v={"error": [0.9, 0.4, 0.5], "frozen": [0.1, 0.2, 0.9]})
-    assert matched(overfit, ("flashi2v", "inpainting"), "frozen")[1]["flashi2v"]["mean"] == pytest.approx(0.2)
+    assert matched(overfit, ("flashi2v", "inpainting"), "frozen")[1]["flashi2v"]["mean"] == pytest.approx(0.15)
+    # A checkpoint that did not follow the law in domain yet is not read, nor is anything between it and the next.
+    late = report(repeat_concat={"law": [0.2, 0.9, 0.9]}, flashi2v={"error": [0.9, 0.6, 0.4]})
+    assert "repeat_concat" not in matched(late, ("flashi2v", "repeat_concat"), "frozen")[1]
 
 
 def test_seeds_are_put_together() -> None:
@@ -178,7 +194,7 @@ def test_seeds_are_put_together() -> None:
 
 
 def test_the_page(tmp_path: Path) -> None:
-    given = report(repeat_concat={**FREEZES}, flashi2v={"law": 0.2})
+    given = report(repeat_concat={**FREEZES}, flashi2v={"law": [0.2] * 3})
     frames = np.zeros((2, 5, 8, 8, 3), np.uint8)
     write_page(tmp_path, given, strips=[{"set": "out", "label": "<true>", "frames": frames}])
     page = (tmp_path / "report.html").read_text()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,13 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "examples"))))
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def task(key: str, done: list[str], **settings: object) -> Task:
     return Task(stage="toy", key=key, settings=settings, run=lambda: done.append(key))
 
@@ -57,7 +67,80 @@ def test_the_ledger_keeps_what_is_done(tmp_path: Path) -> None:
     cheap = dataclasses.replace(task("one", [], size=2), is_cheap=True)
     assert Ledger(folder).missing([cheap]) == [cheap]
     start_over(folder)
-    assert not folder.exists()
+    assert not list(folder.iterdir())
+
+
+@dataclasses.dataclass(frozen=True)
+class Toys:
+    """An experiment of one stage."""
+
+    folder: Path
+    toys: list[Task]
+    stages: tuple[str, ...] = ("toy",)
+
+    def tasks(self, stage: str) -> list[Task]:
+        return self.toys
+
+    def iterations_of(self, task: Task) -> None:
+        return None
+
+
+def program(folder: Path, key: str, words: str) -> Task:
+    return Task(stage="toy", key=key, settings={}, command=(sys.executable, "-c", words), log=folder / f"{key}.log")
+
+
+def recorded(folder: Path) -> set[str]:
+    return set(json.loads((folder / LEDGER_FILE).read_text())["done"])
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failure_starts_nothing_more_and_loses_nothing(tmp_path: Path, jobs: int) -> None:
+    """What is under way beside it ends, and is recorded."""
+    folder = tmp_path / "run"
+    long = program(folder, "long", "import time; time.sleep(2)")
+    bad, after = program(folder, "bad", "print('why'); exit(3)"), program(folder, "after", "")
+    toys = [bad, after] if jobs == 1 else [long, bad, after]
+    with pytest.raises(UserError, match=r"bad: exit code 3: why \(all of it stands in .*bad.log\)"):
+        run_stages(Toys(folder, toys), [], jobs=jobs)
+    assert recorded(folder) == ({"long"} if jobs == 2 else set())
+    assert not (folder / "after.log").exists()
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    toy = Task(stage="toy", key="toy", settings={}, command=("no-such-launcher",), log=tmp_path / "run" / "log")
+    with pytest.raises(ConfigError, match="toy: no-such-launcher cannot be started"):
+        run_stages(Toys(tmp_path / "run", [toy]), [], jobs=1)
+
+
+def test_one_driver_at_a_time_and_sigterm_stops_what_it_started(tmp_path: Path, paths: None) -> None:
+    """A second one would train into the same folders, and so would a training that outlives its driver."""
+    folder = tmp_path / "run"
+    child = (
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1]).write_text('saved'), os._exit(75)))\n"
+        "print('ready', flush=True)\ntime.sleep(100)"
+    )
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from paradigms.driver import run_stages; from paradigms.ledger import Task\n"
+        "class Toys:\n"
+        "    folder, stages = Path(sys.argv[1]), ('toy',)\n"
+        "    def tasks(self, stage): return [Task(stage='toy', key='toy', settings={}, log=self.folder / 'log',\n"
+        "        command=(sys.executable, '-c', sys.argv[2], str(self.folder / 'child')))]\n"
+        "    def iterations_of(self, task): return None\n"
+        "run_stages(Toys(), [], jobs=1)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script, folder, child])
+    try:
+        wait_for(lambda: (folder / "log").exists() and "ready" in (folder / "log").read_text())
+        with pytest.raises(ConfigError, match=r"another paradigms.sh is at work in it; wait, or stop it"):
+            run_stages(Toys(folder, []), [], jobs=1)
+        driver.terminate()
+        assert driver.wait(60) == 128 + signal.SIGTERM
+    finally:
+        driver.kill()
+    assert (folder / "child").read_text() == "saved"
+    run_stages(Toys(folder, []), [], jobs=1)
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
@@ -122,7 +205,12 @@ def test_a_failed_run_is_told(tmp_path: Path, paths: None) -> None:
     run_stages(run, ["world", "classifier"], jobs=1)
     with pytest.raises(UserError, match=r"exit code 2: .*--lr.* \(all of it stands in .*flashi2v-1.log\)"):
         run_stages(run, ["train"], jobs=1)
-    assert "train/flashi2v-1" not in json.loads((tmp_path / "run" / LEDGER_FILE).read_text())["done"]
+    assert "train/flashi2v-1" not in recorded(tmp_path / "run")
+    # An iteration measured that the trainings have not saved.
+    run_stages(Run(settings=TOY, folder=tmp_path / "other"), ["world", "classifier"], jobs=1)
+    Ledger(tmp_path / "other").finish(Run(settings=TOY, folder=tmp_path / "other").tasks("train")[0])
+    with pytest.raises(ConfigError, match="was made with save_interval 2, not 1"):
+        run_stages(Run(settings=dataclasses.replace(TOY, iterations=(1, 2)), folder=tmp_path / "other"), [], jobs=1)
 
 
 def recipe(folder: Path) -> dict[str, object]:
@@ -157,6 +245,13 @@ def test_recipes_are_checked(tmp_path: Path) -> None:
     for change, message in (
         ({"seed": [1]}, "no other keys"), ({"held": None}, "held is None; it must be a str"),
         ({"iterations": [2, 3]}, "rising multiples of the first"), ({"train_flags": "x"}, "it must be a list"),
+        ({"iterations": ["2"]}, "different whole numbers from 1 on"), ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"launcher": ["no-such-launcher"]}, "no such program is on the PATH"),
+        ({"paradigms": ["flashi2v", "flash"]}, "flash"),
+        ({"train_flags": ["--lr", "fast"]}, "recipe.yaml: train: --lr"),
+        ({"prepare_flags": ["--vea", "x"]}, "recipe.yaml: prepare: unknown flag --vea"),
+        ({"evaluate_flags": ["--splits", "0"]}, "recipe.yaml: evaluate: --splits"),
+        ({"sample_flags": ["--num-steps", "0"]}, "recipe.yaml: sample: --num-steps"),
     ):  # fmt: skip
         path.write_text(yaml.safe_dump({**good, **change}))
         with pytest.raises(ConfigError, match=message):

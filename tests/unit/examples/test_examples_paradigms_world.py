@@ -85,11 +85,14 @@ def test_the_tracker_finds_the_true_path(clips: list[Clip]) -> None:
     noise = np.random.default_rng(0)
     for clip in clips:
         frames = clip.frames_THWC
-        assert np.array_equal(track(clip, frames), clip.path_T2)
+        path_T2, seen_T = track(clip, frames)
+        assert np.array_equal(path_T2, clip.path_T2) and seen_T.all()
         noisy = np.clip(frames + noise.normal(0, 15, frames.shape), 0, 255).astype(np.uint8)
-        assert np.array_equal(track(clip, noisy), clip.path_T2)
+        assert np.array_equal(track(clip, noisy)[0], clip.path_T2)
         frozen = np.repeat(frames[:1], len(frames), axis=0)
-        assert path_length(track(clip, frozen)) == 0 < path_length(clip.path_T2) == BOARD.frames - 1
+        assert path_length(track(clip, frozen)[0]) == 0 < path_length(clip.path_T2) == BOARD.frames - 1
+        empty = np.repeat(clip.background_HWC[None], len(frames), axis=0)
+        assert not track(clip, empty)[1].any()
 
 
 def test_latents_are_the_pixels(clips: list[Clip]) -> None:
