@@ -206,6 +206,7 @@ def load_pipeline(
     stages = load_stages(
         source.folder, groups, encoders.device, config.parallel, bf16=config.bf16,
         attention_backend=config.attention_backend, weights=config.weights,
+        base=config.base_source, adapter_scale=config.adapter_scale,
     )
     return ImageToVideoPipeline(
         velocity=velocity_of(stages), vae=encoders.vae, text_encoder=RecentRows(encoders.text),
