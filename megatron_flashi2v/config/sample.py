@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from megatron_flashi2v.config.bounds import Above, AtLeast, EndsWith, Within, check_bounds
 from megatron_flashi2v.config.clips import Interpolation
+from megatron_flashi2v.config.convert import parse_source
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.fields import Named, Only
+from megatron_flashi2v.config.fields import HoldsPath, Named, Only
 from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.train import ParallelArguments
 
@@ -126,6 +127,11 @@ class SampleConfig(FlagNames):
     """Encode and decode in tiles that overlap (diffusers'): less memory, slightly other pixels."""
     weights: Literal["model", "ema"] = "model"
     """Weights of the checkpoint: the trained ones, or the moving average that `train --ema-decay` keeps."""
+    base: Annotated[str | None, Named("base", "FORMAT:PATH"), HoldsPath()] = None
+    """Weights beside which the adapters of --load were trained, with a format of `flashi2v convert`; by default where
+    they were then."""
+    adapter_scale: Annotated[float, Above(0)] = 1.0
+    """Strength of the adapters of --load: 1 is as trained, 0.5 half of it."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """Device; auto takes the first that is there."""
     bf16: bool = False
@@ -152,7 +158,17 @@ class SampleConfig(FlagNames):
             self._check_one_video()
         else:
             self._check_many_videos()
+        _ = self.base_source
         self._check_guidance()
+
+    @property
+    def base_source(self) -> tuple[str, Path] | None:
+        """Format and path of ``base``.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        return None if self.base is None else parse_source("--base", self.base)
 
     def _check_one_video(self) -> None:
         if self.prompt is None:

@@ -74,8 +74,9 @@ class FusedPairs(nn.ModuleDict):
     def forward(self, rows: Tensor) -> Tensor:
         """What is added to the linear's outputs; zeros for projections without a pair."""
         added = {part: pair(rows).unflatten(-1, (-1, self.head_dim)) for part, pair in self.items()}
-        zero = torch.zeros_like(next(iter(added.values()))) if len(added) < len(self.parts) else None
-        return torch.stack([added.get(part, zero) for part in self.parts], dim=-2).flatten(-3)
+        one = next(iter(added.values()))
+        whole = [added[part] if part in added else torch.zeros_like(one) for part in self.parts]
+        return torch.stack(whole, dim=-2).flatten(-3)
 
 
 def add_adapters(block: nn.Module, spec: ModelSpec, adapter: AdapterConfig) -> None:

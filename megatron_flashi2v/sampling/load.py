@@ -13,7 +13,7 @@ import torch
 from megatron_flashi2v.checkpoint.adapter_record import read_adapter_record
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
 from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
-from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.formats import diffusers
@@ -109,13 +109,16 @@ def load_stages(
     Raises:
         CheckpointError: a file is missing or damaged, or holds no averaged weights though they are asked for; or the
             base is not the adapter's.
-        ConfigError: the attention backend cannot run here.
+        ConfigError: the attention backend cannot run here; or the last two are given of a whole model.
     """
     config, _ = describe(folder)
     record = None if is_release(folder) else read_adapter_record(folder)
     adapter = None if record is None else record.adapter
     if adapter is not None:
         adapter = dataclasses.replace(adapter, alpha=adapter.alpha * adapter_scale)
+    if (record is None and base is not None) or (adapter is None and adapter_scale != 1.0):
+        flag = f"--base {base[0]}:{base[1]}" if base is not None else f"--adapter-scale {adapter_scale:g}"
+        raise ConfigError(f"{flag} belongs to a checkpoint of adapters, and {folder} holds none; leave it out")
     spec = make_spec(
         config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend, adapter=adapter
     )

@@ -276,6 +276,7 @@ def load_pipeline(
     velocity, low_noise = load_velocities(
         source.models, groups, encoders.device, config.parallel, bf16=config.bf16,
         attention_backend=config.attention_backend, weights=config.weights,
+        base=config.base_source, adapter_scale=config.adapter_scale,
     )
     return ImageToVideoPipeline(
         velocity=velocity, low_noise=low_noise, vae=encoders.vae, text_encoder=RecentRows(encoders.text),

@@ -24,7 +24,7 @@ from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_con
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count, parameter_shapes
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.adapter import ATTENTION, AdapterConfig
-from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
@@ -234,13 +234,13 @@ def test_state_is_small(train: Train, tmp_path: Path) -> None:
     assert sum(map(math.prod, adapter_shapes(large, adapter).values())) < 0.01 * parameter_count(large)
 
 
-def velocity(folder: Path, scale: float = 1.0) -> Tensor:
+def velocity(folder: Path, scale: float = 1.0, base: tuple[str, Path] | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     noisy, image = (torch.randn(1, *shape, generator=generator) for shape in (LATENT_SHAPE, (LATENT_SHAPE[0], 1, 4, 4)))
     text = torch.randn(1, TEXT_LENGTH, TEXT_DIM, generator=generator)
     device = resolve_device("cpu")
     with single_process(device) as groups, torch.no_grad():
-        (model,) = load_stages(folder, groups, device, ParallelArguments(), adapter_scale=scale)
+        (model,) = load_stages(folder, groups, device, ParallelArguments(), adapter_scale=scale, base=base)
         return predict_velocity(model, noisy, torch.tensor([600.0]), text, image, {"cutoff_ratio": torch.tensor([0.1])})
 
 
@@ -272,6 +272,9 @@ def test_sampling_finds_the_base(train: Train, base: Path, tmp_path: Path) -> No
     shutil.rmtree(moving)
     with pytest.raises(CheckpointError, match="does not exist; give these weights as --base FORMAT:PATH"):
         velocity(folder)
+    assert torch.equal(velocity(folder, scale=1.5, base=("megatron", base)), found)
+    with pytest.raises(ConfigError, match="--adapter-scale 1.5 belongs to a checkpoint of adapters, and .* holds none"):
+        velocity(whole, scale=1.5)
     write_base(moving, CONFIG, seed=6)
     shutil.copytree(moving / "iter_0000000", tmp_path / "again")
     shutil.rmtree(moving)
