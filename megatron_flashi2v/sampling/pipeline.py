@@ -332,7 +332,8 @@ class ImageToVideoPipeline:
             ]
         if self.low_noise is None:
             return velocities[0]
-        return divided_by_noise(*velocities, boundary_ratio=self.low_noise.boundary_ratio)
+        high, low = velocities
+        return divided_by_noise(high, low, self.low_noise.boundary_ratio)
 
     def encode_text(self, prompts: Sequence[str], what: str = "prompt") -> torch.Tensor:
         """Text rows ``[B, text length, D]``, cleaned as the captions in training were, with zeros after the last.
