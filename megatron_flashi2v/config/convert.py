@@ -74,7 +74,8 @@ class ConvertConfig(FlagNames):
     """Second of two experts, for low noise, in the format of --from, which is that for high noise. `--to diffusers`
     makes one release of both; other formats get a folder for each, high_noise_model and low_noise_model."""
     boundary_ratio: Annotated[float | None, Above(0), Below(1)] = None
-    """With --low-noise: share of the 1000 timesteps at which the experts meet, by default as stated beside --from."""
+    """With --low-noise: share of the 1000 timesteps at which the experts meet; by default as stated beside --from,
+    or as their training was divided."""
     num_attention_heads: Annotated[int | None, AtLeast(1)] = None
     """Heads, if no file beside the weights names them and they are not 128 wide."""
     phi_order: Literal["conv_then_broadcast", "repeat_then_conv"] | None = None

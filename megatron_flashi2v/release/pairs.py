@@ -38,6 +38,7 @@ from megatron_flashi2v.release.convert import Bars, forward_check, read_options,
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object, require_space, require_writable
 from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.runtime.publishing import staged_folder
+from megatron_flashi2v.sampling.models import trained_range
 
 _DIFFUSERS = "diffusers"
 
@@ -66,11 +67,11 @@ def convert_pair(config: ConvertConfig) -> tuple[Converted, Converted]:
         for _, path in sources:
             require_apart(path, target)
         _require_free(form, target, config.overwrite)
-        boundary = _boundary(config)
         adapters = _adapters(config)
         options = [read_options(config, adapter) for adapter in adapters]
         opened = [open_weights(*source, option) for source, option in zip(sources, options, strict=True)]
         _require_pair(*opened)
+        boundary = _boundary(config, *opened)
         check_parts, finish, extra = release_of(config, sources[0][0], boundary)
         if check_parts is not None:
             check_parts(opened[0])
@@ -102,21 +103,35 @@ def convert_pair(config: ConvertConfig) -> tuple[Converted, Converted]:
     return done[0], done[1]
 
 
-def _boundary(config: ConvertConfig) -> float | None:
-    """The boundary that is given, or that diffusers' folder of both states; None where the target has no place for it.
+def _boundary(config: ConvertConfig, high: Weights, low: Weights) -> float | None:
+    """The boundary that is given, that diffusers' folder of both states, or that divided the experts' training.
+
+    None where the target has no place for it and nothing tells it.
 
     Raises:
         ConfigError: a release needs it, and nothing tells it.
+        CheckpointError: the experts' training says that they are in each other's place.
     """
+    (high_from, high_to), (low_from, low_to) = trained_range(high.facts), trained_range(low.facts)
+    if high_to < 1 or low_from > 0:
+        raise CheckpointError(
+            f"{high.source} was trained on noise levels from {high_from:g} to {high_to:g}, {low.source} on "
+            f"{low_from:g} to {low_to:g}; --from must reach 1 and --low-noise 0: were they swapped?"
+        )
+    if config.boundary_ratio is not None:
+        return config.boundary_ratio
     index = config.source[1].parent / PIPELINE_NAME
     stated = read_json_object(index, error=CheckpointError).get("boundary_ratio") if index.is_file() else None
-    boundary = config.boundary_ratio if config.boundary_ratio is not None else stated
-    if boundary is None and config.target[0] == _DIFFUSERS:
+    if isinstance(stated, int | float):
+        return float(stated)
+    if high_from == low_to:
+        return high_from
+    if config.target[0] == _DIFFUSERS:
         raise ConfigError(
-            f"no file beside {config.source[1]} tells where the two experts meet; give --boundary-ratio (0.9 for "
-            "Wan2.2's I2V-A14B, 0.875 for its T2V-A14B)"
+            f"nothing beside {config.source[1]} or in its training tells where the two experts meet; give "
+            "--boundary-ratio (0.9 for Wan2.2's I2V-A14B, 0.875 for its T2V-A14B)"
         )
-    return boundary
+    return None
 
 
 def _adapters(config: ConvertConfig) -> tuple[Adapter | None, Adapter | None]:

@@ -91,7 +91,7 @@ def find_models(
     low_folder = _expert(resolve_checkpoint(second, weights), diffusers.SECOND_TRANSFORMER)
     low_config, low_state = describe(low_folder)
     _require_same(folder, config, low_folder, low_config)
-    ranges = _trained(state), _trained(low_state)
+    ranges = trained_range(state), trained_range(low_state)
     _require_places((folder, low_folder), ranges)
     if boundary_ratio is None:
         boundary_ratio = _known_boundary((load, second), ranges)
@@ -128,7 +128,7 @@ def _expert(folder: Path, name: str) -> Path:
     return folder / name if _is_pair(folder) else folder
 
 
-def _trained(state: Mapping[str, Any]) -> Range:
+def trained_range(state: Mapping[str, Any]) -> Range:
     """What a model was trained on, as its run recorded it; all where it did not."""
     config = state.get("config")
     config = config if isinstance(config, Mapping) else {}
@@ -136,7 +136,7 @@ def _trained(state: Mapping[str, Any]) -> Range:
 
 
 def _require_whole(load: Path, state: Mapping[str, Any]) -> None:
-    low, high = _trained(state)
+    low, high = trained_range(state)
     if (low, high) != WHOLE:
         raise CheckpointError(
             f"--load {load} was trained on noise levels from {low:g} to {high:g} alone, and sampling goes from 1 to 0; "

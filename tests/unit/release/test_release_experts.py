@@ -47,7 +47,7 @@ def make_pair(root: Path, parts: Path, run_command: Callable[..., int], **settin
                            "--train-iters", 3, "--save", root / name / "run") == 0  # fmt: skip
         release(root / name, parts)
     command = ("convert", "--from", "megatron", root / "high" / "run", "--low-noise", root / "low" / "run",
-               "--boundary-ratio", BOUNDARY, "--to", "diffusers", root / "pair")  # fmt: skip
+               "--to", "diffusers", root / "pair")  # fmt: skip
     flags = (word for name in PARTS for word in (f"--{name.replace('_', '-')}", parts / name))
     assert main(list(map(str, (*command, *flags)))) == 0
     return root

@@ -26,11 +26,11 @@ def run(*words: object) -> int:
     return main(["convert", *map(str, words)])
 
 
-def expert(root: Path, config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+def expert(root: Path, model: ModelConfig, seed: int, **state: object) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(config).items()}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(model).items()}
     pieces = [TensorPiece.whole(f"model.{name}", tensor) for name, tensor in tensors.items()]
-    save_checkpoint(root, 7, pieces=pieces, model_config=config, state={"iteration": 7})
+    save_checkpoint(root, 7, pieces=pieces, model_config=model, state={"iteration": 7, **state})
     return tensors
 
 
@@ -114,9 +114,11 @@ def test_each_expert_gets_its_part_of_an_adapter(tmp_path: Path, capsys: pytest.
 def test_two_that_are_no_pair_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair(tmp_path, T2V)
     expert(tmp_path / "other", ODD, 3)
+    expert(tmp_path / "trained", T2V, 3, config={"sigma_min": 0.9, "sigma_max": 1.0})
     source = ("--from", "megatron", tmp_path / "high", "--low-noise")
     for flags, code, words in (
         ((tmp_path / "other", "--boundary-ratio", 0.9), 1, "no pair of experts: they have conditioning text_to_video"),
+        ((tmp_path / "trained",), 1, "were they swapped?"),
         ((tmp_path / "low",), 2, "tells where the two experts meet; give --boundary-ratio (0.9 for Wan2.2's I2V-A14B"),
         ((tmp_path / "low", "--boundary-ratio", 1.0), 2, "--boundary-ratio is 1.0; it must be above 0 and below 1"),
     ):
@@ -126,7 +128,7 @@ def test_two_that_are_no_pair_are_one_message(tmp_path: Path, capsys: pytest.Cap
     assert "belongs to two experts; give --low-noise too" in capsys.readouterr().err
     assert run("--from", "wan", "A", "--low-noise", "C", "--to", "encoders", "B") == 2
     assert "--to encoders takes none" in capsys.readouterr().err
-    assert names(tmp_path) == {"high", "low", "other"}
+    assert names(tmp_path) == {"high", "low", "other", "trained"}
 
 
 def test_a_pair_given_as_one_model_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
