@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from megatron_flashi2v.config.bounds import Above, AtLeast, EndsWith, Within, check_bounds
+from megatron_flashi2v.config.bounds import Above, AtLeast, Below, EndsWith, Within, check_bounds
 from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.convert import parse_source
 from megatron_flashi2v.config.errors import ConfigError
@@ -74,7 +74,7 @@ class SampleConfig(FlagNames):
     low_noise: Path | None = None
     """Checkpoint or release of the second of a pair of experts, the one for low noise; the release of a pair holds
     both."""
-    boundary_ratio: Annotated[float | None, Within(0, 1)] = None
+    boundary_ratio: Annotated[float | None, Above(0), Below(1)] = None
     """Noise level that divides the experts: --load takes timesteps of at least 1000 times this, --low-noise those
     below; by default that of the release, or the one at which --sigma-min and --sigma-max divided their training."""
     vae: Path | None = None

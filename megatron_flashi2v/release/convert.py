@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_flashi2v.config.convert import ConvertConfig
+from megatron_flashi2v.config.convert import ADAPTER_TARGETS, ENCODERS, ConvertConfig
+from megatron_flashi2v.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_flashi2v.conversion.adapters.adapter import Adapter
@@ -29,8 +30,6 @@ def convert(config: ConvertConfig) -> Converted:
     Returns:
         The model's dimensions, its size and a report on every tensor.
 
-    Two experts go by :func:`~megatron_flashi2v.release.pairs.convert_pair`.
-
     Raises:
         UserError: a path or a flag is wrong, or a file is damaged; nothing is left under the target's name then.
     """
@@ -40,6 +39,13 @@ def convert(config: ConvertConfig) -> Converted:
     from megatron_flashi2v.runtime.files import atomic_write_json, require_writable
     from megatron_flashi2v.runtime.logging import logging_to_stderr
 
+    other = next((name for holds, name in (
+        (config.low_noise is not None, "release.pairs.convert_pair"),
+        (config.target[0] == ENCODERS, "release.encoders.convert_encoders"),
+        (config.target[0] in ADAPTER_TARGETS, "release.adapters.convert_adapter"),
+    ) if holds), None)  # fmt: skip
+    if other is not None:
+        raise ConfigError(f"this is no conversion of one model; from Python, call megatron_flashi2v.{other}")
     with logging_to_stderr():
         if config.report is not None:
             require_writable(config.report, "--report")

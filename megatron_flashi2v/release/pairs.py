@@ -23,6 +23,7 @@ from megatron_flashi2v.conversion.convert import (
     require_apart,
     source_with_format,
 )
+from megatron_flashi2v.conversion.experts import require_places, trained_range
 from megatron_flashi2v.conversion.formats.diffusers import (
     CONDITIONING,
     PIPELINE_NAME,
@@ -38,7 +39,6 @@ from megatron_flashi2v.release.convert import Bars, forward_check, read_options,
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object, require_space, require_writable
 from megatron_flashi2v.runtime.logging import logging_to_stderr
 from megatron_flashi2v.runtime.publishing import staged_folder
-from megatron_flashi2v.sampling.models import trained_range
 
 _DIFFUSERS = "diffusers"
 
@@ -112,14 +112,21 @@ def _boundary(config: ConvertConfig, high: Weights, low: Weights) -> float | Non
         ConfigError: a release needs it, and nothing tells it.
         CheckpointError: the experts' training says that they are in each other's place.
     """
-    (high_from, high_to), (low_from, low_to) = trained_range(high.facts), trained_range(low.facts)
-    if high_to < 1 or low_from > 0:
-        raise CheckpointError(
-            f"{high.source} was trained on noise levels from {high_from:g} to {high_to:g}, {low.source} on "
-            f"{low_from:g} to {low_to:g}; --from must reach 1 and --low-noise 0: were they swapped?"
-        )
-    if config.boundary_ratio is not None:
-        return config.boundary_ratio
+    assert config.low_noise is not None
+    (high_from, _), (_, low_to) = ranges = trained_range(high.facts), trained_range(low.facts)
+    require_places(config.source[1], config.low_noise, ranges, ("--from", "--low-noise"))
+    ratio = config.boundary_ratio
+    if ratio is not None:
+        if config.target[0] != _DIFFUSERS:
+            raise ConfigError(
+                f"--boundary-ratio {ratio:g}: the format {config.target[0]} has no place for it; leave it out"
+            )
+        if high_from > ratio or low_to < ratio:
+            logger.warning(
+                "the boundary ratio is %g, but the experts were trained on noise levels from %g and up to %g",
+                ratio, high_from, low_to,
+            )
+        return ratio
     index = config.source[1].parent / PIPELINE_NAME
     stated = read_json_object(index, error=CheckpointError).get("boundary_ratio") if index.is_file() else None
     if isinstance(stated, int | float):

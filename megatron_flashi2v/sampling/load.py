@@ -71,7 +71,8 @@ def describe(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
     pipeline = transformer.parent / diffusers.PIPELINE_NAME
     index = read_json_object(pipeline, error=CheckpointError) if pipeline.is_file() else {}
     data = {key: index[name] for name, key in diffusers.PIPELINE_DEFAULTS.items() if name in index}
-    return config, {"data": data, diffusers.NEGATIVE_PROMPT: index.get(diffusers.NEGATIVE_PROMPT)}
+    state = {"data": data, diffusers.NEGATIVE_PROMPT: index.get(diffusers.NEGATIVE_PROMPT)}
+    return config, {**state, **diffusers.read_range(transformer)}
 
 
 def _is_diffusers(folder: Path) -> bool:

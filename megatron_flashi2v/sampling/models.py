@@ -17,6 +17,7 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.fields import spelling
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.experts import WHOLE, Range, other_expert, require_places, trained_range
 from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
@@ -28,9 +29,6 @@ from megatron_flashi2v.sampling.frozen import is_release
 from megatron_flashi2v.sampling.guidance import VelocityFunction
 from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
 
-Range = tuple[float, float]
-"""Lowest and highest sigma."""
-WHOLE: Range = (0.0, 1.0)
 BOUNDARY = "boundary_ratio"
 """Key of ``model_index.json``, diffusers' own."""
 
@@ -92,7 +90,7 @@ def find_models(
     low_config, low_state = describe(low_folder)
     _require_same(folder, config, low_folder, low_config)
     ranges = trained_range(state), trained_range(low_state)
-    _require_places((folder, low_folder), ranges)
+    require_places(*((folder, low_folder) if second == load else (load, second)), ranges, ("--load", "--low-noise"))
     if boundary_ratio is None:
         boundary_ratio = _known_boundary((load, second), ranges)
     _warn_of_gaps(ranges, boundary_ratio)
@@ -128,15 +126,14 @@ def _expert(folder: Path, name: str) -> Path:
     return folder / name if _is_pair(folder) else folder
 
 
-def trained_range(state: Mapping[str, Any]) -> Range:
-    """What a model was trained on, as its run recorded it; all where it did not."""
-    config = state.get("config")
-    config = config if isinstance(config, Mapping) else {}
-    return float(config.get("sigma_min", WHOLE[0])), float(config.get("sigma_max", WHOLE[1]))
-
-
 def _require_whole(load: Path, state: Mapping[str, Any]) -> None:
     low, high = trained_range(state)
+    other = other_expert(load)
+    if other is not None:
+        raise CheckpointError(
+            f"--load {load} is one of a pair of experts, and {other} the other; give the release that holds both, or "
+            "both of them: --load for high noise, --low-noise for low"
+        )
     if (low, high) != WHOLE:
         raise CheckpointError(
             f"--load {load} was trained on noise levels from {low:g} to {high:g} alone, and sampling goes from 1 to 0; "
@@ -166,16 +163,6 @@ def _known_boundary(places: tuple[Path, Path], ranges: tuple[Range, Range]) -> f
         f"{spelling('boundary_ratio')} must be given: neither a release nor the training of the experts tells the "
         "noise level that divides them; Wan2.2's is 0.9 (image to video) or 0.875 (text to video)"
     )
-
-
-def _require_places(folders: tuple[Path, Path], ranges: tuple[Range, Range]) -> None:
-    """Refuse experts in each other's place."""
-    (high_from, high_to), (low_from, low_to) = ranges
-    if high_to < WHOLE[1] or low_from > WHOLE[0]:
-        raise CheckpointError(
-            f"--load {folders[0]} was trained on noise levels from {high_from:g} to {high_to:g}, --low-noise "
-            f"{folders[1]} on {low_from:g} to {low_to:g}; the first must reach 1 and the second 0: were they swapped?"
-        )
 
 
 def _warn_of_gaps(ranges: tuple[Range, Range], boundary_ratio: float) -> None:

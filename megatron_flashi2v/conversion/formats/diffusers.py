@@ -24,6 +24,7 @@ from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import DEFAULT_SHIFT
 from megatron_flashi2v.conversion.containers import open_container
+from megatron_flashi2v.conversion.experts import range_record, trained_range
 from megatron_flashi2v.conversion.quantised import dequantised
 from megatron_flashi2v.conversion.recognition import FIRST_AND_LAST, TRANSFORMER, channels_named, require_model
 from megatron_flashi2v.conversion.weights import (
@@ -65,6 +66,10 @@ SCHEDULER_SETTINGS: Mapping[str, Any] = {
 diffusers' flow-matching Euler scheduler shifts its last sigma twice and has no flow_shift, so that its grid is another.
 """
 
+TRAINED_SIGMAS = "_trained_sigmas"
+"""Key of an expert's ``config.json``: the lowest and highest sigma of its training. diffusers passes over names like
+this."""
+
 # The options of diffusers' class that describe our model.
 _FIXED: Mapping[str, Any] = {
     "cross_attn_norm": True,
@@ -96,6 +101,14 @@ def transformer_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def read_range(transformer: Path) -> dict[str, Any]:
+    """The noise levels that an expert was trained on, as a run's state records them; empty of a whole model."""
+    stored = read_json_object(transformer / "config.json", error=CheckpointError).get(TRAINED_SIGMAS)
+    if not (isinstance(stored, list) and len(stored) == 2 and all(isinstance(one, int | float) for one in stored)):
+        return {}
+    return {"config": dict(zip(("sigma_min", "sigma_max"), stored, strict=True))}
+
+
 def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
     """Fill a folder with the model."""
     config = weights.config
@@ -103,7 +116,8 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
     for name in (TRANSFORMER, CONDITIONING):
         (folder / name).mkdir()
     write_hub_folder(folder / TRANSFORMER, WEIGHTS_STEM, external_groups(weights, inside), max_bytes, on_bytes)
-    atomic_write_json(folder / TRANSFORMER / "config.json", transformer_config(config))
+    expert = {TRAINED_SIGMAS: trained_range(weights.facts)} if range_record(weights.facts) else {}
+    atomic_write_json(folder / TRANSFORMER / "config.json", {**transformer_config(config), **expert})
     if beside:
         write_hub_folder(
             folder / CONDITIONING, WEIGHTS_STEM, external_groups(weights, beside), max_bytes, on_bytes
@@ -261,6 +275,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
         notes += extra.notes
     weights = ExternalWeights(path, config, inside + beside, tensors, options)
     weights.notes, weights.left_out = notes, (*opened.others, *scales)
+    weights.facts = {**weights.facts, **read_range(transformer)}
     return weights
 
 

@@ -31,6 +31,7 @@ from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces, tenso
 from megatron_flashi2v.checkpoint.tensor_file import FileRecord, TensorSpec
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.experts import range_record
 from megatron_flashi2v.conversion.sources import box_shape, whole_box
 from megatron_flashi2v.conversion.weights import (
     OnBytes,
@@ -139,9 +140,8 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
             tensors[spec.name] = StoredTensor(dtype=spec.dtype, shape=spec.shape, pieces=(piece,))
     write_index(checkpoint, Index(tensors=tensors, files=files))
     data = weights.facts.get("data")  # from which sampling takes its sizes
-    finish_folder(
-        checkpoint, weights.config, {"iteration": 0, "consumed_samples": 0, **({"data": data} if data else {})}
-    )
+    state = {"iteration": 0, "consumed_samples": 0, **({"data": data} if data else {})}
+    finish_folder(checkpoint, weights.config, {**state, **range_record(weights.facts)})
     write_tracker(folder, 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.config.convert import ConvertConfig
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import open_weights
 from megatron_flashi2v.conversion.weights import ReadOptions
+from megatron_flashi2v.release.convert import convert
+from megatron_flashi2v.sampling.models import find_models
 
 T2V = dataclasses.replace(ODD, conditioning="text_to_video")
 
@@ -82,6 +87,36 @@ def test_experts_with_tensors_of_their_own_keep_both_sets(tmp_path: Path) -> Non
         assert_equal({key: found.read(key) for key in tensors}, tensors)
 
 
+def test_exported_experts_keep_their_places(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what they were trained on where that is recorded, and by their folders' names."""
+    for name, seed, levels in (("high", 1, {"sigma_min": 0.9}), ("low", 2, {"sigma_max": 0.9})):
+        expert(tmp_path / name, T2V, seed, config=levels)
+    source = ("--from", "megatron", tmp_path / "high", "--low-noise", tmp_path / "low")
+    for form, names_of in (("diffusers", ("transformer", "transformer_2")),
+                           ("megatron", ("high_noise_model", "low_noise_model"))):  # fmt: skip
+        assert run(*source, "--to", form, tmp_path / form) == 0
+        high, low = (tmp_path / form / name for name in names_of)
+        found = find_models(high, low_noise=low)
+        assert found.low_noise is not None and found.low_noise.boundary_ratio == 0.9
+        assert found.low_noise.folder.is_relative_to(low) and found.folder.is_relative_to(high)
+        for alone in (high, low):
+            with pytest.raises(CheckpointError, match="is one of a pair of experts"):
+                find_models(alone)
+            shutil.copytree(alone, tmp_path / f"{form}-{alone.name}")  # by itself, the record alone tells
+            with pytest.raises(CheckpointError, match=r"was trained on noise levels from .* alone"):
+                find_models(tmp_path / f"{form}-{alone.name}")
+        with pytest.raises(CheckpointError, match="were they swapped"):
+            find_models(low, low_noise=high)
+        assert run("--from", form, low, "--low-noise", high, "--to", "wan", tmp_path / "x") == 1
+        assert "were they swapped?" in capsys.readouterr().err
+    # One expert's own release.
+    assert run("--from", "megatron", tmp_path / "low", "--to", "diffusers", tmp_path / "one") == 0
+    with pytest.raises(CheckpointError, match="was trained on noise levels from 0 to 0.9 alone"):
+        find_models(tmp_path / "one")
+
+
 def test_each_expert_gets_its_part_of_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     high, low = pair(tmp_path, T2V)
     generator = torch.Generator().manual_seed(4)
@@ -120,10 +155,23 @@ def test_two_that_are_no_pair_are_one_message(tmp_path: Path, capsys: pytest.Cap
         ((tmp_path / "other", "--boundary-ratio", 0.9), 1, "no pair of experts: they have conditioning text_to_video"),
         ((tmp_path / "trained",), 1, "were they swapped?"),
         ((tmp_path / "low",), 2, "tells where the two experts meet; give --boundary-ratio (0.9 for Wan2.2's I2V-A14B"),
+        ((tmp_path / "high", "--boundary-ratio", 0.9), 1, "a pair has two experts"),
         ((tmp_path / "low", "--boundary-ratio", 1.0), 2, "--boundary-ratio is 1.0; it must be above 0 and below 1"),
     ):
         assert run(*source, *flags, "--to", "diffusers", tmp_path / "out") == code
         assert words in capsys.readouterr().err
+    wan = ("--from", "diffusers", tmp_path / "p" / "transformer_2", "--low-noise", tmp_path / "p" / "transformer")
+    assert run(*source, tmp_path / "low", "--boundary-ratio", 0.9, "--to", "diffusers", tmp_path / "p") == 0
+    assert run(*wan, "--to", "wan", tmp_path / "out") == 1  # nothing recorded: the names tell
+    assert "is the expert for low noise by its folder's name" in capsys.readouterr().err
+    assert run(*source, tmp_path / "low", "--boundary-ratio", 0.9, "--to", "wan", tmp_path / "out") == 2
+    assert "the format wan has no place for it" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "p")
+    with pytest.raises(ConfigError, match="from Python, call megatron_flashi2v.release.pairs.convert_pair"):
+        convert(ConvertConfig.from_flags(
+            source=("megatron", str(tmp_path / "high")), low_noise=str(tmp_path / "low"),
+            target=("diffusers", str(tmp_path / "out")),
+        ))  # fmt: skip
     assert run("--from", "wan", "A", "--boundary-ratio", 0.9, "--to", "wan", "B") == 2
     assert "belongs to two experts; give --low-noise too" in capsys.readouterr().err
     assert run("--from", "wan", "A", "--low-noise", "C", "--to", "encoders", "B") == 2
@@ -137,7 +185,8 @@ def test_a_pair_given_as_one_model_names_both(tmp_path: Path, capsys: pytest.Cap
     for form, first, second in (("diffusers", "transformer", "transformer_2"),
                                 ("wan", "high_noise_model", "low_noise_model")):  # fmt: skip
         folder = tmp_path / form
-        assert run(*source, "--boundary-ratio", 0.9, "--to", form, folder) == 0
+        ratio = ("--boundary-ratio", 0.9) if form == "diffusers" else ()
+        assert run(*source, *ratio, "--to", form, folder) == 0
         capsys.readouterr()
         assert run("--from", "auto", folder, "--to", "megatron", tmp_path / "x") == 1
         error = capsys.readouterr().err
