@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron_flashi2v.conversion.initial_weights import InitialWeights
 from megatron_flashi2v.models.placement import ADAPTER
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
+
+logger = logging.getLogger(__name__)
 
 
 def adapter_record(config: TrainConfig, spec: ModelSpec, initial: InitialWeights) -> AdapterRecord:
@@ -37,13 +40,16 @@ def adapter_record(config: TrainConfig, spec: ModelSpec, initial: InitialWeights
     given, picked = initial.given_whole, picked_tensors(config.adapter.train_only, spec.config)
     # A run's folder may hold newer weights by the time that they are looked for again.
     name, path = source[0], initial.weights.source if source[0] == "megatron" else source[1]
-    return AdapterRecord(
+    record = AdapterRecord(
         adapter=spec.adapter,
         trained=tuple(row.ours for row in mappings(spec.config, "wan") if row.ours in picked or row.ours not in given),
         base=f"{name}:{path.resolve()}",
         base_weights=config.checkpoint.load_weights_kind,
         base_fingerprint=base_fingerprint(initial.weights),
     )
+    logger.info("training %s; the rest of %s stays frozen (fingerprint %s...)", _described(record), record.base,
+                record.base_fingerprint[:16])
+    return record
 
 
 def picked_tensors(pattern: str | None, model: ModelConfig) -> frozenset[str]:
