@@ -10,7 +10,8 @@ from helpers.ranks import run_ranks
 
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.train import ParallelArguments
-from megatron_flashi2v.evaluation.bench_step import StepBenchmark, run
+from megatron_flashi2v.evaluation.bench_options import StepBenchmark
+from megatron_flashi2v.evaluation.bench_step import run
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 
 SHARDED = ParallelArguments(data_parallel_sharding_strategy="optim_grads_params")
