@@ -23,6 +23,21 @@ SOURCE_NAMES = (*FORMAT_NAMES, "auto")
 """Formats of weights to read; ``auto`` is whichever is recognised."""
 
 
+def parse_source(flag: str, text: str) -> tuple[str, Path]:
+    """Format and path of weights that a flag names as FORMAT:PATH.
+
+    Raises:
+        ConfigError: the text is not of that form.
+    """
+    name, colon, path = text.partition(":")
+    if not colon or not path or name not in SOURCE_NAMES:
+        raise ConfigError(
+            f"{flag} is {text!r}; give FORMAT:PATH with one of {', '.join(SOURCE_NAMES)}, such as "
+            f"megatron:{path or text}"
+        )
+    return name, Path(path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(FlagNames):
     """Weights from one format to another."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from megatron_flashi2v.config.bounds import Above, AtLeast, EndsWith, Within, check_bounds
+from megatron_flashi2v.config.convert import parse_source
 from megatron_flashi2v.config.errors import ConfigError
-from megatron_flashi2v.config.fields import Named, Only
+from megatron_flashi2v.config.fields import HoldsPath, Named, Only
 from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.train import ParallelArguments
 
@@ -112,6 +114,11 @@ class SampleConfig(FlagNames):
     """Encode and decode in tiles that overlap (diffusers'): less memory, slightly other pixels."""
     weights: Literal["model", "ema"] = "model"
     """Weights of the checkpoint: the trained ones, or the moving average that `train --ema-decay` keeps."""
+    base: Annotated[str | None, Named("base", "FORMAT:PATH"), HoldsPath()] = None
+    """Weights beside which a checkpoint of adapters was trained, with a format of `flashi2v convert`; by default where
+    they were in training."""
+    adapter_scale: float = 1.0
+    """Factor of the products that a checkpoint's adapters add; 0 samples without them."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """Device; auto takes the first that is there."""
     bf16: bool = False
@@ -139,6 +146,18 @@ class SampleConfig(FlagNames):
         else:
             self._check_many_videos()
         self._check_guidance()
+        _ = self.base_source
+        if not math.isfinite(self.adapter_scale):
+            raise ConfigError(f"--adapter-scale is {self.adapter_scale}; it must be a number")
+
+    @property
+    def base_source(self) -> tuple[str, Path] | None:
+        """Format and path of ``base``.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        return None if self.base is None else parse_source("--base", self.base)
 
     def _check_one_video(self) -> None:
         if self.prompt is None:

@@ -12,8 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from megatron_flashi2v.config.adapter import AdapterArguments
 from megatron_flashi2v.config.bounds import Above, AtLeast, Below, Within
 from megatron_flashi2v.config.clips import EncodingArguments
-from megatron_flashi2v.config.convert import SOURCE_NAMES
-from megatron_flashi2v.config.errors import ConfigError
+from megatron_flashi2v.config.convert import parse_source
 from megatron_flashi2v.config.fields import HoldsPath, Named
 from megatron_flashi2v.config.recipe import FlagNames
 from megatron_flashi2v.config.watch import WatchArguments
@@ -271,15 +270,7 @@ class CheckpointArguments:
         Raises:
             ConfigError: it is not of that form.
         """
-        if self.load_weights is None:
-            return None
-        name, colon, path = self.load_weights.partition(":")
-        if not colon or not path or name not in SOURCE_NAMES:
-            raise ConfigError(
-                f"--load-weights is {self.load_weights!r}; give FORMAT:PATH with one of {', '.join(SOURCE_NAMES)}, "
-                f"such as megatron:{path or self.load_weights}"
-            )
-        return name, Path(path)
+        return None if self.load_weights is None else parse_source("--load-weights", self.load_weights)
 
 
 @dataclass(frozen=True, kw_only=True)

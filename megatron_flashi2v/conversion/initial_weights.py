@@ -11,6 +11,7 @@ import torch
 
 from megatron_flashi2v.checkpoint.folders import require_same_model
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.conditioning.build import BASE, paradigm_fields, paradigm_of
 from megatron_flashi2v.config.model import FREE_OF_WEIGHTS, ModelConfig
 from megatron_flashi2v.conversion.convert import open_weights
@@ -57,7 +58,9 @@ class InitialWeights:
         return "; ".join((*parts, *self.weights.notes))
 
 
-def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: str = "model") -> InitialWeights:
+def open_initial_weights(
+    source: tuple[str, Path], model: ModelConfig, weights: str = "model", peers: Peers | None = None
+) -> InitialWeights:
     """Open initial weights and compare them with the run's model.
 
     Weights of the run's own paradigm suit it, and those of others from which its class can start.
@@ -66,11 +69,12 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
         source: format and path.
         model: the run's; it gives the heads and phi's order where the source does not state them.
         weights: ``model`` or ``ema``.
+        peers: ranks that open them together; None for this process alone.
 
     Raises:
         UserError: the source is missing or damaged, or of another paradigm or other widths.
     """
-    opened = open_weights(*source, ReadOptions(weights=weights, assume=model))
+    opened = open_weights(*source, ReadOptions(weights=weights, assume=model, peers=peers))
     found = opened.config
     paradigm, run = paradigm_of(found), paradigm_of(model)
     meaningful: tuple[str, ...] = ()

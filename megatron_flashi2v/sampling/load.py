@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_initial_weights
 from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
+from megatron_flashi2v.models.adapters import scale_adapters
 from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.context_memory import ContextMemory
 from megatron_flashi2v.models.predict import predict_velocity
@@ -33,6 +33,7 @@ from megatron_flashi2v.parallel.placement import shard_grid
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.files import read_json_object
+from megatron_flashi2v.sampling.base import checked_base
 from megatron_flashi2v.sampling.frozen import FrozenFolders, is_release, load_image_encoder
 from megatron_flashi2v.sampling.guidance import VelocityFunction
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
@@ -102,7 +103,7 @@ def load_stages(
         attention_backend: implementation of attention, or auto.
         weights: ``model``, or ``ema`` for the averaged ones.
         base: format and path of an adapter's base; by default where it was in training.
-        adapter_scale: what adapters' products are multiplied with besides.
+        adapter_scale: what adapters' products are multiplied with besides; 0 is the base alone.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds no averaged weights though they are asked for; or the
@@ -112,12 +113,12 @@ def load_stages(
     config, _ = describe(folder)
     record = None if is_release(folder) else read_adapter_record(folder)
     adapter = None if record is None else record.adapter
-    if adapter is not None:
-        adapter = dataclasses.replace(adapter, alpha=adapter.alpha * adapter_scale)
     spec = make_spec(
         config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend, adapter=adapter
     )
     stages = [stage.eval() for stage in build_stages(spec, parallel)]
+    for stage in stages:
+        scale_adapters(stage, adapter_scale)
     parameters = (named for stage in stages for named in stage.named_parameters())
     shards = whole_weights(parameters, shard_grid(groups))
     if is_release(folder):
@@ -166,6 +167,8 @@ def open_pipeline(
     attention_backend: str = "auto",
     batched_guidance: bool = False,
     image_encoder: Path | None = None,
+    base: str | None = None,
+    adapter_scale: float = 1.0,
 ) -> Iterator[ImageToVideoPipeline]:
     """The pipeline of a checkpoint in this process alone; it can be called only inside.
 
@@ -176,6 +179,7 @@ def open_pipeline(
     )
     folder = resolve_checkpoint(checkpoint, weights)
     config, _ = describe(folder)
+    source = checked_base(folder, base, adapter_scale)
     target = resolve_device(device)
     where = target.torch_device
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -185,7 +189,7 @@ def open_pipeline(
     with single_process(target) as groups:
         stages = load_stages(
             folder, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
-            weights=weights,
+            weights=weights, base=source, adapter_scale=adapter_scale,
         )
         yield ImageToVideoPipeline(
             velocity=velocity_of(stages), vae=decoder, text_encoder=rows, model_config=config, device=where,

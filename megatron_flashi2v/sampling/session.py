@@ -26,6 +26,7 @@ from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED, ONCE
 from megatron_flashi2v.runtime.text import excerpt
+from megatron_flashi2v.sampling.base import checked_base
 from megatron_flashi2v.sampling.frozen import FrozenFolders, load_image_encoder
 from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
@@ -74,6 +75,7 @@ class Source:
             image_encoder=config.image_encoder,
         )
         folder = resolve_checkpoint(config.load, config.weights)
+        checked_base(folder, config.base, config.adapter_scale)
         model, state = describe(folder)
         return cls(frozen=frozen, folder=folder, model=model, state=state)
 
@@ -205,7 +207,8 @@ def load_pipeline(
     """
     stages = load_stages(
         source.folder, groups, encoders.device, config.parallel, bf16=config.bf16,
-        attention_backend=config.attention_backend, weights=config.weights,
+        attention_backend=config.attention_backend, weights=config.weights, base=config.base_source,
+        adapter_scale=config.adapter_scale,
     )
     return ImageToVideoPipeline(
         velocity=velocity_of(stages), vae=encoders.vae, text_encoder=RecentRows(encoders.text),
