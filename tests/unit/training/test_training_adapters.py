@@ -16,23 +16,27 @@ from helpers.base_weights import write_base
 from helpers.checkpoints import save_checkpoint
 from helpers.layouts import metrics, tensors
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord, read_adapter_record, read_pairs
 from megatron_flashi2v.checkpoint.adapter_table import adapter_shapes
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count, parameter_shapes
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.adapter import ATTENTION, AdapterConfig
-from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
-from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint, sampled_rows
+from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint, common_fingerprint, sampled_rows
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.formats.megatron import open_weights
+from megatron_flashi2v.conversion.initial_weights import open_initial_weights
 from megatron_flashi2v.conversion.weights import ReadOptions
+from megatron_flashi2v.models.adapters import add_adapters
 from megatron_flashi2v.models.placement import fused_parts
 from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.parallel.agreement import Failure
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import load_stages
@@ -340,7 +344,7 @@ def test_an_averaged_base(
     flags = f"--load-weights megatron:{find_checkpoint(whole)} --load-weights-kind ema"
     capsys.readouterr()
     for given in ((), ("--load-weights", f"megatron:{whole}", "--lora-rank", 2)):
-        assert train("--save", tmp_path / "run", *given) == 2
+        assert train("--save", tmp_path / "run", *given) == 1
         assert capsys.readouterr().err.strip().endswith(flags)
     expected = velocity(folder)
     shutil.move(whole, tmp_path / "moved")
@@ -359,8 +363,7 @@ def test_scales_of_any_sign(train: Train, base: Path, beside: tuple[str, str], t
 
 
 def test_what_is_trained_is_told(
-    train: Train, beside: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
+    train: Train, beside: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("--save", tmp_path, *beside, *LORA, "--train-only", "phi|norm3", "--exit-interval", 2) == 0
     record = record_of(tmp_path)
@@ -371,10 +374,12 @@ def test_what_is_trained_is_told(
     ), told
     rows = metrics(tmp_path)
     assert all(row["tflops"] is None and row["mfu"] is None for row in rows)  # a whole model's would not be comparable
-    assert train("--save", tmp_path) == 2
+    assert train("--save", tmp_path) == 1
     assert "--train-only 'phi|norm3' --load-weights" in capsys.readouterr().err
     assert train("--save", tmp_path, *beside, *LORA, "--train-only", "phi|norm3") == 0
     told = capsys.readouterr().err
+    assert train(*beside, *LORA, "--dry-run") == 0
+    assert "# trained: without tensors that --load-weights may lack" in capsys.readouterr().out
     assert "frozen weights are those of megatron:" in told and "starting from the weights" not in told
 
 
@@ -397,3 +402,42 @@ def test_the_fingerprint_sees_every_projection() -> None:
         if parts and name.endswith(".weight"):
             assert {row // large.head_dim % len(parts) for row in rows} == set(range(len(parts))), name
     assert 4 * read < 0.25e9
+
+
+class SecondRank(Peers):
+    """One of two; what the first one shares is given."""
+
+    def __init__(self, *shared: object) -> None:
+        super().__init__(1, 2)
+        self.shared = list(shared)
+
+    def share(self, value: object) -> object:
+        return self.shared.pop(0)
+
+    def first_failure(self, error: Exception | None) -> Failure | None:
+        return None if error is None else Failure(message=str(error), of_storage=False)
+
+
+def test_ranks_share_the_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each verifies its part of the files, the first one hashes, and all compare a few values."""
+    verified: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "megatron_flashi2v.checkpoint.folders.verify",
+        lambda folder, *, part, parts, needs: verified.append((part, parts)),
+    )
+    source = ("megatron", base)
+    mine = open_initial_weights(source, CONFIG, peers=SecondRank([str(base)])).weights
+    assert verified == [(1, 2)]
+    other = open_weights(write_base(tmp_path / "other", CONFIG, seed=6), ReadOptions())
+    shared = [[base_fingerprint(weights, values=1, rows=1), base_fingerprint(weights)] for weights in (mine, other)]
+    assert common_fingerprint(mine, SecondRank(shared[0])) == base_fingerprint(mine)
+    with pytest.raises(CheckpointError, match="other weights here than on rank 0; copy the same to all nodes"):
+        common_fingerprint(mine, SecondRank(shared[1]))
+
+
+def test_linears_of_another_library_are_refused() -> None:
+    block = nn.Module()
+    block.mlp = nn.Module()
+    block.mlp.linear_fc1 = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="megatron-core's own linears, and mlp.linear_fc1 is a Linear"):
+        add_adapters(block, None, AdapterConfig(rank=1, alpha=1.0, targets=("ffn.0",)))
