@@ -33,6 +33,7 @@ class AdapterRecord:
     Attributes:
         adapter: its low-rank pairs; None if whole tensors alone were trained.
         trained: our names of the whole tensors that were trained, beside any pairs.
+        train_only: the regular expression that picked some of them; None for those alone that the base lacks.
         base: where training found the base, as FORMAT:PATH with an absolute path.
         base_weights: which of its weights: ``model`` or ``ema``.
         base_fingerprint: of these weights (``conversion.base_fingerprint``).
@@ -43,22 +44,35 @@ class AdapterRecord:
     base: str
     base_weights: str
     base_fingerprint: str
+    train_only: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The contents of ``adapter.json``."""
         pairs = self.adapter.to_json() if self.adapter else {"rank": 0, "alpha": 0.0, "targets": []}
         return {
-            **pairs, "trained": list(self.trained), "base": self.base, "base_weights": self.base_weights,
-            "base_fingerprint": self.base_fingerprint,
+            **pairs, "trained": list(self.trained), "train_only": self.train_only, "base": self.base,
+            "base_weights": self.base_weights, "base_fingerprint": self.base_fingerprint,
         }
+
+    @property
+    def base_flags(self) -> str:
+        """The flags of a run beside the same base."""
+        kind = "" if self.base_weights == "model" else f" --load-weights-kind {self.base_weights}"
+        return f"--load-weights {self.base}{kind}"
 
     def shapes(self, config: ModelConfig) -> dict[str, Shape]:
         """Names and shapes of the tensors that such a checkpoint holds.
 
         Raises:
-            KeyError: the model has no tensor of a trained name.
+            CheckpointError: the model has no tensor of a trained name.
         """
         whole = parameter_shapes(config)
+        unknown = [name for name in self.trained if name not in whole]
+        if unknown:
+            raise CheckpointError(
+                f"{ADAPTER_NAME} names {', '.join(unknown[:3])} as trained, which a {config.conditioning} model has "
+                "not; use the version of this package that wrote it"
+            )
         return {name: whole[name] for name in self.trained} | adapter_shapes(config, self.adapter)
 
 
@@ -84,6 +98,7 @@ def read_adapter_record(folder: Path) -> AdapterRecord | None:
         return AdapterRecord(
             adapter=adapter, trained=tuple(map(str, values["trained"])), base=str(values["base"]),
             base_weights=str(values["base_weights"]), base_fingerprint=str(values["base_fingerprint"]),
+            train_only=values.get("train_only"),
         )
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error

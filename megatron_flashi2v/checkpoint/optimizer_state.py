@@ -216,17 +216,31 @@ def optimizer_common_state(optimizer: MegatronOptimizer) -> dict[str, Any]:
     Raises:
         CheckpointError: parameters have done different numbers of steps.
     """
+    return common_step([{"step": step} for step in _steps(optimizer)])
+
+
+def common_step(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ranks' parameters share, of :func:`optimizer_common_state` of each; a rank without any has no step.
+
+    Raises:
+        CheckpointError: ranks have done different numbers of steps.
+    """
+    steps = {state["step"] for state in states if state["step"] is not None}
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"the optimizer's parameters have done different numbers of steps: {sorted(steps)}"
+        )
+    return {"step": steps.pop() if steps else None}
+
+
+def _steps(optimizer: MegatronOptimizer) -> set[int]:
     steps = set()
     for part in unchained(optimizer):
         # torch keeps the step per parameter, the fused optimizers of apex and TE per group.
         for state in (*part.optimizer.state.values(), *part.optimizer.param_groups):
             if state.get("step") is not None:
                 steps.add(int(state["step"]))
-    if len(steps) > 1:
-        raise CheckpointError(
-            f"the optimizer's parameters have done different numbers of steps: {sorted(steps)}"
-        )
-    return {"step": steps.pop() if steps else None}
+    return steps
 
 
 def load_optimizer(

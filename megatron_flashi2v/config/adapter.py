@@ -15,6 +15,13 @@ IMAGE_BRANCH = ("cross_attn.k_img", "cross_attn.v_img")
 """Linears of models that attend to an image encoder's rows alone."""
 LINEARS = (*ATTENTION, *IMAGE_BRANCH, "ffn.0", "ffn.2")
 """Every linear of a block that can have an adapter, by its name in Wan's original."""
+_DIFFUSERS = {
+    **{f"{wan}.{part}": f"{theirs}.to_{part}" for wan, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+       for part in "qkv"},
+    "self_attn.o": "attn1.to_out.0", "cross_attn.o": "attn2.to_out.0", "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
+}  # fmt: skip
+"""The same linears' names in diffusers, which targets may have too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,8 @@ class AdapterArguments:
     """Adapters add alpha / rank * B A x to W x; by default alpha is the rank."""
     lora_targets: tuple[str, ...] = ()
     """Linears that have adapters, by Wan's names or parts of these: self_attn.q, q (of both attentions), self_attn,
-    cross_attn, ffn or all; by default q, k, v and o of both attentions."""
+    cross_attn, ffn or all, or diffusers' such as to_q, apart or with commas; by default q, k, v and o of both
+    attentions."""
     train_only: str | None = None
     """Train whole the tensors in whose name, ours or Wan's, this regular expression is found, such as phi|head, beside
     adapters if --lora-rank is given; the rest of --load-weights stays frozen. Tensors that --load-weights lacks are
@@ -83,8 +91,9 @@ def adapter_of(arguments: AdapterArguments, *, has_image_branch: bool) -> Adapte
     if arguments.lora_rank is None:
         return None
     there = [name for name in LINEARS if has_image_branch or name not in IMAGE_BRANCH]
-    chosen = set(ATTENTION) if not arguments.lora_targets else set()
-    for target in arguments.lora_targets:
+    targets = [name.strip() for target in arguments.lora_targets for name in target.split(",") if name.strip()]
+    chosen = set() if targets else set(ATTENTION)
+    for target in targets:
         found = [name for name in there if target == "all" or _is_part(target, name)]
         if not found:
             raise ConfigError(
@@ -99,5 +108,6 @@ def adapter_of(arguments: AdapterArguments, *, has_image_branch: bool) -> Adapte
 
 
 def _is_part(target: str, name: str) -> bool:
-    """Whether a target is a name, or stands before or after a dot in it."""
-    return re.search(rf"(^|\.){re.escape(target)}(\.|$)", name) is not None
+    """Whether a target is a name of the linear, Wan's or diffusers', or stands before or after dots in it."""
+    part = re.compile(rf"(^|\.){re.escape(target)}(\.|$)")
+    return not target.isdecimal() and any(part.search(known) for known in (name, _DIFFUSERS[name]))

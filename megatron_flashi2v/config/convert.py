@@ -32,7 +32,7 @@ def parse_source(flag: str, text: str) -> tuple[str, Path]:
     """Format and path of weights that a flag names as FORMAT:PATH.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: the text is not of that form.
     """
     name, colon, path = text.partition(":")
     if not colon or not path or name not in SOURCE_NAMES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -128,10 +129,10 @@ class SampleConfig(FlagNames):
     weights: Literal["model", "ema"] = "model"
     """Weights of the checkpoint: the trained ones, or the moving average that `train --ema-decay` keeps."""
     base: Annotated[str | None, Named("base", "FORMAT:PATH"), HoldsPath()] = None
-    """Weights beside which the adapters of --load were trained, with a format of `flashi2v convert`; by default where
-    they were then."""
-    adapter_scale: Annotated[float, Above(0)] = 1.0
-    """Strength of the adapters of --load: 1 is as trained, 0.5 half of it."""
+    """Weights beside which a checkpoint of adapters was trained, with a format of `flashi2v convert`; by default where
+    they were in training."""
+    adapter_scale: float = 1.0
+    """Factor of the products that a checkpoint's adapters add; 0 samples without them."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
     """Device; auto takes the first that is there."""
     bf16: bool = False
@@ -158,8 +159,10 @@ class SampleConfig(FlagNames):
             self._check_one_video()
         else:
             self._check_many_videos()
-        _ = self.base_source
         self._check_guidance()
+        _ = self.base_source
+        if not math.isfinite(self.adapter_scale):
+            raise ConfigError(f"--adapter-scale is {self.adapter_scale}; it must be a number")
 
     @property
     def base_source(self) -> tuple[str, Path] | None:

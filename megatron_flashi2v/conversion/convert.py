@@ -20,6 +20,7 @@ from megatron_flashi2v.conversion.formats import comfyui, diffusers, megatron, t
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
 from megatron_flashi2v.conversion.recognition import recognise_format, require_format
 from megatron_flashi2v.conversion.report import ConversionReport, make_report
+from megatron_flashi2v.conversion.training_folders import newest_iteration
 from megatron_flashi2v.conversion.weights import OnBytes, ReadOptions, Weights
 from megatron_flashi2v.runtime.files import require_space
 from megatron_flashi2v.runtime.publishing import staged_folder
@@ -217,7 +218,12 @@ def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
     format_name, path = source_with_format(format_name, path)
     opened = format_named(format_name)
     try:
-        return opened.open(path, options)
+        weights = opened.open(path, options)
+        if format_name == "megatron":
+            weights.origin = format_name, weights.source
+        else:
+            weights.origin = format_name, newest_iteration(path) if path.is_dir() else path
+        return weights
     except UserError as error:
         found = recognise_format(path)
         if found is None or found == format_name or FORMATS[found].column == opened.column != "":

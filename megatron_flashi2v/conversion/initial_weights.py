@@ -12,8 +12,9 @@ import torch
 from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
 from megatron_flashi2v.checkpoint.folders import require_same_model
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.conditioning.build import BASE, paradigm_fields, paradigm_of
-from megatron_flashi2v.config.errors import CheckpointError
+from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.config.model import FREE_OF_WEIGHTS, ModelConfig
 from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
 from megatron_flashi2v.conversion.convert import open_weights
@@ -60,7 +61,9 @@ class InitialWeights:
         return "; ".join((*parts, *self.weights.notes))
 
 
-def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: str = "model") -> InitialWeights:
+def open_initial_weights(
+    source: tuple[str, Path], model: ModelConfig, weights: str = "model", peers: Peers | None = None
+) -> InitialWeights:
     """Open initial weights and compare them with the run's model.
 
     Weights of the run's own paradigm suit it, and those of others from which its class can start.
@@ -69,11 +72,12 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
         source: format and path.
         model: the run's; it gives the heads and phi's order where the source does not state them.
         weights: ``model`` or ``ema``.
+        peers: ranks that open them together; None for this process alone.
 
     Raises:
         UserError: the source is missing or damaged, or of another paradigm or other widths.
     """
-    opened = open_weights(*source, ReadOptions(weights=weights, assume=model))
+    opened = open_weights(*source, ReadOptions(weights=weights, assume=model, peers=peers))
     found = opened.config
     paradigm, run = paradigm_of(found), paradigm_of(model)
     meaningful: tuple[str, ...] = ()
@@ -98,6 +102,28 @@ def open_initial_weights(source: tuple[str, Path], model: ModelConfig, weights: 
     )
 
 
+def find_base(folder: Path, record: AdapterRecord, source: tuple[str, Path] | None = None) -> tuple[str, Path]:
+    """Format and path of the weights beside which a checkpoint was trained; they are there.
+
+    Args:
+        folder: the checkpoint, for messages.
+        record: of what it holds.
+        source: format and path of the base; by default where it was in training.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if source is None:
+        name, _, path = record.base.partition(":")
+        source = name, Path(path)
+    if not source[1].exists():
+        raise CheckpointError(
+            f"{folder} was trained beside {record.base}, and {source[1]} does not exist; give these weights as --base "
+            "FORMAT:PATH"
+        )
+    return source
+
+
 def open_base(
     folder: Path, record: AdapterRecord, model: ModelConfig, source: tuple[str, Path] | None = None
 ) -> InitialWeights:
@@ -107,28 +133,28 @@ def open_base(
         folder: the checkpoint, for messages.
         record: of what it holds.
         model: of the checkpoint.
-        source: format and path of the base; by default where it was in training.
+        source: as for :func:`find_base`. Averaged weights may have been converted: then they are another place's own.
 
     Raises:
         UserError: the base is missing or damaged, or other weights are found.
     """
-    if source is None:
-        name, _, path = record.base.partition(":")
-        source = name, Path(path)
-    name, place = source
-    if not place.exists():
-        raise CheckpointError(
-            f"{folder} was trained beside {record.base}, and {place} does not exist; give these weights as --base "
-            "FORMAT:PATH"
-        )
-    base = open_initial_weights(source, model, record.base_weights)
-    found = base_fingerprint(base.weights)
-    if found != record.base_fingerprint:
-        raise CheckpointError(
-            f"{folder} was trained beside other weights than {name}:{place}: their fingerprint is "
-            f"{record.base_fingerprint[:16]}..., this one's {found[:16]}...; give those of {record.base}"
-        )
-    return base
+    name, place = find_base(folder, record, source)
+    found = ""
+    for kind in dict.fromkeys((record.base_weights if source is None else "model", record.base_weights)):
+        try:
+            base = open_initial_weights((name, place), model, kind)
+        except UserError:
+            if kind == "model":
+                raise
+            break
+        found = base_fingerprint(base.weights)
+        if found == record.base_fingerprint:
+            return base
+    raise CheckpointError(
+        f"{folder} was trained beside other weights than {name}:{place}: their fingerprint is "
+        f"{record.base_fingerprint[:16]}..., this one's {found[:16]}...; give those of {record.base} as --base "
+        "FORMAT:PATH"
+    )
 
 
 def load_initial_weights(initial: InitialWeights, shards: Iterable[WeightShard]) -> None:

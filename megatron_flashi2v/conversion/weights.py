@@ -14,6 +14,7 @@ import torch
 
 from megatron_flashi2v.checkpoint.arrangements import Box, Shape
 from megatron_flashi2v.checkpoint.key_table import Mapped, parameter_shapes
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.tensor_file import FileRecord, TensorSpec, write_tensor_file
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
@@ -40,6 +41,7 @@ class ReadOptions:
         phi_order: likewise.
         assume: model to take a value from that neither the source nor these options state.
         keep_non_finite: read values that are NaN or infinite like others, in place of refusing them.
+        peers: ranks that open the same weights together, and share the work of verifying them; None for this alone.
     """
 
     dtype: torch.dtype | None = None
@@ -48,6 +50,7 @@ class ReadOptions:
     phi_order: str | None = None
     assume: ModelConfig | None = None
     keep_non_finite: bool = False
+    peers: Peers | None = None
 
     def require_agreement(self, config: ModelConfig, source: Path) -> None:
         """Refuse a flag that contradicts the source.
@@ -67,6 +70,7 @@ class Weights(ABC):
     Attributes:
         config: the model.
         source: file or folder, for messages.
+        origin: format, and file or folder that was read: of a trainer's folder the iteration's.
         names: each tensor's name or names in the source, by our name.
         left_out: other entries of the source.
         notes: assumptions made while opening them.
@@ -76,6 +80,7 @@ class Weights(ABC):
 
     config: ModelConfig
     source: Path
+    origin: tuple[str, Path]
     options: ReadOptions
     names: Mapping[str, tuple[str, ...]]
     left_out: tuple[str, ...] = ()

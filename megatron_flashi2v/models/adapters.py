@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_flashi2v.config.adapter import AdapterConfig
+from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.models.placement import fused_parts, sharded_dim
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.parallel.linear import (
@@ -86,6 +87,9 @@ def add_adapters(block: nn.Module, spec: ModelSpec, adapter: AdapterConfig) -> N
         block: a transformer block whose linears are megatron-core's.
         spec: its settings.
         adapter: rank, scale and targets.
+
+    Raises:
+        ConfigError: the linears are another library's.
     """
     for path, linear in _linears(block):
         parts = fused_parts(f"blocks.{{i}}.{path}.weight")
@@ -95,13 +99,24 @@ def add_adapters(block: nn.Module, spec: ModelSpec, adapter: AdapterConfig) -> N
             linear.adapter = FusedPairs(pairs, parts, spec.config.head_dim) if parts else pairs[""]
 
 
+def scale_adapters(model: nn.Module, factor: float) -> None:
+    """Multiply what all of a model's pairs add by a factor, of any sign."""
+    for module in model.modules():
+        if isinstance(module, LowRankPair):
+            module.scale *= factor
+
+
 def _linears(block: nn.Module) -> Iterator[tuple[str, ParallelLinear]]:
     """The block's linears by their names in it; those of the image's rows are not in all models."""
     modules = dict(block.named_modules())
     for path in ORIGINALS:
         if path in modules:
             linear = modules[path]
-            assert isinstance(linear, ParallelLinear), f"{path} is a {type(linear).__name__}, which takes no adapter"
+            if not isinstance(linear, ParallelLinear):
+                raise ConfigError(
+                    f"--lora-rank needs megatron-core's own linears, and {path} is a {type(linear).__name__}; leave "
+                    "out --use-mindspeed, or what else replaces them"
+                )
             yield path, linear
 
 

@@ -139,8 +139,8 @@ class DroppedOutput:
         if self.unread is None:
             return
         (dropped, again), self.unread = self.unread, None
-        if not output[0].requires_grad:  # nothing will ask for it
-            return
+        if not output[0].requires_grad or not any(weight.requires_grad for weight in reader.parameters()):
+            return  # nothing will ask for it, and a frozen linear kept none of it
         storage = dropped.untyped_storage()
         size = storage.size()
         storage.resize_(0)

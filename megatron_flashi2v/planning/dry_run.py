@@ -141,6 +141,8 @@ def held_by_ranks(config: TrainConfig, model: ModelConfig, data: PlannedData, wo
         "# held by each rank",
         f"# rank = tensor + {tensor} x (context + {context} x (data + {replicas} x pipeline)), each counted from 0",
     ]
+    if config.adapter.is_partial:
+        lines.append("# trained: without tensors that --load-weights may lack, which are trained too")
     for place, held in enumerate(planned_holdings(
         parallel, model, data.latent_shapes, bf16=config.batch.bf16, adapter=config.adapter
     )):

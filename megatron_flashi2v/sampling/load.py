@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,11 +12,12 @@ import torch
 from megatron_flashi2v.checkpoint.adapter_record import read_adapter_record
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config, load_state
 from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
-from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
 from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_base, open_initial_weights
+from megatron_flashi2v.models.adapters import scale_adapters
 from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.context_memory import ContextMemory
 from megatron_flashi2v.models.predict import predict_velocity
@@ -105,7 +105,7 @@ def load_stages(
         attention_backend: implementation of attention, or auto.
         weights: ``model``, or ``ema`` for the averaged ones.
         base: format and path of an adapter's base; by default where it was in training.
-        adapter_scale: what adapters' products are multiplied with besides.
+        adapter_scale: what adapters' products are multiplied with besides; 0 is the base alone.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds no averaged weights though they are asked for; or the
@@ -115,15 +115,12 @@ def load_stages(
     config, _ = describe(folder)
     record = None if is_release(folder) else read_adapter_record(folder)
     adapter = None if record is None else record.adapter
-    if adapter is not None:
-        adapter = dataclasses.replace(adapter, alpha=adapter.alpha * adapter_scale)
-    if (record is None and base is not None) or (adapter is None and adapter_scale != 1.0):
-        flag = f"--base {base[0]}:{base[1]}" if base is not None else f"--adapter-scale {adapter_scale:g}"
-        raise ConfigError(f"{flag} belongs to a checkpoint of adapters, and {folder} holds none; leave it out")
     spec = make_spec(
         config, groups, device.torch_device, bf16=bf16, attention_backend=attention_backend, adapter=adapter
     )
     stages = [stage.eval() for stage in build_stages(spec, parallel)]
+    for stage in stages:
+        scale_adapters(stage, adapter_scale)
     parameters = (named for stage in stages for named in stage.named_parameters())
     shards = whole_weights(parameters, shard_grid(groups))
     if _is_diffusers(folder):

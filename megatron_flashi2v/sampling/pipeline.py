@@ -159,8 +159,8 @@ class ImageToVideoPipeline:
             tokenizer: folder of its tokenizer, likewise.
             image_encoder: folder of the image encoder, for a model that attends to its rows.
             device: auto, cuda, npu or cpu.
-            options: ``weights`` (model or ema), ``bf16``, ``attention_backend`` and ``batched_guidance``, as the flags
-                of ``flashi2v sample``.
+            options: ``weights`` (model or ema), ``bf16``, ``attention_backend``, ``batched_guidance``, ``base`` and
+                ``adapter_scale``, as the flags of ``flashi2v sample``.
 
         Raises:
             UserError: a folder is missing or damaged, or the parts do not fit together.

@@ -31,6 +31,7 @@ from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.runtime.logging import AGREED, ONCE
 from megatron_flashi2v.runtime.text import excerpt
+from megatron_flashi2v.sampling.base import checked_base
 from megatron_flashi2v.sampling.experts import require_pair
 from megatron_flashi2v.sampling.frozen import FrozenFolders, load_image_encoder
 from megatron_flashi2v.sampling.models import FoundModels, find_models, interpolation_of, load_velocities
@@ -94,6 +95,7 @@ class Source:
         models = find_models(
             config.load, config.weights, low_noise=config.low_noise, boundary_ratio=config.boundary_ratio
         )
+        checked_base(models.folder, config.base, config.adapter_scale)
         require_pair(config.sampler.guidance_scale_2, models.low_noise)
         if config.text_cleaning is not None:
             model = dataclasses.replace(models.config, text_cleaning=config.text_cleaning)
@@ -121,6 +123,8 @@ def open_pipeline(
     image_encoder: Path | None = None,
     low_noise: Path | None = None,
     boundary_ratio: float | None = None,
+    base: str | None = None,
+    adapter_scale: float = 1.0,
 ) -> Iterator[ImageToVideoPipeline]:
     """The pipeline of a checkpoint in this process alone; it can be called only inside.
 
@@ -130,6 +134,7 @@ def open_pipeline(
         checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, image_encoder=image_encoder
     )
     models = find_models(checkpoint, weights, low_noise=low_noise, boundary_ratio=boundary_ratio)
+    source = checked_base(models.folder, base, adapter_scale)
     target = resolve_device(device)
     where = target.torch_device
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -139,7 +144,7 @@ def open_pipeline(
     with single_process(target) as groups:
         velocity, second = load_velocities(
             models, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
-            weights=weights,
+            weights=weights, base=source, adapter_scale=adapter_scale,
         )
         yield ImageToVideoPipeline(
             velocity=velocity, low_noise=second, vae=decoder, text_encoder=rows, model_config=models.config,

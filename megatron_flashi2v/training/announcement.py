@@ -13,6 +13,7 @@ from megatron_flashi2v.models.kernel_choice import default_kernels
 from megatron_flashi2v.runtime.device import Device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
 from megatron_flashi2v.training.holdings import held_by_all, holding_of
+from megatron_flashi2v.training.partial import training_of
 from megatron_flashi2v.training.run_folder import write_config
 from megatron_flashi2v.training.state import TrainState
 
@@ -42,6 +43,8 @@ def announce(
     padded = held.tokens * groups.token_parts
     logger.info("data: %d samples of %d visual tokens%s from %s", len(data), tokens,
                 f", padded to {padded}," if padded > tokens else "", data.name)
+    if state.adapter is not None:
+        logger.info("%s", training_of(state.adapter, spec.config))
     for line in held_by_all(held, groups.pp.rank(), sharing):
         logger.info("%s", line)
     logger.info("%d microbatches of %d samples each iteration on each of %d replicas", num_microbatches,

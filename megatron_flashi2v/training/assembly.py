@@ -18,6 +18,7 @@ from megatron_flashi2v.training.build import build_state, build_step, spec_of
 from megatron_flashi2v.training.checkpoints import RunCheckpoints
 from megatron_flashi2v.training.datasets import opened_data
 from megatron_flashi2v.training.interrupts import Interrupts, LongWork
+from megatron_flashi2v.training.partial import picked_tensors
 from megatron_flashi2v.training.reading import bad_sample_ledger, training_source
 from megatron_flashi2v.training.run_folder import choose_start
 from megatron_flashi2v.training.run_state import provenance_of
@@ -58,14 +59,15 @@ def open_trainer(
     interrupts = Interrupts(config.checkpoint.exit_duration_minutes)
     with opened_data(config, model, groups, device.torch_device) as data:
         peers = Peers(launch.rank, launch.world_size)
+        # What needs no checkpoint is refused before --fresh sets one aside.
+        spec = spec_of(config, data.model, groups, device)
+        picked_tensors(config.adapter.train_only, data.model)
         hang_watch.enter("verifying the checkpoint", SLOW)
         start = choose_start(config, peers)
         provenance = provenance_of(config, data.training, launch, started_from=start.started_from)
         start.require_same_run(data.model, provenance)
         clock = ReplicaClock(device)
-        state = build_state(
-            config, spec_of(config, data.model, groups, device), start.checkpoint, provenance, hang_watch, clock.meet
-        )
+        state = build_state(config, spec, start.checkpoint, provenance, peers, hang_watch, clock.meet)
         data.training.require_whole_batches(state.consumed_samples)
         step = build_step(config, state, launch.world_size)
         source = training_source(config, data.training, state, step)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch.distributed
 
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.adapter import adapter_of
 from megatron_flashi2v.config.layout import is_fully_sharded, virtual_stages
@@ -68,6 +69,7 @@ def build_state(
     spec: ModelSpec,
     resumed: Path | None,
     provenance: Provenance,
+    peers: Peers,
     hang_watch: HangWatch,
     before_reduction: Callable[[], None],
 ) -> TrainState:
@@ -83,6 +85,7 @@ def build_state(
         spec: dimensions, precision, groups and kernels of the stages.
         resumed: the checkpoint to go on from; None starts anew.
         provenance: of this run.
+        peers: all ranks.
         hang_watch: enters a phase for each part that takes long.
         before_reduction: called when an iteration's gradients are about to be reduced over replicas.
 
@@ -91,10 +94,14 @@ def build_state(
     """
     hang_watch.enter("building the model", SLOW)
     frozen = config.adapter.is_partial
-    initial = _initial_weights(config, spec.config) if frozen or resumed is None else None
-    record = adapter_record(config, spec, initial) if frozen and initial is not None else None
+    initial = _initial_weights(config, spec.config, peers) if frozen or resumed is None else None
+    record = adapter_record(config, spec, initial, peers) if frozen and initial is not None else None
     if resumed is not None:
         require_same_part(resumed, record)
+    if resumed is not None and record is not None:
+        logger.info("frozen weights are those of %s", record.base)
+    elif initial is not None:
+        logger.info("%s", initial.summary)
     world_size = torch.distributed.get_world_size()
     stages = build_stages(spec, config.parallel, config.recompute, hollow=is_fully_sharded(config.parallel, world_size))
     if record is not None:
@@ -138,14 +145,12 @@ def build_step(config: TrainConfig, state: TrainState, world_size: int) -> Train
     )
 
 
-def _initial_weights(config: TrainConfig, model: ModelConfig) -> InitialWeights | None:
+def _initial_weights(config: TrainConfig, model: ModelConfig, peers: Peers) -> InitialWeights | None:
     """Those of --load-weights, opened."""
     source = config.checkpoint.load_weights_source
     if source is None:
         return None
-    initial = open_initial_weights(source, model, config.checkpoint.load_weights_kind)
-    logger.info("%s", initial.summary)
-    return initial
+    return open_initial_weights(source, model, config.checkpoint.load_weights_kind, peers)
 
 
 def set_initial_weights(

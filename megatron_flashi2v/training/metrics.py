@@ -132,7 +132,7 @@ class ProgressLine(Observer):
         step_s = row["step_time_s"]
         self._samples += row["samples_per_s"] * step_s
         self._tokens += row["tokens_per_s"] * step_s
-        self._teraflop += row["tflops"] * step_s
+        self._teraflop += (row["tflops"] or 0.0) * step_s
         self._waited += row["data_wait_s"]
         last = row["iteration"] == self.train_iters
         if row["iteration"] % self.interval and not last:
@@ -150,7 +150,9 @@ class ProgressLine(Observer):
         """Rates over the seconds since the last line; the row tells the device's peak."""
         rates = [f"{self._samples / seconds:.2f} samples/s", f"{self._tokens / seconds:,.0f} tokens/s"]
         tflops = self._teraflop / seconds
-        if row["mfu"] is None:
+        if row["tflops"] is None:
+            pass  # weights are frozen
+        elif row["mfu"] is None:
             rates.append(f"{tflops:.3g} TFLOP/s")
         else:
             rates.append(f"{tflops:.0f} TFLOP/s ({tflops * row['mfu'] / row['tflops']:.1%} MFU)")

@@ -15,11 +15,17 @@ from torch import nn
 from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
 from megatron_flashi2v.checkpoint.folders import load_model_config, require_same_model
 from megatron_flashi2v.checkpoint.model_state import load_weights, weight_pieces
-from megatron_flashi2v.checkpoint.optimizer_state import load_optimizer, optimizer_common_state, optimizer_pieces
+from megatron_flashi2v.checkpoint.optimizer_state import (
+    common_step,
+    load_optimizer,
+    optimizer_common_state,
+    optimizer_pieces,
+)
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.models.spec import ModelSpec
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.models.weight_shards import WeightShard, held_weights, updated_weights, whole_weights
+from megatron_flashi2v.parallel.agreement import gather_json
 from megatron_flashi2v.parallel.fully_sharded import FullyShardedStage
 from megatron_flashi2v.parallel.placement import ShardGrid, shard_grid
 from megatron_flashi2v.runtime.logging import AGREED
@@ -135,12 +141,14 @@ class TrainState:
                 *(self.average.pieces() if self.average else ())]
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of state.json, the same on all ranks."""
+        """The contents of state.json, the same on all ranks; collective."""
+        # A rank whose stage trains nothing counts no steps.
+        optimizer = common_step(gather_json(optimizer_common_state(self.optimizer)))
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
             **self.provenance.to_json(),
-            "optimizer": optimizer_common_state(self.optimizer),
+            "optimizer": optimizer,
             "clipper": self.clipper.state_dict(),
             "guard": self.guard.state_dict(),
             "ema": self.average.state_dict() if self.average else None,

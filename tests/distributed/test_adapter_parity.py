@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.base_weights import write_base
 from helpers.layouts import (
     Layout,
@@ -15,16 +17,19 @@ from helpers.layouts import (
     assert_same_weights,
     metrics,
     run_layouts,
+    tensors,
     weights,
 )
 from helpers.synthetic_data import write_synthetic
 
+from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_state
 from megatron_flashi2v.config.model import ModelConfig
 
 CONFIG = ModelConfig(
     num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, latent_channels=4, text_dim=8,
     text_length=8,
 )
+IMAGE = dataclasses.replace(CONFIG, conditioning="wan_i2v", image_dim=20, image_rows=5)
 LATENTS = (4, 2, 6, 10)  # 2 x 3 x 5 tokens
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 SP, ALGO, RECOMPUTE = "--sequence-parallel", "--context-parallel-algo", "--recompute-granularity"
@@ -46,36 +51,60 @@ LONG_LAYOUTS = [
     # The first stage trains nothing; its backward runs all the same.
     Layout("head-pp2", 2, ("--train-only", "head", PP, "2")),
     Layout("head-tp2-sp-pp2", 4, ("--train-only", "head", TP, "2", SP, PP, "2")),
+    Layout("accumulating-dp2", 2, ("--global-batch-size", "4", *DISTRIBUTED)),
+    # The keys and values of an image encoder's rows, and averages of adapters.
+    Layout("image-tp2-sp", 2, (TP, "2", SP)),
+    Layout("image-tp2-sp-pp2", 4, (TP, "2", SP, PP, "2")),
 ]
 LORA = ("--lora-rank", "3", "--lora-alpha", "7", "--lora-targets", "all", "--train-only", "phi")
 
 
+REFERENCES = {
+    "head": ("--train-only", "head"),
+    "accumulating": (*LORA, "--global-batch-size", "4"),
+    "image": (*LORA, "--conditioning", "wan_i2v", "--image-embed-dim", "20", "--ema-decay", "0.5"),
+    "single": LORA,
+}
+"""Runs of one process, and flags that they share with their layouts."""
+
+
 def reference_of(layout: Layout) -> str:
-    return "head" if layout.name.startswith("head") else "single"
+    kind = layout.name.partition("-")[0]
+    return kind if kind in REFERENCES else "single"
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Iterations of two samples, in microbatches of one; only the layouts that tests ask for."""
-    folder = tmp_path_factory.mktemp("adapters")
-    data = write_synthetic(folder / "set", 6, LATENTS, CONFIG.text_dim, CONFIG.text_length, seed=3)
+def common_flags(folder: Path) -> list[str]:
+    """Of all runs, whose data and bases are written to a folder."""
+    inputs = {"grey_clip": LATENTS, "image_rows": (IMAGE.image_rows, IMAGE.image_dim)}
+    data = write_synthetic(folder / "set", 6, LATENTS, CONFIG.text_dim, CONFIG.text_length, seed=3, inputs=inputs)
     write_base(folder / "base", CONFIG)
-    common = [
+    return [
         "--model", "tiny", "--num-layers", "3", "--hidden-size", "32", "--ffn-hidden-size", "48",
         "--num-attention-heads", "4", "--text-dim", "8", "--text-length", "8", "--latent-channels", "4",
         "--data-path", str(data), "--device", "cpu", "--train-iters", str(ITERATIONS), "--seed", "7",
         "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "3e-3", "--adam-eps", "1e-5",
         "--load-weights", f"megatron:{folder / 'base'}",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Iterations of two samples, in microbatches of one; only the layouts that tests ask for."""
+    folder = tmp_path_factory.mktemp("adapters")
+    common = common_flags(folder)
+    write_base(folder / "image", IMAGE)
     wanted = {item.callspec.params["layout"].name for item in request.session.items
               if item.fspath == request.fspath and "layout" in item.callspec.params}  # fmt: skip
     layouts = [layout for layout in (*LAYOUTS, *LONG_LAYOUTS) if layout.name in wanted]
     references = sorted({reference_of(layout) for layout in layouts})
-    layouts += [Layout(name, 1, ("--train-only", "head") if name == "head" else ()) for name in references]
+    layouts += [Layout(name, 1) for name in references]
+    image = ("--load-weights", f"megatron:{folder / 'image'}")
     layouts = [
-        layout if reference_of(layout) == "head" else
-        Layout(layout.name, layout.world, (*LORA, *layout.flags)) for layout in layouts
-    ]
+        Layout(layout.name, layout.world, (
+            *REFERENCES[reference_of(layout)], *(image if reference_of(layout) == "image" else ()), *layout.flags,
+        ))
+        for layout in layouts
+    ]  # fmt: skip
     return run_layouts(layouts, folder, common)
 
 
@@ -92,6 +121,28 @@ def test_a_layout_trains_like_one_process(runs: dict[str, Path], layout: Layout)
     assert_same_velocity(run, single)
     assert_same_weights(run, single)
     assert weights(run), "nothing was trained"
+    averages, expected = (tensors(find_checkpoint(folder), "ema.") for folder in (run, single))
+    assert averages.keys() == expected.keys() and bool(averages) == (reference_of(layout) == "image")
+    for name, average in averages.items():
+        torch.testing.assert_close(average, expected[name], rtol=1e-4, atol=1e-6)
     if "distributed" not in layout.name:  # which leaves each replica its own part of the gradients
         assert_same_gradients(run, single)
         assert_ranks_agree(run)
+
+
+def test_a_run_goes_on_in_one_process(tmp_path: Path) -> None:
+    """All that a checkpoint holds comes back bit for bit, also from a first stage that trained nothing."""
+    common = [*common_flags(tmp_path), "--train-iters", "2"]
+    flags = {"pairs": (*LORA, "--bf16", "--ema-decay", "0.5"), "head": REFERENCES["head"]}
+    divided = (TP, "2", SP, PP, "2")
+    before = run_layouts([Layout(name, 4, (*kind, *divided)) for name, kind in flags.items()], tmp_path, common)
+    after = run_layouts([
+        Layout(f"{name}-again", 1, (*kind, "--load", str(before[name])), saves_again=True)
+        for name, kind in flags.items()
+    ], tmp_path, common)  # fmt: skip
+    for name in flags:
+        found, expected = (tensors(find_checkpoint(run), "") for run in (after[f"{name}-again"], before[name]))
+        assert found.keys() == expected.keys() and any(key.startswith("optimizer.exp_avg.") for key in found)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        states = [load_state(find_checkpoint(run))["optimizer"] for run in (after[f"{name}-again"], before[name])]
+        assert states == [{"step": 2}] * 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.peers import Peers
@@ -42,12 +43,13 @@ def save_checkpoint(
     model_config: ModelConfig,
     state: Mapping[str, Any],
     retention: Retention = KEEP_ALL,
+    adapter: AdapterRecord | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Path:
     """All steps of one save, as training does them when it waits; every rank calls it. The published folder."""
     save = CheckpointSave(
-        root, iteration, pieces=pieces, model_config=model_config, state=state, retention=retention,
+        root, iteration, pieces=pieces, model_config=model_config, adapter=adapter, state=state, retention=retention,
         peers=Peers(rank, world_size),
     )
     save.finish()

@@ -99,14 +99,17 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it lacks the EMA weights that the caller wants.
     """
-    folder = find_checkpoint(path, needs=partial(holds_weights, options.weights))
+    folder = find_checkpoint(path, peers=options.peers, needs=partial(holds_weights, options.weights))
     if folder is None:
         raise CheckpointError(f"{path} holds no checkpoint; give a folder written by `flashi2v train --save`")
     adapter = read_adapter_record(folder)
     if adapter is not None:
+        base = " ".join(adapter.base.split(":", 1))
+        kind = "" if adapter.base_weights == "model" else f" --weights {adapter.base_weights}"
         raise CheckpointError(
             f"{folder} holds no whole model but what was trained beside frozen weights ({ADAPTER_NAME}); merge it into "
-            f"its base {adapter.base} first: convert --from FORMAT BASE --adapter {folder} --merge"
+            f"them: flashi2v convert --from {base}{kind} --adapter {folder} --merge --to megatron OUT; to go on with "
+            "its training, give it as --load beside the --load-weights of its start"
         )
     return MegatronWeights(folder, options)
 

@@ -31,7 +31,7 @@ class Norms:
 
     Attributes:
         gradients: before clipping.
-        parameters: before the update, of the fp32 master copies.
+        parameters: before the update, of the fp32 master copies; frozen ones do not count, nor have a gradient.
     """
 
     gradients: dict[str, float]

@@ -41,9 +41,12 @@ def figure_observers(
     watch, spec = config.watch, state.spec
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     fp8 = config.runtime.backend.fp8_format is not None
+    meter = ThroughputMeter(
+        config.batch, spec.config, device, world_size, fp8=fp8, frozen=config.adapter.is_partial
+    )
     found: list[Observer] = [
         Profiling(watch, config.checkpoint.save, device, rank),
-        ThroughputWatch(ThroughputMeter(config.batch, spec.config, device, world_size, fp8=fp8), source, spec.groups),
+        ThroughputWatch(meter, source, spec.groups),
         StragglerWatch(spec.groups, device, clock),
     ]
     if watch.log_norms_interval is not None:

@@ -33,7 +33,8 @@ class Throughput:
     Attributes:
         samples_per_s: of the global batch.
         tokens_per_s: visual tokens of the global batch, without padding.
-        tflops: model-defined TFLOP/s of each device (``models/flops.py``: what is recomputed does not count).
+        tflops: model-defined TFLOP/s of each device (``models/flops.py``: what is recomputed does not count). None
+            where weights are frozen: the definition counts the gradients of all.
         mfu: those over the device's dense bf16 peak; None where it is not known, in fp32 and with FP8.
         data_wait_s: the longest that a replica waited for its samples.
         memory_gb: 10^9 bytes that rank 0's device held at most since the start, on the CPU its resident set.
@@ -41,7 +42,7 @@ class Throughput:
 
     samples_per_s: float
     tokens_per_s: float
-    tflops: float
+    tflops: float | None
     mfu: float | None
     data_wait_s: float
     memory_gb: float
@@ -56,12 +57,14 @@ class ThroughputMeter:
         device: asked for its peak and its memory.
         world_size: devices of the run.
         fp8: whether the blocks' matrix products are in FP8.
+        frozen: whether some weights are frozen.
     """
 
     def __init__(
-        self, batch: BatchArguments, model: ModelConfig, device: Device, world_size: int, *, fp8: bool = False
+        self, batch: BatchArguments, model: ModelConfig, device: Device, world_size: int, *, fp8: bool = False,
+        frozen: bool = False,
     ) -> None:
-        self._model, self._device, self._world_size = model, device, world_size
+        self._model, self._device, self._world_size, self._frozen = model, device, world_size, frozen
         self._samples = batch.global_batch_size
         self._peak = peak_tflops(device, torch.bfloat16 if batch.bf16 and not fp8 else torch.float32)
 
@@ -74,12 +77,14 @@ class ThroughputMeter:
             data_wait_s: of all replicas, the longest.
         """
         tokens = self._samples * math.prod(token_grid(latent_shape, self._model.patch_size))
-        tflops = training_flops(self._model, latent_shape, self._samples) / seconds / self._world_size / 1e12
+        tflops = None
+        if not self._frozen:
+            tflops = training_flops(self._model, latent_shape, self._samples) / seconds / self._world_size / 1e12
         return Throughput(
             samples_per_s=self._samples / seconds,
             tokens_per_s=tokens / seconds,
             tflops=tflops,
-            mfu=None if self._peak is None else tflops / self._peak,
+            mfu=None if self._peak is None or tflops is None else tflops / self._peak,
             data_wait_s=data_wait_s,
             memory_gb=self._device.max_memory_allocated() / GIGA,
         )

@@ -1,5 +1,7 @@
 """``flashi2v sample`` from files to files, with tiny models; and its errors."""
 
+import re
+import shutil
 from pathlib import Path
 
 import av
@@ -10,10 +12,18 @@ from helpers.checkpoints import save_checkpoint
 from helpers.tiny_models import make_tiny_text_encoder, make_tiny_tokenizer, make_tiny_vae, make_video
 from PIL import Image
 
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
+from megatron_flashi2v.checkpoint.adapter_table import adapter_shapes
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.model_state import model_pieces
+from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.config.adapter import ATTENTION, AdapterConfig
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.sample import SampleConfig
+from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
+from megatron_flashi2v.conversion.formats.megatron import open_weights
+from megatron_flashi2v.conversion.weights import ReadOptions
 from megatron_flashi2v.models.build import build_model
 from megatron_flashi2v.parallel.placement import ShardGrid
 from megatron_flashi2v.parallel.world import single_process
@@ -232,3 +242,47 @@ def test_what_sample_wrote_it_writes_anew(models, tmp_path):
     for _ in range(2):
         assert main(flags(models, tmp_path / "cat.mp4", **{"num-steps": 1})) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.mp4", "cat.png"]
+
+
+def test_an_adapter_is_sampled_beside_a_base_that_moved(models, tmp_path, capsys):
+    shutil.copytree(models / "checkpoints", tmp_path / "moved")
+    base = find_checkpoint(models / "checkpoints")
+    adapter = AdapterConfig(rank=2, alpha=8.0, targets=ATTENTION)
+    record = AdapterRecord(
+        adapter=adapter, trained=(), base=f"megatron:{tmp_path / 'gone'}", base_weights="model",
+        base_fingerprint=base_fingerprint(open_weights(base, ReadOptions())),
+    )
+    generator = torch.Generator().manual_seed(1)
+    pieces = [
+        TensorPiece.whole(f"model.{name}", torch.randn(shape, generator=generator))
+        for name, shape in adapter_shapes(CONFIG, adapter).items()
+    ]
+    state = {"iteration": 3, "data": {"frames": 5, "height": 16, "width": 24, "fps": 8.0}}
+    save_checkpoint(tmp_path / "adapter", 3, pieces=pieces, model_config=CONFIG, state=state, adapter=record)
+
+    def sample(name, **changes):
+        latents = tmp_path / f"{name}.safetensors"
+        return main(flags(models, tmp_path / f"{name}.mp4", latents=latents, **changes)), latents
+
+    adapted = {"load": tmp_path / "adapter"}
+    assert sample("gone", **adapted)[0] == 1
+    assert "does not exist; give these weights as --base FORMAT:PATH" in capsys.readouterr().err
+    adapted["base"] = f"megatron:{tmp_path / 'moved'}"
+    whole, full, half, none = (
+        sample(name, **changes) for name, changes in (
+            ("whole", {}), ("full", adapted), ("half", {**adapted, "adapter-scale": 0.5}),
+            ("none", {**adapted, "adapter-scale": 0}),
+        )
+    )
+    assert [code for code, _ in (whole, full, half, none)] == [0] * 4
+    contents = [latents.read_bytes() for _, latents in (whole, full, half, none)]
+    assert contents[0] == contents[3] and len(set(contents)) == 3
+    for changes, words in (
+        ({"base": adapted["base"]}, "--base megatron:.* is for adapters, and .* holds a whole model"),
+        ({"adapter-scale": 2}, "--adapter-scale 2.0 is for adapters"),
+        ({**adapted, "base": "moved"}, "--base is 'moved'; give FORMAT:PATH"),
+        ({**adapted, "adapter-scale": "nan"}, "--adapter-scale is nan"),
+    ):
+        capsys.readouterr()
+        assert sample("refused", **changes)[0] == 2
+        assert re.search(words, capsys.readouterr().err)

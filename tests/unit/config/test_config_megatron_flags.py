@@ -53,6 +53,8 @@ def test_a_flag_of_megatrons_says_what_it_is_here(flag: str, words: str) -> None
 
 @pytest.mark.parametrize("flag, words", [
     ("--epochs", "--train-iters counts iterations"),
+    ("--network-dim", "--lora-rank"),
+    ("--target-modules", "--lora-targets"),
     ("--batch-size", "--global-batch-size those of an update"),
     ("--learning-rate", "--lr"),
     ("--resume-from-checkpoint", "--load names others"),

@@ -16,22 +16,27 @@ from helpers.base_weights import write_base
 from helpers.checkpoints import save_checkpoint
 from helpers.layouts import metrics, tensors
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_flashi2v.checkpoint.adapter_record import read_adapter_record, read_pairs
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord, read_adapter_record, read_pairs
 from megatron_flashi2v.checkpoint.adapter_table import adapter_shapes
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count, parameter_shapes
+from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.adapter import ATTENTION, AdapterConfig
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
-from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
+from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint, common_fingerprint, sampled_rows
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.formats.megatron import open_weights
+from megatron_flashi2v.conversion.initial_weights import open_initial_weights
 from megatron_flashi2v.conversion.weights import ReadOptions
+from megatron_flashi2v.models.adapters import add_adapters
+from megatron_flashi2v.models.placement import fused_parts
 from megatron_flashi2v.models.predict import predict_velocity
+from megatron_flashi2v.parallel.agreement import Failure
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import load_stages
@@ -141,7 +146,8 @@ def test_the_checkpoint_says_what_it_is(train: Train, base: Path, beside: tuple[
     weights = open_weights(base, ReadOptions())
     assert values == {
         "rank": 2, "alpha": 6.0, "targets": ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.2"],
-        "trained": [name for name in parameter_shapes(CONFIG) if "phi" in name], "base": f"megatron:{base}",
+        "trained": [name for name in parameter_shapes(CONFIG) if "phi" in name], "train_only": "phi",
+        "base": f"megatron:{base}",
         "base_weights": "model", "base_fingerprint": base_fingerprint(weights),
     }
     record, config = read_adapter_record(folder), load_model_config(folder)
@@ -150,7 +156,9 @@ def test_the_checkpoint_says_what_it_is(train: Train, base: Path, beside: tuple[
     a, b = pairs["blocks.1.self_attn.v"]
     stored = saved(tmp_path, "model.blocks.1.self_attention.linear_qkv.adapter.v.")
     assert torch.equal(a, stored["lora_A.weight"]) and torch.equal(b, stored["lora_B.weight"])
-    with pytest.raises(CheckpointError, match="holds no whole model.*merge it into its base megatron:"):
+    with pytest.raises(CheckpointError, match=(
+        f"holds no whole model.*: flashi2v convert --from megatron {base} --adapter {folder} --merge --to megatron OUT"
+    )):
         open_weights(tmp_path, ReadOptions())
     (folder / "adapter.json").write_text(json.dumps({**values, "alpha": 5.0}))
     with pytest.raises(CheckpointError, match="adapter.json is damaged"):
@@ -177,9 +185,10 @@ def test_another_base_is_refused(
     write_base(tmp_path / "other", CONFIG, seed=6)
     for given, words in (
         (("--load-weights", f"megatron:{tmp_path / 'other'}", *LORA), "trained beside other weights than"),
-        ((*beside, *LORA[:2], "--lora-alpha", 5, *LORA[4:]), "--lora-alpha 6 .* and this run has .*--lora-alpha 5"),
-        ((*beside, *LORA, "--train-only", "phi"), "and this run has .* tensors trained whole"),
-        ((), r"trained a part of the weights of megatron:.*; give --lora-rank 2 --lora-alpha 6 --lora-targets self"),
+        ((*beside, *LORA[:2], "--lora-alpha", 5, *LORA[4:]), "--lora-alpha 6.0 .* and this run has .*--lora-alpha 5.0"),
+        ((*beside, *LORA, "--train-only", "phi"), "and this run has .* tensors .* trained whole"),
+        ((), r"trained a part of the weights of megatron:.*; give --lora-rank 2 --lora-alpha 6.0 --lora-targets self"
+         r"[^;]* ffn.2 --load-weights megatron:\S+base/iter_0000000$"),
     ):
         assert train("--save", run, *given) != 0
         error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -199,12 +208,17 @@ def test_another_base_is_refused(
      r"finds blocks.0.self_attn.q.weight, blocks.0.self_attn.k.weight, which is one tensor with "
      r"blocks.0.self_attn.v.weight here \(blocks.0.self_attention.linear_qkv.weight\)"),
     (("--train-only", "fi"), "'fi' is found in no tensor's name; names are ours, such as"),
+    (("--train-only", "", "--lora-rank", 2), "--train-only '' is found in all .* names and leaves nothing frozen"),
 ])
 def test_what_is_not_there_is_refused(
-    train: Train, beside: tuple[str, str], capsys: pytest.CaptureFixture[str], flags: tuple, words: str
+    train: Train, beside: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple, words: str
 ) -> None:
-    assert train(*beside, *flags) == 2
+    """Before --fresh sets anything aside."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert train("--save", tmp_path / "run", "--fresh", *beside, *flags) == 2
     assert re.search(words, capsys.readouterr().err.strip().splitlines()[-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_tensors_that_the_base_lacks_are_trained(train: Train, tmp_path: Path) -> None:
@@ -273,11 +287,158 @@ def test_sampling_finds_the_base(train: Train, base: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="does not exist; give these weights as --base FORMAT:PATH"):
         velocity(folder)
     assert torch.equal(velocity(folder, scale=1.5, base=("megatron", base)), found)
-    with pytest.raises(ConfigError, match="--adapter-scale 1.5 belongs to a checkpoint of adapters, and .* holds none"):
-        velocity(whole, scale=1.5)
     write_base(moving, CONFIG, seed=6)
     shutil.copytree(moving / "iter_0000000", tmp_path / "again")
     shutil.rmtree(moving)
     shutil.move(tmp_path / "again", moving)
     with pytest.raises(CheckpointError, match="trained beside other weights than megatron:"):
         velocity(folder)
+
+
+def record_of(run: Path) -> AdapterRecord:
+    record = read_adapter_record(find_checkpoint(run))
+    assert record is not None
+    return record
+
+
+def test_the_record_names_the_weights_that_were_read(train: Train, base: Path, tmp_path: Path) -> None:
+    """In a format, and a folder that does not move; links stay, as the Hub's cache has them."""
+    run = ("--lora-rank", 2, "--train-iters", 1)
+    assert train("--save", tmp_path / "auto", "--load-weights", f"auto:{base.parent}", *run) == 0
+    assert record_of(tmp_path / "auto").base == f"megatron:{base}"
+    converted = tmp_path / "converted"
+    convert(("megatron", base), ("flashi2v-gpu", converted))
+    cache = tmp_path / "snapshot"
+    cache.mkdir()
+    for number, path in enumerate(sorted(converted.iterdir())):
+        blob = tmp_path / f"blob{number}"
+        shutil.copy(path, blob)
+        (cache / path.name).symlink_to(blob)
+    (weights,) = cache.glob("*.safetensors")
+    assert train("--save", tmp_path / "linked", "--load-weights", f"flashi2v-gpu:{weights}", *run) == 0
+    assert record_of(tmp_path / "linked").base == f"flashi2v-gpu:{weights}"
+    assert torch.equal(velocity(find_checkpoint(tmp_path / "linked")), velocity(find_checkpoint(tmp_path / "auto")))
+
+
+def test_the_record_names_a_trainer_s_iteration(train: Train, base: Path, tmp_path: Path) -> None:
+    values = {row.external[place]: part for row in mappings(CONFIG, "wan")
+              for place, part in enumerate(row.to_external(saved(base, "model.")[row.ours]))}  # fmt: skip
+    folder = tmp_path / "trainer" / "iter_000000007"
+    folder.mkdir(parents=True)
+    torch.save(values, folder / "model_state_dict.pt")
+    start = ("--load-weights", f"auto:{tmp_path / 'trainer'}", "--lora-rank", 2, "--train-iters", 1)
+    assert train("--save", tmp_path / "run", *start) == 0
+    record = record_of(tmp_path / "run")
+    assert record.base == f"flashi2v-gpu:{folder}"
+    assert record.base_fingerprint == base_fingerprint(open_weights(base, ReadOptions()))
+
+
+def test_an_averaged_base(
+    train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Messages say that the average is meant; it is found in its own folder, in a copy and in a conversion of it."""
+    whole = tmp_path / "whole"
+    assert train("--save", whole, "--load-weights", f"megatron:{base}", "--ema-decay", 0.5) == 0
+    average = ("--load-weights", f"megatron:{whole}", "--load-weights-kind", "ema")
+    assert train("--save", tmp_path / "run", *average, "--lora-rank", 2, "--train-iters", 1) == 0
+    folder = find_checkpoint(tmp_path / "run")
+    flags = f"--load-weights megatron:{find_checkpoint(whole)} --load-weights-kind ema"
+    capsys.readouterr()
+    for given in ((), ("--load-weights", f"megatron:{whole}", "--lora-rank", 2)):
+        assert train("--save", tmp_path / "run", *given) == 1
+        assert capsys.readouterr().err.strip().endswith(flags)
+    expected = velocity(folder)
+    shutil.move(whole, tmp_path / "moved")
+    convert(("megatron", tmp_path / "moved"), ("diffusers", tmp_path / "converted"), weights="ema")
+    for source in (("megatron", tmp_path / "moved"), ("diffusers", tmp_path / "converted")):
+        assert torch.equal(velocity(folder, base=source), expected)
+    with pytest.raises(CheckpointError, match="other weights than megatron:.*give those of megatron:.* as --base"):
+        velocity(folder, base=("megatron", base))
+
+
+def test_scales_of_any_sign(train: Train, base: Path, beside: tuple[str, str], tmp_path: Path) -> None:
+    assert train("--save", tmp_path, *beside, *LORA) == 0
+    folder = find_checkpoint(tmp_path)
+    assert torch.equal(velocity(folder, scale=0), velocity(base))
+    assert not torch.allclose(velocity(folder, scale=-1), velocity(folder), rtol=1e-3)
+
+
+def test_what_is_trained_is_told(
+    train: Train, beside: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--save", tmp_path, *beside, *LORA, "--train-only", "phi|norm3", "--exit-interval", 2) == 0
+    record = record_of(tmp_path)
+    values = sum(map(math.prod, record.shapes(CONFIG).values()))
+    told = capsys.readouterr().err
+    assert re.search(
+        rf"training {values:,} of [\d,]+ values: rank 2, alpha 6, targets self_attn.q, .*; whole: \d+ tensors \(", told
+    ), told
+    rows = metrics(tmp_path)
+    assert all(row["tflops"] is None and row["mfu"] is None for row in rows)  # a whole model's would not be comparable
+    assert train("--save", tmp_path) == 1
+    assert "--train-only 'phi|norm3' --load-weights" in capsys.readouterr().err
+    assert train("--save", tmp_path, *beside, *LORA, "--train-only", "phi|norm3") == 0
+    told = capsys.readouterr().err
+    assert train(*beside, *LORA, "--dry-run") == 0
+    assert "# trained: without tensors that --load-weights may lack" in capsys.readouterr().out
+    assert "frozen weights are those of megatron:" in told and "starting from the weights" not in told
+
+
+def test_a_name_that_the_model_has_not(train: Train, beside: tuple[str, str], tmp_path: Path) -> None:
+    assert train("--save", tmp_path, *beside, *LORA, "--train-only", "phi", "--train-iters", 1) == 0
+    record = dataclasses.replace(record_of(tmp_path), trained=("blocks.0.norm4.weight",))
+    with pytest.raises(CheckpointError, match="names blocks.0.norm4.weight as trained"):
+        record.shapes(CONFIG)
+
+
+def test_the_fingerprint_sees_every_projection() -> None:
+    """Of a 14B model: in all fused tensors, rows of each projection are among those that are read."""
+    large = ModelConfig(num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40)
+    shapes, read = parameter_shapes(large), 0
+    for name, shape in shapes.items():
+        rows = [row for stretch in sampled_rows(name, shape) for row in range(stretch.start, stretch.stop)]
+        assert rows == sorted(set(rows)) and rows[-1] < shape[0]
+        read += len(rows) * math.prod(shape[1:])
+        parts = fused_parts(name)
+        if parts and name.endswith(".weight"):
+            assert {row // large.head_dim % len(parts) for row in rows} == set(range(len(parts))), name
+    assert 4 * read < 0.25e9
+
+
+class SecondRank(Peers):
+    """One of two; what the first one shares is given."""
+
+    def __init__(self, *shared: object) -> None:
+        super().__init__(1, 2)
+        self.shared = list(shared)
+
+    def share(self, value: object) -> object:
+        return self.shared.pop(0)
+
+    def first_failure(self, error: Exception | None) -> Failure | None:
+        return None if error is None else Failure(message=str(error), of_storage=False)
+
+
+def test_ranks_share_the_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each verifies its part of the files, the first one hashes, and all compare a few values."""
+    verified: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "megatron_flashi2v.checkpoint.folders.verify",
+        lambda folder, *, part, parts, needs: verified.append((part, parts)),
+    )
+    source = ("megatron", base)
+    mine = open_initial_weights(source, CONFIG, peers=SecondRank([str(base)])).weights
+    assert verified == [(1, 2)]
+    other = open_weights(write_base(tmp_path / "other", CONFIG, seed=6), ReadOptions())
+    shared = [[base_fingerprint(weights, values=1, rows=1), base_fingerprint(weights)] for weights in (mine, other)]
+    assert common_fingerprint(mine, SecondRank(shared[0])) == base_fingerprint(mine)
+    with pytest.raises(CheckpointError, match="other weights here than on rank 0; copy the same to all nodes"):
+        common_fingerprint(mine, SecondRank(shared[1]))
+
+
+def test_linears_of_another_library_are_refused() -> None:
+    block = nn.Module()
+    block.mlp = nn.Module()
+    block.mlp.linear_fc1 = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="megatron-core's own linears, and mlp.linear_fc1 is a Linear"):
+        add_adapters(block, None, AdapterConfig(rank=1, alpha=1.0, targets=("ffn.0",)))

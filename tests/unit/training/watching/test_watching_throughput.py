@@ -24,10 +24,12 @@ MODEL = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attent
 SHAPE = (2, 4, 6)  # 2 x 2 x 3 tokens
 
 
-def meter(name: str = "NVIDIA H100 80GB HBM3", bf16: bool = True, fp8: bool = False) -> ThroughputMeter:
+def meter(
+    name: str = "NVIDIA H100 80GB HBM3", bf16: bool = True, fp8: bool = False, frozen: bool = False
+) -> ThroughputMeter:
     device = CpuDevice()
     device.model_name = lambda: name  # type: ignore[method-assign]
-    return ThroughputMeter(BatchArguments(global_batch_size=6, bf16=bf16), MODEL, device, 4, fp8=fp8)
+    return ThroughputMeter(BatchArguments(global_batch_size=6, bf16=bf16), MODEL, device, 4, fp8=fp8, frozen=frozen)
 
 
 def test_rates_by_hand() -> None:
@@ -42,6 +44,12 @@ def test_rates_by_hand() -> None:
 @pytest.mark.parametrize("other", [{"name": "some card"}, {"bf16": False}, {"fp8": True}])
 def test_mfu_is_told_only_where_the_peak_is_known(other: dict) -> None:
     assert meter(**other).measure(SHAPE, 0.5, 0.0).mfu is None
+
+
+def test_frozen_weights_have_no_model_defined_rate() -> None:
+    """The definition counts the gradients of all weights: what is not computed would pass for speed."""
+    rates = meter(frozen=True).measure(SHAPE, 0.5, 0.0)
+    assert rates.tflops is None and rates.mfu is None and rates.samples_per_s == 12
 
 
 def test_the_number_of_each_replica() -> None:
