@@ -48,7 +48,7 @@ class ConvertConfig(FlagNames):
     """Weights from one format to another."""
 
     command: ClassVar[str] = "flashi2v convert"
-    everyday: ClassVar[tuple[str, ...]] = ("from", "to", "dtype", "weights", "adapter", "verify", "overwrite", "report")
+    everyday: ClassVar[tuple[str, ...]] = ("from", "to", "dtype", "weights", "verify", "overwrite", "report")
 
     source: Annotated[tuple[Annotated[str, OneOf(*SOURCE_NAMES, *ADAPTER_SOURCES)], Path], Named("from", "FORMAT PATH")]
     """Weights to read: `auto` (whichever of the following is recognised), `megatron` (a folder of `train --save`, or
