@@ -10,14 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_flashi2v.checkpoint.adapter_table import adapter_mappings, adapter_shapes
+from megatron_flashi2v.checkpoint.adapter_table import adapter_shapes
 from megatron_flashi2v.checkpoint.arrangements import Shape
-from megatron_flashi2v.checkpoint.index import read_index
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
-from megatron_flashi2v.checkpoint.model_state import EMA_PREFIX, most_exact_key
-from megatron_flashi2v.checkpoint.storage import TensorPiece, read_pieces
 from megatron_flashi2v.config.adapter import AdapterConfig
 from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.config.model import ModelConfig
@@ -102,33 +97,3 @@ def read_adapter_record(folder: Path) -> AdapterRecord | None:
         )
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-
-
-def read_pairs(
-    folder: Path, config: ModelConfig, adapter: AdapterConfig, *, weights: str = "model"
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """An adapter's pairs, whole and in fp32, by Wan's name of their linear, such as ``blocks.0.self_attn.q``.
-
-    Args:
-        folder: an ``iter_*`` folder, verified.
-        config: of its model.
-        adapter: of its record.
-        weights: ``model``, or ``ema`` for the averaged ones.
-
-    Returns:
-        A [rank, in] and B [out, rank] of each linear; the scale alpha / rank is in neither.
-
-    Raises:
-        CheckpointError: a tensor is missing or damaged.
-    """
-    index = read_index(folder)
-    pieces: dict[str, TensorPiece] = {}
-    for mapped in adapter_mappings(config, adapter, "wan"):
-        averaged = weights == "ema"
-        key = EMA_PREFIX + mapped.ours if averaged else most_exact_key(index, mapped.ours, torch.float32)
-        pieces[mapped.external[0]] = TensorPiece.whole(key, torch.empty(mapped.shape))
-    read_pieces(folder, pieces.values(), allow_cast=True, index=index)
-    linears = dict.fromkeys(name.rpartition(".lora_")[0] for name in pieces)
-    return {
-        linear: (pieces[f"{linear}.lora_A.weight"].data, pieces[f"{linear}.lora_B.weight"].data) for linear in linears
-    }

@@ -17,6 +17,10 @@ ENCODERS = "encoders"
 """In place of a target's format: Wan's own VAE, T5 and CLIP as the folders that other commands take."""
 _ONE_FILE = ("flashi2v-npu", "flashi2v-gpu", "comfyui")
 
+# Flags that belong to the weights of a model, with the value that means nothing.
+_OF_MODELS = {"num_attention_heads": None, "phi_order": None, "text_cleaning": None, "keep_non_finite": False}
+_OF_WEIGHTS = {"merge": False, "weights": "model", "report": None}  # encoders have none of these
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 ADAPTER_TARGETS = ("diffusers-lora", "comfyui-lora")
@@ -63,7 +67,8 @@ class ConvertConfig(FlagNames):
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of all tensors written; float32 takes a bf16 run's fp32 master weights."""
     weights: Literal["model", "ema"] = "model"
-    """Set to take from the source: the trained weights, or their moving average."""
+    """Set to take from the source: the trained weights, or their moving average. With --adapter CHECKPOINT: that of
+    the adapter; its base is read as training read it."""
     adapter: Path | None = None
     """With --merge: an adapter (LoRA) for the weights of --from, in any form that --from takes."""
     merge: bool = False
@@ -127,11 +132,23 @@ class ConvertConfig(FlagNames):
                 f"{self.source[0]} with --dtype {self.dtype}"
             )
         self._check_models()
+        self._check_unread()
         if self.max_shard_size is not None and self.target[0] in _ONE_FILE:
             raise ConfigError(
                 f"--max-shard-size {self.max_shard_size}: {self.target[0]} is read as one file; leave out the flag"
             )
         _ = self.max_shard_bytes
+
+    def _check_unread(self) -> None:
+        """Refuse flags of a model's weights where the target is none."""
+        unread = {**_OF_MODELS, **_OF_WEIGHTS} if self.target[0] == ENCODERS else _OF_MODELS
+        if self.target[0] in (ENCODERS, *ADAPTER_TARGETS):
+            for name, unset in unread.items():
+                if getattr(self, name) != unset:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ConfigError(f"{flag} is for a model's weights; leave it out with --to {self.target[0]}")
+        if self.target[0] in ADAPTER_TARGETS and self.max_shard_size is not None:
+            raise ConfigError(f"--max-shard-size is for models; --to {self.target[0]} writes one file; leave it out")
 
     def _check_models(self) -> None:
         (source, _), (target, _) = self.source, self.target

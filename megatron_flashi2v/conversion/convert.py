@@ -161,13 +161,15 @@ def convert(
     """
     source = source_with_format(*source)
     write = format_named(target[0])
-    _check_target(source[1], target[1], write, overwrite)
+    for read in (source[1], *(() if adapter is None else (adapter.path,))):
+        require_apart(read, target[1])
+    _check_target(target[1], write, overwrite)
     if opened is None:
         options = ReadOptions(
             dtype=dtype, weights=weights, num_attention_heads=num_attention_heads, phi_order=phi_order,
             keep_non_finite=keep_non_finite, assume=adapter.config if adapter else None,
         )
-        opened = open_weights(*source, options)
+        opened = open_weights(*source, options) if adapter is None else _open_base(source, options, adapter)
     if adapter is not None:
         opened = MergedWeights(opened, adapter, adapter_scale)
     if text_cleaning is not None:
@@ -233,6 +235,16 @@ def open_weights(format_name: str, path: Path, options: ReadOptions) -> Weights:
         ) from error
 
 
+def _open_base(source: tuple[str, Path], options: ReadOptions, adapter: Adapter) -> Weights:
+    try:
+        return open_weights(*source, options)
+    except CheckpointError:
+        if not adapter.base_fingerprint or options.weights == "model":
+            raise
+        # An export of averaged weights holds no other set; the fingerprint tells whether it is the base.
+        return open_weights(*source, dataclasses.replace(options, weights="model"))
+
+
 def source_with_format(format_name: str, path: Path) -> tuple[str, Path]:
     """A source whose format is named: the one that is recognised in place of ``auto``.
 
@@ -273,8 +285,7 @@ def require_apart(source: Path, target: Path) -> None:
         raise ConfigError(f"{target} must be a folder, of safetensors and JSON files; leave out {target.suffix}")
 
 
-def _check_target(source: Path, target: Path, write: Format, overwrite: bool) -> None:
-    require_apart(source, target)
+def _check_target(target: Path, write: Format, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:

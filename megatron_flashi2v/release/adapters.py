@@ -5,25 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from megatron_flashi2v.config.convert import ConvertConfig
-from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
-from megatron_flashi2v.conversion.adapters.adapter import Adapter
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.conversion.adapters.adapter import Adapter, require_finite
 from megatron_flashi2v.conversion.adapters.reading import FILES, open_adapter
-from megatron_flashi2v.conversion.adapters.writing import caveats, write_adapter
+from megatron_flashi2v.conversion.adapters.writing import caveats, is_ours, write_adapter
 from megatron_flashi2v.conversion.comparison import as_bytes
+from megatron_flashi2v.conversion.convert import require_apart
 from megatron_flashi2v.conversion.weights import listed
 from megatron_flashi2v.runtime.files import atomic_write_json, require_space, require_writable
 from megatron_flashi2v.runtime.logging import logging_to_stderr
-from megatron_flashi2v.runtime.publishing import staged_folder
+from megatron_flashi2v.runtime.publishing import require_replaceable, staged_folder
 
 _OVERHEAD_BYTES = 1_000_000
-# What belongs to a model's weights, with the value that means nothing.
-_OF_MODELS = {"num_attention_heads": None, "phi_order": None, "max_shard_size": None,
-              "keep_non_finite": False}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +36,20 @@ def convert_adapter(config: ConvertConfig) -> Adapter:
         The adapter that was read.
 
     Raises:
-        UserError: the source is no adapter, is damaged, or holds more than pairs; the target exists. Nothing is left
-            under the target's name then.
+        UserError: the source is no adapter, is damaged, or holds more than pairs; the target exists, or is or holds the
+            source. Nothing is left under the target's name then.
     """
     (form, path), (target_form, target) = config.source, config.target
-    for name, unset in _OF_MODELS.items():
-        if getattr(config, name) != unset:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to a model; leave it out with --to {target_form}")
     with logging_to_stderr():
         if config.report is not None:
             require_writable(config.report, "--report")
-        _require_free(target, target_form, config.overwrite)
+        if target.suffix in (".pt", ".pth", ".safetensors"):
+            raise ConfigError(f"{target} must be a folder, which gets {FILES[target_form][0]}; leave out its ending")
+        require_apart(path, target)
+        require_replaceable(target, config.overwrite, partial(is_ours, form=target_form))
         adapter = open_adapter(path, form, config.weights)
         _require_pairs(adapter, target_form)
+        require_finite(adapter)
         dtype = None if config.dtype == "keep" else getattr(torch, config.dtype)
         require_space(target, _nbytes(adapter) + _OVERHEAD_BYTES, "the conversion")
         with staged_folder(target, overwrite=config.overwrite) as folder:
@@ -81,16 +80,6 @@ def _nbytes(adapter: Adapter) -> int:
         tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
         for pairs in (adapter.pairs, adapter.low_noise) for pair in pairs.values() for tensor in pair.tensors
     )  # fmt: skip
-
-
-def _require_free(target: Path, form: str, overwrite: bool) -> None:
-    if target.suffix in (".pt", ".pth", ".safetensors"):
-        raise ConfigError(f"{target} must be a folder, which gets {FILES[form][0]}; leave out {target.suffix}")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    ours = target.is_dir() and {path.name for path in target.iterdir()} <= set(FILES[form])
-    if not (overwrite and ours):
-        raise UserError(f"{target} exists; choose another path" + (", or give --overwrite" if ours else ""))
 
 
 def require_equal(adapter: Adapter, written: Adapter, dtype: torch.dtype | None = None) -> None:

@@ -33,7 +33,7 @@ def convert(config: ConvertConfig) -> Converted:
     Raises:
         UserError: a path or a flag is wrong, or a file is damaged; nothing is left under the target's name then.
     """
-    from megatron_flashi2v.conversion.adapters.reading import open_adapter
+    from megatron_flashi2v.conversion.adapters.reading import is_checkpoint, open_adapter
     from megatron_flashi2v.conversion.convert import convert as convert_weights
     from megatron_flashi2v.conversion.convert import source_with_format
     from megatron_flashi2v.runtime.files import atomic_write_json, require_writable
@@ -51,7 +51,10 @@ def convert(config: ConvertConfig) -> Converted:
             require_writable(config.report, "--report")
         source = source_with_format(*config.source)
         on_open, finish, extra_bytes = release_of(config, source[0])
-        adapter = None if config.adapter is None else open_adapter(config.adapter)
+        adapter = None
+        if config.adapter is not None:
+            weights = config.weights if is_checkpoint(config.adapter) else "model"
+            adapter = open_adapter(config.adapter, weights=weights)
         options = read_options(config, adapter)
         with Bars() as bars:
             done = convert_weights(
@@ -85,14 +88,14 @@ def convert(config: ConvertConfig) -> Converted:
 
 
 def read_options(config: ConvertConfig, adapter: Adapter | None) -> ReadOptions:
-    """How the flags have a source opened."""
+    """How the flags have a source opened; the base of a checkpoint of an adapter as training opened it."""
     import torch
 
     from megatron_flashi2v.conversion.weights import ReadOptions
 
     return ReadOptions(
         dtype=None if config.dtype == "keep" else getattr(torch, config.dtype),
-        weights=config.weights,
+        weights=(adapter.base_weights if adapter else "") or config.weights,
         num_attention_heads=config.num_attention_heads,
         phi_order=config.phi_order,
         keep_non_finite=config.keep_non_finite,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_flashi2v.config.convert import ConvertConfig
-from megatron_flashi2v.config.errors import CheckpointError, UserError
+from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.conversion.comparison import as_bytes
 from megatron_flashi2v.conversion.containers import open_file
 from megatron_flashi2v.conversion.wan_clip import image_processor_settings, open_image_encoder
@@ -20,7 +20,7 @@ from megatron_flashi2v.conversion.weights import write_hub_folder
 from megatron_flashi2v.encoders.image import PROCESSOR_FILE, PROCESSOR_FOLDER
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object, require_space
 from megatron_flashi2v.runtime.logging import logging_to_stderr
-from megatron_flashi2v.runtime.publishing import staged_folder
+from megatron_flashi2v.runtime.publishing import require_replaceable, staged_folder
 
 _IMAGE_ENCODER = "image_encoder"
 _FILES = {
@@ -48,7 +48,7 @@ def convert_encoders(config: ConvertConfig) -> tuple[str, ...]:
     """
     source, target = config.source[1], config.target[1]
     with logging_to_stderr():
-        _require_free(target, config.overwrite)
+        require_replaceable(target, config.overwrite, _is_ours)
         opened: dict[str, EncoderWeights] = {}
         for name, (pattern, open_encoder) in _FILES.items():
             found = sorted(source.glob(pattern)) if source.is_dir() else []
@@ -71,12 +71,8 @@ def convert_encoders(config: ConvertConfig) -> tuple[str, ...]:
     return names
 
 
-def _require_free(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    ours = target.is_dir() and {path.name for path in target.iterdir()} <= {*_FILES, _TOKENIZER, PROCESSOR_FOLDER}
-    if not (overwrite and ours):
-        raise UserError(f"{target} exists; choose another path" + (", or give --overwrite" if ours else ""))
+def _is_ours(folder: Path) -> bool:
+    return {path.name for path in folder.iterdir()} <= {*_FILES, _TOKENIZER, PROCESSOR_FOLDER}
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> tuple[str, ...]:

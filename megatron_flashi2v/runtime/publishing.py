@@ -89,6 +89,24 @@ def staged_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Pat
         raise
 
 
+def require_replaceable(final: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Refuse to replace a folder unasked, or one that is not an earlier result; asked before work begins.
+
+    Args:
+        final: what is to be written; if it is an empty folder or none, it is free.
+        overwrite: whether the user allows replacing it.
+        is_ours: whether a folder holds an earlier result and nothing else.
+
+    Raises:
+        UserError: it may not be replaced.
+    """
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    ours = final.is_dir() and is_ours(final)
+    if not (overwrite and ours):
+        raise UserError(f"{final} exists; choose another path" + (", or give --overwrite" if ours else ""))
+
+
 def _refuse_existing(final: Path, overwrite: bool) -> None:
     if final.exists() and not final.is_dir():
         raise UserError(f"{final}: a file is in the way of the folder; move it or choose another path")

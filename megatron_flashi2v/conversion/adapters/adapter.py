@@ -48,14 +48,10 @@ class Pair:
         """A and B."""
         return self.down, self.up
 
-    def product(self) -> torch.Tensor:
-        """(alpha / r) B A, fp32 [out, in].
-
-        Raises:
-            CheckpointError: a value is NaN or infinite.
-        """
-        up, down = read_finite(self.up).float().flatten(1), read_finite(self.down).float().flatten(1)
-        return (self.alpha / self.rank) * (up @ down)
+    def product(self, rows: slice = slice(None)) -> torch.Tensor:
+        """These rows of (alpha / r) B A, fp32 [rows, in]."""
+        up, down = self.up.read().float().flatten(1)[rows], self.down.read().float().flatten(1)
+        return (up @ down).mul_(self.alpha / self.rank)
 
 
 Pairs = Mapping[str, Pair]
@@ -74,6 +70,7 @@ class Adapter:
         whole: tensors that were trained whole beside the pairs, by our name.
         config: of the model that was trained; its paradigm may be another one than the base's.
         base: where training found its base, as FORMAT:PATH.
+        base_weights: which of the base's weights: ``model`` or ``ema``; empty if it is not recorded.
         base_fingerprint: of that base; empty if it is not recorded.
         facts: what the checkpoint states about the training, JSON-ready.
     """
@@ -85,6 +82,7 @@ class Adapter:
     whole: Mapping[str, SourceTensor] = field(default_factory=dict)
     config: ModelConfig | None = None
     base: str = ""
+    base_weights: str = ""
     base_fingerprint: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,18 +97,18 @@ class Adapter:
         return f"{len(every)} pairs of rank {shown}"
 
 
-def read_finite(tensor: SourceTensor) -> torch.Tensor:
-    """A tensor's values.
+def require_finite(adapter: Adapter) -> None:
+    """Read every matrix, before work begins.
 
     Raises:
-        CheckpointError: one is NaN or infinite.
+        CheckpointError: one cannot be read, or holds a value that is NaN or infinite.
     """
-    values = tensor.read()
-    if not bool(values.isfinite().all()):
-        raise CheckpointError(
-            f"{tensor.path}: tensor {tensor.name} holds values that are NaN or infinite; use another copy"
-        )
-    return values
+    every = (*adapter.pairs.values(), *adapter.low_noise.values())
+    for tensor in (tensor for pair in every for tensor in pair.tensors):
+        if not bool(tensor.read().isfinite().all()):
+            raise CheckpointError(
+                f"{tensor.path}: tensor {tensor.name} holds values that are NaN or infinite; use another copy"
+            )
 
 
 @cache

@@ -33,7 +33,7 @@ class _Stored(SourceTensor):
 
     Attributes:
         index: of the folder, which is ``path``.
-        stored: dtype of the trained tensor itself.
+        stored: dtype of the trained tensor itself, or of its average.
     """
 
     index: Index
@@ -73,7 +73,7 @@ def open_checkpoint(path: Path, weights: str = "model") -> Adapter:
         if held is None or held.shape != shape:
             found = "is missing" if held is None else f"has shape {held.shape} instead of {shape}"
             raise CheckpointError(f"{folder} does not fit its adapter.json: tensor {key} {found}")
-        trained = index.tensors.get(MODEL_PREFIX + name, held)
+        trained = held if weights == "ema" else index.tensors.get(MODEL_PREFIX + name, held)
         return _Stored(path=folder, name=key, shape=shape, dtype=held.dtype, index=index, stored=trained.dtype)
 
     halves = {}
@@ -90,6 +90,6 @@ def open_checkpoint(path: Path, weights: str = "model") -> Adapter:
         raise CheckpointError(f"{folder} does not fit its adapter.json: the model has no tensor {unknown[0]}")
     return Adapter(
         path=folder, form="megatron", pairs=pairs, whole={name: tensor(name, shapes[name]) for name in record.trained},
-        config=config, base=record.base, base_fingerprint=record.base_fingerprint,
+        config=config, base=record.base, base_weights=record.base_weights, base_fingerprint=record.base_fingerprint,
         facts=load_state(folder),
     )  # fmt: skip

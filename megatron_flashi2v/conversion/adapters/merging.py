@@ -9,8 +9,9 @@ import torch
 from megatron_flashi2v.checkpoint.arrangements import Box
 from megatron_flashi2v.checkpoint.key_table import Mapped, mappings, parameter_shapes
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.conversion.adapters.adapter import Adapter
+from megatron_flashi2v.conversion.adapters.adapter import Adapter, require_finite
 from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
+from megatron_flashi2v.conversion.sources import box_shape, whole_box
 from megatron_flashi2v.conversion.weights import Weights, listed
 
 
@@ -23,7 +24,7 @@ class MergedWeights(Weights):
         scale: factor of every pair.
 
     Raises:
-        CheckpointError: the adapter is for another base, or for a pair of experts.
+        CheckpointError: the adapter is for another base, or for a pair of experts, or holds NaN.
     """
 
     def __init__(self, base: Weights, adapter: Adapter, scale: float = 1.0) -> None:
@@ -36,6 +37,7 @@ class MergedWeights(Weights):
             for entry in mappings(self.config, "wan") if entry.ours.endswith(".weight") for name in entry.external
         }  # fmt: skip
         _require_fit(adapter, base, layers)
+        require_finite(adapter)
         self._changed = {layers[layer].ours: layers[layer] for layer in adapter.pairs}
         self.names = {
             name: (adapter.whole[name].name,) if name in adapter.whole else base.names[name]
@@ -62,17 +64,19 @@ class MergedWeights(Weights):
             return self._base.read(name, box, dtype)
         values = whole.read(box) if whole else self._base.read(name, box, torch.float32)
         if entry is not None:
-            values = values.float() + self._difference(entry)[... if box is None else box]
+            values = values.float().add_(self._difference(entry, whole_box(entry.shape) if box is None else box))
         return self.converted(name, f"{self.source} with {self._adapter.path}: tensor {name}", values, dtype)
 
-    def _difference(self, entry: Mapped) -> torch.Tensor:
-        """What the pairs add to one of our tensors, fp32."""
-        parts = []
-        for name in entry.external:
+    def _difference(self, entry: Mapped, box: Box) -> torch.Tensor:
+        """What the pairs add to a box of one of our tensors, fp32."""
+
+        def read(name: str, part: Box) -> torch.Tensor:
             pair = self._adapter.pairs.get(_layer(name))
-            part = torch.zeros(entry.external_shape) if pair is None else pair.product().reshape(entry.external_shape)
-            parts.append(part)
-        return self._scale * entry.to_ours(parts)
+            if pair is None:
+                return torch.zeros(box_shape(part))
+            return pair.product(part[0]).unflatten(1, entry.external_shape[1:])[(slice(None), *part[1:])]
+
+        return entry.read(read, box).mul_(self._scale)
 
 
 def _layer(weight: str) -> str:
@@ -85,7 +89,8 @@ def _require_fit(adapter: Adapter, base: Weights, layers: dict[str, Mapped]) -> 
     if adapter.low_noise:
         raise CheckpointError(
             f"{adapter.path} is for a pair of experts ({len(adapter.pairs)} pairs of the one for high noise, "
-            f"{len(adapter.low_noise)} of the one for low noise), and {base.source} is one model"
+            f"{len(adapter.low_noise)} of the one for low noise), and {base.source} is one model; give the other "
+            "expert too by --low-noise, or the file of one expert by --adapter"
         )
     lacking = [layer for layer in adapter.pairs if layer not in layers]
     if lacking:

@@ -17,14 +17,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_flashi2v.checkpoint.tensor_file import open_tensor_file
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.conversion.adapters.adapter import Adapter, Pair, diffusers_name, original_name
+from megatron_flashi2v.conversion.adapters.adapter import Adapter, Pair, original_name
 from megatron_flashi2v.conversion.adapters.checkpoint import open_checkpoint
 from megatron_flashi2v.conversion.containers import open_container, open_file
 from megatron_flashi2v.conversion.quantised import dequantised
@@ -46,7 +46,8 @@ _PEFT_FILES, _PEFT_SETTINGS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIXES = (TRANSFORMER, SECOND_TRANSFORMER, COMFYUI, f"model.{COMFYUI}", "base_model.model.", KOHYA, "")
 _MATRIX = re.compile(r"(?P<layer>.+)\.lora_(?P<side>A|B|down|up)(?:\.\w+)?\.weight")
 _ALPHA = ".alpha"
-_DOWN, _UP = ("A", "down"), ("B", "up")
+_DOWN, _UP, _SCALE = "lora_A or lora_down", "lora_B or lora_up", "alpha"
+_SIDES = {"A": _DOWN, "down": _DOWN, "B": _UP, "up": _UP}
 
 # What a pair of matrices cannot say, by the end of a tensor's name.
 _EXTRAS = (
@@ -62,12 +63,10 @@ _EXTRAS = (
 
 @dataclass
 class _Layer:
-    """What a file holds of one layer; ``names`` are the tensors', for messages."""
+    """What a file holds of one layer: tensors by what they are, and the layer's name in the file without prefix."""
 
-    down: SourceTensor | None = None
-    up: SourceTensor | None = None
-    alpha: float | None = None
-    names: list[str] = field(default_factory=list)
+    spelt: str
+    tensors: dict[str, SourceTensor] = field(default_factory=dict)
 
 
 def open_adapter(path: Path, form: str = AUTO, weights: str = "model") -> Adapter:
@@ -81,14 +80,18 @@ def open_adapter(path: Path, form: str = AUTO, weights: str = "model") -> Adapte
     Raises:
         CheckpointError: there is none, it is damaged, holds more than pairs, or is in another form.
     """
-    if path.is_dir() and form in (AUTO, MEGATRON) and recognise_format(path) == MEGATRON:
+    if form in (AUTO, MEGATRON) and is_checkpoint(path):
         return open_checkpoint(path, weights)
     first, second = _files(path)
-    found, pairs, low_noise = _read(first)
+    found, pairs, low_noise = _read(first) if first is not None else (AUTO, {}, {})
     if second is not None:
-        _, low_noise, more = _read(second)
-        if more:
-            raise CheckpointError(f"{second} holds pairs of two models, and {first.name} beside it too; name one file")
+        spelt, own, prefixed = _read(second)
+        if low_noise or (own and prefixed):
+            raise CheckpointError(
+                f"{path}: {second.name} is for the expert for low noise, and there are other pairs of it under "
+                f"{SECOND_TRANSFORMER}; name one file"
+            )
+        found, low_noise = (spelt if first is None else found), own or prefixed
     if weights != "model":
         raise CheckpointError(f"{path}: a file of an adapter holds one set of weights; leave out --weights {weights}")
     if form not in (AUTO, found):
@@ -96,16 +99,22 @@ def open_adapter(path: Path, form: str = AUTO, weights: str = "model") -> Adapte
     return Adapter(path=path, form=found, pairs=pairs, low_noise=low_noise)
 
 
-def _files(path: Path) -> tuple[Path, Path | None]:
-    """The file of an adapter, and of its second expert if that has its own."""
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint of training, which may hold averaged weights beside the others."""
+    return path.is_dir() and recognise_format(path) == MEGATRON
+
+
+def _files(path: Path) -> tuple[Path | None, Path | None]:
+    """The file of an adapter, and that of the expert for low noise if it has its own; one of them may be missing."""
     if not path.is_dir():
         return path, None
     for name in _PEFT_FILES:
         if (path / name).is_file():
             return path / name, None
     for high, low in FILES.values():
-        if (path / high).is_file():
-            return path / high, path / low if (path / low).is_file() else None
+        first, second = (path / name if (path / name).is_file() else None for name in (high, low))
+        if first is not None or second is not None:
+            return first, second
     held = {tensor.path for tensor in open_container(path).tensors.values()}
     if len(held) != 1:
         raise CheckpointError(f"{path} holds an adapter in {len(held)} files, or none; name one file")
@@ -116,7 +125,6 @@ def _read(path: Path) -> tuple[str, dict[str, Pair], dict[str, Pair]]:
     """The form, the pairs of the first model, and those of the second."""
     tensors = open_file(path).tensors if path.is_file() else open_container(path).tensors
     parts: dict[bool, dict[str, _Layer]] = {False: {}, True: {}}
-    spellings: dict[str, str] = {}
     alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(_ALPHA)}
     matrices, _ = dequantised(path, {name: tensor for name, tensor in tensors.items() if name not in alphas})
     if not any(map(_MATRIX.fullmatch, matrices)) and not any(map(_extra, matrices)):
@@ -127,15 +135,16 @@ def _read(path: Path) -> tuple[str, dict[str, Pair], dict[str, Pair]]:
         prefix, layer = _layer(spelt)
         if layer is None:
             raise CheckpointError(_refusal(path, name))
-        spellings[layer] = spelt.removeprefix(prefix) if prefix != KOHYA else KOHYA
-        held = parts[prefix == SECOND_TRANSFORMER].setdefault(layer, _Layer())
-        held.names.append(name)
-        if match is None:
-            held.alpha = _number(tensor)
-        elif match["side"] in _DOWN:
-            held.down = tensor
-        else:
-            held.up = tensor
+        held = parts[prefix == SECOND_TRANSFORMER].setdefault(
+            layer, _Layer(KOHYA if prefix == KOHYA else spelt.removeprefix(prefix))
+        )
+        kind = _SIDES[match["side"]] if match else _SCALE
+        if kind in held.tensors:
+            raise CheckpointError(
+                f"{path}: tensors {held.tensors[kind].name} and {name} are both the {kind} of {layer}; it holds two "
+                "adapters, give each in a file of its own"
+            )
+        held.tensors[kind] = tensor
     stated = _peft_settings(path)
     first, second = (
         {
@@ -144,7 +153,7 @@ def _read(path: Path) -> tuple[str, dict[str, Pair], dict[str, Pair]]:
         }
         for prefix in (TRANSFORMER, SECOND_TRANSFORMER)
     )
-    return _form(spellings), first, second
+    return _form({(layer, held.spelt) for part in parts.values() for layer, held in part.items()}), first, second
 
 
 def _layer(spelt: str) -> tuple[str, str | None]:
@@ -157,25 +166,27 @@ def _layer(spelt: str) -> tuple[str, str | None]:
     return "", None
 
 
-def _form(spellings: Mapping[str, str]) -> str:
-    """The form by layers' spellings without a prefix; a name that two forms share tells nothing."""
-    if KOHYA in spellings.values():
+def _form(spellings: Set[tuple[str, str]]) -> str:
+    """The form by layers and their spellings without a prefix; a name that two forms share tells nothing."""
+    if any(spelt == KOHYA for _, spelt in spellings):
         return "kohya-lora"
-    if any(spelt != layer for layer, spelt in spellings.items()):
+    if any(spelt != layer for layer, spelt in spellings):
         return "diffusers-lora"
     return "comfyui-lora"
 
 
 def _pair(path: Path, layer: str, held: _Layer, settings: _PeftSettings) -> Pair:
-    if held.down is None or held.up is None:
-        raise CheckpointError(f"{path}: the pair of {layer} is not whole, it has {', '.join(held.names)} alone")
-    down, up = held.down.shape, held.up.shape
-    if len(down) < 2 or len(up) < 2 or down[0] != up[1] or down[0] == 0:
+    if not {_DOWN, _UP} <= held.tensors.keys():
+        names = ", ".join(tensor.name for tensor in held.tensors.values())
+        raise CheckpointError(f"{path}: the pair of {layer} is not whole, it has {names} alone")
+    down, up = held.tensors[_DOWN], held.tensors[_UP]
+    rank = down.shape[0] if len(down.shape) > 1 else 0
+    if rank == 0 or up.shape[1:] != (rank, *(1,) * (len(up.shape) - 2)):
         raise CheckpointError(
-            f"{path}: the pair of {layer} has shapes {down} and {up}; it must be [r, in] and [out, r]"
+            f"{path}: the pair of {layer} has shapes {down.shape} and {up.shape}; it must be [r, in] and [out, r]"
         )
-    alpha = held.alpha if held.alpha is not None else settings.alpha(diffusers_name(layer), down[0])
-    return Pair(down=held.down, up=held.up, alpha=alpha)
+    alpha = _number(held.tensors[_SCALE]) if _SCALE in held.tensors else settings.alpha(held.spelt, rank)
+    return Pair(down=down, up=up, alpha=alpha)
 
 
 def _number(tensor: SourceTensor) -> float:
@@ -240,7 +251,7 @@ class _PeftSettings:
         return cls(path=path, values=values)
 
     def alpha(self, layer: str, rank: int) -> float:
-        """Alpha of a layer, given by diffusers' name, so that the pair counts alpha / rank.
+        """Alpha of a layer, given by its name in the file, so that the pair counts alpha / rank.
 
         Raises:
             CheckpointError: the settings are malformed.

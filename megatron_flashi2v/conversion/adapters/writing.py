@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_flashi2v.checkpoint.tensor_file import open_tensor_file
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.conversion.adapters.adapter import Adapter, Pair, Pairs, diffusers_name, read_finite
+from megatron_flashi2v.conversion.adapters.adapter import Adapter, Pair, Pairs, diffusers_name
 from megatron_flashi2v.conversion.adapters.reading import COMFYUI, FILES, METADATA_KEY, TRANSFORMER
 from megatron_flashi2v.runtime.files import full_disk_named
+
+_MARK = {"written_by": "megatron_flashi2v"}
+"""Of a file's metadata: what --overwrite may replace."""
 
 
 def write_adapter(folder: Path, adapter: Adapter, form: str, dtype: torch.dtype | None = None) -> None:
@@ -22,25 +26,40 @@ def write_adapter(folder: Path, adapter: Adapter, form: str, dtype: torch.dtype 
 
     Args:
         folder: an empty one.
-        adapter: opened.
+        adapter: opened, its values finite.
         form: one of ``FILES``.
         dtype: of all matrices; None keeps each one's own.
 
     Raises:
-        CheckpointError: a value is NaN or infinite, or too large for the dtype.
+        CheckpointError: a value is too large for the dtype.
     """
     for name, pairs in zip(FILES[form], (adapter.pairs, adapter.low_noise), strict=True):
         if not pairs:
             continue
         tensors, metadata = _comfyui(pairs, dtype) if form == "comfyui-lora" else _diffusers(pairs, dtype)
         with full_disk_named(folder / name):
-            save_file(tensors, folder / name, metadata={"format": "pt", **metadata})
+            save_file(tensors, folder / name, metadata={"format": "pt", **_MARK, **metadata})
+
+
+def is_ours(folder: Path, form: str) -> bool:
+    """Whether a folder holds what :func:`write_adapter` wrote and nothing else; trainers use the same names."""
+    found = list(folder.iterdir())
+    return {path.name for path in found} <= set(FILES[form]) and all(map(_is_marked, found))
+
+
+def _is_marked(path: Path) -> bool:
+    try:
+        with open_tensor_file(path) as handle:
+            return _MARK.items() <= (handle.metadata() or {}).items()
+    except CheckpointError:
+        return False
 
 
 def caveats(adapter: Adapter, form: str) -> tuple[str, ...]:
     """What a reader of the written files must know."""
     notes = []
-    scaled = [name for name, pair in adapter.pairs.items() if pair.alpha != pair.rank]
+    every = (*adapter.pairs.items(), *adapter.low_noise.items())
+    scaled = list(dict.fromkeys(name for name, pair in every if pair.alpha != pair.rank))
     outside = [name for name in scaled if not name.startswith("blocks.")]
     if form == "comfyui-lora" and outside:
         notes.append(
@@ -100,7 +119,7 @@ def _usual(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _matrices(pair: Pair, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
-    down, up = (_cast(tensor.name, read_finite(tensor), dtype) for tensor in pair.tensors)
+    down, up = (_cast(tensor.name, tensor.read(), dtype) for tensor in pair.tensors)
     return down, up
 
 

@@ -11,7 +11,7 @@ import torch
 from helpers.checkpoints import ODD, checkpoint, names, save_checkpoint, tensors_of
 from safetensors.torch import load_file
 
-from megatron_flashi2v.checkpoint.adapter_record import ADAPTER_NAME, AdapterRecord, read_pairs
+from megatron_flashi2v.checkpoint.adapter_record import ADAPTER_NAME, AdapterRecord
 from megatron_flashi2v.checkpoint.adapter_table import adapter_mappings, adapter_shapes
 from megatron_flashi2v.checkpoint.index import Index, StoredPiece, StoredTensor, write_index
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_shapes
@@ -34,11 +34,13 @@ def run(*words: object) -> int:
     return main(["convert", *map(str, words)])
 
 
-def save_adapter(root: Path, base: Path, trained: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """A checkpoint of a bf16 run on a base; its exact tensors by our names."""
-    weights = open_weights("wan", base, ReadOptions(assume=ODD))
+def save_adapter(
+    root: Path, base: Path, trained: tuple[str, ...], form: str = "wan", of_base: str = "model"
+) -> dict[str, torch.Tensor]:
+    """A checkpoint of a bf16 run on a base; its exact tensors by our names, whose averages are their halves."""
+    weights = open_weights(form, base, ReadOptions(assume=ODD, weights=of_base))
     record = AdapterRecord(
-        adapter=ADAPTER, trained=trained, base=f"wan:{base}", base_weights="model",
+        adapter=ADAPTER, trained=trained, base=f"{form}:{base}", base_weights=of_base,
         base_fingerprint=base_fingerprint(weights),
     )
     generator = torch.Generator().manual_seed(9)
@@ -75,7 +77,9 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_a_checkpoint_is_merged_with_the_tensors_that_it_trained_whole(tmp_path: Path, base: Path) -> None:
+def test_a_checkpoint_is_merged_with_the_tensors_that_it_trained_whole(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A FlashI2V that an adapter made of a text-to-video model: phi and the rest were trained whole."""
     exact = save_adapter(tmp_path / "run", base, OWN)
     flags = ("--adapter", tmp_path / "run", "--merge", "--verify")
@@ -103,9 +107,37 @@ def test_a_checkpoint_is_merged_with_the_tensors_that_it_trained_whole(tmp_path:
     assert changed == 2 * len(ADAPTER.targets)
     # the base in another format and with masters to read; the sum in one more
     assert run("--from", "diffusers", base, *flags, "--to", "wan", tmp_path / "x") == 1
+    assert f"{base} is in the format wan, not diffusers" in capsys.readouterr().err
     assert run("--from", "megatron", tmp_path / "t2v", *flags, "--to", "flashi2v-gpu", tmp_path / "gpu") == 0
     again = open_weights("flashi2v-gpu", tmp_path / "gpu", ReadOptions())
     assert all(torch.equal(again.read(name), merged.read(name)) for name in parameter_shapes(ODD) if name not in OWN)
+
+
+def test_averages_of_an_adapter_and_of_its_base(tmp_path: Path) -> None:
+    """--weights is the adapter's; the base's set is the recorded one, also where an export holds nothing else."""
+    tensors = tensors_of(ODD)
+    pieces = [TensorPiece.whole(f"{kind}.{name}", factor * tensor)
+              for kind, factor in (("model", 1), ("ema", 3)) for name, tensor in tensors.items()]  # fmt: skip
+    base, alone, out = (tmp_path / name for name in ("base", "alone", "out"))
+    save_checkpoint(base, 1, pieces=pieces, model_config=ODD, state={})
+    exact = save_adapter(tmp_path / "run", base, OWN, "megatron", "ema")
+    assert run("--from", "megatron", base, "--weights", "ema", "--to", "flashi2v-gpu", alone) == 0
+    fused, qkv = "blocks.1.self_attention.linear_qkv", next(
+        entry for entry in mappings(ODD, "wan") if "blocks.1.self_attn.v.weight" in entry.external
+    )
+    for source, weights, factor in (
+        (("megatron", base), "model", 1.0), (("megatron", base), "ema", 0.5), (("flashi2v-gpu", alone), "ema", 0.5),
+    ):  # fmt: skip
+        flags = ("--weights", weights, "--adapter", tmp_path / "run", "--merge", "--overwrite")
+        assert run("--from", *source, *flags, "--to", "megatron", out) == 0
+        merged = open_weights("megatron", out, ReadOptions())
+        up, down = (factor * exact[f"{fused}.adapter.v.lora_{side}.weight"] for side in "BA")
+        before, after = (qkv.to_external(of)[2] for of in (3 * tensors[qkv.ours], merged.read(qkv.ours)))
+        torch.testing.assert_close(after, before + 1.5 * up @ down, atol=1e-5, rtol=0)
+        for name in OWN:  # averages are fp32; the weights of a bf16 run are not
+            expected = factor * exact[name] if weights == "ema" or exact[name].dim() < 2 else exact[name].bfloat16()
+            found = merged.read(name)
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def test_an_adapter_by_itself_goes_to_other_forms(
@@ -115,10 +147,11 @@ def test_an_adapter_by_itself_goes_to_other_forms(
     for form in ("diffusers-lora", "comfyui-lora"):
         assert run("--from", "auto", tmp_path / "run", "--to", form, tmp_path / form, "--verify") == 0
         found = open_adapter(tmp_path / form).pairs
-        expected = read_pairs(tmp_path / "run" / "iter_0000003", ODD, ADAPTER)
-        assert found.keys() == expected.keys() and {pair.alpha for pair in found.values()} == {3.0}
-        for layer, (down, up) in expected.items():
-            assert torch.equal(found[layer].down.read(), down) and torch.equal(found[layer].up.read(), up)
+        expected = {entry.external[0]: exact[entry.ours] for entry in adapter_mappings(ODD, ADAPTER, "wan")}
+        assert 2 * len(found) == len(expected) and {pair.alpha for pair in found.values()} == {3.0}
+        for layer, pair in found.items():
+            for half, side in zip(pair.tensors, "AB", strict=True):
+                assert torch.equal(half.read(), expected[f"{layer}.lora_{side}.weight"])
     held = load_file(tmp_path / "comfyui-lora" / "lora.safetensors")
     name = "blocks.1.self_attention.linear_qkv.adapter.v.lora_A.weight"
     assert torch.equal(held["diffusion_model.blocks.1.self_attn.v.lora_down.weight"], exact[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,15 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.errors import UserError
+from megatron_flashi2v.conversion.adapters.merging import MergedWeights
 from megatron_flashi2v.conversion.adapters.reading import METADATA_KEY, open_adapter
+from megatron_flashi2v.conversion.adapters.writing import caveats
 from megatron_flashi2v.conversion.convert import open_weights
 from megatron_flashi2v.conversion.weights import ReadOptions
+from megatron_flashi2v.release import adapters
 from megatron_flashi2v.release.adapters import require_equal
 
 SETTINGS = {
@@ -196,6 +201,14 @@ def test_other_spellings_are_read(made: SimpleNamespace, tmp_path: Path) -> None
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True}))
     pair = open_adapter(tmp_path / "peft").pairs["blocks.1.self_attn.o"]
     assert torch.allclose(pair.product(), 6 / 2**0.5 * (pair.up.read() @ pair.down.read()))
+    (tmp_path / "original").mkdir()  # of a model whose layers have Wan's own names
+    save_file({f"base_model.model.{layer}.lora_{side}.weight": half.read() for layer, pair in first.pairs.items()
+               for side, half in zip("AB", pair.tensors, strict=True)},
+              tmp_path / "original" / "adapter_model.safetensors")  # fmt: skip
+    settings |= {"alpha_pattern": {"cross_attn.k": 1.5, "ffn.0": 3.0, "text_embedding.0": 2.0,
+                                   r"time_projection\.1|head.head": 4.0}}  # fmt: skip
+    (tmp_path / "original" / "adapter_config.json").write_text(json.dumps(settings))
+    require_equal(first, open_adapter(tmp_path / "original"))
     torch.save({name.replace(".weight", ".default.weight"): tensor for name, tensor in held.items()}, tmp_path / "a.pt")
     assert all(pair.alpha == pair.rank for pair in open_adapter(tmp_path / "a.pt").pairs.values())
     both = {f"{prefix}.{name}": tensor * factor for prefix, factor in (("transformer", 1), ("transformer_2", 3))
@@ -212,6 +225,75 @@ def test_other_spellings_are_read(made: SimpleNamespace, tmp_path: Path) -> None
     flags = ("--adapter", tmp_path / "both.safetensors", "--merge", "--to", "wan", out)
     assert run("--from", "auto", made.base, *flags) == 1
     assert not out.exists()
+
+
+def test_an_adapter_of_the_expert_for_low_noise_alone_stays_that(made: SimpleNamespace, tmp_path: Path) -> None:
+    held = {name.replace("transformer.", "transformer_2."): tensor for name, tensor in load_file(made.file).items()}
+    metadata = {METADATA_KEY: json.dumps({"transformer_2.lora_alpha": 5})}
+    save_file(held, tmp_path / "low.safetensors", metadata=metadata)
+    first = open_adapter(tmp_path / "low.safetensors")
+    assert not first.pairs and {pair.alpha for pair in first.low_noise.values()} == {5}
+    before = tmp_path / "low.safetensors"
+    for number, form in enumerate(("diffusers-lora", "comfyui-lora", "diffusers-lora")):
+        after = tmp_path / str(number)
+        assert run("--from", "auto", before, "--to", form, after, "--verify") == 0
+        require_equal(first, open_adapter(after, form))
+        before = after
+    # what is said of scales, and of layers outside of blocks, is said of these pairs too
+    assert any("alphas stand in the file's metadata" in note for note in caveats(first, "diffusers-lora"))
+    assert any("refuses an alpha outside of blocks (" in note for note in caveats(first, "comfyui-lora"))
+    # two sources of such pairs
+    save_file({**load_file(made.file), **held}, before / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="pytorch_lora_weights_2.safetensors is for the expert for low noise"):
+        open_adapter(before)
+
+
+def test_only_our_own_output_is_replaced(
+    made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """diffusers and its trainers write the same file names; the source may lie there."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    file = mine / made.file.name
+    shutil.copyfile(made.file, file)
+    for flags, code, words in (
+        (("--from", "auto", made.file, "--to", "diffusers-lora", mine), 1, f"{mine} exists; choose another path\n"),
+        (("--from", "auto", mine, "--to", "diffusers-lora", mine), 2, "neither may lie in the other"),
+        (("--from", "auto", file, "--to", "comfyui-lora", mine), 2, "neither may lie in the other"),
+        (("--from", "auto", made.base, "--adapter", file, "--merge", "--to", "wan", mine), 2, "neither may lie in the"),
+    ):
+        assert run(*flags, "--overwrite") == code
+        assert words in capsys.readouterr().err
+        assert file.read_bytes() == made.file.read_bytes()
+
+
+def test_nan_is_found_before_work_begins(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "nan.safetensors"
+    save_file({**load_file(made.file), f"{Q}.lora_B.weight": torch.full((30, 4), torch.nan)}, file)
+    words = "to_q.lora_B.weight holds values that are NaN or infinite"
+    with pytest.raises(UserError, match=words):
+        MergedWeights(open_weights("diffusers", made.base, ReadOptions()), open_adapter(file))
+    monkeypatch.setattr(adapters, "staged_folder", None)
+    assert run("--from", "auto", file, "--to", "comfyui-lora", tmp_path / "out") == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_part_of_merged_weights_is_that_part_of_the_whole(made: SimpleNamespace, tmp_path: Path) -> None:
+    """In fused heads, plain rows and columns, and a layer whose shape is not the linear's."""
+    patch = {"transformer.patch_embedding.lora_A.weight": torch.randn(2, 12, 1, 2, 2),
+             "transformer.patch_embedding.lora_B.weight": torch.randn(30, 2, 1, 1, 1)}  # fmt: skip
+    save_file({**load_file(made.file), **patch}, tmp_path / "a.safetensors")
+    base = open_weights("diffusers", made.base, ReadOptions())
+    merged = MergedWeights(base, open_adapter(tmp_path / "a.safetensors"))
+    changed = 0
+    for name, shape in parameter_shapes(merged.config).items():
+        box = (slice(1, shape[0] - 1), *(slice(size // 3, size) for size in shape[1:]))
+        whole = merged.read(name)
+        torch.testing.assert_close(merged.read(name, box), whole[box], atol=1e-6, rtol=1e-6)
+        changed += not torch.equal(whole, base.read(name))
+    assert changed == 12
 
 
 def with_tensor(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]:
@@ -235,6 +317,13 @@ Q = "transformer.blocks.0.attn1.to_q"
         (with_tensor("transformer.single_blocks.0.proj.lora_A.weight", 4, 30), "belongs to no linear layer of this"),
         (with_tensor(f"{Q}.alpha", 2), "to_q.alpha has shape (2,); an alpha is one number"),
         (with_tensor("transformer.blocks.0.attn1.to_k.lora_A.weight", 4, 30), "pair of blocks.0.self_attn.k is not"),
+        (with_tensor(f"{Q}.lora_B.weight", 30, 4, 3, 3), "has shapes (4, 30) and (30, 4, 3, 3); it must be [r, in]"),
+        (with_tensor(f"{Q}.lora_A.other.weight", 4, 30),
+         f"tensors {Q}.lora_A.other.weight and {Q}.lora_A.weight are both the lora_A or lora_down of"),
+        (with_tensor("lora_unet_blocks_0_self_attn_q.lora_up.weight", 30, 4),
+         f"tensors lora_unet_blocks_0_self_attn_q.lora_up.weight and {Q}.lora_B.weight are both the lora_B or"),
+        (lambda held: {**held, f"{Q}.alpha": torch.ones(1), "blocks.0.self_attn.q.alpha": torch.ones(1)},
+         f"tensors blocks.0.self_attn.q.alpha and {Q}.alpha are both the alpha of blocks.0.self_attn.q"),
         (with_tensor(f"{Q}.lora_B.weight", 30, 5), "has shapes (4, 30) and (30, 5); it must be [r, in] and [out, r]"),
         (lambda held: {"blocks.0.attn1.to_q.weight": torch.ones(2, 2)}, "is no adapter: none of its 1 tensors"),
     ],
@@ -282,7 +371,13 @@ def test_an_adapter_for_another_base_is_one_message(
         ("--from wan A --to comfyui-lora C", "writes an adapter, and --from wan gives a model"),
         ("--from auto A --adapter B --merge --to comfyui-lora C", "writes an adapter, and --merge gives a model"),
         ("--from wan A --adapter-scale 0.5 --to wan C", "--adapter-scale 0.5 belongs to --merge"),
-        ("--from auto A --phi-order repeat_then_conv --to comfyui-lora C", "--phi-order belongs to a model; leave it"),
+        ("--from auto A --phi-order repeat_then_conv --to comfyui-lora C", "--phi-order is for a model's"),
+        ("--from auto A --text-cleaning full --to comfyui-lora C", "--text-cleaning is for a model's"),
+        ("--from auto A --max-shard-size 1GB --to comfyui-lora C", "--max-shard-size is for models; --to comfyui-lora"),
+        ("--from wan A --text-cleaning light --to encoders C", "--text-cleaning is for a model's weights; leave it"),
+        ("--from wan A --adapter B --merge --to encoders C", "--merge is for a model's weights; leave it out with"),
+        ("--from wan A --weights ema --to encoders C", "--weights is for a model's weights; leave it out with"),
+        ("--from wan A --report r.json --to encoders C", "--report is for a model's weights; leave it out with --to e"),
         ("--from auto A --to comfyui-lora c.safetensors", "c.safetensors must be a folder, which gets lora.s"),
     ],
 )
@@ -291,7 +386,10 @@ def test_flags_that_do_not_fit(capsys: pytest.CaptureFixture[str], flags: str, w
     assert words in capsys.readouterr().err
 
 
-def test_an_adapter_given_as_a_model_says_what_to_do(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_adapter_given_as_a_model_says_what_to_do(
+    made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="is an adapter .LoRA.; give its base by --from and the adapter by --adapter"):
         open_weights("auto", made.file, ReadOptions())
     assert run("--from", "comfyui-lora", made.file, "--to", "diffusers-lora", tmp_path / "out") == 1
+    assert "is in the form diffusers-lora, not comfyui-lora; give diffusers-lora" in capsys.readouterr().err

@@ -18,9 +18,9 @@ from helpers.layouts import metrics, tensors
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 from torch import Tensor, nn
 
-from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord, read_adapter_record, read_pairs
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord, read_adapter_record
 from megatron_flashi2v.checkpoint.adapter_table import adapter_shapes
-from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_model_config
+from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count, parameter_shapes
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import TensorPiece
@@ -28,6 +28,7 @@ from megatron_flashi2v.config.adapter import ATTENTION, AdapterConfig
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.adapters.reading import open_adapter
 from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint, common_fingerprint, sampled_rows
 from megatron_flashi2v.conversion.convert import FORMATS, convert
 from megatron_flashi2v.conversion.formats.megatron import open_weights
@@ -150,10 +151,9 @@ def test_the_checkpoint_says_what_it_is(train: Train, base: Path, beside: tuple[
         "base": f"megatron:{base}",
         "base_weights": "model", "base_fingerprint": base_fingerprint(weights),
     }
-    record, config = read_adapter_record(folder), load_model_config(folder)
-    pairs = read_pairs(folder, config, record.adapter)
+    pairs = open_adapter(folder).pairs
     assert len(pairs) == 2 * 5
-    a, b = pairs["blocks.1.self_attn.v"]
+    a, b = (matrix.read() for matrix in pairs["blocks.1.self_attn.v"].tensors)
     stored = saved(tmp_path, "model.blocks.1.self_attention.linear_qkv.adapter.v.")
     assert torch.equal(a, stored["lora_A.weight"]) and torch.equal(b, stored["lora_B.weight"])
     with pytest.raises(CheckpointError, match=(
@@ -268,7 +268,7 @@ def test_sampling_finds_the_base(train: Train, base: Path, tmp_path: Path) -> No
     merged = saved(base, "model.") | {
         name: value for name, value in saved(tmp_path / "run", "model.").items() if "adapter" not in name
     }
-    pairs = read_pairs(folder, CONFIG, read_adapter_record(folder).adapter)
+    pairs = {layer: [half.read() for half in pair.tensors] for layer, pair in open_adapter(folder).pairs.items()}
     for row in mappings(CONFIG, "wan"):
         parts = list(row.to_external(merged[row.ours]))
         for place, name in enumerate(row.external):
