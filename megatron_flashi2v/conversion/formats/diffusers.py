@@ -28,6 +28,7 @@ from megatron_flashi2v.conversion.quantised import dequantised
 from megatron_flashi2v.conversion.recognition import FIRST_AND_LAST, TRANSFORMER, channels_named, require_model
 from megatron_flashi2v.conversion.weights import (
     FOREIGN_TEXT_CLEANING,
+    NEGATIVE_PROMPT,
     ExternalWeights,
     OnBytes,
     ReadOptions,
@@ -44,8 +45,6 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps",
                      "interpolation": "interpolation"}  # fmt: skip
 """Keys of the training data's description in a checkpoint, by the pipeline's argument."""
-NEGATIVE_PROMPT = "negative_prompt"
-"""Key of the pipeline's argument with the release's own."""
 REFERENCES = "_component_sources"
 """Key of ``model_index.json`` for components that lie elsewhere; diffusers ignores keys that begin with ``_``."""
 RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "README.md")
@@ -190,6 +189,22 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
     return config
 
 
+def recorded_facts(transformer: Path) -> dict[str, Any]:
+    """What the pipeline around a transformer's folder records, as a checkpoint's state does: data and negative prompt.
+
+    Raises:
+        CheckpointError: its file is malformed.
+    """
+    pipeline = transformer.parent / PIPELINE_NAME
+    index = read_json_object(pipeline, error=CheckpointError) if pipeline.is_file() else {}
+    data = {key: index[name] for name, key in PIPELINE_DEFAULTS.items() if index.get(name) is not None}
+    negative = index.get(NEGATIVE_PROMPT)
+    return {
+        **({"data": data} if data else {}),
+        **({NEGATIVE_PROMPT: negative} if isinstance(negative, str) else {}),
+    }
+
+
 def _from_transformer(path: Path, stored: Mapping[str, Any]) -> ModelConfig:
     """The model of a plain transformer folder, whose paradigm its input channels tell; ``path`` is for messages."""
     try:
@@ -261,6 +276,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
         notes += extra.notes
     weights = ExternalWeights(path, config, inside + beside, tensors, options)
     weights.notes, weights.left_out = notes, (*opened.others, *scales)
+    weights.facts = recorded_facts(transformer)
     return weights
 
 
