@@ -107,7 +107,10 @@ def open_image_encoder(path: Path) -> EncoderWeights:
 
 
 def image_processor_settings(image_size: int) -> dict[str, Any]:
-    """What Wan's own code does to a picture: to a square of the encoder's size, whatever its aspect; CLIP's colours."""
+    """As Wan's own code makes a picture a square of the encoder's size, whatever its aspect; with antialiasing.
+
+    Wan interpolates bicubically without, so that of pictures larger than the square the pixels differ.
+    """
     return {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
         "size": {"height": image_size, "width": image_size}, "do_center_crop": False, "do_rescale": True,

@@ -24,6 +24,11 @@ from megatron_flashi2v.runtime.files import atomic_write_json
 FOREIGN_TEXT_CLEANING = "light"
 """How Wan's pipelines and both branches of FlashI2V clean prompts, for weights that record nothing of it."""
 
+NEGATIVE_PROMPT = "negative_prompt"
+"""Key of a model's own negative prompt, among facts and among a pipeline's arguments."""
+CARRIED_FACTS = ("data", NEGATIVE_PROMPT)
+"""What a conversion carries on, where the target has a place for it: sampling takes sizes and prompt from it."""
+
 OnBytes = Callable[[int], None]
 """Called with a number of bytes after each tensor, for a progress bar."""
 

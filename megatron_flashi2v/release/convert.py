@@ -109,10 +109,11 @@ def release_of(
     """What checks a release's parts and makes a folder of the format diffusers one, and the bytes that it copies."""
     if config.target[0] != "diffusers":
         return None, None, 0
+    from megatron_flashi2v.conversion.weights import NEGATIVE_PROMPT
     from megatron_flashi2v.release.components import find_components, require_fit
     from megatron_flashi2v.release.folder import finish_release
     from megatron_flashi2v.release.model_card import Origin
-    from megatron_flashi2v.sampling.prompts import text_or_file
+    from megatron_flashi2v.sampling.prompts import require_prompt, text_or_file
 
     negative = config.negative_prompt
     negative = None if negative is None else text_or_file(negative, "--negative-prompt")
@@ -129,6 +130,10 @@ def release_of(
 
     def on_open(weights: Weights) -> None:
         require_fit(components, weights.config)
+        published = weights.facts.get(NEGATIVE_PROMPT) if negative is None else negative
+        if published is not None:
+            cleaning = config.text_cleaning or weights.config.text_cleaning
+            require_prompt(published, cleaning, "negative prompt")
 
     return on_open, finish, nbytes
 

@@ -6,13 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_flashi2v.config.errors import CheckpointError
-from megatron_flashi2v.conversion.formats.diffusers import (
-    NEGATIVE_PROMPT,
-    PIPELINE_DEFAULTS,
-    PIPELINE_NAME,
-    REFERENCES,
-)
-from megatron_flashi2v.conversion.weights import Weights
+from megatron_flashi2v.conversion.formats.diffusers import PIPELINE_DEFAULTS, PIPELINE_NAME, REFERENCES
+from megatron_flashi2v.conversion.weights import NEGATIVE_PROMPT, Weights
 from megatron_flashi2v.release.components import Component
 from megatron_flashi2v.release.model_card import CARD_NAME, Origin, model_card
 from megatron_flashi2v.runtime.files import atomic_write_json, atomic_write_text, read_json_object
@@ -38,7 +33,7 @@ def finish_release(
             always are.
         source_format: of the weights before the conversion.
         origin: for the card.
-        negative_prompt: of the release; None leaves users ours.
+        negative_prompt: of the release; None takes the weights' own, and without one leaves users ours.
     """
     index = read_json_object(folder / PIPELINE_NAME, error=CheckpointError)
     references: dict[str, str] = {}
@@ -53,6 +48,7 @@ def finish_release(
     data = weights.facts.get("data")
     if isinstance(data, Mapping):
         index |= {name: data[key] for name, key in PIPELINE_DEFAULTS.items() if key in data}
+    negative_prompt = weights.facts.get(NEGATIVE_PROMPT) if negative_prompt is None else negative_prompt
     if negative_prompt is not None:
         index[NEGATIVE_PROMPT] = negative_prompt
     atomic_write_json(folder / PIPELINE_NAME, index)

@@ -160,7 +160,6 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         num_frames: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
-        guidance_scale_2: float | None = None,
         num_videos_per_prompt: int | None = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -174,6 +173,7 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
         callback_on_step_end: StepEnd | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
+        guidance_scale_2: float | None = None,
     ) -> FlashI2VPipelineOutput | tuple[Any]:
         """Sample videos.
 
@@ -188,7 +188,6 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             num_frames: video frames.
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance, off at 1 and below.
-            guidance_scale_2: that of a pair's second expert; None takes the same.
             num_videos_per_prompt: videos of each (image, prompt) pair.
             generator: its *seed* keys all noise, as ``--seed`` of ``flashi2v sample`` does, on any device and in any
                 batch; its state is neither used nor changed. A list gives each video its own.
@@ -207,6 +206,7 @@ class FlashI2VPipeline(CallState, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: names of those tensors: latents, prompt_embeds,
                 negative_prompt_embeds.
             max_sequence_length: text rows of each prompt; None takes the model's text length.
+            guidance_scale_2: guidance_scale of a pair's second expert; None takes the same.
 
         Raises:
             ConfigError: a setting is out of range, inputs exclude each other or do not fit the model, or the size

@@ -68,16 +68,16 @@ def describe(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
         return load_model_config(folder), load_state(folder)
     transformer = folder / diffusers.TRANSFORMER if is_release(folder) else folder
     config = diffusers.read_config(transformer, diffusers.conditioning_of(transformer))
-    pipeline = transformer.parent / diffusers.PIPELINE_NAME
-    index = read_json_object(pipeline, error=CheckpointError) if pipeline.is_file() else {}
-    data = {key: index[name] for name, key in diffusers.PIPELINE_DEFAULTS.items() if name in index}
-    state = {"data": data, diffusers.NEGATIVE_PROMPT: index.get(diffusers.NEGATIVE_PROMPT)}
-    return config, {**state, **diffusers.read_range(transformer)}
+    return config, diffusers.recorded_facts(transformer)
 
 
 def _is_diffusers(folder: Path) -> bool:
-    """Whether a folder is a release, or a transformer's in one; a checkpoint has no such file."""
-    return is_release(folder) or (folder / "config.json").is_file()
+    """Whether a folder is a release, or a transformer's in one."""
+    if is_release(folder):
+        return True
+    path = folder / "config.json"
+    stated = read_json_object(path, error=CheckpointError) if path.is_file() else {}
+    return stated.get("_class_name") == diffusers.TRANSFORMER_CLASS
 
 
 def load_stages(

@@ -75,6 +75,7 @@ class ImageToVideoPipeline:
         velocity: the model, see :data:`VelocityFunction`; called with fp32 tensors on ``device``, timesteps excepted.
         low_noise: a pair's second expert; ``velocity`` is the first then.
         interpolation: of images that are resized, as the training data were.
+        negative_prompt: that of a call which gives none.
         vae: makes the image's latents and decodes the video's.
         text_encoder: makes the text rows; None where the caller brings them.
         image_encoder: makes the image's rows; None for a model that attends to none.
@@ -101,6 +102,7 @@ class ImageToVideoPipeline:
         image_encoder: ImageEncoder | None = None,
         low_noise: LowNoise | None = None,
         interpolation: Interpolation = "bicubic",
+        negative_prompt: str = DEFAULT_NEGATIVE_PROMPT,
     ) -> None:
         if vae.latent_channels != model_config.latent_channels:
             raise ConfigError(
@@ -130,7 +132,7 @@ class ImageToVideoPipeline:
             )
         self.image_encoder = image_encoder
         self.velocity, self.low_noise = velocity, low_noise
-        self.interpolation = interpolation
+        self.interpolation, self.negative_prompt = interpolation, negative_prompt
         self.vae = vae
         self.text_encoder = text_encoder
         self.model_config = model_config
@@ -159,13 +161,14 @@ class ImageToVideoPipeline:
             tokenizer: folder of its tokenizer, likewise.
             image_encoder: folder of the image encoder, for a model that attends to its rows.
             device: auto, cuda, npu or cpu.
-            options: ``weights`` (model or ema), ``bf16``, ``attention_backend``, ``batched_guidance``, ``base`` and
-                ``adapter_scale``, as the flags of ``flashi2v sample``.
+            options: ``weights`` (model or ema), ``bf16``, ``attention_backend``, ``batched_guidance``, of adapters ``base``
+                and ``adapter_scale``, and of a pair ``low_noise`` (a path) and ``boundary_ratio``, as the flags of
+                ``flashi2v sample``.
 
         Raises:
             UserError: a folder is missing or damaged, or the parts do not fit together.
         """
-        from megatron_flashi2v.sampling.session import open_pipeline
+        from megatron_flashi2v.sampling.opening import open_pipeline
 
         frozen = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
         places: dict[str, Any] = {name: None if place is None else Path(place) for name, place in frozen.items()}
@@ -204,8 +207,8 @@ class ImageToVideoPipeline:
             num_frames: video frames, ``1 + k * temporal stride`` of the VAE.
             height: pixels; the image is resized to cover height x width and cropped at its centre.
             width: pixels.
-            negative_prompt: guidance steers away from it; None takes :data:`DEFAULT_NEGATIVE_PROMPT`, and the empty
-                string is the empty prompt of training.
+            negative_prompt: guidance steers away from it; None takes the pipeline's (the release's, or
+                :data:`DEFAULT_NEGATIVE_PROMPT`), and the empty string is the empty prompt of training.
             num_steps: steps of the solver.
             solver: see :func:`~megatron_flashi2v.sampling.solvers.make_solver`.
             guidance_scale: classifier-free guidance, off at 1 and below.
@@ -322,7 +325,7 @@ class ImageToVideoPipeline:
             velocities.append(self.low_noise.velocity)
             scales.append(guidance_scale if guidance_scale_2 is None else guidance_scale_2)
         if any(map(is_guided, scales)):
-            negative = DEFAULT_NEGATIVE_PROMPT if negative_prompt is None else negative_prompt
+            negative = self.negative_prompt if negative_prompt is None else negative_prompt
             negative_BLD = self.encode_text([negative], "negative prompt").expand(count, -1, -1)
             velocities = [
                 with_guidance(

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_flashi2v.config.bounds import suggestion
 from megatron_flashi2v.config.errors import ConfigError, DataError
 from megatron_flashi2v.runtime.text import encodable, excerpt
+from megatron_flashi2v.sampling.prompts import text_or_file
 
 FIELDS = ("id", "image", "prompt", "seeds", "negative_prompt", "num_frames", "height", "width")
 LONGEST_NAME = 200
@@ -70,10 +71,10 @@ class _MalformedFieldError(Exception):
 def read_requests(path: Path) -> list[Request]:
     """Read a file of requests: CSV if it ends in ``.csv``, JSON lines otherwise.
 
-    Images are looked up beside the file, then in the working directory.
+    Images and ``@FILE`` of a negative prompt are looked up beside the file, then in the working directory.
 
     Raises:
-        DataError: the file cannot be read or holds no request; or a line is malformed, repeats an id, or names an image
+        DataError: the file cannot be read or holds no request; or a line is malformed, repeats an id, or names a file
             that is not there.
     """
     rows = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
@@ -185,7 +186,7 @@ def _request(row: dict[str, Any], line: int, folder: Path) -> Request:
         raise _MalformedFieldError(f"id is {_excerpt(identity)}; it must be a word of its own")
     return Request(
         id=identity, prompt=_text(row, "prompt", required=True) or "", image=_image(row, folder), seeds=_seeds(row),
-        negative_prompt=_text(row, "negative_prompt"), num_frames=_size(row, "num_frames"),
+        negative_prompt=_negative_prompt(row, folder), num_frames=_size(row, "num_frames"),
         height=_size(row, "height"), width=_size(row, "width"), line=line,
     )
 
@@ -198,6 +199,23 @@ def _text(row: dict[str, Any], name: str, *, required: bool = False) -> str | No
         return None
     shown = "missing" if value is None else _excerpt(value)
     raise _MalformedFieldError(f"{name} is {shown}; it must be a text")
+
+
+def _negative_prompt(row: dict[str, Any], folder: Path) -> str | None:
+    given = _text(row, "negative_prompt")
+    if given is None or not given.startswith("@"):
+        return given
+    name = Path(given[1:]).expanduser()
+    path = next((path for path in (folder / name, name) if os.path.isfile(path)), None)
+    if path is None:
+        raise _MalformedFieldError(
+            f"negative_prompt {_excerpt(given)}: no such file, beside the requests or in the working directory; after "
+            "@ give a file of text in UTF-8, or give the prompt itself"
+        )
+    try:
+        return text_or_file(f"@{path}", "negative_prompt")
+    except ConfigError as error:
+        raise _MalformedFieldError(str(error)) from None
 
 
 def _image(row: dict[str, Any], folder: Path) -> Path | None:

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_flashi2v.config.clips import Interpolation
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.config.layout import check_layout, model_ranks
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import check_tokens
 from megatron_flashi2v.config.sample import SampleConfig
-from megatron_flashi2v.config.train import ParallelArguments
-from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.encoders.image import ImageEncoder
 from megatron_flashi2v.encoders.text import TextEncoder
-from megatron_flashi2v.encoders.text_cleaning import POLICIES, lost_most, require_words
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.replicas import Replica
-from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.runtime.logging import AGREED, ONCE
-from megatron_flashi2v.runtime.text import excerpt
 from megatron_flashi2v.sampling.base import checked_base
 from megatron_flashi2v.sampling.experts import require_pair
 from megatron_flashi2v.sampling.frozen import FrozenFolders, load_image_encoder
 from megatron_flashi2v.sampling.models import FoundModels, find_models, interpolation_of, load_velocities
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline, latent_shape_of
-from megatron_flashi2v.sampling.prompts import DEFAULT_NEGATIVE_PROMPT, text_or_file
-
-logger = logging.getLogger(__name__)
+from megatron_flashi2v.sampling.prompts import negative_prompt_of, require_prompt
 
 DEFAULT_FRAMES, DEFAULT_HEIGHT, DEFAULT_WIDTH, DEFAULT_FPS = 49, 480, 832, 16.0
 
@@ -59,11 +50,13 @@ class Source:
 
     Attributes:
         negative_prompt: of the flags, or the release's, or else ours.
+        interpolation: likewise, of images that are resized, or the training data's.
     """
 
     frozen: FrozenFolders
     models: FoundModels
     negative_prompt: str
+    interpolation: Interpolation
 
     @property
     def folder(self) -> Path:
@@ -86,7 +79,8 @@ class Source:
 
         Raises:
             ConfigError: a frozen model is neither given nor in a release, or flags of a pair are given for one model.
-            CheckpointError: see :func:`~megatron_flashi2v.sampling.models.find_models`.
+            CheckpointError: see :func:`~megatron_flashi2v.sampling.models.find_models`, or an unknown interpolation is
+                recorded.
         """
         frozen = FrozenFolders.find(
             config.load, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer,
@@ -100,56 +94,9 @@ class Source:
         if config.text_cleaning is not None:
             model = dataclasses.replace(models.config, text_cleaning=config.text_cleaning)
             models = dataclasses.replace(models, config=model)
-        negative, recorded = config.negative_prompt, models.state.get(diffusers.NEGATIVE_PROMPT)
-        if negative is not None:
-            negative = text_or_file(negative, "--negative-prompt")
-        else:
-            negative = recorded if isinstance(recorded, str) else DEFAULT_NEGATIVE_PROMPT
-        return cls(frozen=frozen, models=models, negative_prompt=negative)
-
-
-@contextlib.contextmanager
-def open_pipeline(
-    checkpoint: Path,
-    *,
-    vae: Path | None = None,
-    text_encoder: Path | None = None,
-    tokenizer: Path | None = None,
-    device: str = "auto",
-    weights: str = "model",
-    bf16: bool = False,
-    attention_backend: str = "auto",
-    batched_guidance: bool = False,
-    image_encoder: Path | None = None,
-    low_noise: Path | None = None,
-    boundary_ratio: float | None = None,
-    base: str | None = None,
-    adapter_scale: float = 1.0,
-) -> Iterator[ImageToVideoPipeline]:
-    """The pipeline of a checkpoint in this process alone; it can be called only inside.
-
-    Arguments and errors as for :meth:`~megatron_flashi2v.sampling.pipeline.ImageToVideoPipeline.from_checkpoint`.
-    """
-    frozen = FrozenFolders.find(
-        checkpoint, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, image_encoder=image_encoder
-    )
-    models = find_models(checkpoint, weights, low_noise=low_noise, boundary_ratio=boundary_ratio)
-    source = checked_base(models.folder, base, adapter_scale)
-    target = resolve_device(device)
-    where = target.torch_device
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    decoder = VideoVAE.load(frozen.vae, where)
-    rows = TextEncoder.load(frozen.text_encoder, frozen.tokenizer, models.config.text_length, where, dtype)
-    image_rows = load_image_encoder(frozen.image_encoder, models.config, where)
-    with single_process(target) as groups:
-        velocity, second = load_velocities(
-            models, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
-            weights=weights, base=source, adapter_scale=adapter_scale,
-        )
-        yield ImageToVideoPipeline(
-            velocity=velocity, low_noise=second, vae=decoder, text_encoder=rows, model_config=models.config,
-            device=where, batched_guidance=batched_guidance, image_encoder=image_rows,
-            interpolation=interpolation_of(models.state),
+        return cls(
+            frozen=frozen, models=models, negative_prompt=negative_prompt_of(models.state, config.negative_prompt),
+            interpolation=interpolation_of(models.state, config.interpolation),
         )
 
 
@@ -230,21 +177,9 @@ def require_processes(config: SampleConfig, model: ModelConfig, launch: LaunchEn
 
 
 def require_prompts(model: ModelConfig, prompt: str, negative_prompt: str) -> None:
-    """Refuse, before the weights are read, prompts of which the model would see nothing; warn once of little.
-
-    Raises:
-        ConfigError: text cleaning empties one of them.
-    """
-    policy = next((policy for policy in POLICIES if policy == model.text_cleaning), None)
-    if policy is None:
-        return
-    for text, what in ((prompt, "prompt"), (negative_prompt, "negative prompt")):
-        cleaned = require_words(text, policy, what)
-        if lost_most(text, cleaned):
-            logger.warning(
-                "text cleaning %s, with which the model was trained, takes more than half of the letters of the %s: "
-                "%r becomes %r (told once)", policy, what, excerpt(text), excerpt(cleaned), extra={**AGREED, **ONCE},
-            )
+    """:func:`~megatron_flashi2v.sampling.prompts.require_prompt` of both."""
+    require_prompt(prompt, model.text_cleaning)
+    require_prompt(negative_prompt, model.text_cleaning, "negative prompt")
 
 
 def video_shape(config: SampleConfig, state: Mapping[str, Any], wanted: object = None) -> VideoShape:
@@ -287,7 +222,7 @@ def load_pipeline(
         velocity=velocity, low_noise=low_noise, vae=encoders.vae, text_encoder=RecentRows(encoders.text),
         model_config=source.model, device=encoders.device.torch_device, batched_guidance=config.batched_guidance,
         guidance_group=replica.models, image_encoder=encoders.image,
-        interpolation=interpolation_of(source.state, config.interpolation),
+        interpolation=source.interpolation, negative_prompt=source.negative_prompt,
     )
 
 

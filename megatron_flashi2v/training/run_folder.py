@@ -16,13 +16,7 @@ from typing import Any
 
 import yaml
 
-from megatron_flashi2v.checkpoint.folders import (
-    TRACKER_NAME,
-    find_checkpoint,
-    has_checkpoint,
-    load_model_config,
-    require_same_model,
-)
+from megatron_flashi2v.checkpoint.folders import TRACKER_NAME, find_checkpoint, has_checkpoint
 from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.config.errors import CheckpointError, WriteError
 from megatron_flashi2v.config.model import ModelConfig
@@ -30,7 +24,7 @@ from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import TrainConfig
 from megatron_flashi2v.runtime.files import atomic_write_text, name_beside, read_jsonl
 from megatron_flashi2v.training.metrics import METRICS_FILE
-from megatron_flashi2v.training.run_state import CONFIG_FILE, Provenance, load_training_state
+from megatron_flashi2v.training.run_state import CONFIG_FILE, Provenance, load_training_state, require_model_of
 
 CONFIG_FILE_BESIDE = "config.resolved.yaml"
 """Where the flags go if ``config.yaml`` is the user's own."""
@@ -72,7 +66,7 @@ class Start:
         save = self.checkpoint.parent
         other = f"choose another --save, or set {save} aside with --fresh"
         try:
-            require_same_model(load_model_config(self.checkpoint), model, self.checkpoint)
+            require_model_of(self.checkpoint, model)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {other}") from error
         state = load_training_state(self.checkpoint)

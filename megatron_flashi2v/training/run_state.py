@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_state
+from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_model_config, load_state, require_same_model
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
+from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
 from megatron_flashi2v.config.train import BatchArguments, CheckpointArguments, ParallelArguments, TrainConfig
 from megatron_flashi2v.data.blend import Blend
@@ -81,6 +82,24 @@ def provenance_of(
         overrides_schedule=config.checkpoint.override_opt_param_scheduler,
         commit=source_commit() if launch.rank == 0 else None,
     )
+
+
+def require_model_of(folder: Path, model: ModelConfig) -> None:
+    """Refuse to go on from a checkpoint of another model.
+
+    Converted weights, at iteration 0, have seen no captions: the run's data decide how those are cleaned.
+
+    Args:
+        folder: the checkpoint.
+        model: the run's, as the data fit it.
+
+    Raises:
+        CheckpointError: lists every field that differs, with both values.
+    """
+    stored = load_model_config(folder)
+    if not load_training_state(folder)["iteration"]:
+        stored = dataclasses.replace(stored, text_cleaning=model.text_cleaning)
+    require_same_model(stored, model, folder)
 
 
 def settle_changes(folder: Path, state: dict[str, Any], now: Provenance) -> None:

@@ -13,7 +13,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
-from megatron_flashi2v.checkpoint.folders import load_model_config, require_same_model
 from megatron_flashi2v.checkpoint.model_state import load_weights, weight_pieces
 from megatron_flashi2v.checkpoint.optimizer_state import (
     common_step,
@@ -33,7 +32,7 @@ from megatron_flashi2v.training.clipping import Clipper
 from megatron_flashi2v.training.ema import WeightAverage
 from megatron_flashi2v.training.guard import UpdateGuard
 from megatron_flashi2v.training.optimizer import DataParallelStage
-from megatron_flashi2v.training.run_state import Provenance, load_training_state, settle_changes
+from megatron_flashi2v.training.run_state import Provenance, load_training_state, require_model_of, settle_changes
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -160,7 +159,7 @@ class TrainState:
         Raises:
             CheckpointError: it is of another model, or damaged.
         """
-        require_same_model(load_model_config(folder), self.spec.config, folder)
+        require_model_of(folder, self.spec.config)
         state = load_training_state(folder)
         settle_changes(folder, state, self.provenance)
         parameters = self.named_parameters()

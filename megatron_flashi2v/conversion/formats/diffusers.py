@@ -29,6 +29,7 @@ from megatron_flashi2v.conversion.quantised import dequantised
 from megatron_flashi2v.conversion.recognition import FIRST_AND_LAST, TRANSFORMER, channels_named, require_model
 from megatron_flashi2v.conversion.weights import (
     FOREIGN_TEXT_CLEANING,
+    NEGATIVE_PROMPT,
     ExternalWeights,
     OnBytes,
     ReadOptions,
@@ -45,8 +46,6 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps",
                      "interpolation": "interpolation"}  # fmt: skip
 """Keys of the training data's description in a checkpoint, by the pipeline's argument."""
-NEGATIVE_PROMPT = "negative_prompt"
-"""Key of the pipeline's argument with the release's own."""
 REFERENCES = "_component_sources"
 """Key of ``model_index.json`` for components that lie elsewhere; diffusers ignores keys that begin with ``_``."""
 RELEASE_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "README.md")
@@ -101,7 +100,7 @@ def transformer_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_range(transformer: Path) -> dict[str, Any]:
+def _trained_sigmas(transformer: Path) -> dict[str, Any]:
     """The noise levels that an expert was trained on, as a run's state records them; empty of a whole model."""
     stored = read_json_object(transformer / "config.json", error=CheckpointError).get(TRAINED_SIGMAS)
     if not (isinstance(stored, list) and len(stored) == 2 and all(isinstance(one, int | float) for one in stored)):
@@ -204,6 +203,23 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
     return config
 
 
+def recorded_facts(transformer: Path) -> dict[str, Any]:
+    """What a release records of a transformer, as a checkpoint's state does: data, negative prompt, an expert's range.
+
+    Raises:
+        CheckpointError: a file is malformed.
+    """
+    pipeline = transformer.parent / PIPELINE_NAME
+    index = read_json_object(pipeline, error=CheckpointError) if pipeline.is_file() else {}
+    data = {key: index[name] for name, key in PIPELINE_DEFAULTS.items() if index.get(name) is not None}
+    negative = index.get(NEGATIVE_PROMPT)
+    return {
+        **({"data": data} if data else {}),
+        **({NEGATIVE_PROMPT: negative} if isinstance(negative, str) else {}),
+        **_trained_sigmas(transformer),
+    }
+
+
 def _from_transformer(path: Path, stored: Mapping[str, Any]) -> ModelConfig:
     """The model of a plain transformer folder, whose paradigm its input channels tell; ``path`` is for messages."""
     try:
@@ -275,7 +291,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
         notes += extra.notes
     weights = ExternalWeights(path, config, inside + beside, tensors, options)
     weights.notes, weights.left_out = notes, (*opened.others, *scales)
-    weights.facts = {**weights.facts, **read_range(transformer)}
+    weights.facts = recorded_facts(transformer)
     return weights
 
 

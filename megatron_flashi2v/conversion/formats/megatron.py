@@ -34,6 +34,7 @@ from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.experts import range_record
 from megatron_flashi2v.conversion.sources import box_shape, whole_box
 from megatron_flashi2v.conversion.weights import (
+    CARRIED_FACTS,
     OnBytes,
     ReadOptions,
     TensorGroup,
@@ -142,9 +143,9 @@ def write_weights(folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBy
             )
             tensors[spec.name] = StoredTensor(dtype=spec.dtype, shape=spec.shape, pieces=(piece,))
     write_index(checkpoint, Index(tensors=tensors, files=files))
-    data = weights.facts.get("data")  # from which sampling takes its sizes
-    state = {"iteration": 0, "consumed_samples": 0, **({"data": data} if data else {})}
-    finish_folder(checkpoint, weights.config, {**state, **range_record(weights.facts)})
+    carried = {name: weights.facts[name] for name in CARRIED_FACTS if name in weights.facts}
+    state = {"iteration": 0, "consumed_samples": 0, **carried, **range_record(weights.facts)}
+    finish_folder(checkpoint, weights.config, state)
     write_tracker(folder, 0)
 
 

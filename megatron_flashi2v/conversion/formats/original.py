@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_flashi2v.checkpoint.key_table import conditioning_mappings, mappings
 from megatron_flashi2v.conditioning.build import paradigm_of
@@ -29,10 +30,12 @@ from megatron_flashi2v.conversion.weights import (
     external_groups,
     write_hub_folder,
 )
-from megatron_flashi2v.runtime.files import atomic_write_json
+from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 
 STEM = "diffusion_pytorch_model"
 CONFIG_NAME = "config.json"
+INTERPOLATION = "_interpolation"
+"""Key of :data:`CONFIG_NAME` in our exports; diffusers' readers, which Wan's code has, ignore keys that begin so."""
 
 # Every model has this tensor under the same name in every column; what precedes the name is the state's prefix.
 _MARK = "patch_embedding.weight"
@@ -73,15 +76,25 @@ class OriginalFormat:
         weights = ExternalWeights(path, config, entries, tensors, options)
         weights.left_out = (*left_out, *held.others, *scales)
         weights.notes = (*held.notes, *notes, *assumed)
-        if self.interpolation is not None:
-            weights.facts = {"data": {"interpolation": self.interpolation}}
+        interpolation = self._interpolation(path if path.is_dir() else path.parent)
+        if interpolation is not None:
+            weights.facts = {"data": {"interpolation": interpolation}}
         return weights
+
+    def _interpolation(self, folder: Path) -> Any:
+        """How the model's pictures are resized: as our export records it, else as the format's own code does."""
+        if not (folder / MODEL_CONFIG_NAME).is_file():
+            return self.interpolation
+        stated = folder / CONFIG_NAME
+        return read_json_object(stated, error=CheckpointError).get(INTERPOLATION) if stated.is_file() else None
 
     def write(self, folder: Path, weights: Weights, max_bytes: int, on_bytes: OnBytes | None) -> None:
         """Write safetensors, Wan's ``config.json``, and ``model_config.json``, which describes the whole model."""
         groups = external_groups(weights, list(mappings(weights.config, self.column)))
         write_hub_folder(folder, STEM, groups, max_bytes, on_bytes)
-        atomic_write_json(folder / CONFIG_NAME, wan_config(weights.config))
+        data = weights.facts.get("data") or {}
+        recorded = {INTERPOLATION: data["interpolation"]} if "interpolation" in data else {}
+        atomic_write_json(folder / CONFIG_NAME, {**wan_config(weights.config), **recorded})
         atomic_write_json(folder / MODEL_CONFIG_NAME, weights.config.to_json())
 
     def is_ours(self, folder: Path) -> bool:

@@ -34,6 +34,15 @@ def resized(path: Path, mode: str) -> torch.Tensor:
     return wide[0, :, :, 4:28]
 
 
+def convert(form: str, source: Path, to: str, target: Path, *flags: str) -> Path:
+    assert main(["convert", "--from", form, str(source), "--to", to, str(target), *flags]) == 0
+    return target
+
+
+def state_of(converted: Path) -> dict[str, Any]:
+    return json.loads((converted / "iter_0000000" / "state.json").read_text())
+
+
 @pytest.fixture
 def fitted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Pictures as every pipeline got them fitted."""
@@ -74,8 +83,15 @@ def test_resizing_is_the_data_sets_own(
         sampled(load, parts, tmp_path, *size, "--interpolation", "bicubic")
         assert torch.equal(fitted[-2], expected["bilinear"]) and torch.equal(fitted[-1], expected["bicubic"])
     pipeline = FlashI2VPipeline.from_pretrained(folder)
-    pipeline(Image.open(image), "a", num_frames=5, height=16, width=24, num_inference_steps=1, guidance_scale=1.0)
-    assert torch.equal(fitted[-1], expected["bilinear"])
+    # By place, as of version 0.1: the ninth is the number of videos.
+    found = pipeline(Image.open(image), "a", None, 16, 24, 5, 1, 1.0, 2).frames
+    assert len(found) == 2 and torch.equal(fitted[-1], expected["bilinear"])
+    back = convert("diffusers", folder, "megatron", tmp_path / "back")
+    recorded = json.loads((tmp_path / "bilinear" / "data" / "dataset.json").read_text())["info"]
+    assert state_of(back) == {"iteration": 0, "consumed_samples": 0, "data": {
+        "frames": recorded["frames"], "height": recorded["height"], "width": recorded["width"],
+        "fps": recorded["fps"], "interpolation": "bilinear",
+    }}  # fmt: skip
 
 
 def test_weights_of_flashi2vs_branches_sample_as_their_branches_do(
@@ -89,6 +105,8 @@ def test_weights_of_flashi2vs_branches_sample_as_their_branches_do(
         root = tmp_path / name
         flags = ["convert", "--from", "megatron", str(tmp_path / "run"), "--to", name, str(root / "theirs")]
         assert main(flags) == 0
+        ours = state_of(convert(name, root / "theirs", "megatron", root / "ours"))
+        assert "data" not in ours  # our own export: the branch's resizing is not the model's
         (root / "theirs" / "model_config.json").unlink()
         back = ["convert", "--from", name, str(root / "theirs"), "--num-attention-heads", "3", "--phi-order",
                 "repeat_then_conv", "--to", "megatron"]  # fmt: skip
@@ -99,6 +117,10 @@ def test_weights_of_flashi2vs_branches_sample_as_their_branches_do(
         assert found == {"run": "light", "full": "full"}
         sampled(root / "run", parts, tmp_path, *size)
         assert torch.equal(fitted[-1], resized(image, mode))
+    again = convert("megatron", tmp_path / "flashi2v-npu" / "run", "flashi2v-gpu", tmp_path / "again")
+    assert state_of(convert("flashi2v-gpu", again, "megatron", tmp_path / "last"))["data"] == {
+        "interpolation": "bilinear"
+    }
     assert main(["convert", "--from", "megatron", str(tmp_path / "run"), "--to", "wan", str(tmp_path / "wan")]) == 0
     assert json.loads((tmp_path / "wan" / "model_config.json").read_text())["text_cleaning"] == "full"
 
@@ -114,10 +136,16 @@ def test_text_cleaning_and_negative_prompts(
     worst = f"@{tmp_path / 'worst.txt'}"
     folder = release(tmp_path, parts, "--negative-prompt", worst, "--text-cleaning", "light")
     words = ("--image", str(parts / "image.png"), "--prompt", "A  DOG")
+    back = convert("diffusers", folder, "megatron", tmp_path / "back")
+    index = json.loads((folder / "model_index.json").read_text())
+    again = json.loads((convert("diffusers", folder, "diffusers", tmp_path / "again") / "model_index.json").read_text())
+    for key in ("negative_prompt", "num_frames", "height", "width", "fps"):
+        assert again[key] == index[key], key
     for load, flags, expected in (
         (tmp_path / "run", (), ["a dog", DEFAULT_NEGATIVE_PROMPT]),
         (tmp_path / "run", ("--text-cleaning", "light", "--negative-prompt", worst), ["A DOG", "Blurred, GREY"]),
         (folder, (), ["A DOG", "Blurred, GREY"]),
+        (back, (), ["A DOG", "Blurred, GREY"]),
         (folder, ("--text-cleaning", "full"), ["a dog", "blurred, grey"]),
         (folder, ("--negative-prompt", ""), ["A DOG", ""]),
     ):
@@ -129,6 +157,8 @@ def test_text_cleaning_and_negative_prompts(
         pipeline.encode_prompt("a", negative)[1] for negative in ("Blurred, GREY", None, DEFAULT_NEGATIVE_PROMPT)
     )
     assert torch.equal(taken, default) and not torch.equal(taken, ours)
+    with ImageToVideoPipeline.from_checkpoint(folder, device="cpu") as opened:
+        assert opened.negative_prompt == "Blurred, GREY"
     config = SampleConfig.from_flags(
         load=folder, image=parts / "image.png", prompt="a", output=tmp_path / "b.mp4", negative_prompt="@none.txt"
     )
@@ -136,3 +166,32 @@ def test_text_cleaning_and_negative_prompts(
         run.sample(config)
     command = ["convert", "--from", "megatron", str(tmp_path / "run"), "--to", "wan", str(tmp_path / "x")]
     assert main([*command, "--negative-prompt", "grey"]) == 2
+
+
+def test_a_negative_prompt_that_cleaning_empties_is_not_released(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "run", CONFIG)
+    command = ["convert", "--from", "megatron", str(tmp_path / "run"), "--to", "diffusers", str(tmp_path / "release")]
+    assert main([*command, "--negative-prompt", "模糊"]) == 2
+    assert "the negative prompt '模糊' is empty after text cleaning full" in capsys.readouterr().err
+    assert not (tmp_path / "release").exists()
+    assert main([*command, "--negative-prompt", "模糊", "--text-cleaning", "light"]) == 0
+    # Nor one that the release carries, if it is to be cleaned otherwise.
+    command[2:4] = "diffusers", str(tmp_path / "release")
+    assert main([*command[:-1], str(tmp_path / "other"), "--text-cleaning", "full"]) == 2
+    assert "the negative prompt '模糊' is empty after text cleaning full" in capsys.readouterr().err
+
+
+def test_an_unknown_interpolation_is_told_before_weights_are_loaded(released: Path) -> None:
+    folder = released.parent / "nearest"
+    folder.mkdir()
+    for path in released.iterdir():
+        if path.name != "model_index.json":
+            (folder / path.name).symlink_to(path)
+    index = json.loads((released / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "interpolation": "nearest"}))
+    config = SampleConfig.from_flags(load=folder, image=folder / "a.png", prompt="a", output=folder / "b.mp4")
+    with pytest.raises(UserError, match="interpolation is recorded as 'nearest'; give --interpolation, one of"):
+        session.Source.find(config)
+    assert session.Source.find(dataclasses.replace(config, interpolation="bilinear")).interpolation == "bilinear"

@@ -140,6 +140,15 @@ def test_absent_and_empty_folders_are_told_apart(tmp_path):
         resolve_checkpoint(tmp_path)
 
 
+def test_another_models_folder_is_told_what_to_give(tmp_path):
+    """Wan's own folder has a config.json too, but is neither a checkpoint nor a transformer of diffusers."""
+    (tmp_path / "config.json").write_text('{"_class_name": "WanModel", "dim": 32}')
+    with pytest.raises(CheckpointError, match="is an exported model.*flashi2v convert --from auto"):
+        resolve_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    assert resolve_checkpoint(tmp_path) == tmp_path
+
+
 def test_latest_iteration_and_one_named_iteration_are_found(tmp_path, device):
     with single_process(device) as groups:
         model = build_model(CONFIG, groups, device)

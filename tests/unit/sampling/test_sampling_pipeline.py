@@ -131,6 +131,13 @@ def test_negative_prompt(given, encoded):
     assert pipeline.text_encoder.prompts == ["a dog", encoded]
 
 
+def test_negative_prompt_of_the_model():
+    pipeline = make(negative_prompt="Grey")
+    for given in (None, "no"):
+        pipeline(blocks(0), "a", negative_prompt=given, num_steps=1, **SIZE)
+    assert pipeline.text_encoder.prompts == ["a", "grey", "a", "no"]
+
+
 def test_prompts_are_cleaned_as_the_model_was_trained():
     pipeline = make(config=dataclasses.replace(CONFIG, text_cleaning="light"))
     pipeline(blocks(0), "  A   Dog ", negative_prompt="X", num_steps=1, **SIZE)

@@ -76,6 +76,18 @@ def test_the_empty_negative_prompt_differs_from_none(folder: Path) -> None:
     assert request.negative_prompt == "" and request.image is None
 
 
+def test_a_negative_prompt_may_lie_in_a_file(folder: Path) -> None:
+    """As of the flag; the file is looked up as an image is."""
+    (folder / "worst.txt").write_text("Blurred, grey\n", encoding="utf-8")
+    (folder.parent / "bad.txt").write_text("rain", encoding="utf-8")
+    found = read(folder, """\
+{"id": "a", "prompt": "@worst.txt", "negative_prompt": "@worst.txt"}
+{"id": "b", "prompt": "a", "negative_prompt": "@bad.txt"}
+""")
+    assert [request.negative_prompt for request in found] == ["Blurred, grey", "rain"]
+    assert found[0].prompt == "@worst.txt"
+
+
 GOOD = '{"id": "a", "image": "cat.png", "prompt": "x"}\n'
 
 
@@ -92,6 +104,7 @@ GOOD = '{"id": "a", "image": "cat.png", "prompt": "x"}\n'
     ('{"id": "a", "prompt": "x", "image": "mouse.png"}', "line 1: image 'mouse.png': no such file"),
     ('{"id": "a", "prompt": "x", "image": "."}', "line 1: image '.': no such file"),
     ('{"id": "a", "prompt": "x", "image": 1}', "line 1: image is 1"),
+    ('{"id": "a", "prompt": "x", "negative_prompt": "@a.txt"}', "line 1: negative_prompt '@a.txt': no such file"),
     ('{"id": "a", "prompt": "x", "seed": 1}', "line 1: unknown field 'seed'; did you mean seeds?"),
     ('{"id": "a", "prompt": "x", "seeds": []}', "line 1: seeds is []"),
     ('{"id": "a", "prompt": "x", "seeds": [1.5]}', "line 1: seeds is [1.5]"),

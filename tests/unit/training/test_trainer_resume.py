@@ -14,6 +14,7 @@ from helpers.synthetic_data import write_synthetic
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
+from megatron_flashi2v.cli.main import main
 
 Train = Callable[..., int]
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -124,6 +125,29 @@ def test_a_checkpoint_records_how_its_captions_were_cleaned(train: Train, tmp_pa
     assert train("--data-path", data, "--save", tmp_path / "run", "--train-iters", 1) == 0
     model = json.loads((tmp_path / "run" / "iter_0000001" / "model_config.json").read_text())
     assert model["text_cleaning"] == "light"
+
+
+def test_converted_weights_start_a_run_on_captions_cleaned_otherwise(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights from elsewhere are recorded with the light cleaning that their branches sample with, data with full."""
+    run, wan, flags = tmp_path / "run", tmp_path / "wan", ("--train-iters", 1, "--image-embed-dim", 1280)
+    assert train("--save", run, *flags) == 0
+    assert main(["convert", "--from", "megatron", str(run), "--to", "wan", str(wan)]) == 0
+    (wan / "model_config.json").unlink()
+    found = {}
+    for name in ("beside", "within"):
+        assert main(["convert", "--from", "wan", str(wan), "--to", "megatron", str(tmp_path / name)]) == 0
+        model = json.loads((tmp_path / name / "iter_0000000" / "model_config.json").read_text())
+        assert model["text_cleaning"] == "light"
+        save = tmp_path / ("save" if name == "beside" else name)
+        assert train("--load", tmp_path / name, "--save", save, *flags) == 0
+        found[name] = json.loads((save / "iter_0000001" / "model_config.json").read_text())["text_cleaning"]
+    assert found == {"beside": "full", "within": "full"}
+    light = write_synthetic(tmp_path / "data", 4, LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, seed=3, text_cleaning="light")
+    capsys.readouterr()
+    assert train("--data-path", light, "--load", run, "--save", tmp_path / "other", *flags) == 1
+    assert "text_cleaning is full in the checkpoint, light was asked for" in capsys.readouterr().err
 
 
 def test_grad_norm_is_that_before_clipping(train: Train, tmp_path: Path) -> None:
