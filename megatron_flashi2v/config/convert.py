@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -18,8 +19,10 @@ ENCODERS = "encoders"
 _ONE_FILE = ("flashi2v-npu", "flashi2v-gpu", "comfyui")
 
 # Flags that belong to the weights of a model, with the value that means nothing.
-_OF_MODELS = {"num_attention_heads": None, "phi_order": None, "text_cleaning": None, "keep_non_finite": False}
-_OF_WEIGHTS = {"merge": False, "weights": "model", "report": None}  # encoders have none of these
+_OF_MODELS: Mapping[str, object] = {
+    "num_attention_heads": None, "phi_order": None, "text_cleaning": None, "keep_non_finite": False,
+}  # fmt: skip
+_OF_WEIGHTS: Mapping[str, object] = {"merge": False, "weights": "model", "report": None}  # encoders have none of these
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
