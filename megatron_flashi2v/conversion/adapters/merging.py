@@ -74,7 +74,8 @@ class MergedWeights(Weights):
             pair = self._adapter.pairs.get(_layer(name))
             if pair is None:
                 return torch.zeros(box_shape(part))
-            return pair.product(part[0]).unflatten(1, entry.external_shape[1:])[(slice(None), *part[1:])]
+            columns = (slice(None), *part[1:])
+            return pair.product(part[0]).unflatten(1, entry.external_shape[1:])[columns]
 
         return entry.read(read, box).mul_(self._scale)
 
