@@ -77,8 +77,8 @@ SMOKE = Settings(
     solver_steps=8, classifier_clips=1024, classifier_steps=400, resamples=100,
 )  # fmt: skip
 TINY = Settings(
-    cells=4, frames=5, chunk_frames=2, train_clips=512, test_clips={"trained": 192, "held": 192, "out": 192},
+    cells=4, frames=5, chunk_frames=2, train_clips=512, test_clips={"trained": 96, "held": 96, "out": 96},
     layers=3, hidden=128, ffn=384, heads=4, batch=16, iterations=(750, 1500, 3000), train_flags=OPTIMIZER,
-    seeds=(1, 2), solver_steps=20,
+    seeds=(1, 2), solver_steps=12,
 )  # fmt: skip
 SCALES = {"smoke": SMOKE, "tiny": TINY}
