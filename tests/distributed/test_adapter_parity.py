@@ -93,8 +93,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("adapters")
     common = common_flags(folder)
     write_base(folder / "image", IMAGE)
-    wanted = {item.callspec.params["layout"].name for item in request.session.items
-              if item.fspath == request.fspath and "layout" in item.callspec.params}  # fmt: skip
+    beside = (item for item in request.session.items if item.path == request.path and hasattr(item, "callspec"))
+    wanted = {item.callspec.params["layout"].name for item in beside if "layout" in item.callspec.params}
     layouts = [layout for layout in (*LAYOUTS, *LONG_LAYOUTS) if layout.name in wanted]
     references = sorted({reference_of(layout) for layout in layouts})
     layouts += [Layout(name, 1) for name in references]
