@@ -62,7 +62,9 @@ LORA = ("--lora-rank", "3", "--lora-alpha", "7", "--lora-targets", "all", "--tra
 REFERENCES = {
     "head": ("--train-only", "head"),
     "accumulating": (*LORA, "--global-batch-size", "4"),
-    "image": (*LORA, "--conditioning", "wan_i2v", "--image-embed-dim", "20", "--ema-decay", "0.5"),
+    "image": (
+        *LORA, "--train-only", "img_emb", "--conditioning", "wan_i2v", "--image-embed-dim", "20", "--ema-decay", "0.5",
+    ),
     "single": LORA,
 }
 """Runs of one process, and flags that they share with their layouts."""
@@ -92,13 +94,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Iterations of two samples, in microbatches of one; only the layouts that tests ask for."""
     folder = tmp_path_factory.mktemp("adapters")
     common = common_flags(folder)
-    write_base(folder / "image", IMAGE)
+    write_base(folder / "image-base", IMAGE)
     beside = (item for item in request.session.items if item.path == request.path and hasattr(item, "callspec"))
     wanted = {item.callspec.params["layout"].name for item in beside if "layout" in item.callspec.params}
     layouts = [layout for layout in (*LAYOUTS, *LONG_LAYOUTS) if layout.name in wanted]
     references = sorted({reference_of(layout) for layout in layouts})
     layouts += [Layout(name, 1) for name in references]
-    image = ("--load-weights", f"megatron:{folder / 'image'}")
+    image = ("--load-weights", f"megatron:{folder / 'image-base'}")
     layouts = [
         Layout(layout.name, layout.world, (
             *REFERENCES[reference_of(layout)], *(image if reference_of(layout) == "image" else ()), *layout.flags,
