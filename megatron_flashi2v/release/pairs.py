@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 from megatron_flashi2v.config.convert import ConvertConfig
-from megatron_flashi2v.config.errors import CheckpointError, ConfigError, UserError
+from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.conversion.adapters.adapter import Adapter
 from megatron_flashi2v.conversion.adapters.reading import open_adapter
 from megatron_flashi2v.conversion.containers import EXPERTS
@@ -38,7 +39,7 @@ from megatron_flashi2v.conversion.weights import Weights
 from megatron_flashi2v.release.convert import Bars, forward_check, read_options, release_of
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object, require_space, require_writable
 from megatron_flashi2v.runtime.logging import logging_to_stderr
-from megatron_flashi2v.runtime.publishing import staged_folder
+from megatron_flashi2v.runtime.publishing import require_replaceable, staged_folder
 
 _DIFFUSERS = "diffusers"
 
@@ -66,7 +67,7 @@ def convert_pair(config: ConvertConfig) -> tuple[Converted, Converted]:
         sources = [source_with_format(config.source[0], path) for path in (config.source[1], config.low_noise)]
         for _, path in sources:
             require_apart(path, target)
-        _require_free(form, target, config.overwrite)
+        require_replaceable(target, config.overwrite, partial(_is_ours, form))
         adapters = _adapters(config)
         options = [read_options(config, adapter) for adapter in adapters]
         opened = [open_weights(*source, option) for source, option in zip(sources, options, strict=True)]
@@ -163,14 +164,6 @@ def _require_pair(high: Weights, low: Weights) -> None:
               if first.get(key) != second.get(key)]  # fmt: skip
     if unlike:
         raise CheckpointError(f"{high.source} and {low.source} are no pair of experts: they have {', '.join(unlike)}")
-
-
-def _require_free(form: str, target: Path, overwrite: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    ours = target.is_dir() and _is_ours(form, target)
-    if not (overwrite and ours):
-        raise UserError(f"{target} exists; choose another path" + (", or give --overwrite" if ours else ""))
 
 
 def _is_ours(form: str, folder: Path) -> bool:
