@@ -52,7 +52,11 @@ def run(options: BlockBenchmark) -> str:
 def make_blocks(
     options: BlockBenchmark, dtype: torch.dtype, groups: Groups, device: Device
 ) -> dict[str, Callable[[], None]]:
-    """Forward and backward of both blocks, with the same tokens, text and modulation."""
+    """Forward and backward of both blocks, with the same tokens, text and modulation.
+
+    Each gets its weights' gradients as its trainers get them: ours in buffers that last and are zeroed, as
+    megatron-core's data parallelism keeps them, diffusers' in new tensors, as ``zero_grad`` and autograd leave them.
+    """
     from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
     config = dataclasses.replace(PRESETS[options.model], num_layers=1, conditioning="text_to_video")
@@ -81,7 +85,10 @@ def make_blocks(
     hidden, text, gradient = draw(tokens, 1, width), draw(config.text_length, 1, width), draw(tokens, 1, width)
     modulation = draw(6, 1, width, to=torch.float32)
 
+    buffers = [_give_gradient_buffer(parameter) for parameter in ours.parameters() if parameter.dim() == 2]
+
     def our_step() -> None:
+        torch._foreach_zero_(buffers)
         inputs = [part.clone().requires_grad_() for part in (hidden, text, modulation)]
         ours(*inputs, rotary).backward(gradient)
         ours.zero_grad()
@@ -92,3 +99,10 @@ def make_blocks(
         theirs.zero_grad()
 
     return {"megatron_flashi2v": our_step, "diffusers": their_step}
+
+
+def _give_gradient_buffer(weight: nn.Parameter) -> Tensor:
+    """What megatron-core's data parallelism plants: an fp32 gradient that a linear's backward adds to."""
+    buffer = torch.zeros_like(weight, dtype=torch.float32)
+    weight.main_grad, weight.grad_added_to_main_grad = buffer, False  # type: ignore[attr-defined]
+    return buffer
