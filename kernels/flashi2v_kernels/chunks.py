@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 BYTES_PER_THREAD = 1 << 20
-"""Of fp32 rows; half as many numbers of 16-bit rows, which need wide copies: each thread's part of a piece stays near its
-core. Larger pieces go through memory (1.5 times the time of a GELU of 14 million numbers on one thread), smaller ones
-spend their time starting threads."""
+"""Of fp32 rows; half as many numbers of 16-bit rows, which need wide copies: each thread's part of a piece stays near
+its core. Larger pieces go through memory (1.5 times the time of a GELU of 14 million numbers on one thread), smaller
+ones spend their time starting threads."""
 
 
 def row_chunks(x: Tensor) -> tuple[slice, ...]:

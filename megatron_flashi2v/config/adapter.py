@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_flashi2v.config.bounds import Above, AtLeast
@@ -36,6 +37,10 @@ class AdapterArguments:
     """Linears that have adapters, by Wan's names or parts of these: self_attn.q, q (of both attentions), self_attn,
     cross_attn, ffn or all, or diffusers' such as to_q, apart or with commas; by default q, k, v and o of both
     attentions."""
+    load_adapter: Path | None = None
+    """Start a new run's adapters from this one: a file of diffusers', ComfyUI's, peft's or kohya's, or a --save folder
+    of a run beside the same base. --lora-rank, --lora-alpha and --lora-targets are given as it has them; targets that
+    it lacks start as drawn."""
     train_only: str | None = None
     """Train whole the tensors in whose name, ours or Wan's, this regular expression is found, such as phi|head, beside
     adapters if --lora-rank is given; the rest of --load-weights stays frozen. Tensors that --load-weights lacks are

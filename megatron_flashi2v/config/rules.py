@@ -180,7 +180,10 @@ def _check_partial(config: TrainConfig) -> None:
     """Rules of a run whose base stays frozen."""
     adapter, strategy = config.adapter, asked_sharding(config.parallel)
     if adapter.lora_rank is None:
-        for flag, value in (("--lora-alpha", adapter.lora_alpha), ("--lora-targets", " ".join(adapter.lora_targets))):
+        for flag, value in (
+            ("--lora-alpha", adapter.lora_alpha), ("--lora-targets", " ".join(adapter.lora_targets)),
+            ("--load-adapter", adapter.load_adapter),
+        ):
             if value:
                 raise ConfigError(f"{flag} {value} belongs to --lora-rank, which is not given; add it, or leave it out")
     if not adapter.is_partial:

@@ -15,6 +15,7 @@ from megatron_flashi2v.config.layout import is_fully_sharded, virtual_stages
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.rules import num_microbatches
 from megatron_flashi2v.config.train import TrainConfig
+from megatron_flashi2v.conversion.adapters.initial import load_initial_adapter, open_initial_adapter
 from megatron_flashi2v.conversion.initial_weights import (
     InitialWeights,
     load_initial_weights,
@@ -96,19 +97,26 @@ def build_state(
     frozen = config.adapter.is_partial
     initial = _initial_weights(config, spec.config, peers) if frozen or resumed is None else None
     record = adapter_record(config, spec, initial, peers) if frozen and initial is not None else None
+    start = config.adapter.load_adapter if resumed is None else None
+    pairs = open_initial_adapter(start, spec.config, record) if start is not None and record is not None else None
     if resumed is not None:
         require_same_part(resumed, record)
     if resumed is not None and record is not None:
         logger.info("frozen weights are those of %s", record.base)
     elif initial is not None:
         logger.info("%s", initial.summary)
+    if pairs is not None:
+        logger.info("%s", pairs.summary)
     world_size = torch.distributed.get_world_size()
     stages = build_stages(spec, config.parallel, config.recompute, hollow=is_fully_sharded(config.parallel, world_size))
     if record is not None:
         freeze(stages, record.trained)
     models = wrap_data_parallel(stages, config.parallel, before_reduction)
     if frozen or resumed is None:
-        set_initial_weights(all_weights(stages, models), spec.config, initial, config.batch.seed)
+        weights = all_weights(stages, models)
+        set_initial_weights(weights, spec.config, initial, config.batch.seed)
+        if pairs is not None:
+            load_initial_adapter(pairs, weights)
         for model in models:
             if isinstance(model, FullyShardedStage):
                 model.take_weights()

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_flashi2v.checkpoint.folders import STATE_NAME, load_model_config, load_state, require_same_model
+from megatron_flashi2v.conditioning.build import paradigm_fields, paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.recipe import flat_values
@@ -87,7 +88,8 @@ def provenance_of(
 def require_model_of(folder: Path, model: ModelConfig) -> None:
     """Refuse to go on from a checkpoint of another model.
 
-    Converted weights, at iteration 0, have seen no captions: the run's data decide how those are cleaned.
+    Fields that the paradigm does not read may differ. Converted weights, at iteration 0, have seen no captions: the
+    run's data decide how those are cleaned.
 
     Args:
         folder: the checkpoint.
@@ -97,6 +99,8 @@ def require_model_of(folder: Path, model: ModelConfig) -> None:
         CheckpointError: lists every field that differs, with both values.
     """
     stored = load_model_config(folder)
+    unread = {*paradigm_fields()} - {*paradigm_of(model).meaningful_fields(model)}
+    stored = dataclasses.replace(stored, **{field: getattr(model, field) for field in unread})
     if not load_training_state(folder)["iteration"]:
         stored = dataclasses.replace(stored, text_cleaning=model.text_cleaning)
     require_same_model(stored, model, folder)

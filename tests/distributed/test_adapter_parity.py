@@ -21,8 +21,10 @@ from helpers.layouts import (
     weights,
 )
 from helpers.synthetic_data import write_synthetic
+from safetensors.torch import save_file
 
 from megatron_flashi2v.checkpoint.folders import find_checkpoint, load_state
+from megatron_flashi2v.config.adapter import IMAGE_BRANCH, LINEARS
 from megatron_flashi2v.config.model import ModelConfig
 
 CONFIG = ModelConfig(
@@ -80,6 +82,7 @@ def common_flags(folder: Path) -> list[str]:
     inputs = {"grey_clip": LATENTS, "image_rows": (IMAGE.image_rows, IMAGE.image_dim)}
     data = write_synthetic(folder / "set", 6, LATENTS, CONFIG.text_dim, CONFIG.text_length, seed=3, inputs=inputs)
     write_base(folder / "base", CONFIG)
+    write_adapter(folder / "adapter.safetensors")
     return [
         "--model", "tiny", "--num-layers", "3", "--hidden-size", "32", "--ffn-hidden-size", "48",
         "--num-attention-heads", "4", "--text-dim", "8", "--text-length", "8", "--latent-channels", "4",
@@ -87,6 +90,21 @@ def common_flags(folder: Path) -> list[str]:
         "--micro-batch-size", "1", "--global-batch-size", "2", "--lr", "3e-3", "--adam-eps", "1e-5",
         "--load-weights", f"megatron:{folder / 'base'}",
     ]  # fmt: skip
+
+
+def write_adapter(path: Path) -> None:
+    """Pairs beside every linear under original names, from which runs start."""
+    torch.manual_seed(9)
+    held = {}
+    for block in range(CONFIG.num_layers):
+        for name in LINEARS:
+            if name in IMAGE_BRANCH:
+                continue
+            inputs, outputs = {"ffn.0": (32, 48), "ffn.2": (48, 32)}.get(name, (32, 32))
+            stem = f"diffusion_model.blocks.{block}.{name}"
+            held[f"{stem}.lora_A.weight"], held[f"{stem}.alpha"] = torch.randn(3, inputs) / 6, torch.tensor(7.0)
+            held[f"{stem}.lora_B.weight"] = torch.randn(outputs, 3) / 30
+    save_file(held, path)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +119,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     references = sorted({reference_of(layout) for layout in layouts})
     layouts += [Layout(name, 1) for name in references]
     image = ("--load-weights", f"megatron:{folder / 'image-base'}")
+    start = ("--load-adapter", str(folder / "adapter.safetensors"))
+    more = {"image": image, "single": start, "accumulating": start}
     layouts = [
         Layout(layout.name, layout.world, (
-            *REFERENCES[reference_of(layout)], *(image if reference_of(layout) == "image" else ()), *layout.flags,
+            *REFERENCES[reference_of(layout)], *more.get(reference_of(layout), ()), *layout.flags,
         ))
         for layout in layouts
     ]  # fmt: skip

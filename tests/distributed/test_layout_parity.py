@@ -55,7 +55,12 @@ LAYOUTS = [
     Layout("cp2-dp2-overlap", 4, (CP, "2", *OVERLAP), replicas=2),
     Layout("pp2-virtual2-dp2-overlap", 4, (PP, "2", *VIRTUAL, *OVERLAP), replicas=2),
 ]
-BF16_DEFAULT = ("tp2-sp", "pp2-virtual2", "cp2-ulysses", "cp2-ring", "tp2-pp2", "tp2-sp-dp2-overlap")
+# Those of the default tier: each kind of division, alone or in the combination that exercises most of it.
+DEFAULT = (
+    "tp2-sp", "tp4", "pp2-virtual2", "pp3-uneven", "cp2-ulysses", "cp3-padded", "dp2-overlap", "tp2-sp-cp2",
+    "tp2-pp2-cp2", "dp2-distributed", "tp2-sp-dp2-overlap", "pp2-virtual2-dp2-overlap",
+)
+BF16_DEFAULT = ("pp2-virtual2", "cp2-ring", "tp2-pp2", "tp2-sp-dp2-overlap")
 # The layout on which a planted bug shows in what rank 0 saves; and one that shows only between ranks.
 SPOILED = {
     "norm_weights": (TP, "2", SP),
@@ -74,8 +79,8 @@ OPTIMIZERS = {
     # The text's gradients are so small that Adam makes steps of their rounding, unless epsilon is larger.
     "damped-adam": (*ADAM, "1e-5"),
 }
-# Samples of one microbatch, and microbatches of an iteration; the first two in the default tier.
-BATCHES = [(2, 1), (1, 4), (1, 1), (2, 4)]
+# Samples of one microbatch, and microbatches of an iteration; the first in the default tier.
+BATCHES = [(1, 4), (2, 1), (1, 1), (2, 4)]
 ITERATIONS = 10
 
 
@@ -147,17 +152,25 @@ class Runs:
         return micro * microbatches(layout, count) * layout.replicas
 
 
+def _same_tier(layout: Layout, default: tuple[str, ...]) -> list[Layout]:
+    """The layouts that are run in the default tier, or those that are not."""
+    return [other for other in LAYOUTS if (other.name in default) == (layout.name in default)]
+
+
 @pytest.fixture(scope="module")
 def fp32_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("fp32"), data)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("micro, count", [
-    batch if index < 2 else pytest.param(*batch, marks=pytest.mark.long) for index, batch in enumerate(BATCHES)
-])
+@pytest.mark.parametrize("layout, micro, count", [
+    pytest.param(
+        layout, *batch, id=f"{batch[0]}-{batch[1]}-{layout.name}",
+        marks=() if layout.name in DEFAULT and batch == BATCHES[0] else pytest.mark.long,
+    )
+    for batch in BATCHES for layout in LAYOUTS
+])  # fmt: skip
 def test_layout_trains_like_one_process(fp32_runs: Runs, layout: Layout, micro: int, count: int) -> None:
-    run, single = fp32_runs.compare(layout, micro, count, LAYOUTS)
+    run, single = fp32_runs.compare(layout, micro, count, _same_tier(layout, DEFAULT))
     assert len(metrics(run)) == ITERATIONS
     assert_same_metrics(run, single)
     if not is_distributed(layout):  # which leaves each replica its own part of the gradients
@@ -176,8 +189,7 @@ def bf16_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     layout if layout.name in BF16_DEFAULT else pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS
 ], ids=lambda layout: layout.name)
 def test_layout_in_bf16_stays_near_one_process(bf16_runs: Runs, layout: Layout) -> None:
-    together = [other for other in LAYOUTS if (other.name in BF16_DEFAULT) == (layout.name in BF16_DEFAULT)]
-    run, single = bf16_runs.compare(layout, 2, 1, together)
+    run, single = bf16_runs.compare(layout, 2, 1, _same_tier(layout, BF16_DEFAULT))
     for row, want in zip(metrics(run), metrics(single), strict=True):
         assert row["loss"] == pytest.approx(want["loss"], rel=2e-2)
 
