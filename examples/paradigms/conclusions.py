@@ -2,7 +2,8 @@
 
 A difference is told only where 95% intervals do not overlap. A paradigm that does not follow the law in domain is
 inconclusive: what does not move by rule there proves nothing elsewhere. FlashI2V's claim is about the gap between the
-domains, so that the verdict compares gaps, of checkpoints of one error in domain that follow the law there.
+domains, so that the verdict compares gaps, of checkpoints of one error in domain that follow the law there. Motion can
+fail in two ways, by freezing and by losing the object; both count as one, as who loses all objects freezes none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ import numpy as np
 TIMES_CHANCE = 2.0
 """Law-following in domain is clear where its lower bound is this many times chance."""
 OURS = "flashi2v"
+JUDGED = {
+    "failed": ("videos frozen or without their object", 1), "frozen": ("frozen videos", 1),
+    "law": ("steps by the law", -1), "frechet": ("Fréchet distance", 1),
+}  # fmt: skip
+"""Figures that the verdict compares, where they were measured: their names, and whether more is worse."""
 
 Figure = Mapping[str, Any]
 
@@ -56,7 +62,7 @@ def along_training(report: Mapping[str, Any], paradigm: str, figure: str, *, gap
     points = []
     for iteration in _iterations(report):
         rows = _at(runs_of(report, paradigm), iteration)
-        found, held = over_seeds(rows, "out", figure), over_seeds(rows, "held", figure)
+        found, held = (_over_chunks(over_seeds(rows, name, figure)) for name in ("out", "held"))
         if found is None or held is None:
             continue
         points.append({
@@ -145,6 +151,9 @@ def _one(report: Mapping[str, Any], paradigm: str) -> str:
         parts.append(f"freezes out of domain ({shown(out)} of the videos, {shown(held)} held)")
     else:
         parts.append(f"does not clearly freeze more out of domain than in it ({shown(out)}, {shown(held)} held)")
+    lost = [at_end(report, paradigm, name, "lost") for name in ("held", "out")]
+    if lost[0] is not None and lost[1] is not None and lost[1]["low"] > lost[0]["high"]:
+        parts.append(f"loses the object there ({shown(lost[1])} of the videos, {shown(lost[0])} held)")
     laws = [at_end(report, paradigm, name, "law") for name in ("held", "out")]
     if laws[0] is not None and laws[1] is not None:
         verb = "loses the law there" if laws[1]["high"] < laws[0]["low"] else "does not clearly lose the law there"
@@ -157,13 +166,14 @@ def _one(report: Mapping[str, Any], paradigm: str) -> str:
 
 
 def _matched_sentence(report: Mapping[str, Any], judged: Sequence[str]) -> str:
-    level, frozen = matched(report, judged, "frozen")
-    shares = ", ".join(f"{paradigm} {shown(found)}" for paradigm, found in frozen.items())
-    text = f"At equal quality in domain (an error of {level:.3f}), frozen out of domain less in it: {shares}"
-    if at_end(report, judged[0], "out", "law") is not None:
-        _, laws = matched(report, judged, "law")
-        text += "; steps by the law, likewise: " + ", ".join(f"{name} {shown(found)}" for name, found in laws.items())
-    ahead = [paradigm for paradigm in judged if paradigm not in frozen]
+    level, read = 0.0, dict[str, Figure]()
+    parts = []
+    for figure in _judged_figures(report):
+        level, read = matched(report, judged, figure)
+        shares = ", ".join(f"{paradigm} {shown(found)}" for paradigm, found in read.items())
+        parts.append(f"{JUDGED[figure][0]}: {shares}")
+    text = f"At equal quality in domain (an error of {level:.3f}), out of domain less in it, {'; '.join(parts)}"
+    ahead = [paradigm for paradigm in judged if paradigm not in read]
     if ahead:
         verb = "is" if len(ahead) == 1 else "are"
         text += f"; {', '.join(ahead)} {verb} better than that from the first checkpoint on, and cannot be compared so"
@@ -174,19 +184,16 @@ def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
     """What this says about FlashI2V's claim: the gap between the domains, at equal quality in domain."""
     if OURS not in judged:
         return "About FlashI2V's claim this run says nothing: flashi2v cannot be judged."
-    others = [paradigm for paradigm in judged if paradigm != OURS]
-    if not others:
+    if len(judged) == 1:
         return "About FlashI2V's claim this run says nothing: no other paradigm can be judged."
-    _, frozen = matched(report, judged, "frozen")
-    others = [other for other in others if other in frozen]
-    if OURS not in frozen or not others:
+    signs: dict[str, set[int]] = {}
+    for figure in _judged_figures(report):
+        _, gaps = matched(report, judged, figure)
+        for other in gaps.keys() - {OURS} if OURS in gaps else ():
+            signs.setdefault(other, set()).add(JUDGED[figure][1] * _order(gaps[OURS], gaps[other]))
+    others = [other for other in judged if other in signs]
+    if not others:
         return "About FlashI2V's claim this run says nothing: no two paradigms were measured at equal quality."
-    laws = matched(report, judged, "law")[1] if at_end(report, OURS, "out", "law") is not None else {}
-    # A frozen video has lost the law too; falling apart shows in the law alone. Where both speak, both count.
-    signs = {
-        other: {_order(frozen[OURS], frozen[other]), -_order(laws[OURS], laws[other]) if laws else 0} - {0}
-        for other in others
-    }
     less, more = ([other for other in others if sign in signs[other]] for sign in (-1, 1))
     if less and not more:
         rest = "" if len(less) == len(others) else "; from the others it does not differ clearly"
@@ -199,6 +206,12 @@ def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
             f"{', '.join(more)}."
         )
     return "This does not decide FlashI2V's claim: no paradigm differs clearly from flashi2v out of domain."
+
+
+def _judged_figures(report: Mapping[str, Any]) -> list[str]:
+    """Those of :data:`JUDGED` that were measured; frozen videos alone where no lost object is seen."""
+    sets = report["runs"][0]["sets"]["held"]
+    return [figure for figure in JUDGED if figure in sets and not (figure == "frozen" and "failed" in sets)]
 
 
 def shown(figure: Figure) -> str:
@@ -215,6 +228,11 @@ def _rise(frechet: Figure) -> bool:
 def _rows_follow_law(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool | None:
     law = over_seeds(rows, "held", "law")
     return None if law is None else law["low"] >= TIMES_CHANCE * report["real"]["held"]["chance"]
+
+
+def _over_chunks(figure: dict[str, Any] | None) -> dict[str, Any] | None:
+    """One number of a figure over chunks: their mean, within the mean of their bounds."""
+    return None if figure is None else {side: float(np.mean(values)) for side, values in figure.items()}
 
 
 def _difference(one: Figure, other: Figure) -> Figure:

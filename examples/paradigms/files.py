@@ -188,7 +188,14 @@ def read_recipe(path: Path, folder: Path) -> FilesRun:
     _check_lists(recipe, path)
     run = FilesRun(recipe=recipe, folder=folder)
     _check_flags(run, path)
-    videos = [video for name in SETS for video in find_videos(Path(getattr(recipe, name)), name)]
+    found = {name: find_videos(Path(getattr(recipe, name)), name) for name in SETS}
+    if len({len(videos) for videos in found.values()}) > 1:
+        counts = ", ".join(f"{name} {len(videos)}" for name, videos in found.items())
+        raise DataError(
+            f"--recipe {path}: its sets have {counts} videos, and a Frechet distance falls with their number; give as "
+            "many of each"
+        )
+    videos = [video for videos in found.values() for video in videos]
     for video in videos:
         if not video.with_suffix(".txt").is_file():
             raise DataError(f"{video}: has no caption; write it into {video.with_suffix('.txt')}")

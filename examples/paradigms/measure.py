@@ -72,6 +72,7 @@ def measure_samples(
         "frechet": frechet_chunks(network, frames_NTHWC, true_NTHWC, chunk_frames, resamples, rng),
         "frozen": share((shares_N < FROZEN_BELOW) & ~lost_N),
         "lost": share(lost_N),
+        "failed": share((shares_N < FROZEN_BELOW) | lost_N),
         "path_share": means(shares_N[:, None], resamples, rng),
         "law": means((steps_NK == true_NK).mean(1, keepdims=True), resamples, rng),
         "cells": means(_cells_right(clips, paths)[:, None], resamples, rng),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_flashi2v.runtime.files import atomic_write_bytes, atomic_write_json, atomic_write_text
 from paradigms.conclusions import (
+    JUDGED,
     along_training,
     at_end,
     conclude,
@@ -155,7 +156,8 @@ def draw_curves(report: Mapping[str, Any]) -> bytes:
     _over_time(axes[1, 1], report, "out", "psnr", f"PSNR to {_psnr_title(report)}, out of domain, dB")
     motion, title = _motion(report)
     _over_time(axes[1, 2], report, "out", motion, f"{title}, out of domain")
-    _against_error(axes[2, 0], report, "frozen", "frozen, out of domain less held", gap=True)
+    failed = "failed" if "failed" in report["runs"][0]["sets"]["held"] else "frozen"
+    _against_error(axes[2, 0], report, failed, f"{JUDGED[failed][0]}, out of domain less held", gap=True)
     if "law" in _measured(report):
         _against_error(axes[2, 1], report, "law", "steps by the law, out of domain less held", gap=True)
         _against_error(axes[2, 2], report, "law", "steps by the law, out of domain")

@@ -59,7 +59,7 @@ def test_frozen_clips_are_seen(clips: list[Clip], network: Classifier) -> None:
 def test_a_lost_object_is_not_frozen(clips: list[Clip], network: Classifier) -> None:
     frames = np.stack([np.repeat(clip.background_HWC[None], BOARD.frames, axis=0) for clip in clips])
     figures = measured(clips, network, frames)
-    assert figures["frozen"]["mean"] == 0 and figures["lost"]["mean"] == 1
+    assert figures["frozen"]["mean"] == 0 and figures["lost"]["mean"] == figures["failed"]["mean"] == 1
 
 
 def test_chance_is_what_other_laws_give(clips: list[Clip]) -> None:
@@ -88,7 +88,8 @@ def test_the_classifier_learns_object_and_step() -> None:
 
 def report(**given: dict[str, Any]) -> dict[str, Any]:
     """A report of three checkpoints: by paradigm, the held error, frozen share, law in and out at each."""
-    base = {"error": [0.5, 0.3, 0.1], "frozen": [0.1, 0.1, 0.1], "law": [0.9] * 3, "law_out": 0.8, "rises": ()}
+    base = {"error": [0.5, 0.3, 0.1], "frozen": [0.1, 0.1, 0.1], "law": [0.9] * 3, "law_out": 0.8, "rises": (),
+            "lost_out": 0.0, "frechet_out": 1.0}
     runs = []
     for paradigm in PARADIGMS:
         values = {**base, **given.get(paradigm, {})}
@@ -97,7 +98,9 @@ def report(**given: dict[str, Any]) -> dict[str, Any]:
             for name in SETS:
                 law = values["law_out"] if name == "out" else values["law"][place]
                 frozen = values["frozen"][place] if name == "out" else values.get("frozen_held", 0.05)
+                lost = values["lost_out"] if name == "out" else 0.0
                 chunks = [0.1, 0.5] if name in values["rises"] else [0.1, 0.1]
+                chunks = [values["frechet_out"] * chunk for chunk in chunks] if name == "out" else chunks
                 sets[name] = {
                     "frechet": {
                         side: [scale * chunk for chunk in chunks]
@@ -105,11 +108,12 @@ def report(**given: dict[str, Any]) -> dict[str, Any]:
                     },
                     "psnr": {side: [30.0, 20.0, 20.0] for side in ("mean", "low", "high")},
                     "still": {side: [0.1, 0.1] for side in ("mean", "low", "high")},
-                    "frozen": {"mean": frozen, "low": frozen - 0.04, "high": frozen + 0.04},
+                    **{figure: {"mean": share, "low": share - 0.04, "high": share + 0.04}
+                       for figure, share in (("frozen", frozen), ("lost", lost), ("failed", frozen + lost))},
                     "law": {"mean": law, "low": law - 0.05, "high": law + 0.05},
                     "x0_error": {side: values["error"][place] for side in ("mean", "low", "high")},
                     **{figure: {"mean": 0.5, "low": 0.4, "high": 0.6}
-                       for figure in ("cells", "object", "path_share", "lost")},
+                       for figure in ("cells", "object", "path_share")},
                 }
             runs.append({"paradigm": paradigm, "seed": 1, "iteration": iteration, "sets": sets})
     floor = {"mean": [0.05, 0.05]}
@@ -137,6 +141,13 @@ FREEZES = {"frozen": [0.2, 0.4, 0.6]}
     # It freezes less, and yet follows the law less: it falls apart.
     ({"flashi2v": {"law_out": 0.3}, "repeat_concat": FREEZES, "inpainting": FREEZES}, "mixed: out of domain, flashi2v "
      "loses less than repeat_concat, inpainting and more than repeat_concat, inpainting"),
+    # Who loses every object freezes none: both are failures of motion, and the law is at its floor for both.
+    ({"flashi2v": {"frozen": [0.4] * 3, "law_out": 0.1},
+      **dict.fromkeys(("repeat_concat", "inpainting"), {"frozen": [0.0] * 3, "lost_out": 0.9, "law_out": 0.1})},
+     "supports FlashI2V's claim: out of domain, flashi2v loses less than repeat_concat, inpainting."),
+    # Neither freezes, loses nor breaks the law, but the distance tells them apart.
+    (dict.fromkeys(("repeat_concat", "inpainting"), {"frechet_out": 3.0}), "supports FlashI2V's claim"),
+    ({"flashi2v": {"frechet_out": 3.0}}, "speaks against FlashI2V's claim"),
     # What freezes as often in domain has no gap between the domains: it is bad, but does not leak.
     (dict.fromkeys(("repeat_concat", "inpainting"), {**FREEZES, "frozen_held": 0.6}), "does not decide"),
     # Better from its first checkpoint on: not to be read at the others' error.
@@ -155,10 +166,12 @@ def test_the_verdict_follows_the_numbers(given: dict[str, Any], verdict: str) ->
 def test_the_sentences_name_what_shows() -> None:
     text = " ".join(conclude(report(
         flashi2v={"law": [0.25] * 3}, repeat_concat={**FREEZES, "law_out": 0.3},
-        inpainting={"rises": ("trained", "held")},
+        inpainting={"rises": ("trained", "held"), "lost_out": 0.7},
     )))  # fmt: skip
     assert "flashi2v is inconclusive: on held pictures of its own domain, 0.25 [0.20 0.30] of its steps" in text
     assert "repeat_concat freezes out of domain (0.60 [0.56 0.64] of the videos, 0.05 [0.01 0.09] held), loses" in text
+    assert "inpainting does not clearly freeze" in text and "loses the object there (0.70 [0.66 0.74] of" in text
+    assert text.count("loses the object") == 1
     assert "repeat_concat freezes" in text and "flashi2v freezes" not in text
     assert "rises along the video on trained pictures and on held ones." in text
     assert "rises along the video nowhere." in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,15 +174,22 @@ def test_stages_need_their_forerunners(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_stages_and_again(tmp_path: Path, paths: None) -> None:
-    """One paradigm at toy size; a second call does nothing, and other settings are refused."""
+    """Two paradigms from one start, at toy size; a second call does nothing, and other settings are refused."""
     folder = tmp_path / "run"
-    run = Run(settings=TOY, folder=folder)
+    toy = dataclasses.replace(TOY, paradigms=("flashi2v", "inpainting"), iterations=(1, 2), start_iterations=2)
+    run = Run(settings=toy, folder=folder)
     run_stages(run, ["world", "classifier"], jobs=1)
-    run_stages(run, [], jobs=1)
+    run_stages(run, [], jobs=2)
+    for paradigm in toy.paradigms:
+        log = (folder / "logs" / f"train-{paradigm}-1.log").read_text()
+        assert f"starting from the weights of {folder / 'start' / 'text_to_video-1'}" in log, log
     frames, errors = read_samples(run.samples_file("flashi2v", 1, 2, "out"))
     assert frames.shape == (8, 3, 12, 12, 3) and errors.shape == (8, 3)
     report = json.loads((folder / "report.json").read_text())
-    assert [row["iteration"] for row in report["runs"]] == [2] and report["conclusions"]
+    assert {(row["paradigm"], row["iteration"]) for row in report["runs"]} == {
+        (paradigm, iteration) for paradigm in toy.paradigms for iteration in (1, 2)
+    }
+    assert "says nothing: flashi2v cannot be judged" in " ".join(report["conclusions"])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     run_stages(run, [], jobs=1)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -193,10 +201,10 @@ def test_all_stages_and_again(tmp_path: Path, paths: None) -> None:
     run_stages(run, ["sample"], jobs=1)
     assert (read_samples(run.samples_file("flashi2v", 1, 2, "out"))[0] == frames).all()
     for name, value in {"hidden": 32, "solver_steps": 3, "classifier_steps": 5, "cells": 4}.items():
-        changed = Run(settings=dataclasses.replace(TOY, **{name: value}), folder=folder)
+        changed = Run(settings=dataclasses.replace(toy, **{name: value}), folder=folder)
         with pytest.raises(ConfigError, match=f"was made with {name} "):
             run_stages(changed, [], jobs=1)
-    run_stages(Run(settings=dataclasses.replace(TOY, resamples=20), folder=folder), [], jobs=1)  # measured again
+    run_stages(Run(settings=dataclasses.replace(toy, resamples=20), folder=folder), [], jobs=1)  # measured again
     assert json.loads((folder / "report.json").read_text())["settings"]["resamples"] == 20
 
 
@@ -257,6 +265,11 @@ def test_recipes_are_checked(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             read_recipe(path, tmp_path / "run")
     path.write_text(yaml.safe_dump(good))
+    for suffix in (".mp4", ".txt"):
+        shutil.copy(tmp_path / "clips" / "held" / f"held-0000{suffix}", tmp_path / "clips" / "held" / f"more{suffix}")
+    with pytest.raises(DataError, match="sets have trained 1, held 2, out 1 videos"):
+        read_recipe(path, tmp_path / "run")
+    (tmp_path / "clips" / "held" / "more.mp4").unlink()
     (tmp_path / "clips" / "out" / "out-0000.txt").unlink()
     with pytest.raises(DataError, match="out-0000.mp4: has no caption"):
         read_recipe(path, tmp_path / "run")
