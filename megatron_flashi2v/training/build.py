@@ -98,7 +98,9 @@ def build_state(
     initial = _initial_weights(config, spec.config, peers) if frozen or resumed is None else None
     record = adapter_record(config, spec, initial, peers) if frozen and initial is not None else None
     start = config.adapter.load_adapter if resumed is None else None
-    pairs = open_initial_adapter(start, spec.config, record) if start is not None and record is not None else None
+    pairs = None
+    if start is not None and record is not None:
+        pairs = open_initial_adapter(start, spec.config, record, peers)
     if resumed is not None:
         require_same_part(resumed, record)
     if resumed is not None and record is not None:

@@ -27,6 +27,7 @@ from megatron_flashi2v.version import __version__
 
 SETTINGS_OF_A_START = frozenset({
     *(field.name for field in dataclasses.fields(CheckpointArguments)), "dry_run", "world_size", "log_interval",
+    "load_adapter",
 })
 """Flags of one start of a run, which a resumed run may change without a word; checkpoints do not record them."""
 

@@ -38,7 +38,10 @@ SP, ALGO, RECOMPUTE = "--sequence-parallel", "--context-parallel-algo", "--recom
 DISTRIBUTED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 ITERATIONS = 20
 
-LAYOUTS = [Layout("tp2-sp-pp2", 4, (TP, "2", SP, PP, "2"))]
+LAYOUTS = [
+    Layout("tp2-sp-pp2", 4, (TP, "2", SP, PP, "2")),
+    Layout("started-tp2-sp", 2, (TP, "2", SP)),  # from an adapter of another program's
+]
 LONG_LAYOUTS = [
     Layout("tp2", 2, (TP, "2")),
     Layout("tp4-sp", 4, (TP, "4", SP)),
@@ -53,6 +56,7 @@ LONG_LAYOUTS = [
     # The first stage trains nothing; its backward runs all the same.
     Layout("head-pp2", 2, ("--train-only", "head", PP, "2")),
     Layout("head-tp2-sp-pp2", 4, ("--train-only", "head", TP, "2", SP, PP, "2")),
+    Layout("started-tp2-sp-pp2", 4, (TP, "2", SP, PP, "2")),
     Layout("accumulating-dp2", 2, ("--global-batch-size", "4", *DISTRIBUTED)),
     # The keys and values of an image encoder's rows, and averages of adapters.
     Layout("image-tp2-sp", 2, (TP, "2", SP)),
@@ -67,6 +71,7 @@ REFERENCES = {
     "image": (
         *LORA, "--train-only", "img_emb", "--conditioning", "wan_i2v", "--image-embed-dim", "20", "--ema-decay", "0.5",
     ),
+    "started": LORA,
     "single": LORA,
 }
 """Runs of one process, and flags that they share with their layouts."""
@@ -120,7 +125,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     layouts += [Layout(name, 1) for name in references]
     image = ("--load-weights", f"megatron:{folder / 'image-base'}")
     start = ("--load-adapter", str(folder / "adapter.safetensors"))
-    more = {"image": image, "single": start, "accumulating": start}
+    more = {"image": image, "started": start}
     layouts = [
         Layout(layout.name, layout.world, (
             *REFERENCES[reference_of(layout)], *more.get(reference_of(layout), ()), *layout.flags,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +10,18 @@ import pytest
 import torch
 from helpers.base_weights import write_base
 from helpers.layouts import metrics, tensors
+from helpers.second_rank import SecondRank
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.cli.main import main
+from megatron_flashi2v.config.adapter import AdapterConfig
+from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
+from megatron_flashi2v.conversion.adapters.initial import open_initial_adapter
 from megatron_flashi2v.training.state import TrainState
 from megatron_flashi2v.training.watching.observer import Observer
 
@@ -140,6 +146,11 @@ def test_an_earlier_run_s_pairs_and_whole_tensors(
 
     assert train(*beside, *LORA, "--load-adapter", first) == 1
     assert "trained head.linear.weight whole, and this run leaves it frozen" in capfd.readouterr().err
+    text = write_base(tmp_path / "text", dataclasses.replace(CONFIG, conditioning="text_to_video"))
+    beside_text = ("--load-weights", f"megatron:{text.parent}", *LORA)
+    assert train(*beside_text, "--save", tmp_path / "phi", "--train-iters", 1) == 0
+    assert train(*beside_text, "--conditioning", "text_to_video", "--load-adapter", tmp_path / "phi") == 1
+    assert "is of a flashi2v model and trained" in capfd.readouterr().err
     other = write_base(tmp_path / "other", CONFIG, seed=6)
     assert train("--load-weights", f"megatron:{other.parent}", *LORA, *whole, "--load-adapter", first) == 1
     assert f"was trained beside megatron:{base.parent}" in capfd.readouterr().err
@@ -157,19 +168,27 @@ def test_what_a_run_cannot_start_from(
     nan = load_file(comfyui(tmp_path / "nan.safetensors"))
     nan["diffusion_model.blocks.0.ffn.2.lora_up.weight"][0, 0] = torch.nan
     save_file(nan, tmp_path / "nan.safetensors")
+    time = {"diffusion_model.time_embedding.0.lora_down.weight": torch.ones(2, 16),
+            "diffusion_model.time_embedding.0.lora_up.weight": torch.ones(32, 2)}
+    save_file(time, tmp_path / "time.safetensors")
     pair = {f"transformer{expert}.blocks.0.attn1.to_q.lora_{factor}.weight": value for expert in ("", "_2")
             for factor, value in (("A", torch.ones(2, 32)), ("B", torch.ones(32, 2)))}
     save_file(pair, tmp_path / "pair.safetensors")
     wide = {**PLACES, "ffn.2": ("ffn.net.2", 64, 32)}
-    time = {**PLACES, "cross_attn.q": ("attn2.to_q", 32, 32)}
+    crossed = {**PLACES, "cross_attn.q": ("attn2.to_q", 32, 32)}
+    image = {**PLACES, "cross_attn.k_img": ("attn2.add_k_proj", 32, 32)}
     cases = {
         comfyui(tmp_path / "rank.safetensors", rank=4, alpha=3.0): "give --lora-rank 4 --lora-alpha 3.0",
         comfyui(tmp_path / "alpha.safetensors", alpha=None): "give --lora-rank 2 --lora-alpha 2.0",
-        comfyui(tmp_path / "more.safetensors", places=time):
+        comfyui(tmp_path / "more.safetensors", places=crossed):
             "give --lora-targets self_attn.q self_attn.v cross_attn.q ffn.2",
+        comfyui(tmp_path / "image.safetensors", places=image): "cross_attn.k_img, which this run's adapters have not; "
+            "it is for another model",
+        comfyui(tmp_path / "negative.safetensors", alpha=-1.0): "2 and -1; a run has one of each, above 0",
+        tmp_path / "time.safetensors": "has pairs of time_embedding.0",
         comfyui(tmp_path / "wide.safetensors", places=wide): "tensor diffusion_model.blocks.0.ffn.2.lora_down.weight "
             "has shape [2, 64], and this run's has [2, 48]",
-        tmp_path / "mixed.safetensors": "several ranks and alphas (2 and 1, 2 and 6)",
+        tmp_path / "mixed.safetensors": "these ranks and alphas: 2 and 1, 2 and 6;",
         tmp_path / "deeper.safetensors": "has pairs of blocks.2.",
         tmp_path / "nan.safetensors": "holds values that are NaN",
         tmp_path / "pair.safetensors": "is for a pair of experts",
@@ -178,7 +197,30 @@ def test_what_a_run_cannot_start_from(
     for file, message in cases.items():
         assert train(*beside, *LORA, "--load-adapter", file, "--save", tmp_path / "run") == 1
         error = capfd.readouterr().err
-        assert message in error and error.count("error:") == 1, (file.name, error)
+        assert message in error and error.count("error:") == 1 and "reading --load-adapter failed" in error, error
         assert not find_checkpoint(tmp_path / "run")
     assert train(*beside, "--train-only", "head", "--load-adapter", file) == 2
     assert "--load-adapter" in capfd.readouterr().err
+
+
+def test_ranks_start_from_the_same(tmp_path: Path) -> None:
+    adapter = AdapterConfig(rank=2, alpha=6.0, targets=("self_attn.q", "self_attn.v", "ffn.2"))
+    record = AdapterRecord(adapter=adapter, trained=(), base="", base_weights="model", base_fingerprint="")
+    file = comfyui(tmp_path / "lora.safetensors")
+    digests = []
+
+    class FirstRank(SecondRank):
+        def share(self, value: object) -> object:
+            digests.append(value)
+            return value
+
+    open_initial_adapter(file, CONFIG, record, FirstRank())
+    assert open_initial_adapter(file, CONFIG, record, SecondRank(*digests)).missing == ()
+    changed = load_file(file)
+    changed["diffusion_model.blocks.1.ffn.2.lora_up.weight"][3, 1] += 1e-3
+    save_file(changed, file)
+    with pytest.raises(CheckpointError, match="holds another adapter here than on rank 0; give all nodes the same"):
+        open_initial_adapter(file, CONFIG, record, SecondRank(*digests))
+    file.unlink()
+    with pytest.raises(CheckpointError, match="reading --load-adapter failed: .*lora.safetensors"):
+        open_initial_adapter(file, CONFIG, record, SecondRank(*digests))

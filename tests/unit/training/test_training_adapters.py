@@ -15,6 +15,7 @@ import torch
 from helpers.base_weights import write_base
 from helpers.checkpoints import save_checkpoint
 from helpers.layouts import metrics, tensors
+from helpers.second_rank import SecondRank
 from helpers.train_command import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord, read_adap
 from megatron_flashi2v.checkpoint.adapter_table import adapter_shapes
 from megatron_flashi2v.checkpoint.folders import find_checkpoint
 from megatron_flashi2v.checkpoint.key_table import mappings, parameter_count, parameter_shapes
-from megatron_flashi2v.checkpoint.peers import Peers
 from megatron_flashi2v.checkpoint.storage import TensorPiece
 from megatron_flashi2v.config.adapter import ATTENTION, AdapterConfig
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
@@ -37,7 +37,6 @@ from megatron_flashi2v.conversion.weights import ReadOptions
 from megatron_flashi2v.models.adapters import add_adapters
 from megatron_flashi2v.models.placement import fused_parts
 from megatron_flashi2v.models.predict import predict_velocity
-from megatron_flashi2v.parallel.agreement import Failure
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
 from megatron_flashi2v.sampling.load import load_stages
@@ -403,20 +402,6 @@ def test_the_fingerprint_sees_every_projection() -> None:
         if parts and name.endswith(".weight"):
             assert {row // large.head_dim % len(parts) for row in rows} == set(range(len(parts))), name
     assert 4 * read < 0.25e9
-
-
-class SecondRank(Peers):
-    """One of two; what the first one shares is given."""
-
-    def __init__(self, *shared: object) -> None:
-        super().__init__(1, 2)
-        self.shared = list(shared)
-
-    def share(self, value: object) -> object:
-        return self.shared.pop(0)
-
-    def first_failure(self, error: Exception | None) -> Failure | None:
-        return None if error is None else Failure(message=str(error), of_storage=False)
 
 
 def test_ranks_share_the_base(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
