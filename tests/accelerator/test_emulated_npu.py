@@ -155,6 +155,7 @@ def test_the_recipes_flags_in_bf16_on_two_replicas(data: Path, tmp_path: Path) -
     assert made.count(((0, 1), 400)) == 1 and {size for _, size in made[1:]} == {400, 50}
 
 
+@pytest.mark.long
 def test_two_pipeline_ranks_with_two_stages_each(data: Path, tmp_path: Path) -> None:
     flags = ["--data-path", data, "--num-layers=4", "--global-batch-size=4", "--train-iters=4"]
     run([*COMMAND, *flags, "--device=cpu", "--save", tmp_path / "cpu"])

@@ -108,6 +108,7 @@ def test_a_busy_rank(data: Path, tmp_path: Path) -> None:
     assert waiting["waits"] and not busy["waits"] and busy["silent"] is None and "in spin" in text
 
 
+@pytest.mark.long
 def test_a_slow_save_and_a_suspended_job_are_no_hang(data: Path, tmp_path: Path) -> None:
     save = tmp_path / "run"
     values = flags(data, save, **{"train-iters": 6, "save-interval": 3})

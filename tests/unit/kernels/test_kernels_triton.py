@@ -43,7 +43,7 @@ def test_against_the_references_in_the_interpreter() -> None:
     assert passed > 90, told
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("capability", [pytest.param("80", marks=pytest.mark.long), "90"])
 def test_compiles_ahead_of_time(capability: str, tmp_path: Path) -> None:
     """Every kernel in bf16 and fp32, in each of its variants, at the widths of 1.3B and 14B, down to machine code."""
     told = run([str(HERE.parents[1] / "helpers" / "compile_triton.py"), capability], TRITON_CACHE_DIR=str(tmp_path))
