@@ -200,7 +200,8 @@ def _redirect_factory(factory: Callable[..., Any], target: torch.device) -> Call
 def _redirect_to(to: Callable[..., Any], target: torch.device) -> Callable[..., Any]:
     @functools.wraps(to)
     def redirected(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args and _is_cuda(args[0]):
+        # Most calls give a dtype alone, thousands in each pass of a small model: they are passed on first.
+        if args and type(args[0]) is not torch.dtype and _is_cuda(args[0]):
             args = (target, *args[1:])
         elif "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = target
