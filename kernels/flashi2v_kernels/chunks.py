@@ -11,6 +11,11 @@ its core. Larger pieces go through memory (1.5 times the time of a GELU of 14 mi
 ones spend their time starting threads."""
 
 
+def piece_bytes() -> int:
+    """Bytes of fp32 rows in a piece, which all threads of this process share."""
+    return BYTES_PER_THREAD * torch.get_num_threads()
+
+
 def row_chunks(x: Tensor) -> tuple[slice, ...]:
     """Slices of the first dimension that cover it in order; one slice on devices other than CPUs.
 
@@ -20,7 +25,7 @@ def row_chunks(x: Tensor) -> tuple[slice, ...]:
     rows = x.shape[0]
     if x.device.type != "cpu" or rows == 0:
         return (slice(0, rows),)
-    numbers = BYTES_PER_THREAD * torch.get_num_threads() * x.element_size() // 16
+    numbers = piece_bytes() * x.element_size() // 16
     if x.numel() <= numbers:
         return (slice(0, rows),)
     step = max(1, numbers * rows // x.numel())

@@ -50,7 +50,7 @@ class KernelSpec:
         max_compute_capability: highest one, for kernels that are written for one generation; None for any.
         socs: prefixes of the NPU names it runs on, e.g. ("Ascend910",); empty for any.
         package: distribution that must be installed, or None.
-        min_version: lowest version of ``package``, e.g. "2.6".
+        min_version: lowest version of ``package``, e.g. "2.6", or "4.0.0b5" where betas will do.
         max_head_dim: largest size of an attention head; None for no limit.
         head_dim_multiple: the head size must be a multiple of this.
         features: optional abilities of the operator, with the device types that have them.
@@ -261,9 +261,9 @@ def _package_obstacle(spec: KernelSpec) -> str | None:
 
 
 def _is_at_least(installed: str, wanted: str) -> bool:
-    """Compare releases: pre-releases count as the release, since FlashAttention 3 is only published as 3.0.0b1."""
+    """Compare as PEP 440 orders: a beta is older than its release, and younger than the betas before it."""
     try:
-        return Version(Version(installed).base_version) >= Version(wanted)
+        return Version(installed) >= Version(wanted)
     except InvalidVersion:
         return False
 

@@ -97,7 +97,8 @@ class ClipSettings:
     """Store the latents of the clip that shows the image and then mid grey, for --conditioning wan_i2v without an image
     encoder (Wan2.2); --image-encoder stores them as well."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the VAE; bfloat16 is faster and rounds the latents, which are stored in float32 either way."""
+    """Precision of the VAE; bfloat16 takes two thirds of the time (0.71 s against 1.07 s a clip of 49 frames at 480x832
+    on an H200) and moves the latents, stored in float32 either way, by 0.57% (the quickstart's VAE)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,20 @@ What compiles is timed at its start too, over the shapes of several buckets, wit
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
 from flashi2v_kernels.qk_norm_rope.tables import rope_tables
-from flashi2v_kernels.registry import OPERATORS, KernelUnavailable, resolve, specs_of
+from flashi2v_kernels.registry import OPERATORS, Kernel, KernelUnavailable, resolve, specs_of
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.evaluation.bench_options import KernelBenchmark
 from megatron_flashi2v.evaluation.benchmark import (
@@ -98,7 +101,11 @@ def measure(
     operator: str, config: ModelConfig, case: Case, dtype: torch.dtype, device: Device, rounds: int, ceiling: float,
     skip: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one operator: forward and backward of what runs here, and the reason for what does not."""
+    """Rows of one operator: forward and backward of what runs here, and the reason for what does not.
+
+    What compiles does so anew for this shape alone, as in a run of one shape.
+    """
+    torch.compiler.reset()
     functions, reasons = _implementations(operator, config, dtype, device, bool(case.leaves), skip)
     yield from ({"implementation": name, "why_not": reason} for name, reason in reasons.items())
     directions: dict[str, dict[str, Callable[[], object]]] = {
@@ -108,14 +115,36 @@ def measure(
         directions["backward"] = {name: _backward(case, function) for name, function in functions.items()}
     # On an NVIDIA card the profiler tells the device's own time.
     measure = None if device.compute_capability() is None else kernel_seconds
-    for (direction, timed), work in zip(directions.items(), case.work, strict=False):
+    if operator == "attention":
+        directions["ring block"] = _ring_blocks(case, config, dtype, device, skip)
+    for (direction, timed), work in zip(directions.items(), (*case.work, sum(case.work)), strict=False):
         seconds = interleaved_seconds(timed, device, rounds, measure=measure)
-        eager = seconds[EAGER.get(operator, "reference")]
+        eager = seconds.get(EAGER.get(operator, "reference"))
         for name, values in seconds.items():
             rate = work / statistics.median(values) / (1e12 if case.unit == "TFLOP/s" else 1e9)
             yield {"implementation": name, "direction": direction, "ms": 1e3 * statistics.median(values),
                    "rate": rate, "unit": case.unit, "of_ceiling": rate / ceiling,
-                   "of_eager": median_ratio(values, eager), "seconds": values}
+                   "of_eager": median_ratio(values, eager) if eager else None, "seconds": values}
+
+
+def _ring_blocks(
+    case: Case, config: ModelConfig, dtype: torch.dtype, device: Device, skip: Sequence[str]
+) -> dict[str, Callable[[], object]]:
+    """What a ring does with a block of keys: forward with the log-sum-exp, then the implementation's own backward."""
+    query, key, value = (leaf.detach() for leaf in case.leaves)
+
+    def block(kernel: Kernel) -> object:
+        output, log_sum_exp = kernel.function(query, key, value, return_log_sum_exp=True)
+        assert kernel.backward is not None  # a feature that was asked for
+        return kernel.backward(query, query, key, value, output, log_sum_exp)  # any gradient takes as long
+
+    blocks: dict[str, Callable[[], object]] = {}
+    for name in [spec.name for spec in specs_of("attention") if spec.name not in (*skip, "reference")]:
+        with contextlib.suppress(KernelUnavailable):
+            kernel = resolve("attention", device.name, dtype, name, head_dim=config.head_dim,
+                             features=(LOG_SUM_EXP, BLOCK_BACKWARD))
+            blocks[name] = partial(block, kernel)
+    return blocks
 
 
 def _implementations(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from flashi2v_kernels.compiled import compiled
 from flashi2v_kernels.registry import OPERATORS, load_entry_point, specs_of
 from megatron_flashi2v.config.errors import ConfigError
 from megatron_flashi2v.evaluation import bench_block, bench_kernels, bench_sampling, bench_step, benchmark, step_parts
@@ -92,10 +95,30 @@ def test_kernel_report(tmp_path: Path) -> None:
     moved = 3 * 12 * 192 * 4  # two rows of 12 tokens in, one out
     assert eager["rate"] == pytest.approx(moved / (eager["ms"] * 1e-3) / 1e9)
     assert ("attention", "torch_sdpa", "backward") in measured and ("attention", "reference", "forward") not in measured
+    ring = measured["attention", "torch_sdpa", "ring block"]
+    assert ring["ms"] > measured["attention", "torch_sdpa", "forward"]["ms"] and ring["of_eager"] == 1.0
     (start,) = [row for row in report["starts"] if row["implementation"] == "torch"]
     assert start["operator"] == "gate_residual" and len(start["seconds"]) == 3 and start["compilations"] == 0
     assert start["first_s"] == start["seconds"][0] > 0 and start["others_s"] == sum(start["seconds"][1:])
     assert "triton" in told and "runs on cuda, not on cpu" in told
+
+
+def test_kernels_are_compiled_for_the_timed_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run of one shape, although their start was timed over several, whose number of tokens is symbolic."""
+    symbolic: list[bool] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        symbolic.append(any(isinstance(size, torch.SymInt) for size in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    compiled.cache_clear()
+    bench_kernels.run(bench_kernels.KernelBenchmark(
+        models=("tiny",), latent_shape=SHAPE, operators=("gate_residual",), dtypes=("float32",), device="cpu", rounds=1,
+        skip=("triton", "torch"), bucket_shapes=((1, 4, 4),),
+    ))
+    compiled.cache_clear()
+    assert symbolic == [False, True, False]
 
 
 def test_step_report(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ def assert_near() -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make pieces of CPUs and programs of Triton small enough for the tests' shapes to take several."""
-    monkeypatch.setattr(chunks, "BYTES_PER_THREAD", 2000)
+    """Make pieces of CPUs, of any number of threads, and programs of Triton small: the tests' shapes take several."""
+    monkeypatch.setattr(chunks, "piece_bytes", lambda: 2000)
     if (launch := sys.modules.get("flashi2v_kernels.triton_launch")) is not None:
         monkeypatch.setattr(launch, "PARTIAL_SUMS", 3)
     if (gelu := sys.modules.get("flashi2v_kernels.bias_gelu_tanh.triton")) is not None:

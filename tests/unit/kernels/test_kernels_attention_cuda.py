@@ -1,4 +1,7 @@
-"""Attention of libraries that need a GPU, through stand-ins of theirs; and which one is chosen on which card."""
+"""Attention of libraries that need a GPU, through stand-ins of theirs; and which one is chosen on which card.
+
+With ``FLASHI2V_TEST_DEVICE=cuda`` log-sum-exp and gradients from blocks of keys are those of the real libraries.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.attention_libraries import cudnn_on_cpus, modules_of
+from helpers.kernels import DEVICE
 
 from flashi2v_kernels.attention import BLOCK_BACKWARD, KEY_PADDING, LOG_SUM_EXP, reference
 from flashi2v_kernels.registry import KernelUnavailable, load_backward, resolve, specs_of
@@ -20,9 +24,27 @@ SPECS = {spec.name: spec for spec in specs_of("attention")}
 SHAPES = [(1, 1, 1, 1, 8), (3, 7, 5, 2, 24), (2, 17, 17, 3, 16), (1, 1, 9, 2, 128)]
 
 
+def runs_here(name):
+    try:
+        resolve("attention", DEVICE, torch.bfloat16, name, features=RING, needs_gradient=True)
+    except KernelUnavailable:
+        return False
+    return True
+
+
+RING = (LOG_SUM_EXP, BLOCK_BACKWARD)
+ON_CPU = DEVICE == "cpu"
+IN_RINGS = WITH_LOG_SUM_EXP if ON_CPU else [name for name in (*WITH_LOG_SUM_EXP, "torch_flash") if runs_here(name)]
+RING_SHAPE = (2, 7, 9, 3, 24) if ON_CPU else (2, 160, 384, 3, 128)
+stand_ins = pytest.mark.skipif(not ON_CPU, reason="of stand-ins, which compute on CPUs")
+
+
 @pytest.fixture
 def load(monkeypatch):
-    """An implementation's module, on a stand-in of its library."""
+    """An implementation's module, on a stand-in of its library; on a card on the library."""
+    if not ON_CPU:
+        yield lambda name: importlib.import_module(SPECS[name].entry_point.partition(":")[0])
+        return
 
     def load(name):
         for module, fake in modules_of(name).items():
@@ -39,7 +61,11 @@ def draw(batch, queries, keys, heads, size):
     generator = torch.Generator().manual_seed(batch + queries * 7 + keys * 31)
     shapes = [(queries, batch, heads, size), (keys, batch, heads, size), (keys, batch, heads, size)]
     # token-first tensors seen batch-first, as in the model
-    return [torch.randn(shape, generator=generator).bfloat16().transpose(0, 1) for shape in shapes]
+    return [torch.randn(shape, generator=generator).bfloat16().to(DEVICE).transpose(0, 1) for shape in shapes]
+
+
+def draw_gradient(output):
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).bfloat16().to(DEVICE)
 
 
 def gradients(function, inputs, weights, **options):
@@ -48,12 +74,13 @@ def gradients(function, inputs, weights, **options):
     return output, *torch.autograd.grad((output * weights.to(output.dtype)).sum(), inputs)
 
 
+@stand_ins
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_output_and_gradients(load, name, shape, scale, assert_near):
     inputs = draw(*shape)
-    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    weights = draw_gradient(inputs[0])
     actual = gradients(load(name).attention, inputs, weights, softmax_scale=scale)
     expected = gradients(reference.attention, [t.double() for t in inputs], weights, softmax_scale=scale)
     for i, (ours, wanted) in enumerate(zip(actual, expected, strict=True)):
@@ -61,9 +88,9 @@ def test_output_and_gradients(load, name, shape, scale, assert_near):
         assert_near(ours, wanted, expected[3].abs().max() if shape[2] == 1 and i in (1, 2) else None)
 
 
-@pytest.mark.parametrize("name", WITH_LOG_SUM_EXP)
+@pytest.mark.parametrize("name", IN_RINGS)
 def test_log_sum_exp(load, name, assert_near):
-    inputs = [tensor.requires_grad_() for tensor in draw(2, 7, 5, 3, 24)]
+    inputs = [tensor.requires_grad_() for tensor in draw(*RING_SHAPE)]
     output, lse = load(name).attention(*inputs, return_log_sum_exp=True)
     expected, expected_lse = reference.attention(*(t.double() for t in inputs), return_log_sum_exp=True)
     assert not lse.requires_grad and lse.dtype == torch.float32
@@ -73,10 +100,10 @@ def test_log_sum_exp(load, name, assert_near):
 
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("name", WITH_LOG_SUM_EXP)
+@pytest.mark.parametrize("name", IN_RINGS)
 def test_backward_of_blocks_adds_up(load, name, blocks, scale, assert_near):
-    inputs, module, backward = draw(2, 7, 9, 3, 24), load(name), load_backward(SPECS[name])
-    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    inputs, module, backward = draw(*RING_SHAPE), load(name), load_backward(SPECS[name])
+    weights = draw_gradient(inputs[0])
     output, lse = module.attention(*inputs, softmax_scale=scale, return_log_sum_exp=True)
     expected = gradients(reference.attention, [t.double() for t in inputs], weights, softmax_scale=scale)
     parts = [
@@ -88,6 +115,7 @@ def test_backward_of_blocks_adds_up(load, name, blocks, scale, assert_near):
         assert_near(torch.cat([part[i] for part in parts], dim=1), expected[i + 1])
 
 
+@stand_ins
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_what_a_library_lacks_is_refused(load, name):
     inputs, module = draw(2, 7, 5, 3, 24), load(name)
@@ -114,9 +142,6 @@ def installed(monkeypatch):
         for module, fake in modules_of(name).items():
             monkeypatch.setitem(sys.modules, module, fake)
     return versions
-
-
-RING = (LOG_SUM_EXP, BLOCK_BACKWARD)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +186,9 @@ def test_named_choices_on_cards(installed):
         resolve("attention", "cuda", torch.bfloat16, "flash_attn_3", compute_capability=(10, 0))
     with pytest.raises(KernelUnavailable, match="head size 20 is not a multiple of 8"):
         resolve("attention", "cuda", torch.bfloat16, "flash_attn_2", head_dim=20, compute_capability=(8, 0))
+    installed["flash-attn-4"] = "4.0.0b4"  # its backward asserts that it need not be deterministic on Hopper
+    with pytest.raises(KernelUnavailable, match=r"needs flash-attn-4 >= 4.0.0b5, installed is 4.0.0b4"):
+        resolve("attention", "cuda", torch.bfloat16, "flash_attn_4", compute_capability=(9, 0))
     installed["flash_attn"] = "2.6.3"
     with pytest.raises(KernelUnavailable, match=r"needs flash_attn >= 2.7, installed is 2.6.3"):
         resolve("attention", "cuda", torch.bfloat16, "flash_attn_2", compute_capability=(8, 0))

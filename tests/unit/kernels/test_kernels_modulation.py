@@ -9,6 +9,7 @@ import torch
 from helpers.kernels import DEVICE, TRITON_INTERPRETED, assert_near, draw, implementations, outputs_and_gradients
 from torch.nn import functional as F
 
+from flashi2v_kernels import chunks
 from flashi2v_kernels.ada_layer_norm.reference import ada_layer_norm
 from flashi2v_kernels.bias_gelu_tanh.reference import bias_gelu_tanh
 from flashi2v_kernels.gate_residual.reference import gate_residual
@@ -24,6 +25,22 @@ FP32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize(
     ("dtype", "other"), [(FP32, FP32), (BF16, BF16), (FP32, BF16), (BF16, FP32)], ids=["fp32", "bf16", "to16", "to32"]
 )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_these_shapes_come_in_pieces_however_many_threads_there_are(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for dtype in (FP32, BF16):
+        assert max(len(chunks.row_chunks(torch.zeros(shape, dtype=dtype))) for shape in SHAPES) > 3
+
+
+def test_a_piece_grows_with_the_threads(monkeypatch):
+    monkeypatch.undo()  # pieces as users have them
+    x, found = torch.zeros(chunks.BYTES_PER_THREAD // 8, 8), []
+    for threads in (1, 2, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        found.append(len(chunks.row_chunks(x)))
+    assert found == [4, 2, 1]
 
 
 def rows(shape, dtype):

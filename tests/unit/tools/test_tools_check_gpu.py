@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,15 +20,15 @@ TOOL = Path(__file__).parents[3] / "tools" / "check_gpu.py"
 STEPS = """
 import sys, time, types
 from pathlib import Path
-import check_gpu
+import check_gpu, check_gpu_runs, check_gpu_steps
 
 # the limit is over once there is something to end, however slow the machine is
 passed = lambda: 1000.0 if Path("begun").exists() else 0.0
-check_gpu.time = types.SimpleNamespace(monotonic=passed, strftime=time.strftime)
+check_gpu.time = check_gpu_runs.time = types.SimpleNamespace(monotonic=passed, strftime=time.strftime)
 check_gpu.STEPS = {
     "breaks": (lambda check: check.python("breaks.py", CARD_TAKEN=""), 30),
     "hangs": (lambda check: check.python("hangs.py", CARD_TAKEN=""), 0.2),
-    "differs": (lambda check: check_gpu._near([(1.0, 2.0)], [(1.0, 2.1)], 1e-5), 30),
+    "differs": (lambda check: check_gpu_steps._near([(1.0, 2.0)], [(1.0, 2.1)], 1e-5), 30),
     "forked": (lambda check: check.python("passes.py", CARD_TAKEN="").strip(), 30),
     "anew": (lambda check: check.python("passes.py", CARD_TAKEN="by an import").strip(), 30),
 }
@@ -57,7 +58,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("check_gpu", TOOL)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "check_gpu", module)  # its dataclass looks itself up
+    monkeypatch.syspath_prepend(TOOL.parent)
     spec.loader.exec_module(module)
     return module
 
@@ -65,7 +66,8 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def check(folder: Path) -> subprocess.CompletedProcess[str]:
     for name, text in {"hangs": HANGS, "breaks": BREAKS, "passes": PASSES, "taken": TAKEN}.items():
         (folder / f"{name}.py").write_text(text)
-    command = [sys.executable, "-c", STEPS, str(folder), "--rehearse", "--json", str(folder / "report.json")]
+    command = [sys.executable, "-c", STEPS, str(folder), "--rehearse", "--budget", "1e6", "--json",
+               str(folder / "report.json")]
     # the process that forks finds what it imports by the environment alone, before Python 3.12
     paths = os.pathsep.join((str(TOOL.parent), str(folder)))
     return subprocess.run(
@@ -113,12 +115,82 @@ def test_nothing_begins_without_a_card_or_a_package(
     assert "not installed: nowhere" in capsys.readouterr().err and not report.exists()
 
 
+def test_the_steps_share_one_budget(tool: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import check_gpu_runs
+
+    now = [1000.0]
+    monkeypatch.setattr(tool, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def takes(seconds: float) -> Callable[[check_gpu_runs.Check], str]:
+        def step(check: check_gpu_runs.Check) -> str:
+            left = check.deadline - now[0]
+            now[0] += min(seconds, left)
+            if seconds > left:
+                raise check_gpu_runs.OutOfTime("took longer than its limit", "what it said")
+            return "done"
+
+        return step
+
+    monkeypatch.setattr(tool, "STEPS", {
+        "first": (takes(100), 150), "slow": (takes(100), 50), "cut": (takes(160), 170), "last": (takes(1), 10)
+    })
+    rows = list(tool.run_steps(check_gpu_runs.Check("cpu", tmp_path, True), list(tool.STEPS), 300.0))
+    assert [(row["found"], row["passed"], row["seconds"]) for row in rows] == [
+        ("done", True, 100.0), ("took longer than its limit", False, 50.0), ("not run: no time left", None, 150.0),
+        ("not run: no time left", None, 0.0),
+    ]
+    assert rows[2]["log"] == "what it said"
+    found = list(tool.run_steps(check_gpu_runs.Check("cpu", tmp_path, True), ["slow"], 300.0, factor=2.0))
+    assert found[0]["passed"]  # the factor is of the steps' own limits
+
+
+@pytest.mark.parametrize(("passed", "code"), [([True], 0), ([True, None], 3), ([None, False], 1)])
+def test_the_exit_code_tells_failed_from_not_run(
+    passed: list[bool | None], code: int, tool: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = [{"step": "kernels", "passed": one, "found": "", "seconds": 0.0} for one in passed]
+    monkeypatch.setattr(tool, "run_steps", lambda *_: rows)
+    monkeypatch.setattr(tool, "PRELOADED", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["check_gpu", "--rehearse", "--json", str(tmp_path / "report.json")])
+    assert tool.main() == code
+
+
+def test_what_a_step_measures_depends_on_the_memory_that_is_free(
+    tool: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import check_gpu_runs
+    import check_gpu_steps
+
+    asked: list[tuple[str, ...]] = []
+
+    def python(check: check_gpu_runs.Check, *words: str, **_: object) -> str:
+        asked.append(words)
+        report = {"ratio_to_peer": 0.93, "model": {"num_layers": 15}, "parts": [], "launches": 7}
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(report))
+        return ""
+
+    monkeypatch.setattr(check_gpu_runs.Check, "python", python)
+    for free_gib, layers in ((139.0, "30"), (78.0, "15")):
+        check = check_gpu_runs.Check("cuda", tmp_path, False, free_gib)
+        assert check_gpu_steps.step_none(check).startswith("0.930 of the peer's time (required: 0.95) with 15 layers")
+        assert asked[-1][-2:] == ("--num-layers", layers)
+        assert "required: 0.95" in check_gpu_steps.step_full(check)
+        assert asked[-1][-3:] == ("--recompute.recompute-granularity", "full", "--no-profile")
+        assert "--num-layers" not in asked[-1]
+    assert list(tool.STEPS)[:2] == ["step_none", "step_full"]
+
+
 @pytest.mark.long
 def test_the_rehearsal_passes(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = ["bash", str(TOOL.with_suffix(".sh")), "--rehearse", "--limit-factor", "4", "--json", str(report)]
+    command = ["bash", str(TOOL.with_suffix(".sh")), "--rehearse", "--limit-factor", "4", "--budget", "580", "--json",
+               str(report)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=590, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
-    assert all(row["passed"] for row in found["steps"]) and len(found["steps"]) == 9
-    assert found["kernels"]["rows"] and found["step"]["ratio_to_peer"] > 0
+    assert all(row["passed"] for row in found["steps"]) and len(found["steps"]) == 13
+    assert found["kernels"]["rows"] and found["step_none"]["ratio_to_peer"] > 0
+    assert found["step_full"]["recompute"]["recompute_granularity"] == "full"
