@@ -18,6 +18,7 @@ from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.config.model import FREE_OF_WEIGHTS, ModelConfig
 from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
 from megatron_flashi2v.conversion.convert import open_weights
+from megatron_flashi2v.conversion.recognition import find_pair
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
 from megatron_flashi2v.models.weight_shards import WeightShard
 
@@ -62,7 +63,8 @@ class InitialWeights:
 
 
 def open_initial_weights(
-    source: tuple[str, Path], model: ModelConfig, weights: str = "model", peers: Peers | None = None
+    source: tuple[str, Path], model: ModelConfig, weights: str = "model", peers: Peers | None = None,
+    flag: str = "--load-weights",
 ) -> InitialWeights:
     """Open initial weights and compare them with the run's model.
 
@@ -73,10 +75,17 @@ def open_initial_weights(
         model: the run's; it gives the heads and phi's order where the source does not state them.
         weights: ``model`` or ``ema``.
         peers: ranks that open them together; None for this process alone.
+        flag: that named the source, for messages.
 
     Raises:
-        UserError: the source is missing or damaged, or of another paradigm or other widths.
+        UserError: the source is missing or damaged, of another paradigm or other widths, or a folder of two models.
     """
+    pair = find_pair(source[1])
+    if pair is not None:
+        raise CheckpointError(
+            f"{source[1]} holds two models, the experts for high and for low noise; give one of them: {flag} "
+            f"{pair.form}:{pair.high} or {flag} {pair.form}:{pair.low}"
+        )
     opened = open_weights(*source, ReadOptions(weights=weights, assume=model, peers=peers))
     found = opened.config
     paradigm, run = paradigm_of(found), paradigm_of(model)
