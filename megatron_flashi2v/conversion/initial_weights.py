@@ -111,13 +111,16 @@ def open_initial_weights(
     )
 
 
-def find_base(folder: Path, record: AdapterRecord, source: tuple[str, Path] | None = None) -> tuple[str, Path]:
+def find_base(
+    folder: Path, record: AdapterRecord, source: tuple[str, Path] | None = None, flag: str = "--base"
+) -> tuple[str, Path]:
     """Format and path of the weights beside which a checkpoint was trained; they are there.
 
     Args:
         folder: the checkpoint, for messages.
         record: of what it holds.
         source: format and path of the base; by default where it was in training.
+        flag: that names the base, for messages.
 
     Raises:
         CheckpointError: they are not.
@@ -127,14 +130,15 @@ def find_base(folder: Path, record: AdapterRecord, source: tuple[str, Path] | No
         source = name, Path(path)
     if not source[1].exists():
         raise CheckpointError(
-            f"{folder} was trained beside {record.base}, and {source[1]} does not exist; give these weights as --base "
+            f"{folder} was trained beside {record.base}, and {source[1]} does not exist; give these weights as {flag} "
             "FORMAT:PATH"
         )
     return source
 
 
 def open_base(
-    folder: Path, record: AdapterRecord, model: ModelConfig, source: tuple[str, Path] | None = None
+    folder: Path, record: AdapterRecord, model: ModelConfig, source: tuple[str, Path] | None = None,
+    flag: str = "--base",
 ) -> InitialWeights:
     """Open the weights beside which a checkpoint was trained.
 
@@ -143,15 +147,16 @@ def open_base(
         record: of what it holds.
         model: of the checkpoint.
         source: as for :func:`find_base`. Averaged weights may have been converted: then they are another place's own.
+        flag: likewise.
 
     Raises:
         UserError: the base is missing or damaged, or other weights are found.
     """
-    name, place = find_base(folder, record, source)
+    name, place = find_base(folder, record, source, flag)
     found = ""
     for kind in dict.fromkeys((record.base_weights if source is None else "model", record.base_weights)):
         try:
-            base = open_initial_weights((name, place), model, kind)
+            base = open_initial_weights((name, place), model, kind, flag=flag)
         except UserError:
             if kind == "model":
                 raise
@@ -161,7 +166,7 @@ def open_base(
             return base
     raise CheckpointError(
         f"{folder} was trained beside other weights than {name}:{place}: their fingerprint is "
-        f"{record.base_fingerprint[:16]}..., this one's {found[:16]}...; give those of {record.base} as --base "
+        f"{record.base_fingerprint[:16]}..., this one's {found[:16]}...; give those of {record.base} as {flag} "
         "FORMAT:PATH"
     )
 

@@ -109,6 +109,7 @@ def load_stages(
     attention_backend: str = "auto",
     weights: str = "model",
     base: tuple[str, Path] | None = None,
+    base_flag: str = "--base",
     adapter_scale: float = 1.0,
 ) -> list[DiffusionTransformer]:
     """Build this rank's stages of a model in evaluation mode, and fill them.
@@ -124,6 +125,7 @@ def load_stages(
         attention_backend: implementation of attention, or auto.
         weights: ``model``, or ``ema`` for the averaged ones.
         base: format and path of an adapter's base; by default where it was in training.
+        base_flag: that names it, for messages.
         adapter_scale: what adapters' products are multiplied with besides; 0 is the base alone.
 
     Raises:
@@ -146,7 +148,7 @@ def load_stages(
         load_initial_weights(open_initial_weights(("diffusers", folder), config), shards)
         return stages
     if record is not None:
-        load_initial_weights(open_base(folder, record, config, base), shards)
+        load_initial_weights(open_base(folder, record, config, base, base_flag), shards)
         held = record.shapes(config)
         shards = [shard for shard in shards if shard.name in held]
     load_weights(folder, shards, weights=weights)
