@@ -22,15 +22,11 @@ from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
-from megatron_flashi2v.runtime.files import read_json_object
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.sampling.experts import LowNoise
 from megatron_flashi2v.sampling.frozen import is_release
 from megatron_flashi2v.sampling.guidance import VelocityFunction
 from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
-
-BOUNDARY = "boundary_ratio"
-"""Key of ``model_index.json``, diffusers' own."""
 
 logger = logging.getLogger(__name__)
 
@@ -152,10 +148,9 @@ def _require_same(folder: Path, config: ModelConfig, low_folder: Path, low_confi
 
 
 def _known_boundary(places: tuple[Path, Path], ranges: tuple[Range, Range]) -> float:
-    for place in places:
-        index = read_json_object(place / diffusers.PIPELINE_NAME, error=CheckpointError) if is_release(place) else {}
-        if isinstance(index.get(BOUNDARY), int | float):
-            return float(index[BOUNDARY])
+    stated = diffusers.stated_boundary(*places)
+    if stated is not None:
+        return stated
     (high_from, _), (_, low_to) = ranges
     if high_from == low_to:
         return high_from

@@ -48,6 +48,8 @@ from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 CONDITIONING, SCHEDULER = "image_conditioning", "scheduler"
 SECOND_CONDITIONING = "image_conditioning_2"
 PIPELINE_NAME = "model_index.json"
+BOUNDARY = "boundary_ratio"
+"""Key of ``model_index.json``, diffusers' own: the noise level that divides a pair of experts."""
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps",
                      "interpolation": "interpolation"}  # fmt: skip
@@ -209,6 +211,23 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
     return config
 
 
+def stated_boundary(*places: Path) -> float | None:
+    """The noise level that divides a pair of experts, as the first pipeline states it that does.
+
+    Args:
+        places: pipelines' folders, or transformers' in them.
+
+    Raises:
+        CheckpointError: a file is malformed.
+    """
+    for folder in (folder for place in places for folder in (place, place.absolute().parent)):
+        path = folder / PIPELINE_NAME
+        stated = read_json_object(path, error=CheckpointError).get(BOUNDARY) if path.is_file() else None
+        if isinstance(stated, int | float):
+            return float(stated)
+    return None
+
+
 def recorded_facts(transformer: Path) -> dict[str, Any]:
     """What a release records of a transformer, as a checkpoint's state does: data, negative prompt, an expert's range.
 
@@ -310,8 +329,8 @@ def _expert_notes(transformer: Path) -> tuple[str, ...]:
         other = TRANSFORMER if transformer.name == SECOND_TRANSFORMER else SECOND_TRANSFORMER
         side = "below" if transformer.name == SECOND_TRANSFORMER else "of at least"
         notes.append(
-            f"one of two experts, for timesteps {side} boundary_ratio x 1000 "
-            f"(boundary_ratio is {stated.get('boundary_ratio')}); {other} is another model"
+            f"one of two experts, for timesteps {side} {BOUNDARY} x 1000 "
+            f"({BOUNDARY} is {stated.get(BOUNDARY)}); {other} is another model"
         )
     if stated.get("expand_timesteps"):
         notes.append(

@@ -59,6 +59,8 @@ def test_a_pair_is_one_release_and_two_checkpoints_again(tmp_path: Path) -> None
     for model, tensors in ((theirs.transformer, high), (theirs.transformer_2, low)):
         assert isinstance(model, WanTransformer3DModel)
         assert torch.equal(model.state_dict()["proj_out.weight"], tensors["head.linear.weight"])
+    found = find_models(release / "transformer", low_noise=release / "transformer_2")
+    assert found.low_noise is not None and found.low_noise.boundary_ratio == 0.875  # which the pipeline states
     back = ("--from", "diffusers", release / "transformer", "--low-noise", release / "transformer_2")
     assert run(*back, "--to", "megatron", tmp_path / "back") == 0
     assert_equal(model_tensors(tmp_path / "back" / "high_noise_model"), high)
@@ -141,6 +143,10 @@ def test_each_expert_gets_its_part_of_an_adapter(tmp_path: Path, capsys: pytest.
                 up, down = (pairs[f"{prefix}.blocks.{block}.attn1.to_out.0.lora_{side}.weight"] for side in "BA")
                 weight = weight + up @ down
             assert torch.allclose(held[f"blocks.{block}.self_attn.o.weight"], weight, atol=1e-5)
+    # The card tells of the merged weights.
+    flags = ("diffusers", tmp_path / "release", "--adapter", tmp_path / "both.safetensors", "--boundary-ratio", 0.9)
+    assert run(*source[:-1], *flags, "--text-cleaning", "full") == 0 and T2V.text_cleaning == "light"
+    assert "cleaning `full`" in (tmp_path / "release" / "README.md").read_text()
     # The second expert by itself, with the pairs of it alone, gets them too.
     save_file({name: value for name, value in pairs.items() if "_2." in name}, tmp_path / "second.safetensors")
     alone = ("--from", "megatron", tmp_path / "low", "--merge", "--to", "wan", tmp_path / "alone")
