@@ -131,6 +131,8 @@ class SampleConfig(FlagNames):
     base: Annotated[str | None, Named("base", "FORMAT:PATH"), HoldsPath()] = None
     """Weights beside which a checkpoint of adapters was trained, with a format of `flashi2v convert`; by default where
     they were in training."""
+    low_noise_base: Annotated[str | None, Named("low_noise_base", "FORMAT:PATH"), HoldsPath()] = None
+    """The same of --low-noise; by default --base where both experts were trained beside the same weights."""
     adapter_scale: float = 1.0
     """Factor of the products that a checkpoint's adapters add; 0 samples without them."""
     device: Literal["auto", "cuda", "npu", "cpu"] = "auto"
@@ -160,18 +162,19 @@ class SampleConfig(FlagNames):
         else:
             self._check_many_videos()
         self._check_guidance()
-        _ = self.base_source
+        self._check_bases()
         if not math.isfinite(self.adapter_scale):
             raise ConfigError(f"--adapter-scale is {self.adapter_scale}; it must be a number")
 
-    @property
-    def base_source(self) -> tuple[str, Path] | None:
-        """Format and path of ``base``.
-
-        Raises:
-            ConfigError: it is not of that form.
-        """
-        return None if self.base is None else parse_source("--base", self.base)
+    def _check_bases(self) -> None:
+        for flag, base in (("--base", self.base), ("--low-noise-base", self.low_noise_base)):
+            if base is not None:
+                parse_source(flag, base)
+        if self.low_noise_base is not None and self.low_noise is None:
+            raise ConfigError(
+                f"--low-noise-base {self.low_noise_base} is the base of the second of a pair of experts; give "
+                "--low-noise too, or leave it out"
+            )
 
     def _check_one_video(self) -> None:
         if self.prompt is None:

@@ -184,23 +184,16 @@ def _choose(folder: Path, sets: Sequence[_Set], passed: Sequence[str]) -> _Set:
 
 def _nothing(folder: Path, passed: Sequence[str]) -> str:
     """Message on a folder without a model, with the next step."""
-    experts = [name for name in EXPERTS if (folder / name).is_dir()]
-    if experts:
-        return (
-            f"{folder} holds two models, Wan2.2's experts for high and for low noise; give both, --from wan "
-            f"{folder / EXPERTS[0]} --low-noise {folder / EXPERTS[1]}, or one of them: "
-            + " or ".join(str(folder / name) for name in experts)
-        )
-    if passed:
-        return (
-            f"{folder} holds files of Wan's encoders alone ({', '.join(passed)}), and no transformer; give the folder "
-            "of the transformer's weights"
-        )
-    if any(folder.glob("*.gguf")):
-        return f"{folder} holds GGUF files alone, whose quantised weights cannot be read; give bf16 or fp16 safetensors"
     inside = sorted(
         child.name for child in folder.iterdir()
         if child.is_dir() and any(_FILE.fullmatch(path.name) for path in child.iterdir())
     )  # fmt: skip
     hint = f"; did you mean its subfolder {' or '.join(inside[:3])}?" if inside else ""
+    if passed:
+        return (
+            f"{folder} holds files of Wan's encoders alone ({', '.join(passed)}), and no transformer"
+            + (hint or "; give the folder of the transformer's weights")
+        )
+    if any(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files alone, whose quantised weights cannot be read; give bf16 or fp16 safetensors"
     return f"{folder} holds no .safetensors, .bin, .pt or .pth file and no {METADATA_NAME}{hint}"

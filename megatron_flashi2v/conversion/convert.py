@@ -18,15 +18,12 @@ from megatron_flashi2v.conversion.adapters.merging import MergedWeights
 from megatron_flashi2v.conversion.comparison import require_equal_weights
 from megatron_flashi2v.conversion.formats import comfyui, diffusers, megatron, torch_dist
 from megatron_flashi2v.conversion.formats.original import FLASHI2V_GPU, FLASHI2V_NPU, WAN
-from megatron_flashi2v.conversion.recognition import recognise_format, require_format
+from megatron_flashi2v.conversion.recognition import AUTO, find_pair, recognise_format, require_format
 from megatron_flashi2v.conversion.report import ConversionReport, make_report
 from megatron_flashi2v.conversion.training_folders import newest_iteration
 from megatron_flashi2v.conversion.weights import OnBytes, ReadOptions, Weights
 from megatron_flashi2v.runtime.files import require_space
 from megatron_flashi2v.runtime.publishing import staged_folder
-
-AUTO = "auto"
-"""In place of a source's format: whichever is recognised."""
 
 # More than headers, indices and configurations take.
 _OVERHEAD_BYTES = 16_000_000
@@ -249,8 +246,14 @@ def source_with_format(format_name: str, path: Path) -> tuple[str, Path]:
     """A source whose format is named: the one that is recognised in place of ``auto``.
 
     Raises:
-        UserError: none is recognised.
+        UserError: none is recognised, or the source is a folder of two models.
     """
+    pair = find_pair(path)
+    if pair is not None:
+        raise CheckpointError(
+            f"{path} holds two models, the experts for high and for low noise; give both, --from {pair.form} "
+            f"{pair.high} --low-noise {pair.low}, or one of them: {pair.high} or {pair.low}"
+        )
     return (require_format(path) if format_name == AUTO else format_name), path
 
 

@@ -18,6 +18,7 @@ from megatron_flashi2v.config.errors import CheckpointError, UserError
 from megatron_flashi2v.config.model import FREE_OF_WEIGHTS, ModelConfig
 from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
 from megatron_flashi2v.conversion.convert import open_weights
+from megatron_flashi2v.conversion.recognition import find_pair
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
 from megatron_flashi2v.models.weight_shards import WeightShard
 
@@ -62,7 +63,8 @@ class InitialWeights:
 
 
 def open_initial_weights(
-    source: tuple[str, Path], model: ModelConfig, weights: str = "model", peers: Peers | None = None
+    source: tuple[str, Path], model: ModelConfig, weights: str = "model", peers: Peers | None = None,
+    flag: str = "--load-weights",
 ) -> InitialWeights:
     """Open initial weights and compare them with the run's model.
 
@@ -73,10 +75,17 @@ def open_initial_weights(
         model: the run's; it gives the heads and phi's order where the source does not state them.
         weights: ``model`` or ``ema``.
         peers: ranks that open them together; None for this process alone.
+        flag: that named the source, for messages.
 
     Raises:
-        UserError: the source is missing or damaged, or of another paradigm or other widths.
+        UserError: the source is missing or damaged, of another paradigm or other widths, or a folder of two models.
     """
+    pair = find_pair(source[1])
+    if pair is not None:
+        raise CheckpointError(
+            f"{source[1]} holds two models, the experts for high and for low noise; give one of them: {flag} "
+            f"{pair.form}:{pair.high} or {flag} {pair.form}:{pair.low}"
+        )
     opened = open_weights(*source, ReadOptions(weights=weights, assume=model, peers=peers))
     found = opened.config
     paradigm, run = paradigm_of(found), paradigm_of(model)
@@ -102,13 +111,16 @@ def open_initial_weights(
     )
 
 
-def find_base(folder: Path, record: AdapterRecord, source: tuple[str, Path] | None = None) -> tuple[str, Path]:
+def find_base(
+    folder: Path, record: AdapterRecord, source: tuple[str, Path] | None = None, flag: str = "--base"
+) -> tuple[str, Path]:
     """Format and path of the weights beside which a checkpoint was trained; they are there.
 
     Args:
         folder: the checkpoint, for messages.
         record: of what it holds.
         source: format and path of the base; by default where it was in training.
+        flag: that names the base, for messages.
 
     Raises:
         CheckpointError: they are not.
@@ -118,14 +130,15 @@ def find_base(folder: Path, record: AdapterRecord, source: tuple[str, Path] | No
         source = name, Path(path)
     if not source[1].exists():
         raise CheckpointError(
-            f"{folder} was trained beside {record.base}, and {source[1]} does not exist; give these weights as --base "
+            f"{folder} was trained beside {record.base}, and {source[1]} does not exist; give these weights as {flag} "
             "FORMAT:PATH"
         )
     return source
 
 
 def open_base(
-    folder: Path, record: AdapterRecord, model: ModelConfig, source: tuple[str, Path] | None = None
+    folder: Path, record: AdapterRecord, model: ModelConfig, source: tuple[str, Path] | None = None,
+    flag: str = "--base",
 ) -> InitialWeights:
     """Open the weights beside which a checkpoint was trained.
 
@@ -134,15 +147,16 @@ def open_base(
         record: of what it holds.
         model: of the checkpoint.
         source: as for :func:`find_base`. Averaged weights may have been converted: then they are another place's own.
+        flag: likewise.
 
     Raises:
         UserError: the base is missing or damaged, or other weights are found.
     """
-    name, place = find_base(folder, record, source)
+    name, place = find_base(folder, record, source, flag)
     found = ""
     for kind in dict.fromkeys((record.base_weights if source is None else "model", record.base_weights)):
         try:
-            base = open_initial_weights((name, place), model, kind)
+            base = open_initial_weights((name, place), model, kind, flag=flag)
         except UserError:
             if kind == "model":
                 raise
@@ -152,7 +166,7 @@ def open_base(
             return base
     raise CheckpointError(
         f"{folder} was trained beside other weights than {name}:{place}: their fingerprint is "
-        f"{record.base_fingerprint[:16]}..., this one's {found[:16]}...; give those of {record.base} as --base "
+        f"{record.base_fingerprint[:16]}..., this one's {found[:16]}...; give those of {record.base} as {flag} "
         "FORMAT:PATH"
     )
 

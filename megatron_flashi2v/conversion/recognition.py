@@ -10,15 +10,20 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_flashi2v.checkpoint.folders import MODEL_CONFIG_NAME
 from megatron_flashi2v.checkpoint.manifest import MANIFEST_NAME
 from megatron_flashi2v.config.errors import CheckpointError, UserError
-from megatron_flashi2v.conversion.containers import open_container
+from megatron_flashi2v.conversion.containers import EXPERTS, open_container
 from megatron_flashi2v.runtime.files import read_json_object
 
 TRANSFORMER = "transformer"
 """Subfolder of the transformer in a diffusers folder."""
+SECOND_TRANSFORMER = "transformer_2"
+"""Subfolder of the second of two experts, the one for low noise."""
+AUTO = "auto"
+"""In place of a source's format: whichever is recognised."""
 
 # A tensor that tells a format; the first that matches.
 _FORMATS = (
@@ -138,6 +143,27 @@ def recognise_format(path: Path) -> str | None:
         return "torch-dist" if found == "megatron" and path.is_dir() else found
     except (UserError, OSError):
         return None
+
+
+class PairFolders(NamedTuple):
+    """Two experts that lie in one folder, and what format's readers take them; ``auto`` if it is unknown."""
+
+    form: str
+    high: Path
+    low: Path
+
+
+def find_pair(folder: Path) -> PairFolders | None:
+    """The experts in a folder that holds both, in diffusers' layout or Wan's, and no other model of its own.
+
+    Reads no tensor's values.
+    """
+    for names in ((TRANSFORMER, SECOND_TRANSFORMER), EXPERTS):
+        high, low = (folder / name for name in names)
+        if high.is_dir() and low.is_dir() and recognise_format(folder) in (None, "diffusers"):
+            form = recognise_format(high)
+            return PairFolders(AUTO if form is None or form != recognise_format(low) else form, high, low)
+    return None
 
 
 def require_format(path: Path) -> str:

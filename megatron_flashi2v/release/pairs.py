@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_flashi2v.config.convert import ConvertConfig
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.conversion.adapters.adapter import Adapter
+from megatron_flashi2v.conversion.adapters.merging import MergedWeights
 from megatron_flashi2v.conversion.adapters.reading import open_adapter
 from megatron_flashi2v.conversion.containers import EXPERTS
 from megatron_flashi2v.conversion.convert import (
@@ -26,6 +27,7 @@ from megatron_flashi2v.conversion.convert import (
 )
 from megatron_flashi2v.conversion.experts import require_places, trained_range
 from megatron_flashi2v.conversion.formats.diffusers import (
+    BOUNDARY,
     CONDITIONING,
     PIPELINE_NAME,
     RELEASE_PARTS,
@@ -34,6 +36,7 @@ from megatron_flashi2v.conversion.formats.diffusers import (
     SECOND_TRANSFORMER,
     TRANSFORMER,
     WEIGHTS_STEM,
+    stated_boundary,
 )
 from megatron_flashi2v.conversion.weights import Weights
 from megatron_flashi2v.release.convert import Bars, forward_check, read_options, release_of
@@ -65,12 +68,16 @@ def convert_pair(config: ConvertConfig) -> tuple[Converted, Converted]:
         if config.report is not None:
             require_writable(config.report, "--report")
         sources = [source_with_format(config.source[0], path) for path in (config.source[1], config.low_noise)]
-        for _, path in sources:
+        for path in (*(path for _, path in sources), *(() if config.adapter is None else (config.adapter,))):
             require_apart(path, target)
         require_replaceable(target, config.overwrite, partial(_is_ours, form))
         adapters = _adapters(config)
         options = [read_options(config, adapter) for adapter in adapters]
-        opened = [open_weights(*source, option) for source, option in zip(sources, options, strict=True)]
+        bases = [open_weights(*source, option) for source, option in zip(sources, options, strict=True)]
+        opened = [
+            base if adapter is None else MergedWeights(base, adapter, config.adapter_scale)
+            for base, adapter in zip(bases, adapters, strict=True)
+        ]
         _require_pair(*opened)
         boundary = _boundary(config, *opened)
         check_parts, finish, extra = release_of(config, sources[0][0], boundary)
@@ -79,13 +86,12 @@ def convert_pair(config: ConvertConfig) -> tuple[Converted, Converted]:
         require_space(target, sum(weights.total_bytes() for weights in opened) + extra, "the conversion")
         done = []
         with staged_folder(target, overwrite=config.overwrite) as folder:
-            for expert, source, weights, adapter in zip(EXPERTS, sources, opened, adapters, strict=True):
+            for expert, source, weights in zip(EXPERTS, sources, opened, strict=True):
                 with Bars(expert) as bars:
                     done.append(convert(
                         source, (form, folder / expert), opened=weights, text_cleaning=config.text_cleaning,
-                        max_shard_bytes=config.max_shard_bytes,
-                        adapter=adapter, adapter_scale=config.adapter_scale, verify=config.verify,
-                        check=forward_check(config), on_start=bars.start, on_bytes=bars.advance,
+                        max_shard_bytes=config.max_shard_bytes, verify=config.verify, check=forward_check(config),
+                        on_start=bars.start, on_bytes=bars.advance,
                     ))  # fmt: skip
             if form == _DIFFUSERS:
                 _join(folder, boundary)
@@ -128,10 +134,9 @@ def _boundary(config: ConvertConfig, high: Weights, low: Weights) -> float | Non
                 ratio, high_from, low_to,
             )
         return ratio
-    index = config.source[1].parent / PIPELINE_NAME
-    stated = read_json_object(index, error=CheckpointError).get("boundary_ratio") if index.is_file() else None
-    if isinstance(stated, int | float):
-        return float(stated)
+    stated = stated_boundary(config.source[1], config.low_noise)
+    if stated is not None:
+        return stated
     if high_from == low_to:
         return high_from
     if config.target[0] == _DIFFUSERS:
@@ -179,7 +184,7 @@ def _join(folder: Path, boundary: float | None) -> None:
     """Make one pipeline's folder of two."""
     high, low = (folder / name for name in EXPERTS)
     index = read_json_object(high / PIPELINE_NAME, error=CheckpointError)
-    index |= {SECOND_TRANSFORMER: index[TRANSFORMER], "boundary_ratio": boundary}
+    index |= {SECOND_TRANSFORMER: index[TRANSFORMER], BOUNDARY: boundary}
     (low / TRANSFORMER).rename(folder / SECOND_TRANSFORMER)
     if any((low / CONDITIONING).glob(f"{WEIGHTS_STEM}*")):  # else one folder of settings serves both
         (low / CONDITIONING).rename(folder / SECOND_CONDITIONING)

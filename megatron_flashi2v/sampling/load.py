@@ -15,8 +15,10 @@ from megatron_flashi2v.checkpoint.model_state import holds_weights, load_weights
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.config.train import ParallelArguments
+from megatron_flashi2v.conversion.containers import EXPERTS
 from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.conversion.initial_weights import load_initial_weights, open_base, open_initial_weights
+from megatron_flashi2v.conversion.recognition import find_pair
 from megatron_flashi2v.models.adapters import scale_adapters
 from megatron_flashi2v.models.build import build_stages
 from megatron_flashi2v.models.context_memory import ContextMemory
@@ -40,12 +42,14 @@ def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
     this is asked before there are groups, and the processes of a node share what is read.
 
     Raises:
-        CheckpointError: there is none, the ``iter_*`` folder is damaged, or a release is asked for averaged weights.
+        CheckpointError: there is none, or two beside each other; the ``iter_*`` folder is damaged, or a release is
+            asked for averaged weights.
     """
     if _is_diffusers(path):
         if weights != "model":
             raise CheckpointError(f"{path} is a release, which holds one set of weights; leave out --weights {weights}")
         return path
+    _refuse_pair(path)
     folder = find_checkpoint(path, needs=partial(holds_weights, weights))
     if folder is None:
         found = "holds no checkpoint yet" if path.exists() else "does not exist"
@@ -53,6 +57,21 @@ def resolve_checkpoint(path: Path, weights: str = "model") -> Path:
             f"{path} {found}; give a folder that `flashi2v train --save` wrote, one iter_* in it, or a release"
         )
     return folder
+
+
+def _refuse_pair(path: Path) -> None:
+    """Say how both are given, where a folder holds two experts beside each other."""
+    pair = find_pair(path)
+    if pair is None:
+        return
+    both = f"{path} holds two models, the experts for high and for low noise"
+    if pair.form in ("megatron", "diffusers"):
+        raise CheckpointError(f"{both}; give both, --load {pair.high} --low-noise {pair.low}")
+    raise CheckpointError(
+        f"{both}, in a format that sampling does not read; convert them, flashi2v convert --from "
+        f"{pair.form} {pair.high} --low-noise {pair.low} --to megatron OUT, and give --load OUT/{EXPERTS[0]} "
+        f"--low-noise OUT/{EXPERTS[1]}"
+    )
 
 
 def describe(folder: Path) -> tuple[ModelConfig, Mapping[str, Any]]:
@@ -90,6 +109,7 @@ def load_stages(
     attention_backend: str = "auto",
     weights: str = "model",
     base: tuple[str, Path] | None = None,
+    base_flag: str = "--base",
     adapter_scale: float = 1.0,
 ) -> list[DiffusionTransformer]:
     """Build this rank's stages of a model in evaluation mode, and fill them.
@@ -105,6 +125,7 @@ def load_stages(
         attention_backend: implementation of attention, or auto.
         weights: ``model``, or ``ema`` for the averaged ones.
         base: format and path of an adapter's base; by default where it was in training.
+        base_flag: that names it, for messages.
         adapter_scale: what adapters' products are multiplied with besides; 0 is the base alone.
 
     Raises:
@@ -127,7 +148,7 @@ def load_stages(
         load_initial_weights(open_initial_weights(("diffusers", folder), config), shards)
         return stages
     if record is not None:
-        load_initial_weights(open_base(folder, record, config, base), shards)
+        load_initial_weights(open_base(folder, record, config, base, base_flag), shards)
         held = record.shapes(config)
         shards = [shard for shard in shards if shard.name in held]
     load_weights(folder, shards, weights=weights)

@@ -22,15 +22,11 @@ from megatron_flashi2v.conversion.formats import diffusers
 from megatron_flashi2v.models.transformer import DiffusionTransformer
 from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.runtime.device import Device
-from megatron_flashi2v.runtime.files import read_json_object
 from megatron_flashi2v.runtime.logging import AGREED
 from megatron_flashi2v.sampling.experts import LowNoise
 from megatron_flashi2v.sampling.frozen import is_release
 from megatron_flashi2v.sampling.guidance import VelocityFunction
 from megatron_flashi2v.sampling.load import describe, load_stages, resolve_checkpoint, velocity_of
-
-BOUNDARY = "boundary_ratio"
-"""Key of ``model_index.json``, diffusers' own."""
 
 logger = logging.getLogger(__name__)
 
@@ -152,10 +148,9 @@ def _require_same(folder: Path, config: ModelConfig, low_folder: Path, low_confi
 
 
 def _known_boundary(places: tuple[Path, Path], ranges: tuple[Range, Range]) -> float:
-    for place in places:
-        index = read_json_object(place / diffusers.PIPELINE_NAME, error=CheckpointError) if is_release(place) else {}
-        if isinstance(index.get(BOUNDARY), int | float):
-            return float(index[BOUNDARY])
+    stated = diffusers.stated_boundary(*places)
+    if stated is not None:
+        return stated
     (high_from, _), (_, low_to) = ranges
     if high_from == low_to:
         return high_from
@@ -176,7 +171,8 @@ def _warn_of_gaps(ranges: tuple[Range, Range], boundary_ratio: float) -> None:
 
 
 def load_velocities(
-    models: FoundModels, groups: Groups, device: Device, parallel: ParallelArguments, **options: Any
+    models: FoundModels, groups: Groups, device: Device, parallel: ParallelArguments, *,
+    bases: tuple[tuple[str, Path] | None, tuple[str, Path] | None] = (None, None), **options: Any,
 ) -> tuple[VelocityFunction, LowNoise | None]:
     """This rank's part of the model, or of both experts, of which one at a time is on the device.
 
@@ -185,15 +181,19 @@ def load_velocities(
         groups: see :func:`~megatron_flashi2v.sampling.load.load_stages`, here and for the following.
         device: where they compute.
         parallel: of each.
-        options: bf16, attention_backend and weights.
+        bases: formats and paths of adapters' bases, the first expert's first; None for where they were in training.
+        options: bf16, attention_backend, weights and adapter_scale.
     """
     if models.low_noise is None:
-        return velocity_of(load_stages(models.folder, groups, device, parallel, **options)), None
+        stages = load_stages(models.folder, groups, device, parallel, base=bases[0], **options)
+        return velocity_of(stages), None
     turns = TurnsOnDevice(device.torch_device)
     # The first called is loaded last, and so is there.
     low, high = (
-        turns.add(partial(load_stages, folder, groups, device, parallel, **options))
-        for folder in (models.low_noise.folder, models.folder)
+        turns.add(partial(load_stages, folder, groups, device, parallel, base=base, base_flag=flag, **options))
+        for folder, base, flag in (
+            (models.low_noise.folder, bases[1], "--low-noise-base"), (models.folder, bases[0], "--base"),
+        )
     )
     return high, LowNoise(velocity=low, boundary_ratio=models.low_noise.boundary_ratio)
 

@@ -13,7 +13,7 @@ from megatron_flashi2v.encoders.text import TextEncoder
 from megatron_flashi2v.encoders.video_vae import VideoVAE
 from megatron_flashi2v.parallel.world import single_process
 from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.sampling.base import checked_base
+from megatron_flashi2v.sampling.base import checked_bases
 from megatron_flashi2v.sampling.frozen import FrozenFolders, load_image_encoder
 from megatron_flashi2v.sampling.models import find_models, interpolation_of, load_velocities
 from megatron_flashi2v.sampling.pipeline import ImageToVideoPipeline
@@ -36,6 +36,7 @@ def open_pipeline(
     low_noise: Path | None = None,
     boundary_ratio: float | None = None,
     base: str | None = None,
+    low_noise_base: str | None = None,
     adapter_scale: float = 1.0,
 ) -> Iterator[ImageToVideoPipeline]:
     """The pipeline of a checkpoint in this process alone; it can be called only inside.
@@ -47,7 +48,7 @@ def open_pipeline(
     )
     models = find_models(checkpoint, weights, low_noise=low_noise, boundary_ratio=boundary_ratio)
     interpolation = interpolation_of(models.state)
-    source = checked_base(models.folder, base, adapter_scale)
+    bases = checked_bases(models, base, low_noise_base, adapter_scale)
     target = resolve_device(device)
     where = target.torch_device
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -57,7 +58,7 @@ def open_pipeline(
     with single_process(target) as groups:
         velocity, second = load_velocities(
             models, groups, target, ParallelArguments(), bf16=bf16, attention_backend=attention_backend,
-            weights=weights, base=source, adapter_scale=adapter_scale,
+            weights=weights, bases=bases, adapter_scale=adapter_scale,
         )
         yield ImageToVideoPipeline(
             velocity=velocity, low_noise=second, vae=decoder, text_encoder=rows, model_config=models.config,

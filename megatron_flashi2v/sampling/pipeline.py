@@ -162,8 +162,8 @@ class ImageToVideoPipeline:
             image_encoder: folder of the image encoder, for a model that attends to its rows.
             device: auto, cuda, npu or cpu.
             options: ``weights`` (model or ema), ``bf16``, ``attention_backend``, ``batched_guidance``; of adapters
-                ``base`` and ``adapter_scale``; of a pair ``low_noise`` (a path) and ``boundary_ratio``. They are as the
-                flags of ``flashi2v sample``.
+                ``base`` and ``adapter_scale``; of a pair ``low_noise`` (a path), ``low_noise_base`` and
+                ``boundary_ratio``. They are as the flags of ``flashi2v sample``.
 
         Raises:
             UserError: a folder is missing or damaged, or the parts do not fit together.

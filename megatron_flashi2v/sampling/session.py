@@ -24,7 +24,7 @@ from megatron_flashi2v.parallel.groups import Groups
 from megatron_flashi2v.parallel.replicas import Replica
 from megatron_flashi2v.runtime.device import Device, resolve_device
 from megatron_flashi2v.runtime.launch import LaunchEnvironment
-from megatron_flashi2v.sampling.base import checked_base
+from megatron_flashi2v.sampling.base import Bases, checked_bases
 from megatron_flashi2v.sampling.experts import require_pair
 from megatron_flashi2v.sampling.frozen import FrozenFolders, load_image_encoder
 from megatron_flashi2v.sampling.models import FoundModels, find_models, interpolation_of, load_velocities
@@ -51,12 +51,14 @@ class Source:
     Attributes:
         negative_prompt: of the flags, or the release's, or else ours.
         interpolation: likewise, of images that are resized, or the training data's.
+        bases: of adapters.
     """
 
     frozen: FrozenFolders
     models: FoundModels
     negative_prompt: str
     interpolation: Interpolation
+    bases: Bases
 
     @property
     def folder(self) -> Path:
@@ -89,14 +91,14 @@ class Source:
         models = find_models(
             config.load, config.weights, low_noise=config.low_noise, boundary_ratio=config.boundary_ratio
         )
-        checked_base(models.folder, config.base, config.adapter_scale)
+        bases = checked_bases(models, config.base, config.low_noise_base, config.adapter_scale)
         require_pair(config.sampler.guidance_scale_2, models.low_noise)
         if config.text_cleaning is not None:
             model = dataclasses.replace(models.config, text_cleaning=config.text_cleaning)
             models = dataclasses.replace(models, config=model)
         return cls(
             frozen=frozen, models=models, negative_prompt=negative_prompt_of(models.state, config.negative_prompt),
-            interpolation=interpolation_of(models.state, config.interpolation),
+            interpolation=interpolation_of(models.state, config.interpolation), bases=bases,
         )
 
 
@@ -216,7 +218,7 @@ def load_pipeline(
     velocity, low_noise = load_velocities(
         source.models, groups, encoders.device, config.parallel, bf16=config.bf16,
         attention_backend=config.attention_backend, weights=config.weights,
-        base=config.base_source, adapter_scale=config.adapter_scale,
+        bases=source.bases, adapter_scale=config.adapter_scale,
     )
     return ImageToVideoPipeline(
         velocity=velocity, low_noise=low_noise, vae=encoders.vae, text_encoder=RecentRows(encoders.text),

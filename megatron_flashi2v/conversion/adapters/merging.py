@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -20,7 +21,7 @@ class MergedWeights(Weights):
 
     Args:
         base: opened, in any format.
-        adapter: of this model alone.
+        adapter: of this model alone; pairs of an expert for low noise without any other are this model's.
         scale: factor of every pair.
 
     Raises:
@@ -28,6 +29,10 @@ class MergedWeights(Weights):
     """
 
     def __init__(self, base: Weights, adapter: Adapter, scale: float = 1.0) -> None:
+        notes = base.notes
+        if adapter.low_noise and not adapter.pairs:  # that expert's own file
+            adapter = dataclasses.replace(adapter, pairs=adapter.low_noise, low_noise={})
+            notes += (f"{adapter.path} is for the expert for low noise alone; took {base.source} for that expert",)
         self.config = adapter.config or base.config
         self.source, self.options, self.non_finite = base.source, base.options, base.non_finite
         self.facts = adapter.facts or base.facts
@@ -47,7 +52,7 @@ class MergedWeights(Weights):
         dropped = (external for externals in base.names.values() for external in externals if external not in used)
         self.left_out = (*base.left_out, *dropped)
         what = f"{len(adapter.pairs)} pairs and {len(adapter.whole)} whole tensors"
-        self.notes = (*base.notes, f"merged {what} of {adapter.path}, pairs at scale {scale:g}")
+        self.notes = (*notes, f"merged {what} of {adapter.path}, pairs at scale {scale:g}")
 
     def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
         whole = self._adapter.whole.get(name)

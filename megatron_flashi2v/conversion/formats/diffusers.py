@@ -26,7 +26,13 @@ from megatron_flashi2v.config.sample import DEFAULT_SHIFT
 from megatron_flashi2v.conversion.containers import open_container
 from megatron_flashi2v.conversion.experts import range_record, trained_range
 from megatron_flashi2v.conversion.quantised import dequantised
-from megatron_flashi2v.conversion.recognition import FIRST_AND_LAST, TRANSFORMER, channels_named, require_model
+from megatron_flashi2v.conversion.recognition import (
+    FIRST_AND_LAST,
+    SECOND_TRANSFORMER,
+    TRANSFORMER,
+    channels_named,
+    require_model,
+)
 from megatron_flashi2v.conversion.weights import (
     FOREIGN_TEXT_CLEANING,
     NEGATIVE_PROMPT,
@@ -39,9 +45,11 @@ from megatron_flashi2v.conversion.weights import (
 )
 from megatron_flashi2v.runtime.files import atomic_write_json, read_json_object
 
-SECOND_TRANSFORMER, CONDITIONING, SCHEDULER = "transformer_2", "image_conditioning", "scheduler"
+CONDITIONING, SCHEDULER = "image_conditioning", "scheduler"
 SECOND_CONDITIONING = "image_conditioning_2"
 PIPELINE_NAME = "model_index.json"
+BOUNDARY = "boundary_ratio"
+"""Key of ``model_index.json``, diffusers' own: the noise level that divides a pair of experts."""
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PIPELINE_DEFAULTS = {"num_frames": "frames", "height": "height", "width": "width", "fps": "fps",
                      "interpolation": "interpolation"}  # fmt: skip
@@ -203,6 +211,23 @@ def read_config(transformer: Path, conditioning: Path) -> ModelConfig:
     return config
 
 
+def stated_boundary(*places: Path) -> float | None:
+    """The noise level that divides a pair of experts, as the first pipeline states it that does.
+
+    Args:
+        places: pipelines' folders, or transformers' in them.
+
+    Raises:
+        CheckpointError: a file is malformed.
+    """
+    for folder in (folder for place in places for folder in (place, place.absolute().parent)):
+        path = folder / PIPELINE_NAME
+        stated = read_json_object(path, error=CheckpointError).get(BOUNDARY) if path.is_file() else None
+        if isinstance(stated, int | float):
+            return float(stated)
+    return None
+
+
 def recorded_facts(transformer: Path) -> dict[str, Any]:
     """What a release records of a transformer, as a checkpoint's state does: data, negative prompt, an expert's range.
 
@@ -276,7 +301,7 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     if options.weights == "ema":
         raise CheckpointError(f"{path}: the format diffusers holds one set of weights; leave out --weights ema")
     transformer = path / TRANSFORMER if (path / TRANSFORMER).is_dir() else path
-    notes = _expert_notes(path, transformer)
+    notes = _expert_notes(transformer)
     conditioning = conditioning_of(transformer)
     config = read_config(transformer, conditioning)
     options.require_agreement(config, transformer / "config.json")
@@ -295,18 +320,8 @@ def open_weights(path: Path, options: ReadOptions) -> Weights:
     return weights
 
 
-def _expert_notes(path: Path, transformer: Path) -> tuple[str, ...]:
-    """What a pipeline's folder says of its transformers: a note on one of two, given by itself.
-
-    Raises:
-        CheckpointError: ``path`` holds two and names neither.
-    """
-    if (path / SECOND_TRANSFORMER).is_dir():
-        raise CheckpointError(
-            f"{path} holds two models: {TRANSFORMER} for high noise and {SECOND_TRANSFORMER} for low; give both, "
-            f"--from diffusers {path / TRANSFORMER} --low-noise {path / SECOND_TRANSFORMER}, or one of them: "
-            f"{path / TRANSFORMER} or {path / SECOND_TRANSFORMER}"
-        )
+def _expert_notes(transformer: Path) -> tuple[str, ...]:
+    """What a pipeline's folder says of its transformers: a note on one of two, given by itself."""
     pipeline = transformer.parent / PIPELINE_NAME
     stated = read_json_object(pipeline, error=CheckpointError) if pipeline.is_file() else {}
     notes = []
@@ -314,8 +329,8 @@ def _expert_notes(path: Path, transformer: Path) -> tuple[str, ...]:
         other = TRANSFORMER if transformer.name == SECOND_TRANSFORMER else SECOND_TRANSFORMER
         side = "below" if transformer.name == SECOND_TRANSFORMER else "of at least"
         notes.append(
-            f"one of two experts, for timesteps {side} boundary_ratio x 1000 "
-            f"(boundary_ratio is {stated.get('boundary_ratio')}); {other} is another model"
+            f"one of two experts, for timesteps {side} {BOUNDARY} x 1000 "
+            f"({BOUNDARY} is {stated.get(BOUNDARY)}); {other} is another model"
         )
     if stated.get("expand_timesteps"):
         notes.append(

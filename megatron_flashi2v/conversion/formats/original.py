@@ -16,7 +16,7 @@ from megatron_flashi2v.checkpoint.key_table import conditioning_mappings, mappin
 from megatron_flashi2v.conditioning.build import paradigm_of
 from megatron_flashi2v.config.errors import CheckpointError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.conversion.containers import open_container
+from megatron_flashi2v.conversion.containers import EXPERTS, open_container
 from megatron_flashi2v.conversion.formats.original_config import MODEL_CONFIG_NAME, read_config, wan_config
 from megatron_flashi2v.conversion.quantised import dequantised
 from megatron_flashi2v.conversion.recognition import require_model
@@ -75,8 +75,9 @@ class OriginalFormat:
         entries = list(mappings(config, self.column))
         weights = ExternalWeights(path, config, entries, tensors, options)
         weights.left_out = (*left_out, *held.others, *scales)
-        weights.notes = (*held.notes, *notes, *assumed)
-        interpolation = self._interpolation(path if path.is_dir() else path.parent)
+        folder = path if path.is_dir() else path.parent
+        weights.notes = (*_expert_note(folder), *held.notes, *notes, *assumed)
+        interpolation = self._interpolation(folder)
         if interpolation is not None:
             weights.facts = {"data": {"interpolation": interpolation}}
         return weights
@@ -134,6 +135,19 @@ WAN = OriginalFormat(name="wan", column="wan", phi_order=None)
 FLASHI2V_NPU = OriginalFormat(name="flashi2v-npu", column="flashi2v_npu", phi_order="repeat_then_conv",
                               interpolation="bilinear")  # fmt: skip
 FLASHI2V_GPU = OriginalFormat(name="flashi2v-gpu", column="wan", phi_order="conv_then_broadcast")
+
+
+def _expert_note(folder: Path) -> tuple[str, ...]:
+    """A note on one of two experts by the name of its folder; nothing in it tells the noise level that divides them."""
+    name = folder.resolve().name
+    if name not in EXPERTS:
+        return ()
+    (other,) = set(EXPERTS) - {name}
+    side = "of at least" if name == EXPERTS[0] else "below"
+    return (
+        f"one of two experts, for timesteps {side} boundary_ratio x 1000 (0.9 in Wan2.2's image to video, 0.875 in its "
+        f"text to video); {other} is another model",
+    )
 
 
 def _select(

@@ -24,7 +24,7 @@ from megatron_flashi2v.checkpoint.key_table import mappings
 from megatron_flashi2v.cli.main import main
 from megatron_flashi2v.config.errors import UserError
 from megatron_flashi2v.config.model import ModelConfig
-from megatron_flashi2v.conversion.convert import convert, open_weights
+from megatron_flashi2v.conversion.convert import FORMATS, convert, open_weights
 from megatron_flashi2v.conversion.initial_weights import open_initial_weights
 from megatron_flashi2v.conversion.weights import ReadOptions, Weights
 from megatron_flashi2v.release.forward_check import compare_forward
@@ -235,6 +235,9 @@ def lora(prefix: str, down: str, up: str) -> dict[str, torch.Tensor]:
         ({**WAN, "vace_patch_embedding.weight": torch.ones(1)}, "is Wan's VACE: it has blocks for a control video"),
         ({**WAN, "ref_conv.weight": torch.ones(1)}, "is a control model: it has a branch"),
         ({**WAN, "control_adapter.conv.weight": torch.ones(1)}, "is a control model: it has a branch"),
+        *(({**WAN, name: torch.ones(1)}, "is Wan's model for speech or animation: it has a branch for sound or a face")
+          for name in ("audio_injector.injector.0.q.weight", "casual_audio_encoder.weights",
+                       "face_adapter.fuser_blocks.0.linear1_q.weight", "pose_patch_embedding.weight")),
         ({**WAN, "img_emb.proj.1.weight": torch.ones(1), "img_emb.emb_pos": torch.ones(1)}, "first and last frames"),
         ({**WAN, Q: torch.ones(30, 30, dtype=torch.int8)}, f"tensor {Q} is of torch.int8: quantised weights"),
         ({**WAN, f"{Q}.absmax": torch.ones(3)}, "is weights quantised to 4 bits"),
@@ -307,9 +310,14 @@ def test_two_experts_of_wan_are_not_taken_for_one(tmp_path: Path) -> None:
         torch.save({"x": torch.ones(1)}, tmp_path / name)
     for form in ("wan", "auto"):
         text = refusal(tmp_path, form)
-        assert "holds two models, Wan2.2's experts" in text and "VAE" not in text
+        assert "holds two models, the experts" in text and "VAE" not in text
         assert text.endswith(f"{tmp_path}/high_noise_model or {tmp_path}/low_noise_model")
-    assert_holds(open_auto(tmp_path / "low_noise_model"), WAN)
+    for name, other, side in (("high_noise_model", "low_noise_model", "of at least"),
+                              ("low_noise_model", "high_noise_model", "below")):  # fmt: skip
+        for path in (tmp_path / name, tmp_path / name / f"{STEM}.safetensors"):
+            assert_holds(weights := open_auto(path), WAN)
+            assert f"one of two experts, for timesteps {side} boundary_ratio x 1000 (0.9 in" in weights.notes[0]
+            assert weights.notes[0].endswith(f"{other} is another model")
 
 
 def test_wan_i2v_of_diffusers_is_read(tmp_path: Path) -> None:
@@ -328,6 +336,18 @@ def test_wan_i2v_of_diffusers_is_read(tmp_path: Path) -> None:
         assert "both must be there, the latter as the width 30, or neither" in refusal(tmp_path)
     path.write_text(json.dumps({**stored, "in_channels": 4}))
     assert "without the input channels of Wan's image-to-video models" in refusal(tmp_path)
+
+
+def test_wan_i2v_of_wan_without_the_branch_is_read(tmp_path: Path) -> None:
+    """Wan2.2's, by its shapes alone."""
+    config = dataclasses.replace(ODD, conditioning="wan_i2v", image_dim=0)
+    tensors = written(config)
+    assert not [name for name in tensors if "img" in name]
+    save_file(tensors, tmp_path / f"{STEM}.safetensors")
+    weights = open_auto(tmp_path)
+    found = weights.config
+    assert (found.conditioning, found.image_dim, found.mask_channels) == ("wan_i2v", 0, 4)
+    assert_holds(weights, tensors)
 
 
 def test_wan_i2v_of_wan_is_read(tmp_path: Path) -> None:
@@ -349,11 +369,16 @@ def test_wan_i2v_of_wan_is_read(tmp_path: Path) -> None:
     assert "1 tensors are missing (blocks.1.cross_attn.k_img.weight)" in refusal(tmp_path)
 
 
-def test_wan_i2v_goes_round_through_every_format(tmp_path: Path) -> None:
-    config = dataclasses.replace(ODD, conditioning="wan_i2v", image_dim=6, image_rows=5)
+@pytest.mark.parametrize("image_dim", [6, 0])
+def test_wan_i2v_goes_round_through_every_format(tmp_path: Path, image_dim: int) -> None:
+    """Of one head of 128, as ComfyUI takes for granted; last from ComfyUI's to another one and back."""
+    config = dataclasses.replace(
+        ODD, conditioning="wan_i2v", image_dim=image_dim, image_rows=5, hidden_size=128, num_attention_heads=1,
+        freq_dim=256, norm_eps=1e-6,
+    )
     tensors = checkpoint(tmp_path / "run", config)
     source = ("megatron", tmp_path / "run")
-    for form in ("wan", "diffusers", "flashi2v-npu", "flashi2v-gpu"):
+    for form in sorted(FORMATS.keys() - {"megatron"}):
         convert(source, (form, tmp_path / form))
         convert((form, tmp_path / form), ("megatron", tmp_path / f"{form}-back"))
         assert_equal(model_tensors(tmp_path / f"{form}-back"), tensors)
@@ -362,7 +387,10 @@ def test_wan_i2v_goes_round_through_every_format(tmp_path: Path) -> None:
         tmp_path / "diffusers" / "transformer", output_loading_info=True
     )
     assert not any(info.values()), info
-    assert (model.config.image_dim, model.config.added_kv_proj_dim) == (6, 30)
+    assert (model.config.image_dim, model.config.added_kv_proj_dim) == ((6, 128) if image_dim else (None, None))
+    for first, second in (("comfyui", "torch-dist"), ("torch-dist", "diffusers"), ("diffusers", "megatron")):
+        convert((first, tmp_path / first), (second, tmp_path / second), overwrite=second != "megatron")
+    assert_equal(model_tensors(tmp_path / "megatron"), tensors)
     stored = json.loads((tmp_path / "wan" / "config.json").read_text())
     assert (stored["model_type"], stored["in_dim"]) == ("i2v", 12)
 

@@ -100,7 +100,6 @@ def test_a_pair_ends_where_diffusers_pipeline_ends(
     for load, more in (
         (root / "pair", ()),
         (root / "high" / "release", (*low, "--boundary-ratio", str(BOUNDARY))),
-        (root / "pair" / "transformer", ("--low-noise", str(root / "pair" / "transformer_2"), "--boundary-ratio",
-                                         str(BOUNDARY), "--batched-guidance")),
+        (root / "pair" / "transformer", ("--low-noise", str(root / "pair" / "transformer_2"), "--batched-guidance")),
     ):  # fmt: skip
         torch.testing.assert_close(sampled(load, parts, tmp_path, *flags, *more), expected, atol=1e-4, rtol=0)

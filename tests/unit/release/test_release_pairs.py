@@ -20,6 +20,7 @@ from megatron_flashi2v.config.convert import ConvertConfig
 from megatron_flashi2v.config.errors import CheckpointError, ConfigError
 from megatron_flashi2v.config.model import ModelConfig
 from megatron_flashi2v.conversion.convert import open_weights
+from megatron_flashi2v.conversion.initial_weights import open_initial_weights
 from megatron_flashi2v.conversion.weights import ReadOptions
 from megatron_flashi2v.release.convert import convert
 from megatron_flashi2v.sampling.models import find_models
@@ -58,6 +59,8 @@ def test_a_pair_is_one_release_and_two_checkpoints_again(tmp_path: Path) -> None
     for model, tensors in ((theirs.transformer, high), (theirs.transformer_2, low)):
         assert isinstance(model, WanTransformer3DModel)
         assert torch.equal(model.state_dict()["proj_out.weight"], tensors["head.linear.weight"])
+    found = find_models(release / "transformer", low_noise=release / "transformer_2")
+    assert found.low_noise is not None and found.low_noise.boundary_ratio == 0.875  # which the pipeline states
     back = ("--from", "diffusers", release / "transformer", "--low-noise", release / "transformer_2")
     assert run(*back, "--to", "megatron", tmp_path / "back") == 0
     assert_equal(model_tensors(tmp_path / "back" / "high_noise_model"), high)
@@ -140,6 +143,17 @@ def test_each_expert_gets_its_part_of_an_adapter(tmp_path: Path, capsys: pytest.
                 up, down = (pairs[f"{prefix}.blocks.{block}.attn1.to_out.0.lora_{side}.weight"] for side in "BA")
                 weight = weight + up @ down
             assert torch.allclose(held[f"blocks.{block}.self_attn.o.weight"], weight, atol=1e-5)
+    # The card tells of the merged weights.
+    flags = ("diffusers", tmp_path / "release", "--adapter", tmp_path / "both.safetensors", "--boundary-ratio", 0.9)
+    assert run(*source[:-1], *flags, "--text-cleaning", "full") == 0 and T2V.text_cleaning == "light"
+    assert "cleaning `full`" in (tmp_path / "release" / "README.md").read_text()
+    # The second expert by itself, with the pairs of it alone, gets them too.
+    save_file({name: value for name, value in pairs.items() if "_2." in name}, tmp_path / "second.safetensors")
+    alone = ("--from", "megatron", tmp_path / "low", "--merge", "--to", "wan", tmp_path / "alone")
+    assert run(*alone, "--adapter", tmp_path / "second.safetensors") == 0
+    assert "second.safetensors is for the expert for low noise alone; took " in capsys.readouterr().err
+    (file,) = (tmp_path / "alone").glob("*.safetensors")
+    assert all(torch.equal(tensor, held[name]) for name, tensor in load_file(file).items())  # as in the pair
     capsys.readouterr()
     assert run(*source, tmp_path / "x", "--adapter", tmp_path / "one.safetensors") == 1
     assert "one.safetensors is for one model, and --low-noise makes a pair" in capsys.readouterr().err
@@ -179,16 +193,46 @@ def test_two_that_are_no_pair_are_one_message(tmp_path: Path, capsys: pytest.Cap
     assert names(tmp_path) == {"high", "low", "other", "trained"}
 
 
-def test_a_pair_given_as_one_model_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pair(tmp_path, T2V)
+COMFYUI = ModelConfig(num_layers=1, hidden_size=128, ffn_hidden_size=16, num_attention_heads=1, latent_channels=4,
+                      freq_dim=256, text_dim=14, text_length=6, conditioning="text_to_video")  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "read_as"), [
+    ("megatron", "megatron"), ("diffusers", "diffusers"), ("wan", "wan"), ("flashi2v-npu", "flashi2v-npu"),
+    ("flashi2v-gpu", "wan"), ("comfyui", "wan"), ("torch-dist", "torch-dist"),  # one has the other's names
+])  # fmt: skip
+def test_a_pair_given_as_one_model_names_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, read_as: str
+) -> None:
+    """In every format that is written for pairs, with the flags of the command that it was given to."""
+    model = COMFYUI if form == "comfyui" else T2V
+    pair(tmp_path, model)
+    ratio = ("--boundary-ratio", 0.9) if form == "diffusers" else ()
     source = ("--from", "megatron", tmp_path / "high", "--low-noise", tmp_path / "low")
-    for form, first, second in (("diffusers", "transformer", "transformer_2"),
-                                ("wan", "high_noise_model", "low_noise_model")):  # fmt: skip
-        folder = tmp_path / form
-        ratio = ("--boundary-ratio", 0.9) if form == "diffusers" else ()
-        assert run(*source, *ratio, "--to", form, folder) == 0
+    assert run(*source, *ratio, "--to", form, tmp_path / "two") == 0
+    (tmp_path / "two" / "model_index.json").unlink(missing_ok=True)  # with it, sampling takes both
+    names_of = ("transformer", "transformer_2") if form == "diffusers" else ("high_noise_model", "low_noise_model")
+    high, low = (tmp_path / "two" / name for name in names_of)
+    kept = names(tmp_path)
+
+    def said(*words: object) -> str:
         capsys.readouterr()
-        assert run("--from", "auto", folder, "--to", "megatron", tmp_path / "x") == 1
+        assert main([*map(str, words)]) == 1
         error = capsys.readouterr().err
-        assert f"--from {form} {folder / first} --low-noise {folder / second}" in error
-        assert not (tmp_path / "x").exists()
+        assert error.count("\n") == 1 and f"{tmp_path / 'two'} holds two models, the experts" in error
+        assert names(tmp_path) == kept
+        return error
+
+    for given in (form, "auto"):
+        both = f"give both, --from {read_as} {high} --low-noise {low}, or one of them: {high} or {low}"
+        assert both in said("convert", "--from", given, tmp_path / "two", "--to", "megatron", tmp_path / "x")
+        with pytest.raises(CheckpointError) as error:
+            open_initial_weights((given, tmp_path / "two"), model)
+        one = "give one of them: --load-weights"
+        assert f"{one} {read_as}:{high} or --load-weights {read_as}:{low}" in str(error.value)
+    frozen = ("--vae", "v", "--text-encoder", "t", "--tokenizer", "t")
+    error = said("sample", "--load", tmp_path / "two", *frozen, "--prompt", "a", "--output", tmp_path / "a.mp4")
+    if form in ("megatron", "diffusers"):
+        assert f"give both, --load {high} --low-noise {low}" in error
+    else:
+        assert f"flashi2v convert --from {read_as} {high} --low-noise {low} --to megatron OUT, and give --load" in error

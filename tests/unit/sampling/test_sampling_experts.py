@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.base_weights import write_base
 from helpers.checkpoints import save_checkpoint
 from helpers.sampling_models import CONFIG, make_sampling_models, sample_words
 from safetensors.torch import load_file
 from torch import nn
 
 from megatron_flashi2v import SampleConfig, UserError, sample, sample_requests
+from megatron_flashi2v.checkpoint.adapter_record import AdapterRecord
+from megatron_flashi2v.checkpoint.adapter_table import adapter_shapes
 from megatron_flashi2v.checkpoint.key_table import parameter_shapes
 from megatron_flashi2v.checkpoint.storage import TensorPiece
+from megatron_flashi2v.config.adapter import ATTENTION, AdapterConfig
 from megatron_flashi2v.config.recipe import parse
+from megatron_flashi2v.conversion.base_fingerprint import base_fingerprint
+from megatron_flashi2v.conversion.convert import open_weights
+from megatron_flashi2v.conversion.weights import ReadOptions
+from megatron_flashi2v.sampling.base import checked_bases
 from megatron_flashi2v.sampling.experts import is_low_noise
 from megatron_flashi2v.sampling.models import TurnsOnDevice, find_models
 
@@ -114,6 +123,58 @@ def test_requests_take_a_pair_and_record_it(models: Path, tmp_path: Path) -> Non
                         (("--guidance-scale-2", 2), "with --guidance-scale-2 1.0, and it is 2.0 now")):  # fmt: skip
         with pytest.raises(UserError, match=said):
             many(*flags)
+
+
+def write_adapter(root: Path, base: Path, seed: int, **levels: float) -> None:
+    adapter = AdapterConfig(rank=2, alpha=8.0, targets=ATTENTION)
+    record = AdapterRecord(
+        adapter=adapter, trained=(), base=f"megatron:{base}", base_weights="model",
+        base_fingerprint=base_fingerprint(open_weights("megatron", base, ReadOptions())),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [TensorPiece.whole(f"model.{name}", torch.randn(shape, generator=generator))
+              for name, shape in adapter_shapes(CONFIG, adapter).items()]  # fmt: skip
+    save_checkpoint(
+        root, 1, pieces=pieces, model_config=CONFIG, state={"iteration": 1, "config": levels}, adapter=record
+    )
+
+
+def test_adapters_of_two_bases_are_sampled_when_these_have_moved(models: Path, tmp_path: Path) -> None:
+    for seed, name, levels in ((1, "high", {"sigma_min": 0.9}), (2, "low", {"sigma_max": 0.9})):
+        write_base(tmp_path / f"{name}-base", CONFIG, seed)
+        write_adapter(tmp_path / name, tmp_path / f"{name}-base", seed, **levels)
+    write_adapter(tmp_path / "sister", tmp_path / "high-base", 3, sigma_max=0.9)
+
+    def latents(name: str, *flags: object, high: Path = tmp_path / "high", low: str = "low") -> torch.Tensor:
+        file = tmp_path / f"{name}.safetensors"
+        words = ("--low-noise", tmp_path / low, "--image", models / "image0.png", "--prompt", "a", "--latents", file)
+        sample(config(models, tmp_path / f"{name}.mp4", str(high), *words, *flags))
+        return load_file(file)["latents_BCTHW"]
+
+    before = latents("before")
+    for name in ("high-base", "low-base"):
+        shutil.move(tmp_path / name, tmp_path / f"moved-{name}")
+    high, low = (f"megatron:{tmp_path}/moved-{name}-base" for name in ("high", "low"))
+    assert torch.equal(latents("after", "--base", high, "--low-noise-base", low), before)
+    whole = models / "high"  # of a whole model and an adapter, the latter alone has a base
+    mixed = latents("mixed", "--low-noise-base", low, "--adapter-scale", 0.5, high=whole)
+    assert not torch.equal(mixed, latents("full", "--low-noise-base", low, high=whole))
+    gone = ("--vae", tmp_path / "gone")  # told before anything is loaded
+    for flags, said in (
+        ((), "high-base does not exist; give these weights as --base FORMAT:PATH"),
+        (("--base", high), "low-base does not exist; give these weights as --low-noise-base FORMAT:PATH"),
+        (("--base", high, "--low-noise-base", "low"), "--low-noise-base is 'low'; give FORMAT:PATH"),
+        (("--base", high, "--low-noise-base", low, "--low-noise", models / "low"), "--low-noise-base megatron:"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            latents("x", *gone, *flags)
+    with pytest.raises(UserError, match=r"beside other weights than .* as --low-noise-base FORMAT:PATH"):
+        latents("x", "--base", high, "--low-noise-base", high)
+    with pytest.raises(UserError, match="--low-noise-base megatron:x is the base of the second of a pair"):
+        SampleConfig.from_flags(load="a", prompt="a", output="a.mp4", low_noise_base="megatron:x")
+    # Two that were trained beside the same weights need them once.
+    sisters = find_models(tmp_path / "high", low_noise=tmp_path / "sister")
+    assert checked_bases(sisters, high, None, 0.5) == (("megatron", tmp_path / "moved-high-base"),) * 2
 
 
 class Stage(nn.Module):
