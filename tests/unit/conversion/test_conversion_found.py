@@ -318,6 +318,8 @@ def test_two_experts_of_wan_are_not_taken_for_one(tmp_path: Path) -> None:
             assert_holds(weights := open_auto(path), WAN)
             assert f"one of two experts, for timesteps {side} boundary_ratio x 1000 (0.9 in" in weights.notes[0]
             assert weights.notes[0].endswith(f"{other} is another model")
+    shutil.rmtree(tmp_path / "high_noise_model")  # one alone, beside the encoders' files
+    assert refusal(tmp_path).endswith("and no transformer; did you mean its subfolder low_noise_model?")
 
 
 def test_wan_i2v_of_diffusers_is_read(tmp_path: Path) -> None:
