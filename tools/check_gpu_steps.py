@@ -118,7 +118,7 @@ def ranks(check: Check) -> str:
 
 
 def ring(check: Check) -> str:
-    """Losses of two ranks of a ring in bf16 against one process, with cuDNN's kernel where the card has it."""
+    """A ring of two ranks in bf16, on cuDNN's kernel where the card has it: its attention, and a run's losses."""
     import torch
 
     from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP
@@ -129,9 +129,12 @@ def ring(check: Check) -> str:
         kernel = resolve("attention", check.device, torch.bfloat16, "torch_cudnn", **needs)
     except KernelUnavailable:
         kernel = resolve("attention", check.device, torch.bfloat16, **needs)
-    flags = ("--context-parallel-size", "2", "--context-parallel-algo", "ring", "--attention-backend", kernel.spec.name)
+    chosen = ("--attention-backend", kernel.spec.name)
+    attention = check.python("tools/check_ring.py", "--device", check.device, *chosen, ranks=2).strip().splitlines()[-1]
+    flags = ("--context-parallel-size", "2", "--context-parallel-algo", "ring", *chosen)
     alone, found = check.train("bf16", "--bf16"), check.train("ring-bf16", "--bf16", *flags, ranks=2)
-    return f"{kernel.spec.name}: {_near([row[:1] for row in found], [row[:1] for row in alone], 2e-3)}"
+    losses = _near([row[:1] for row in found], [row[:1] for row in alone], 2e-3)
+    return f"{kernel.spec.name}: attention {attention}, losses {losses}"
 
 
 def kernel_speed(check: Check) -> str:
