@@ -2,8 +2,9 @@
 
 A difference is told only where 95% intervals do not overlap. A paradigm that does not follow the law in domain is
 inconclusive: what does not move by rule there proves nothing elsewhere. FlashI2V's claim is about the gap between the
-domains, so that the verdict compares gaps, of checkpoints of one error in domain that follow the law there. Motion can
-fail in two ways, by freezing and by losing the object; both count as one, as who loses all objects freezes none.
+domains, so that the verdict compares gaps: those of flashi2v and of each other paradigm, at an error in domain that
+both reach with checkpoints that follow the law there. Motion can fail in two ways, by freezing and by losing the
+object; both count as one, as who loses all objects freezes none.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def conclude(report: Mapping[str, Any]) -> list[str]:
     paradigms = paradigms_of(report)
     judged = [paradigm for paradigm in paradigms if follows_law(report, paradigm) is not False]
     sentences = [*_gate(report, paradigms), *(_one(report, paradigm) for paradigm in judged)]
-    if len(judged) > 1:
-        sentences.append(_matched_sentence(report, judged))
+    if OURS in judged:
+        sentences += [_matched_sentence(report, other) for other in judged if other != OURS]
     sentences.append(_verdict(report, judged))
     seeds, settings = len(report["settings"]["seeds"]), report["settings"]
     sentences.append(
@@ -165,38 +166,44 @@ def _one(report: Mapping[str, Any], paradigm: str) -> str:
     return f"{paradigm} {parts[0]}, {', '.join(parts[1:-1]) + ', ' if parts[1:-1] else ''}and {parts[-1]}."
 
 
-def _matched_sentence(report: Mapping[str, Any], judged: Sequence[str]) -> str:
-    level, read = 0.0, dict[str, Figure]()
-    parts = []
+def _matched_sentence(report: Mapping[str, Any], other: str) -> str:
+    """flashi2v beside another paradigm, at an error that both reach."""
+    parts, level, gaps = [], 0.0, dict[str, Figure]()
     for figure in _judged_figures(report):
-        level, read = matched(report, judged, figure)
-        shares = ", ".join(f"{paradigm} {shown(found)}" for paradigm, found in read.items())
-        parts.append(f"{JUDGED[figure][0]}: {shares}")
-    text = f"At equal quality in domain (an error of {level:.3f}), out of domain less in it, {'; '.join(parts)}"
-    ahead = [paradigm for paradigm in judged if paradigm not in read]
-    if ahead:
-        verb = "is" if len(ahead) == 1 else "are"
-        text += f"; {', '.join(ahead)} {verb} better than that from the first checkpoint on, and cannot be compared so"
-    return text + "."
+        level, gaps = matched(report, (OURS, other), figure)
+        if len(gaps) < 2:
+            break
+        parts.append(f"{JUDGED[figure][0]} {shown(gaps[OURS])} and {shown(gaps[other])}")
+    if len(gaps) < 2:
+        ahead = OURS if OURS not in gaps else other
+        return (
+            f"{OURS} and {other} cannot be compared at equal quality in domain: {ahead} is better than the other from "
+            "its first checkpoint on that follows the law."
+        )
+    return (
+        f"{OURS} and {other} at equal quality in domain (an error of {level:.3f}), out of domain less in it: "
+        f"{'; '.join(parts)}."
+    )
 
 
 def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
-    """What this says about FlashI2V's claim: the gap between the domains, at equal quality in domain."""
+    """What this says about FlashI2V's claim: the gap between the domains, at an error in domain that two reach."""
     if OURS not in judged:
         return "About FlashI2V's claim this run says nothing: flashi2v cannot be judged."
     if len(judged) == 1:
         return "About FlashI2V's claim this run says nothing: no other paradigm can be judged."
     signs: dict[str, set[int]] = {}
-    for figure in _judged_figures(report):
-        _, gaps = matched(report, judged, figure)
-        for other in gaps.keys() - {OURS} if OURS in gaps else ():
-            signs.setdefault(other, set()).add(JUDGED[figure][1] * _order(gaps[OURS], gaps[other]))
-    others = [other for other in judged if other in signs]
-    if not others:
+    for other in judged:
+        for figure in _judged_figures(report) if other != OURS else ():
+            _, gaps = matched(report, (OURS, other), figure)
+            if len(gaps) == 2:
+                sign = JUDGED[figure][1] * _order(gaps[OURS], gaps[other])
+                signs.setdefault(other, set()).add(sign)
+    if not signs:
         return "About FlashI2V's claim this run says nothing: no two paradigms were measured at equal quality."
-    less, more = ([other for other in others if sign in signs[other]] for sign in (-1, 1))
+    less, more = ([other for other in signs if sign in signs[other]] for sign in (-1, 1))
     if less and not more:
-        rest = "" if len(less) == len(others) else "; from the others it does not differ clearly"
+        rest = "" if len(less) == len(signs) else "; from the others it does not differ clearly"
         return f"This supports FlashI2V's claim: out of domain, flashi2v loses less than {', '.join(less)}{rest}."
     if more and not less:
         return f"This speaks against FlashI2V's claim: out of domain, flashi2v loses more than {', '.join(more)}."
@@ -205,7 +212,10 @@ def _verdict(report: Mapping[str, Any], judged: Sequence[str]) -> str:
             f"This is mixed: out of domain, flashi2v loses less than {', '.join(less)} and more than "
             f"{', '.join(more)}."
         )
-    return "This does not decide FlashI2V's claim: no paradigm differs clearly from flashi2v out of domain."
+    return (
+        "This does not decide FlashI2V's claim: out of domain, flashi2v does not differ clearly from "
+        f"{', '.join(signs)}."
+    )
 
 
 def _judged_figures(report: Mapping[str, Any]) -> list[str]:

@@ -132,6 +132,9 @@ FREEZES = {"frozen": [0.2, 0.4, 0.6]}
     ({"repeat_concat": FREEZES, "inpainting": FREEZES}, "supports FlashI2V's claim: out of domain, flashi2v loses "
      "less than repeat_concat, inpainting."),
     ({"repeat_concat": FREEZES}, "less than repeat_concat; from the others it does not differ clearly"),
+    # Each pair is compared at its own error: inpainting ends at 0.4, repeat_concat is never read there.
+    ({"repeat_concat": {**FREEZES, "error": [0.3, 0.2, 0.1]}, "inpainting": {"error": [0.6, 0.5, 0.4]}},
+     "less than repeat_concat; from the others it does not differ clearly"),
     ({"flashi2v": FREEZES}, "speaks against FlashI2V's claim"),
     ({"flashi2v": {"frozen": [0.3, 0.3, 0.3]}, "repeat_concat": FREEZES}, "mixed: out of domain, flashi2v loses less "
      "than repeat_concat and more than inpainting"),
