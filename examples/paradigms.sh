@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Does concatenating the image leak it? Four image-to-video paradigms, trained alike and measured alike, on one page.
 #
-#   bash examples/paradigms.sh --scale smoke   five minutes on two cores: whether it all runs
-#   bash examples/paradigms.sh                 --scale tiny: 90 minutes on two cores
+#   bash examples/paradigms.sh --scale smoke   two minutes on two cores: whether it all runs
+#   bash examples/paradigms.sh                 --scale tiny: 80 minutes on two cores
 #   bash examples/paradigms.sh --scale 1.3b --recipe examples/paradigms/1.3b.yaml   your videos, on a cluster
 #   bash examples/paradigms.sh --help          one stage, another folder, more runs at a time
 #

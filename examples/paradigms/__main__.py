@@ -15,7 +15,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "Started again, it goes on where it was."
     ))
     parser.add_argument("--scale", choices=("smoke", "tiny", "1.3b"), default="tiny",
-                        help="smoke: five minutes; tiny: 90 minutes on two cores; 1.3b: your videos on a cluster")
+                        help="smoke: two minutes; tiny: 80 minutes on two cores; 1.3b: your videos on a cluster")
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/paradigms/SCALE)")
     parser.add_argument("--jobs", type=int, help="runs at a time (default: 2, one thread each; 1.3b: 1)")
     parser.add_argument("--stage", nargs="+", metavar="STAGE", help="only these stages, whose forerunners are done")
