@@ -9,16 +9,6 @@ import argparse
 import os
 import sys
 
-import torch
-
-from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP, reference
-from flashi2v_kernels.registry import resolve
-from megatron_flashi2v.config.train import ParallelArguments
-from megatron_flashi2v.parallel.ring import Ring, ring_attention
-from megatron_flashi2v.parallel.world import world
-from megatron_flashi2v.runtime.device import resolve_device
-from megatron_flashi2v.runtime.launch import detect_launch
-
 ROWS, BATCH, HEADS, HEAD_SIZE = 384, 2, 2, 128
 LIMIT = 3e-2
 """Of the largest magnitude. The gradients of queries and keys are small differences: 1.2e-2 on a CPU."""
@@ -26,6 +16,16 @@ LIMIT = 3e-2
 
 def largest_error(device_name: str, backend: str) -> float:
     """Of output and gradients, over the largest magnitude of each; the last row of the last rank is padding."""
+    import torch
+
+    from flashi2v_kernels.attention import BLOCK_BACKWARD, LOG_SUM_EXP, reference
+    from flashi2v_kernels.registry import resolve
+    from megatron_flashi2v.config.train import ParallelArguments
+    from megatron_flashi2v.parallel.ring import Ring, ring_attention
+    from megatron_flashi2v.parallel.world import world
+    from megatron_flashi2v.runtime.device import resolve_device
+    from megatron_flashi2v.runtime.launch import detect_launch
+
     launch = detect_launch(os.environ)
     device = resolve_device(device_name, launch.local_rank, backend="gloo")
     kernel = resolve("attention", device.name, torch.bfloat16, backend, head_dim=HEAD_SIZE,

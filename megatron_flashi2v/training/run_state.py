@@ -100,7 +100,7 @@ def require_model_of(folder: Path, model: ModelConfig) -> None:
         CheckpointError: lists every field that differs, with both values.
     """
     stored = load_model_config(folder)
-    unread = {*paradigm_fields()} - {*paradigm_of(model).meaningful_fields(model)}
+    unread = {*paradigm_fields()} - {*paradigm_of(model).config_fields}
     stored = dataclasses.replace(stored, **{field: getattr(model, field) for field in unread})
     if not load_training_state(folder)["iteration"]:
         stored = dataclasses.replace(stored, text_cleaning=model.text_cleaning)

@@ -176,10 +176,10 @@ def test_stages_need_their_forerunners(tmp_path: Path) -> None:
 def test_all_stages_and_again(tmp_path: Path, paths: None) -> None:
     """Two paradigms from one start, at toy size; a second call does nothing, and other settings are refused."""
     folder = tmp_path / "run"
-    toy = dataclasses.replace(TOY, paradigms=("flashi2v", "inpainting"), iterations=(1, 2), start_iterations=2)
+    toy = dataclasses.replace(TOY, paradigms=("flashi2v", "inpainting"), start_iterations=2)
     run = Run(settings=toy, folder=folder)
     run_stages(run, ["world", "classifier"], jobs=1)
-    run_stages(run, [], jobs=2)
+    run_stages(run, [], jobs=1)
     for paradigm in toy.paradigms:
         log = (folder / "logs" / f"train-{paradigm}-1.log").read_text()
         assert f"starting from the weights of {folder / 'start' / 'text_to_video-1'}" in log, log
@@ -187,7 +187,7 @@ def test_all_stages_and_again(tmp_path: Path, paths: None) -> None:
     assert frames.shape == (8, 3, 12, 12, 3) and errors.shape == (8, 3)
     report = json.loads((folder / "report.json").read_text())
     assert {(row["paradigm"], row["iteration"]) for row in report["runs"]} == {
-        (paradigm, iteration) for paradigm in toy.paradigms for iteration in (1, 2)
+        (paradigm, 2) for paradigm in toy.paradigms
     }
     assert "says nothing: flashi2v cannot be judged" in " ".join(report["conclusions"])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
