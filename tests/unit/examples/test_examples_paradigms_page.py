@@ -60,6 +60,10 @@ def test_a_lost_object_is_not_frozen(clips: list[Clip], network: Classifier) -> 
     frames = np.stack([np.repeat(clip.background_HWC[None], BOARD.frames, axis=0) for clip in clips])
     figures = measured(clips, network, frames)
     assert figures["frozen"]["mean"] == 0 and figures["lost"]["mean"] == figures["failed"]["mean"] == 1
+    # Nor does it pass for one that moves, where flicker draws the tracker from cell to cell.
+    flicker = np.random.default_rng(0).integers(-12, 13, frames.shape)
+    figures = measured(clips, network, np.clip(frames + flicker, 0, 255).astype(np.uint8))
+    assert figures["path_share"]["mean"] > 0.5 and figures["lost"]["mean"] == figures["failed"]["mean"] == 1
 
 
 def test_chance_is_what_other_laws_give(clips: list[Clip]) -> None:
